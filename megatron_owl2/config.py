@@ -1,0 +1,380 @@
+"""The configuration of a whole run: dataclasses, YAML files, dotted overrides, and their checks.
+
+Defaults are the paper's 7B model. `load` reads a YAML file (which may name a parent with
+`extends:`), applies `section.key=value` overrides and refuses every key it does not know.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key and the fix."""
+
+
+@dataclass
+class VisionConfig:
+    """CLIP ViT-L/14; sizes in channels and layers, `image_size` and `patch_size` in pixels."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    ffn_size: int = 4096
+    norm_eps: float = 1e-6  # the released model's value; OpenAI's CLIP has 1e-5
+    position_init_std: float = 0.02  # only without a CLIP start
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass
+class AbstractorConfig:
+    """The visual abstractor; its width is the ViT's."""
+
+    num_queries: int = 64
+    num_layers: int = 6
+    num_heads: int = 16
+    ffn_size: int = 2816
+    norm_eps: float = 1e-6  # of the inner feed-forward norm; the outer norms have 1e-5 always
+    attention_init_std: float = 0.02  # query and key projections; wider makes the queries differ
+
+
+@dataclass
+class DecoderConfig:
+    """LLaMA-2 with modality-adaptive layers."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    ffn_size: int = 11008
+    max_positions: int = 2048
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+@dataclass
+class ModelConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    abstractor: AbstractorConfig = field(default_factory=AbstractorConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    init_std: float = 0.02
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.abstractor.num_queries + 1  # vit_eos closes every image
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid over ranks; data parallelism takes what tensor x pipeline leave."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    recompute: bool = False  # recompute every decoder and ViT layer in the backward pass
+    distributed_optimizer: bool = True
+
+
+@dataclass
+class SourceConfig:
+    """One sharded data set and its share of the mixture."""
+
+    path: str = ""
+    weight: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig] = field(default_factory=list)
+    tokenizer: str = ""
+    sequence_length: int = 256  # after the placeholders are expanded into visual tokens
+    workers: int = 2
+    seed: int = 1234
+    augment: bool = False  # random resized crop and flip; plain resize otherwise
+    max_bad_fraction: float = 0.01
+
+
+@dataclass
+class StageConfig:
+    """What a stage trains. Patterns are shell globs over parameter names."""
+
+    name: str = "pretrain"
+    trainable: list[str] = field(default_factory=lambda: ["*"])
+    rates: dict[str, float] = field(default_factory=dict)  # pattern -> factor on the learning rate
+    initial_checkpoint: str | None = None  # weights only; random weights without it
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and a cosine from `lr` to `min_lr` (paper, Table 15)."""
+
+    lr: float = 1e-4
+    min_lr: float = 1e-6
+    warmup_steps: int = 1000
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+    vision_layer_decay: float = 1.0  # paper: 0.9, per ViT layer from the top
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 42500
+    global_batch_size: int = 8192
+    micro_batch_size: int = 16
+    precision: str = "bf16"
+    seed: int = 1234
+    log_interval: int = 10
+    save_interval: int = 1000
+    output: str = ""
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = False
+    project: str = "megatron-owl2"
+    mode: str = "offline"
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a YAML file and `section.key=value` overrides into a RunConfig.
+
+    Raises ConfigError for a missing file, a key that does not exist (with the nearest one that
+    does), a value of the wrong type, or an override without `=`.
+    """
+    known = OmegaConf.structured(RunConfig)
+    layers = [(str(p), OmegaConf.create(tree)) for p, tree in _read_with_parents(Path(path))]
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} has no '='; write section.key=value")
+    layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
+    for where, layer in layers:
+        _refuse_unknown(OmegaConf.to_container(layer), RunConfig, where)
+        try:
+            known = OmegaConf.merge(known, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{where}: {str(error).splitlines()[0]} (key {error.full_key})"
+            ) from None
+    return OmegaConf.to_object(known)
+
+
+def from_dict(tree: dict) -> RunConfig:
+    """Rebuild a RunConfig from `to_dict`; raises ConfigError on unknown keys."""
+    _refuse_unknown(tree, RunConfig, "configuration")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), tree))
+
+
+def to_dict(config: RunConfig) -> dict:
+    """The resolved configuration as plain dicts and lists, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def _read_with_parents(path: Path) -> list[tuple[Path, dict]]:
+    """The YAML trees from the oldest ancestor to `path`; `extends` is relative to its file."""
+    chain: list[tuple[Path, dict]] = []
+    while True:
+        if not path.is_file():
+            raise ConfigError(f"config file {path} does not exist")
+        if any(path.resolve() == seen.resolve() for seen, _ in chain):
+            raise ConfigError(f"{path} extends itself")
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must hold sections with keys, not a {type(tree).__name__}")
+        parent = tree.pop("extends", None)
+        chain.append((path, tree))
+        if parent is None:
+            return chain[::-1]
+        path = path.parent / parent
+
+
+def _refuse_unknown(tree: dict, cls: type, where: str, prefix: str = "") -> None:
+    names = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
+            raise ConfigError(f"{where}: unknown key '{prefix}{key}'; {hint}")
+        kind = names[key].type
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: '{prefix}{key}' is a section, not {value!r}")
+            _refuse_unknown(value, kind, where, f"{prefix}{key}.")
+        elif kind == list[SourceConfig]:
+            for index, source in enumerate(value or []):
+                _refuse_unknown(source, SourceConfig, where, f"{prefix}{key}[{index}].")
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuse a run that cannot work on `world_size` ranks, before any process group exists.
+
+    Raises ConfigError naming the keys and the fix; files and directories are looked for here too.
+    """
+    check_model(config.model)
+    check_layout(config, world_size)
+    _check_files(config)
+    _require(
+        config.train.precision in ("fp32", "bf16"),
+        f"train.precision is {config.train.precision!r}; use fp32 or bf16",
+    )
+    _require(
+        config.optimizer.warmup_steps < config.train.steps,
+        f"optimizer.warmup_steps ({config.optimizer.warmup_steps}) must be smaller than "
+        f"train.steps ({config.train.steps})",
+    )
+    _require(
+        0 < config.optimizer.lr and 0 <= config.optimizer.min_lr <= config.optimizer.lr,
+        f"optimizer rates must satisfy 0 <= min_lr ({config.optimizer.min_lr}) <= "
+        f"lr ({config.optimizer.lr}) and lr > 0",
+    )
+    for key in ("steps", "global_batch_size", "micro_batch_size", "log_interval", "save_interval"):
+        _require(getattr(config.train, key) > 0, f"train.{key} must be positive")
+    _require(
+        config.data.sequence_length > config.model.tokens_per_image,
+        f"data.sequence_length ({config.data.sequence_length}) leaves no room for text: an "
+        f"image takes {config.model.tokens_per_image} tokens",
+    )
+    _require(
+        config.data.sequence_length <= config.model.decoder.max_positions,
+        f"data.sequence_length ({config.data.sequence_length}) exceeds "
+        f"model.decoder.max_positions ({config.model.decoder.max_positions})",
+    )
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse sizes that do not fit together; raises ConfigError."""
+    vision, decoder = model.vision, model.decoder
+    _require(
+        vision.image_size % vision.patch_size == 0,
+        f"model.vision.image_size ({vision.image_size}) is not divisible by "
+        f"model.vision.patch_size ({vision.patch_size}); use a multiple of the patch",
+    )
+    for name, width, heads in (
+        ("model.vision", vision.hidden_size, vision.num_heads),
+        ("model.abstractor", vision.hidden_size, model.abstractor.num_heads),
+        ("model.decoder", decoder.hidden_size, decoder.num_heads),
+    ):
+        _require(
+            width % heads == 0, f"{name}.num_heads ({heads}) does not divide the width ({width})"
+        )
+    _require(
+        vision.hidden_size % 4 == 0,
+        f"model.vision.hidden_size ({vision.hidden_size}) must be a multiple of 4 for the "
+        "two-dimensional position table of the abstractor",
+    )
+    _require(
+        decoder.num_heads % decoder.num_kv_heads == 0,
+        f"model.decoder.num_heads ({decoder.num_heads}) is not a multiple of "
+        f"num_kv_heads ({decoder.num_kv_heads})",
+    )
+    _require(
+        (decoder.hidden_size // decoder.num_heads) % 2 == 0,
+        "the decoder's head size must be even for rotary positions; change "
+        "model.decoder.num_heads or hidden_size",
+    )
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Refuse a parallel layout or batch that the ranks cannot carry; raises ConfigError."""
+    model, parallel, train = config.model, config.parallel, config.train
+    tp, pp = parallel.tensor, parallel.pipeline
+    _require(tp > 0 and pp > 0, "parallel.tensor and parallel.pipeline must be positive")
+    _require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes cannot be divided by parallel.tensor ({tp}) x "
+        f"parallel.pipeline ({pp}) = {tp * pp}; start a multiple of {tp * pp} processes",
+    )
+    for name, size in (
+        ("model.vision.num_heads", model.vision.num_heads),
+        ("model.vision.ffn_size", model.vision.ffn_size),
+        ("model.abstractor.num_heads", model.abstractor.num_heads),
+        ("model.abstractor.ffn_size", model.abstractor.ffn_size),
+        ("model.decoder.num_heads", model.decoder.num_heads),
+        ("model.decoder.num_kv_heads", model.decoder.num_kv_heads),
+        ("model.decoder.ffn_size", model.decoder.ffn_size),
+        ("model.decoder.vocab_size", model.decoder.vocab_size),
+    ):
+        _require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
+    _require(
+        model.decoder.num_layers % pp == 0,
+        f"model.decoder.num_layers ({model.decoder.num_layers}) is not divisible by "
+        f"parallel.pipeline ({pp})",
+    )
+    _require(
+        not parallel.sequence or tp > 1,
+        "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
+        "parallel.tensor > 1",
+    )
+    _require(
+        not parallel.sequence or config.data.sequence_length % tp == 0,
+        f"data.sequence_length ({config.data.sequence_length}) is not divisible by "
+        f"parallel.tensor ({tp}), which parallel.sequence needs",
+    )
+    data_parallel = world_size // (tp * pp)
+    _require(
+        train.global_batch_size % (train.micro_batch_size * data_parallel) == 0,
+        f"train.global_batch_size ({train.global_batch_size}) is not a multiple of "
+        f"micro_batch_size ({train.micro_batch_size}) x data-parallel ranks "
+        f"({data_parallel})",
+    )
+
+
+def _check_files(config: RunConfig) -> None:
+    _require(config.train.output != "", "train.output is not set; name the run directory")
+    _require(config.data.tokenizer != "", "data.tokenizer is not set; name a SentencePiece model")
+    _require(
+        Path(config.data.tokenizer).is_file(),
+        f"data.tokenizer: {config.data.tokenizer} does not exist",
+    )
+    _require(len(config.data.sources) > 0, "data.sources is empty; name at least one data set")
+    for index, source in enumerate(config.data.sources):
+        _require(source.weight > 0, f"data.sources[{index}].weight must be positive")
+        _require(
+            (Path(source.path) / "manifest.json").is_file(),
+            f"data.sources[{index}]: {source.path or '(empty path)'} holds no manifest.json; "
+            "make shards with tools/preprocess_data.py",
+        )
+    initial = config.stage.initial_checkpoint
+    _require(
+        initial is None or Path(initial).is_dir(),
+        f"stage.initial_checkpoint: {initial} is not a directory",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

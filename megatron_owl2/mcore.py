@@ -1,0 +1,255 @@
+"""The one door to megatron-core: process groups, parallel linears, and what 0.16 needs to behave.
+
+Everything that depends on a version or an internal of megatron-core is here, and nowhere else.
+A linear takes [..., in] and returns [..., out] (megatron-core's own return a bias beside it).
+"""
+
+import copy
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+
+from megatron_owl2 import cpu
+
+ON_CPU = cpu.apply()  # before the first megatron.core import, see cpu.py
+
+if ON_CPU:  # kernels that only exist for GPUs are not missed
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+warnings.filterwarnings("ignore", message="full scope is deprecated")
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import (  # noqa: E402
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from megatron_owl2.config import RunConfig  # noqa: E402
+
+__all__ = [
+    "ON_CPU",
+    "ColumnLinear",
+    "Layout",
+    "MegatronModule",
+    "RowLinear",
+    "VocabEmbedding",
+    "device",
+    "initialize",
+    "parallel_state",
+    "vocab_parallel_cross_entropy",
+]
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device, or the CPU where there is no GPU."""
+    return torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
+
+
+def initialize(tensor: int, pipeline: int, timeout_minutes: float = 30) -> ProcessGroupCollection:
+    """Join the process group torchrun describes (NCCL, or gloo on CPU) and lay out the ranks.
+
+    Outside torchrun a group of one process is made. Returns megatron-core's process groups.
+    """
+    if not torch.distributed.is_initialized():
+        for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            os.environ.setdefault(key, value)
+        alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(
+            "gloo" if ON_CPU else "nccl",
+            timeout=timedelta(minutes=timeout_minutes),
+            **(
+                {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+                if alone
+                else {}
+            ),
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+        )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def shutdown() -> None:
+    """Leave the process groups; for tests and tools that build several layouts in one process."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Layout:
+    """What a module must know to build its share: megatron-core's config and process groups.
+
+    `transformer` is the TransformerConfig of the decoder, which the pipeline schedules and the
+    gradient buffers read; ViT and abstractor run without sequence parallelism, so their linears
+    take the copy `replicated`.
+    """
+
+    def __init__(self, config: RunConfig, groups: ProcessGroupCollection):
+        decoder, parallel = config.model.decoder, config.parallel
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+        self.groups = groups
+        self.dtype = dtype
+        self.recompute = parallel.recompute
+        self.transformer = TransformerConfig(
+            num_layers=decoder.num_layers,
+            hidden_size=decoder.hidden_size,
+            num_attention_heads=decoder.num_heads,
+            num_query_groups=decoder.num_kv_heads,
+            ffn_hidden_size=decoder.ffn_size,
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            sequence_parallel=parallel.sequence,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            use_cpu_initialization=True,  # the same weights for every tensor-parallel size
+            calculate_per_token_loss=True,  # micro-batches differ in their number of targets
+            bias_activation_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            add_bias_linear=False,
+        )
+        self.replicated = copy.copy(self.transformer)
+        self.replicated.sequence_parallel = False
+
+    @property
+    def tensor(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.transformer.sequence_parallel
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring [s/tp, b, h] (or [s, b, h]) to every tensor-parallel rank, once for all its readers.
+
+        The backward pass sums the readers' gradients over the ranks, by reduce-scatter under
+        sequence parallelism and all-reduce without. Readers are ColumnLinears that `share_input`.
+        """
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=True, group=self.groups.tp
+            )
+        return copy_to_tensor_model_parallel_region(x, group=self.groups.tp)
+
+    def split_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part [s/tp, b, h] of [s, b, h] under sequence parallelism; else x."""
+        if not self.sequence_parallel:
+            return x
+        return scatter_to_sequence_parallel_region(x, group=self.groups.tp)
+
+    def sequence_slice(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x [s, ...] that belong to this rank, for tensors without gradient."""
+        if not self.sequence_parallel:
+            return x
+        return x.chunk(self.tensor, dim=0)[self.groups.tp.rank()]
+
+    def sum_over_tensor_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum x over the tensor-parallel ranks, in the forward and in the backward pass."""
+        total = reduce_from_tensor_model_parallel_region(x, group=self.groups.tp)
+        return copy_to_tensor_model_parallel_region(total, group=self.groups.tp)
+
+    def gather_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Concatenate x [..., n/tp] over the tensor-parallel ranks to [..., n]."""
+        return gather_from_tensor_model_parallel_region(x, group=self.groups.tp)
+
+    def mark_sequence_parallel(self, *parameters: torch.nn.Parameter) -> None:
+        """Have the gradients of replicated parameters that see s/tp rows summed over the ranks."""
+        for parameter in parameters:
+            parameter.sequence_parallel = self.sequence_parallel
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """y = x W^T + b with W [out, in] split by rows over the tensor-parallel ranks.
+
+    `share_input`: the input comes from `Layout.enter` and is read by other linears too.
+    `stride`: W is `stride` equal blocks, each split over the ranks (2 for gate and up).
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        init_std: float,
+        sequence_parallel: bool = False,
+        share_input: bool = False,
+        stride: int = 1,
+    ):
+        super().__init__(
+            inputs,
+            outputs,
+            config=layout.transformer
+            if sequence_parallel and not share_input
+            else layout.replicated,
+            init_method=_normal(init_std),
+            bias=bias,
+            stride=stride,
+            disable_grad_reduce=share_input,
+            tp_group=layout.groups.tp,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """y = x W^T + b with x [..., in/tp] and W [out, in] split by columns; summed over the ranks."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        init_std: float,
+        sequence_parallel: bool = False,
+    ):
+        super().__init__(
+            inputs,
+            outputs,
+            config=layout.transformer if sequence_parallel else layout.replicated,
+            init_method=_normal(init_std),
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=layout.groups.tp,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class VocabEmbedding(VocabParallelEmbedding):
+    """Token ids [b, s] to embeddings [b, s, h], the vocabulary split over the ranks."""
+
+    def __init__(self, layout: Layout, vocab_size: int, hidden_size: int, *, init_std: float):
+        super().__init__(
+            vocab_size,
+            hidden_size,
+            init_method=_normal(init_std),
+            config=layout.replicated,
+            tp_group=layout.groups.tp,
+        )
+
+
+def _normal(std: float):
+    return lambda weight: torch.nn.init.normal_(weight, mean=0.0, std=std)

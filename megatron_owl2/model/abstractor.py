@@ -1,0 +1,120 @@
+"""The visual abstractor (paper, section 3.1, eq. 2): learnable queries read the ViT's tokens."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megatron_owl2.config import ModelConfig
+from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
+from megatron_owl2.model.attention import attend
+from megatron_owl2.model.recompute import run_layer
+
+OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatever its config says
+
+
+class Abstractor(nn.Module):
+    """ViT features [t, n, h] to visual tokens [n, queries + 1, decoder width], vit_eos last."""
+
+    def __init__(self, layout: Layout, model: ModelConfig):
+        super().__init__()
+        self.layout = layout
+        config, size, dtype = model.abstractor, model.vision.hidden_size, layout.dtype
+        width = model.decoder.hidden_size
+        self.query_embeds = nn.Parameter(torch.randn(1, config.num_queries, size, dtype=dtype))
+        self.vit_eos = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * model.init_std)
+        self.layers = nn.ModuleDict(
+            {str(i): AbstractorLayer(layout, model) for i in range(config.num_layers)}
+        )
+        self.visual_fc = nn.Linear(size, width, dtype=dtype)
+        query_positions = sincos_1d(torch.arange(config.num_queries), size)
+        key_positions = torch.cat([query_positions, image_positions(model.vision.grid_size, size)])
+        self.register_buffer(
+            "positions", key_positions.to(dtype).unsqueeze(1), persistent=False
+        )  # [queries + t, 1, h]; the first rows are the queries' own
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        queries = self.query_embeds.transpose(0, 1).expand(-1, features.shape[1], -1)
+        for layer in self.layers.values():
+            queries = run_layer(
+                layer, queries, features, self.positions, recompute=self.layout.recompute
+            )
+        tokens = self.visual_fc(queries).transpose(0, 1)
+        return torch.cat([tokens, self.vit_eos.expand(len(tokens), -1, -1)], dim=1)
+
+
+class AbstractorLayer(nn.Module):
+    """Cross-attention of queries [q, n, h] over themselves and the image, then a gated MLP.
+
+    The residual of the attention starts from the normed queries; positions are added to queries
+    and keys after the norms, never to values (official behaviour, not visible in the paper).
+    """
+
+    def __init__(self, layout: Layout, model: ModelConfig):
+        super().__init__()
+        config, size = model.abstractor, model.vision.hidden_size
+        self.head_size = size // config.num_heads
+        narrow = {"bias": True, "init_std": model.init_std}
+        wide = {"bias": True, "init_std": config.attention_init_std}
+        self.norm1 = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=layout.dtype)
+        self.normk = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=layout.dtype)
+        self.query = ColumnLinear(layout, size, size, **wide)
+        self.key = ColumnLinear(layout, size, size, **wide)
+        self.value = ColumnLinear(layout, size, size, **narrow)
+        self.out_proj = RowLinear(layout, size, size, **narrow)
+        self.norm2 = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=layout.dtype)
+        self.w1 = ColumnLinear(layout, size, config.ffn_size, **narrow)
+        self.w3 = ColumnLinear(layout, size, config.ffn_size, **narrow)
+        self.ffn_ln = SplitLayerNorm(layout, config.ffn_size, config.norm_eps)
+        self.w2 = RowLinear(layout, config.ffn_size, size, **narrow)
+
+    def forward(
+        self, queries: torch.Tensor, features: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        normed = self.norm1(queries)
+        context = torch.cat([normed, self.normk(features)])  # queries first, then the image
+        query = self.query(normed + positions[: len(queries)])
+        key, value = self.key(context + positions), self.value(context)
+        heads = (-1, self.head_size)
+        attended = attend(*(x.unflatten(-1, heads) for x in (query, key, value)))
+        x = normed + self.out_proj(attended)
+        normed = self.norm2(x)
+        return x + self.w2(self.ffn_ln(F.silu(self.w1(normed)) * self.w3(normed)))
+
+
+class SplitLayerNorm(nn.Module):
+    """LayerNorm over a last dimension of `size` that is split over the tensor-parallel ranks."""
+
+    def __init__(self, layout: Layout, size: int, eps: float):
+        super().__init__()
+        self.layout, self.size, self.eps = layout, size, eps
+        local = size // layout.tensor
+        self.weight = nn.Parameter(torch.ones(local, dtype=layout.dtype))
+        self.bias = nn.Parameter(torch.zeros(local, dtype=layout.dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.tensor_model_parallel, parameter.partition_dim = True, 0
+            parameter.partition_stride = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        mean = self.layout.sum_over_tensor_ranks(wide.sum(-1, keepdim=True)) / self.size
+        centred = wide - mean
+        variance = self.layout.sum_over_tensor_ranks(centred.square().sum(-1, keepdim=True))
+        normed = centred * torch.rsqrt(variance / self.size + self.eps)
+        return (normed * self.weight + self.bias).to(x.dtype)
+
+
+def sincos_1d(positions: torch.Tensor, size: int) -> torch.Tensor:
+    """[sin(p w_j) | cos(p w_j)] with w_j = 10000^(-j / (size/2)); [n] to fp32 [n, size]."""
+    frequencies = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
+    angles = positions.double().outer(frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def image_positions(grid: int, size: int) -> torch.Tensor:
+    """Positions of the ViT's tokens, fp32 [1 + grid^2, size]: zeros for the class token, then
+    row-major patches whose first half encodes the column and whose second half the row."""
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    patches = torch.cat(
+        [sincos_1d(columns.flatten(), size // 2), sincos_1d(rows.flatten(), size // 2)], dim=1
+    )
+    return torch.cat([torch.zeros(1, size), patches])

@@ -1,0 +1,128 @@
+"""The LLaMA-2 decoder with modality-adaptive layers (paper, section 3.2)."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megatron_owl2.config import DecoderConfig, ModelConfig
+from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
+from megatron_owl2.model.attention import attend
+from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
+from megatron_owl2.model.recompute import run_layer
+
+
+class KeyValueCache:
+    """Keys and values that one attention layer has seen, [s, b, kv_heads/tp, d] each."""
+
+    def __init__(self):
+        self.key = self.value = None
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the new positions; returns all keys and values so far."""
+        if self.key is not None:
+            key, value = torch.cat([self.key, key]), torch.cat([self.value, value])
+        self.key, self.value = key, value
+        return key, value
+
+
+class Decoder(nn.Module):
+    """Layers `first` to `last - 1` of the decoder; their names carry the global layer number.
+
+    hidden states [s, b, h] ([s/tp, b, h] under sequence parallelism) to the same.
+    """
+
+    def __init__(self, layout: Layout, model: ModelConfig, first: int, last: int):
+        super().__init__()
+        self.layout, self.config = layout, model.decoder
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderLayer(layout, model) for i in range(first, last)}
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        modality: Modality,
+        position_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        caches: dict[str, KeyValueCache] | None = None,
+    ) -> torch.Tensor:
+        """position_ids [b, s]; attention is causal unless `attention_mask` (bool [b, 1, s, s'],
+        True where allowed) says more; `caches` by layer name extend the context."""
+        rotary = rotary_tables(position_ids, self.config, x.dtype)
+        for name, layer in self.layers.items():
+            cache = caches[name] if caches is not None else None
+            x = run_layer(
+                layer, x, modality, rotary, attention_mask, cache, recompute=self.layout.recompute
+            )
+        return x
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm layer: split norms, split key and value; shared query, output and MLP (fig. 3)."""
+
+    def __init__(self, layout: Layout, model: ModelConfig):
+        super().__init__()
+        config = model.decoder
+        self.input_norm = ModalityNorm(layout, config.hidden_size, config.norm_eps)
+        self.attention = ModalityAttention(layout, model)
+        self.pre_mlp_norm = ModalityNorm(layout, config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(layout, model)
+
+    def forward(self, x, modality, rotary, attention_mask, cache):
+        normed = self.input_norm(x, modality)
+        x = x + self.attention(normed, modality, rotary, attention_mask, cache)
+        return x + self.mlp(self.pre_mlp_norm(x, modality))
+
+
+class ModalityAttention(nn.Module):
+    """Causal self-attention over text and vision alike, keys and values split by modality."""
+
+    def __init__(self, layout: Layout, model: ModelConfig):
+        super().__init__()
+        size = model.decoder.hidden_size
+        self.qkv = ModalityQKV(layout, model.decoder, model.init_std)
+        self.linear_proj = RowLinear(
+            layout, size, size, bias=False, init_std=model.init_std, sequence_parallel=True
+        )
+
+    def forward(self, x, modality, rotary, attention_mask, cache):
+        query, key, value = self.qkv(x, modality)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        causal = attention_mask is None
+        return self.linear_proj(attend(query, key, value, causal=causal, mask=attention_mask))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h]."""
+
+    def __init__(self, layout: Layout, model: ModelConfig):
+        super().__init__()
+        size, ffn = model.decoder.hidden_size, model.decoder.ffn_size
+        options = {"bias": False, "init_std": model.init_std, "sequence_parallel": True}
+        self.linear_fc1 = ColumnLinear(layout, size, 2 * ffn, stride=2, **options)
+        self.linear_fc2 = RowLinear(layout, ffn, size, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.linear_fc1(x).chunk(2, dim=-1)
+        return self.linear_fc2(F.silu(gate) * up)
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, config: DecoderConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [s, b, 1, d] of the rotary positions, in the rotate-half order of LLaMA."""
+    size = config.hidden_size // config.num_heads
+    exponents = torch.arange(0, size, 2, device=position_ids.device).float() / size
+    angles = position_ids.t().unsqueeze(-1).float() / config.rope_theta**exponents
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn queries or keys [s, b, heads, d] by their positions."""
+    cos, sin = rotary
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin

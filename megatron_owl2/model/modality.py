@@ -1,0 +1,95 @@
+"""The Modality-Adaptive Module (paper, section 3.2): what vision and language do not share.
+
+Each token is either vision or text. Layer norms and the key and value projections have weights
+per modality; everything else is shared. The released code marks vision with 1 and text and
+padding with 0 (the paper's eq. 4 has it the other way round), and so does this one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_owl2.config import DecoderConfig
+from megatron_owl2.mcore import ColumnLinear, Layout
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Where the vision tokens of one micro-batch are; an argument of every layer, never a state.
+
+    With several micro-batches in flight and recomputation, a remembered indicator would be the
+    wrong one in the backward pass.
+    is_vision: bool [s, b, 1], or [s/tp, b, 1] of this rank under sequence parallelism.
+    vision_rows: int64 [n], the vision rows of the hidden states flattened to [s * b, h].
+    """
+
+    is_vision: torch.Tensor
+    vision_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, modality: torch.Tensor, vision_rows: torch.Tensor, layout: Layout) -> "Modality":
+        """From a batch's `modality` [b, s] and `vision_rows` [n]."""
+        is_vision = modality.bool().t().unsqueeze(-1)
+        return cls(layout.sequence_slice(is_vision), vision_rows)
+
+
+class ModalityNorm(nn.Module):
+    """RMSNorm with one weight [h] per modality (eq. 4): normalise once, scale by the token's own.
+
+    Statistics in fp32, cast back before the scale, as LLaMA does.
+    """
+
+    def __init__(self, layout: Layout, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight_text = nn.Parameter(torch.ones(hidden_size, dtype=layout.dtype))
+        self.weight_vision = nn.Parameter(torch.ones(hidden_size, dtype=layout.dtype))
+        layout.mark_sequence_parallel(self.weight_text, self.weight_vision)
+
+    def forward(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
+        weight = torch.where(modality.is_vision, self.weight_vision, self.weight_text)
+        return weight * rms_normalize(x, self.eps)
+
+
+class ModalityQKV(nn.Module):
+    """Shared query, modality-split key and value (eq. 5): [s/tp, b, h] to q, k, v.
+
+    Queries of all tokens and text keys and values come from one GEMM over all rows; the vision
+    projection runs on the vision rows only and overwrites theirs. So every weight takes part in
+    every backward pass, shapes follow from the batch alone, and nothing waits for the device.
+
+    Rows of `linear_qkv` are grouped by key/value head: the queries that share it, its key, its
+    value; rows of `linear_kv_vision`: its key, its value. A split over ranks is a split by groups.
+    """
+
+    def __init__(self, layout: Layout, config: DecoderConfig, init_std: float):
+        super().__init__()
+        self.layout = layout
+        self.head_size = config.hidden_size // config.num_heads
+        self.groups = config.num_kv_heads // layout.tensor
+        kv_size = config.num_kv_heads * self.head_size
+        options = {"bias": False, "init_std": init_std, "share_input": True}
+        self.linear_qkv = ColumnLinear(
+            layout, config.hidden_size, config.hidden_size + 2 * kv_size, **options
+        )
+        self.linear_kv_vision = ColumnLinear(layout, config.hidden_size, 2 * kv_size, **options)
+
+    def forward(
+        self, x: torch.Tensor, modality: Modality
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns q [s, b, heads/tp, d] and k, v [s, b, kv_heads/tp, d], unrotated."""
+        x = self.layout.enter(x)
+        s, b, _ = x.shape
+        qkv = self.linear_qkv(x).view(s * b, self.groups, -1, self.head_size)
+        query, kv = qkv[:, :, :-2], qkv[:, :, -2:]
+        kv_vision = self.linear_kv_vision(x.flatten(0, 1).index_select(0, modality.vision_rows))
+        kv = kv.index_copy(0, modality.vision_rows, kv_vision.view(-1, *kv.shape[1:]))
+        key, value = kv.view(s, b, self.groups, 2, self.head_size).unbind(3)
+        return query.reshape(s, b, -1, self.head_size), key, value
+
+
+def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, computed in fp32, in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,73 @@
+"""CLIP ViT-L/14 as mPLUG-Owl2 uses it: all tokens of the last layer, after the last norm."""
+
+import torch
+from torch import nn
+
+from megatron_owl2.config import ModelConfig
+from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
+from megatron_owl2.model.attention import attend
+from megatron_owl2.model.recompute import run_layer
+
+
+class VisionModel(nn.Module):
+    """Normalised pixels [n, 3, H, W] to features [1 + patches, n, h], the class token first.
+
+    Differences to OpenAI's model: the last norm applies to every token, not to the class token
+    alone (official behaviour).
+    """
+
+    def __init__(self, layout: Layout, model: ModelConfig):
+        super().__init__()
+        self.layout = layout
+        config = model.vision
+        size, dtype = config.hidden_size, layout.dtype
+        tokens = config.grid_size**2 + 1
+        self.cls_token = nn.Parameter(torch.randn(1, 1, size, dtype=dtype) * model.init_std)
+        self.position_embedding = nn.Parameter(
+            torch.randn(1, tokens, size, dtype=dtype) * config.position_init_std
+        )
+        self.patch_embed = nn.Conv2d(
+            3, size, config.patch_size, config.patch_size, bias=False, dtype=dtype
+        )
+        self.pre_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
+        self.layers = nn.ModuleDict(
+            {str(i): VisionLayer(layout, model) for i in range(config.num_layers)}
+        )
+        self.post_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], dim=1)
+        x = self.pre_layernorm(x + self.position_embedding).transpose(0, 1)
+        for layer in self.layers.values():
+            x = run_layer(layer, x, recompute=self.layout.recompute)
+        return self.post_layernorm(x)
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer layer with biases and quick-GELU; [tokens, n, h] to the same."""
+
+    def __init__(self, layout: Layout, model: ModelConfig):
+        super().__init__()
+        config = model.vision
+        size = config.hidden_size
+        self.head_size = size // config.num_heads
+        options = {"bias": True, "init_std": model.init_std}
+        self.input_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=layout.dtype)
+        # Rows grouped by head (its query, key, value), as the official checkpoint has them.
+        self.linear_qkv = ColumnLinear(layout, size, 3 * size, **options)
+        self.linear_proj = RowLinear(layout, size, size, **options)
+        self.pre_mlp_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=layout.dtype)
+        self.linear_fc1 = ColumnLinear(layout, size, config.ffn_size, **options)
+        self.linear_fc2 = RowLinear(layout, config.ffn_size, size, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.linear_qkv(self.input_layernorm(x))
+        query, key, value = qkv.unflatten(-1, (-1, 3, self.head_size)).unbind(3)
+        x = x + self.linear_proj(attend(query, key, value))
+        return x + self.linear_fc2(quick_gelu(self.linear_fc1(self.pre_mlp_layernorm(x))))
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return x * torch.sigmoid(1.702 * x)
