@@ -85,7 +85,6 @@ class ParallelConfig:
     pipeline: int = 1
     sequence: bool = False
     recompute: bool = False  # recompute every decoder and ViT layer in the backward pass
-    distributed_optimizer: bool = True
 
 
 @dataclass

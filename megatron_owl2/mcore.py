@@ -35,6 +35,9 @@ from megatron.core.tensor_parallel import (  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.optimizer import distrib_optimizer  # noqa: E402
+
 from megatron_owl2.config import RunConfig  # noqa: E402
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "ColumnLinear",
     "Layout",
     "MegatronModule",
+    "ModelType",
     "RowLinear",
     "VocabEmbedding",
     "device",
@@ -249,6 +253,21 @@ class VocabEmbedding(VocabParallelEmbedding):
             config=layout.replicated,
             tp_group=layout.groups.tp,
         )
+
+
+def _copy_optimizer_state(self, model_param, tensors):
+    """DistributedOptimizer's own, less the step of torch's AdamW, which the checkpoint keeps per
+    group: with it loading ends in a KeyError."""
+    group, order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group]["params"][order]
+    state = {"param": main_param, **self.optimizer.state[main_param]}
+    for key in state.keys() - {"step"}:
+        state[key].copy_(tensors[key])
+
+
+if not distrib_optimizer.HAVE_APEX_OR_TE:
+    DistributedOptimizer = distrib_optimizer.DistributedOptimizer
+    DistributedOptimizer._set_main_param_and_optimizer_states = _copy_optimizer_state
 
 
 def _normal(std: float):

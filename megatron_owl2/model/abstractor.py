@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from megatron_owl2.config import ModelConfig
 from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.recompute import run_layer
+from megatron_owl2.model.layers import LayerStack
 
 OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatever its config says
 
@@ -17,13 +17,12 @@ class Abstractor(nn.Module):
 
     def __init__(self, layout: Layout, model: ModelConfig):
         super().__init__()
-        self.layout = layout
         config, size, dtype = model.abstractor, model.vision.hidden_size, layout.dtype
         width = model.decoder.hidden_size
         self.query_embeds = nn.Parameter(torch.randn(1, config.num_queries, size, dtype=dtype))
         self.vit_eos = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * model.init_std)
-        self.layers = nn.ModuleDict(
-            {str(i): AbstractorLayer(layout, model) for i in range(config.num_layers)}
+        self.layers = LayerStack(
+            lambda: AbstractorLayer(layout, model), 0, config.num_layers, recompute=layout.recompute
         )
         self.visual_fc = nn.Linear(size, width, dtype=dtype)
         query_positions = sincos_1d(torch.arange(config.num_queries), size)
@@ -34,10 +33,8 @@ class Abstractor(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         queries = self.query_embeds.transpose(0, 1).expand(-1, features.shape[1], -1)
-        for layer in self.layers.values():
-            queries = run_layer(
-                layer, queries, features, self.positions, recompute=self.layout.recompute
-            )
+        for layer in self.layers:
+            queries = self.layers.run(layer, queries, features, self.positions)
         tokens = self.visual_fc(queries).transpose(0, 1)
         return torch.cat([tokens, self.vit_eos.expand(len(tokens), -1, -1)], dim=1)
 

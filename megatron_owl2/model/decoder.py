@@ -8,7 +8,7 @@ from megatron_owl2.config import DecoderConfig, ModelConfig
 from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
 from megatron_owl2.model.attention import attend
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
-from megatron_owl2.model.recompute import run_layer
+from megatron_owl2.model.layers import LayerStack
 
 
 class KeyValueCache:
@@ -33,9 +33,9 @@ class Decoder(nn.Module):
 
     def __init__(self, layout: Layout, model: ModelConfig, first: int, last: int):
         super().__init__()
-        self.layout, self.config = layout, model.decoder
-        self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(layout, model) for i in range(first, last)}
+        self.config = model.decoder
+        self.layers = LayerStack(
+            lambda: DecoderLayer(layout, model), first, last, recompute=layout.recompute
         )
 
     def forward(
@@ -45,16 +45,14 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         *,
         attention_mask: torch.Tensor | None = None,
-        caches: dict[str, KeyValueCache] | None = None,
+        caches: dict[int, KeyValueCache] | None = None,
     ) -> torch.Tensor:
         """position_ids [b, s]; attention is causal unless `attention_mask` (bool [b, 1, s, s'],
-        True where allowed) says more; `caches` by layer name extend the context."""
+        True where allowed) says more; `caches` by layer number extend the context."""
         rotary = rotary_tables(position_ids, self.config, x.dtype)
-        for name, layer in self.layers.items():
-            cache = caches[name] if caches is not None else None
-            x = run_layer(
-                layer, x, modality, rotary, attention_mask, cache, recompute=self.layout.recompute
-            )
+        for number, layer in zip(self.layers.numbers(), self.layers, strict=True):
+            cache = caches[number] if caches is not None else None
+            x = self.layers.run(layer, x, modality, rotary, attention_mask, cache)
         return x
 
 

@@ -8,6 +8,7 @@ from megatron_owl2.mcore import (
     ColumnLinear,
     Layout,
     MegatronModule,
+    ModelType,
     VocabEmbedding,
     vocab_parallel_cross_entropy,
 )
@@ -24,16 +25,18 @@ class Owl2(MegatronModule):
     and the output layer. Parameter names are the same in every parallel layout.
     """
 
-    share_embeddings_and_output_weights = False  # asked for by megatron-core's gradient sync
+    # Asked for by megatron-core, as are `pre_process` and `post_process`.
+    model_type = ModelType.encoder_or_decoder
+    share_embeddings_and_output_weights = False
 
     def __init__(self, layout: Layout, model: ModelConfig):
         super().__init__(layout.transformer)
         self.layout, self.model = layout, model
         stage, stages = layout.groups.pp.rank(), layout.groups.pp.size()
-        self.is_first, self.is_last = stage == 0, stage == stages - 1
+        self.pre_process, self.post_process = stage == 0, stage == stages - 1
         config = model.decoder
         size = config.hidden_size
-        if self.is_first:
+        if self.pre_process:
             self.vision_model = VisionModel(layout, model)
             self.abstractor = Abstractor(layout, model)
             self.embedding = VocabEmbedding(
@@ -41,7 +44,7 @@ class Owl2(MegatronModule):
             )
         per_stage = config.num_layers // stages
         self.decoder = Decoder(layout, model, stage * per_stage, (stage + 1) * per_stage)
-        if self.is_last:
+        if self.post_process:
             self.final_norm = RMSNorm(layout, size, config.norm_eps)
             self.output_layer = ColumnLinear(
                 layout,
@@ -70,7 +73,7 @@ class Owl2(MegatronModule):
         labels: torch.Tensor | None = None,
         *,
         attention_mask: torch.Tensor | None = None,
-        caches: dict[str, KeyValueCache] | None = None,
+        caches: dict[int, KeyValueCache] | None = None,
     ) -> torch.Tensor:
         """A micro-batch, as `data.batch.Batch` has it, through this stage.
 
@@ -80,13 +83,13 @@ class Owl2(MegatronModule):
         states [s, b, h] on all but the last stage; there the loss per token fp32 [b, s], or
         without labels the logits [b, s, vocab].
         """
-        if self.is_first:
+        if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_rows)
         else:
             x = self._received
         split = Modality.of(modality, vision_rows, self.layout)
         x = self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
-        if not self.is_last:
+        if not self.post_process:
             return x
         logits = self.output_layer(self.final_norm(x))
         if labels is None:

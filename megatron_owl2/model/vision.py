@@ -6,7 +6,7 @@ from torch import nn
 from megatron_owl2.config import ModelConfig
 from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.recompute import run_layer
+from megatron_owl2.model.layers import LayerStack
 
 
 class VisionModel(nn.Module):
@@ -18,7 +18,6 @@ class VisionModel(nn.Module):
 
     def __init__(self, layout: Layout, model: ModelConfig):
         super().__init__()
-        self.layout = layout
         config = model.vision
         size, dtype = config.hidden_size, layout.dtype
         tokens = config.grid_size**2 + 1
@@ -30,8 +29,8 @@ class VisionModel(nn.Module):
             3, size, config.patch_size, config.patch_size, bias=False, dtype=dtype
         )
         self.pre_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
-        self.layers = nn.ModuleDict(
-            {str(i): VisionLayer(layout, model) for i in range(config.num_layers)}
+        self.layers = LayerStack(
+            lambda: VisionLayer(layout, model), 0, config.num_layers, recompute=layout.recompute
         )
         self.post_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
 
@@ -39,8 +38,8 @@ class VisionModel(nn.Module):
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], dim=1)
         x = self.pre_layernorm(x + self.position_embedding).transpose(0, 1)
-        for layer in self.layers.values():
-            x = run_layer(layer, x, recompute=self.layout.recompute)
+        for layer in self.layers:
+            x = self.layers.run(layer, x)
         return self.post_layernorm(x)
 
 

@@ -1,0 +1,211 @@
+"""Checkpoints: megatron-core's distributed format in a directory that carries all it needs.
+
+`checkpoints/iter_0000100/` holds the sharded tensors (loadable under any parallel layout), the
+resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside its place and
+renamed when complete, so a directory of that name is whole; `checkpoints/latest` names the newest.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import (
+    make_sharded_tensor_for_checkpoint,
+    make_tp_sharded_tensor_for_checkpoint,
+)
+
+from megatron_owl2 import config as configuration
+from megatron_owl2.config import RunConfig
+from megatron_owl2.model.owl2 import Owl2
+
+LATEST = "latest"
+_PREFIX = "iter_"
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not there, not whole, or does not fit; the message says which."""
+
+
+def save(
+    directory: Path,
+    model: Owl2,
+    config: RunConfig,
+    *,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    progress: dict | None = None,
+) -> None:
+    """Write `directory` (an `iter_*` name or any other), on all ranks together.
+
+    The tokenizer is copied from `config.data.tokenizer`. Without optimizer and scheduler the
+    checkpoint holds weights only. An existing directory is replaced. Raises CheckpointError if
+    the disk refuses.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    main = torch.distributed.get_rank() == 0
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    weights = sharded_weights(model)
+    state = {"model": weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
+        state["scheduler"] = scheduler.state_dict()
+    dist_checkpointing.save(state, str(partial))
+    if main:
+        configuration.save(config, partial / "run.yaml")
+        shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
+        (partial / "progress.json").write_text(json.dumps(progress or {}, indent=1))
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    torch.distributed.barrier()
+
+
+def save_step(run: Path, step: int, *state, **more) -> Path:
+    """`save` as `run/checkpoints/iter_<step>` and make it the run's latest; returns its path."""
+    checkpoints = Path(run) / "checkpoints"
+    directory = checkpoints / f"{_PREFIX}{step:07d}"
+    save(directory, *state, **more)
+    if torch.distributed.get_rank() == 0:
+        pointer = checkpoints / f".{LATEST}.partial"
+        pointer.write_text(directory.name)
+        os.replace(pointer, checkpoints / LATEST)
+    torch.distributed.barrier()
+    return directory
+
+
+def load_weights(directory: Path, model: Owl2) -> None:
+    """Fill the model from a checkpoint, whatever layout it was saved under; strict.
+
+    Raises CheckpointError listing every missing, unexpected or misshapen parameter.
+    """
+    directory = resolve(directory)
+    _compare_names(directory, model)
+    loaded = dist_checkpointing.load(
+        {"model": sharded_weights(model)}, str(directory), strict=StrictHandling.IGNORE_ALL
+    )["model"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(loaded[name])
+
+
+def load_training(
+    directory: Path,
+    model: Owl2,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> dict:
+    """Continue a run: weights, optimizer and schedule in place; returns its progress."""
+    directory = resolve(directory)
+    _compare_names(directory, model)
+    weights = sharded_weights(model)
+    template = {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA),
+    }
+    loaded = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_ALL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(loaded["model"][name])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    return read_progress(directory)
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the latest of a run or `checkpoints` directory.
+
+    Raises CheckpointError if there is none or it is not whole.
+    """
+    path = Path(path)
+    for folder in (path, path / "checkpoints"):
+        if (folder / LATEST).is_file():
+            path = folder / (folder / LATEST).read_text().strip()
+            break
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    missing = [
+        f for f in ("metadata.json", "run.yaml", "progress.json") if not (path / f).is_file()
+    ]
+    if missing:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {', '.join(missing)} missing")
+    return path
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run directory, or None for a run that has saved none."""
+    return resolve(run) if (Path(run) / "checkpoints" / LATEST).is_file() else None
+
+
+def read_config(directory: str | Path) -> RunConfig:
+    """The resolved configuration of the run that wrote the checkpoint, with its own tokenizer."""
+    directory = resolve(directory)
+    config = configuration.load(directory / "run.yaml")
+    config.data.tokenizer = str(directory / "tokenizer.model")
+    return config
+
+
+def read_progress(directory: str | Path) -> dict:
+    """What `save` was given as progress."""
+    return json.loads((resolve(directory) / "progress.json").read_text())
+
+
+def sharded_weights(model: Owl2) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Each local parameter as its share of the whole model's, for megatron-core's checkpoints."""
+    groups = model.layout.groups
+    where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **where)
+            continue
+        state[name] = make_tp_sharded_tensor_for_checkpoint(
+            parameter, name, parameter.partition_dim, **where
+        )
+        if parameter.partition_stride == 2:  # gate and up, each split over the ranks
+            state[name] = apply_swiglu_sharded_factory(state[name], ())
+    return state
+
+
+def _compare_names(directory: Path, model: Owl2) -> None:
+    """Hold the model's parameters against what the checkpoint has, on all ranks alike."""
+    stored = {
+        name: tuple(tensor.global_shape)
+        for name, tensor in dist_checkpointing.load_tensors_metadata(str(directory)).items()
+        if not name.startswith("optimizer.")
+    }
+    shares = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, global_shapes(model))
+    wanted = {name: shape for share in shares for name, shape in share.items()}
+    problems = [f"missing: {n} {wanted[n]}" for n in sorted(wanted.keys() - stored.keys())]
+    problems += [f"unexpected: {n} {stored[n]}" for n in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"shape: {n} is {stored[n]} in the checkpoint, {wanted[n]} in the model"
+        for n in sorted(wanted.keys() & stored.keys())
+        if wanted[n] != stored[n]
+    ]
+    if problems:
+        listing = "\n  ".join(problems)
+        raise CheckpointError(f"checkpoint {directory} does not fit the model:\n  {listing}")
+
+
+def global_shapes(model: Owl2) -> dict[str, tuple[int, ...]]:
+    """The whole shape of each local parameter, over its tensor-parallel ranks."""
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        shape = list(parameter.shape)
+        if getattr(parameter, "tensor_model_parallel", False):
+            shape[parameter.partition_dim] *= model.layout.tensor
+        shapes[name] = tuple(shape)
+    return shapes

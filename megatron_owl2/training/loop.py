@@ -1,0 +1,145 @@
+"""A training run from start to end."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_owl2 import config as configuration
+from megatron_owl2 import mcore
+from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.stream import build_loader, fingerprint
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training import checkpoint, metrics, optim, stages
+from megatron_owl2.training.signals import StopRequest
+from megatron_owl2.training.step import forward_backward
+
+
+def train(config: RunConfig) -> int:
+    """Train until `train.steps`, continuing from the run directory's latest checkpoint if any.
+
+    Returns 0, or the number of the signal that ended the run early (after a checkpoint). Every
+    rank of the job calls it; `configuration.check` must have passed.
+    """
+    stop = StopRequest()
+    output = Path(config.train.output)
+    groups = mcore.initialize(config.parallel.tensor, config.parallel.pipeline)
+    main = torch.distributed.get_rank() == 0
+    say = print if main else _silent
+
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size != config.model.decoder.vocab_size:
+        raise ConfigError(
+            f"model.decoder.vocab_size is {config.model.decoder.vocab_size}, but "
+            f"{config.data.tokenizer} has {tokenizer.vocab_size} pieces"
+        )
+
+    torch.manual_seed(config.train.seed + groups.pp.rank())
+    model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device())
+    plan = stages.apply(config, model)
+    say(stages.table(plan, config), flush=True)
+    resumed = checkpoint.latest(output)
+    if resumed is None and config.stage.initial_checkpoint is not None:
+        checkpoint.load_weights(Path(config.stage.initial_checkpoint), model)
+        say(f"weights from {config.stage.initial_checkpoint}", flush=True)
+    wrapped = optim.wrap(model)
+    optimizer, scheduler = optim.build(config, wrapped)
+
+    data = fingerprint(config.data)
+    step = slots = 0
+    if resumed is not None:
+        progress = checkpoint.load_training(resumed, model, optimizer, scheduler)
+        if progress["data_fingerprint"] != data:
+            raise ConfigError(
+                f"the data of {resumed} and of this configuration differ (shards, weights or "
+                "seed); resume with the same data.sources and data.seed, or start another run "
+                "with stage.initial_checkpoint"
+            )
+        step, slots = progress["step"], progress["slots"]
+        say(f"continuing from {resumed} at step {step}", flush=True)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        configuration.save(config, output / "run.yaml")
+        metrics.drop_after(output, step)
+
+    per_rank = config.train.global_batch_size // groups.dp.size()
+    micro_batches = per_rank // config.train.micro_batch_size
+    loader = build_loader(
+        config.data,
+        tokenizer=tokenizer,
+        tokens_per_image=config.model.tokens_per_image,
+        image_size=config.model.vision.image_size,
+        micro_batch_size=config.train.micro_batch_size,
+        start_slot=slots,
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=groups.dp.size(),
+        decode_images=model.pre_process,
+        bad_samples_path=output / f"bad_samples.rank{torch.distributed.get_rank()}.jsonl",
+    )
+    feed = Feed(loader, mcore.device())
+    log = metrics.Metrics(config, mcore.device(), step)
+    received = 0
+
+    while step < config.train.steps and not received:
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = forward_backward(config, wrapped, feed, micro_batches)
+        scheduler.step(1)
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        _, grad_norm, _ = optimizer.step()
+        step += 1
+        slots += config.train.global_batch_size
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm of step {step} (slots {slots - config.train.global_batch_size} "
+                f"to {slots - 1}) is {grad_norm}; the run stops at the last checkpoint"
+            )
+        log.add(sums, **feed.take_counts())
+        if step % config.train.log_interval == 0 or step == config.train.steps:
+            log.write(step, float(grad_norm), lr)
+        received = stop.agreed(mcore.device())
+        if step % config.train.save_interval == 0 or step == config.train.steps or received:
+            where = checkpoint.save_step(
+                output,
+                step,
+                model,
+                config,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                progress={"step": step, "slots": slots, "data_fingerprint": data},
+            )
+            say(f"saved {where}", flush=True)
+    log.close()
+    return received
+
+
+class Feed(Iterator[Batch]):
+    """Micro-batches on the device; counts the tokens, bad samples and seconds waited for them."""
+
+    def __init__(self, loader: Iterable[Batch], device: torch.device):
+        self._batches, self._device = iter(loader), device
+        self._tokens = self._bad = 0
+        self._waited = 0.0
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - started
+        self._tokens += int(batch.lengths.sum())
+        self._bad += batch.bad
+        return batch.to(self._device)
+
+    def take_counts(self) -> dict:
+        """The counts since the last call, as `Metrics.add` takes them."""
+        counts = {"tokens": self._tokens, "bad_samples": self._bad, "wait_seconds": self._waited}
+        self._tokens = self._bad = 0
+        self._waited = 0.0
+        return counts
+
+
+def _silent(*args, **kwargs) -> None:
+    pass

@@ -1,0 +1,89 @@
+"""megatron-core's gradient buffers, distributed AdamW and schedule, set up from the run config."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_owl2.config import RunConfig
+from megatron_owl2.model.owl2 import Owl2
+
+
+def wrap(model: Owl2) -> DistributedDataParallel:
+    """Put the trained parameters' gradients into contiguous fp32 buffers, reduced over data ranks.
+
+    Parameters must have been frozen before; call once per process.
+    """
+    transformer = model.layout.transformer
+    wrapped = DistributedDataParallel(
+        transformer,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=True,
+            check_for_nan_in_grad=True,
+        ),
+        model,
+    )
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def build(
+    config: RunConfig, model: DistributedDataParallel
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer over the trained parameters and its schedule, at step 0.
+
+    Step n of the run uses the rate after n calls of `scheduler.step(1)`: `lr` is reached at
+    warmup_steps, `min_lr` at the last step. Biases and one-dimensional weights do not decay.
+    """
+    chosen, bf16 = config.optimizer, config.train.precision == "bf16"
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=chosen.lr,
+        min_lr=chosen.min_lr,
+        weight_decay=chosen.weight_decay,
+        adam_beta1=chosen.beta1,
+        adam_beta2=chosen.beta2,
+        adam_eps=chosen.eps,
+        clip_grad=chosen.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    overrides = get_standard_config_overrides(settings)
+    for factor in sorted({p.rate_factor for p in model.parameters()} - {1.0}):
+        # megatron-core reads max_lr and min_lr, but tells groups apart in checkpoints by lr_mult.
+        overrides[_parameters_with_factor(factor)] = {
+            "max_lr": chosen.lr * factor,
+            "min_lr": chosen.min_lr * factor,
+            "lr_mult": factor,
+        }
+    optimizer = get_megatron_optimizer(settings, [model], config_overrides=overrides)
+    model.config.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=chosen.lr,
+        min_lr=chosen.min_lr,
+        lr_warmup_steps=chosen.warmup_steps,
+        lr_decay_steps=config.train.steps,
+        lr_decay_style="cosine",
+        start_wd=chosen.weight_decay,
+        end_wd=chosen.weight_decay,
+        wd_incr_steps=config.train.steps,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def _parameters_with_factor(factor: float) -> ParamKey:
+    return ParamKey(predicate=ParamPredicate(f"rate x {factor}", lambda p: p.rate_factor == factor))
