@@ -1,0 +1,277 @@
+"""`config.json` and its companions of Hugging Face directories, to and from our ModelConfig."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from megatron_owl2.config import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
+from megatron_owl2.convert.weights import ConversionError, read_json
+
+# Our field and theirs.
+_DECODER = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+_VISION = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_size": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+}
+_ABSTRACTOR = {
+    "num_queries": "num_learnable_queries",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_size": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+}
+# What the model always is; a directory that says otherwise is another model.
+_FIXED_DECODER = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+}
+_FIXED_VISION = {"hidden_act": "quick_gelu", "num_channels": 3, "attention_dropout": 0.0}
+_FIXED_OFFICIAL_VISION = {"use_cls_token": True, "use_post_layernorm": True}
+_FIXED_ABSTRACTOR = {
+    "add_v2t_pos_emb": False,
+    "use_cls_token": True,
+    "attention_probs_dropout_prob": 0.0,
+}
+_CLIP_DEFAULTS = {  # CLIPVisionConfig's own; a CLIPModel's config leaves out what equals them
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "layer_norm_eps": 1e-5,
+}
+_OFFICIAL_GRID = 32  # the released abstractor's, when grid_size is null
+
+
+def read_owl2(directory: str | Path) -> ModelConfig:
+    """Sizes, norms and image statistics of a directory in the released layout.
+
+    Raises ConversionError naming every setting that this model does not have.
+    """
+    tree = _read(directory, "mplug_owl2")
+    nested = tree.get("visual_config")
+    nested = nested if isinstance(nested, dict) else {}
+    vision, abstractor = nested.get("visual_model"), nested.get("visual_abstractor")
+    if not isinstance(vision, dict) or not isinstance(abstractor, dict):
+        raise _error(directory, "visual_config must hold visual_model and visual_abstractor")
+    model = ModelConfig(
+        vision=_pick(directory, VisionConfig, _VISION, vision),
+        abstractor=_pick(directory, AbstractorConfig, _ABSTRACTOR, abstractor),
+        decoder=_read_decoder(directory, tree),
+        init_std=tree.get("initializer_range", ModelConfig.init_std),
+    )
+    width = model.vision.hidden_size
+    widths = {"hidden_size": width, "encoder_hidden_size": width}
+    _hold(directory, vision, _FIXED_VISION | _FIXED_OFFICIAL_VISION)
+    _hold(directory, abstractor, _FIXED_ABSTRACTOR | widths)
+    grid = abstractor.get("grid_size") or _OFFICIAL_GRID
+    if grid != model.vision.grid_size:
+        raise _error(
+            directory,
+            f"visual_abstractor.grid_size is {grid}, but an image has {model.vision.grid_size} "
+            "patches on a side",
+        )
+    _read_image_statistics(directory, model)
+    return model
+
+
+def read_llama(directory: str | Path) -> DecoderConfig:
+    """Sizes of a LlamaForCausalLM directory; raises ConversionError for what Owl2 has not."""
+    return _read_decoder(directory, _read(directory, "llama"))
+
+
+def read_clip(directory: str | Path) -> VisionConfig:
+    """Sizes of the ViT of a CLIPVisionModel or CLIPModel directory.
+
+    Raises ConversionError for what Owl2 has not, such as another activation than quick_gelu.
+    """
+    tree = _read(directory, "clip_vision_model", "clip")
+    tree = _CLIP_DEFAULTS | tree.get("vision_config", tree)
+    _hold(directory, tree, _FIXED_VISION)
+    return _pick(directory, VisionConfig, _VISION, tree)
+
+
+def source_dtype(directory: str | Path) -> str | None:
+    """The dtype of the weights that config.json names ("bfloat16"), or None if it names none."""
+    tree = read_json(Path(directory) / "config.json")
+    return tree.get("torch_dtype") or tree.get("dtype")
+
+
+def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Write config.json and the tokenizer, generation and image settings that go with it."""
+    name = str(dtype).removeprefix("torch.")
+    trees = {"config.json": _CONFIGS[layout](model) | {"torch_dtype": name}}
+    if layout != "clip":
+        special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        trees["generation_config.json"] = special
+        trees["tokenizer_config.json"] = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<unk>",  # the released training code pads with unk
+            "legacy": True,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model.decoder.max_positions,
+        }
+    if layout != "llama":
+        size = model.vision.image_size
+        trees["preprocessor_config.json"] = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": 3,  # bicubic
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(model.image_mean),
+            "image_std": list(model.image_std),
+        }
+    for file, tree in trees.items():
+        (directory / file).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _owl2_config(model: ModelConfig) -> dict:
+    width = model.vision.hidden_size
+    return _llama_config(model) | {
+        "architectures": ["MPLUGOwl2LlamaForCausalLM"],
+        "model_type": "mplug_owl2",
+        "visual_config": {
+            "visual_model": {
+                "model_type": "mplug_owl_vision_model",
+                **_export(model.vision, _VISION),
+                **_FIXED_VISION,
+                **_FIXED_OFFICIAL_VISION,
+                "use_flash_attn": False,
+                "initializer_range": model.init_std,
+            },
+            "visual_abstractor": {
+                "model_type": "mplug_owl_visual_abstract",
+                **_export(model.abstractor, _ABSTRACTOR),
+                **_FIXED_ABSTRACTOR,
+                "hidden_size": width,
+                "encoder_hidden_size": width,
+                "grid_size": model.vision.grid_size,
+                "initializer_range": model.init_std,
+            },
+        },
+    }
+
+
+def _llama_config(model: ModelConfig) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **_export(model.decoder, _DECODER),
+        **_FIXED_DECODER,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": model.init_std,
+        "use_cache": True,
+    }
+
+
+def _clip_config(model: ModelConfig) -> dict:
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        **_export(model.vision, _VISION),
+        **_FIXED_VISION,
+        "initializer_range": model.init_std,
+    }
+
+
+_CONFIGS = {"owl2": _owl2_config, "llama": _llama_config, "clip": _clip_config}
+
+
+def _read(directory: str | Path, *model_types: str) -> dict:
+    if not Path(directory).is_dir():
+        raise ConversionError(f"{directory} is not a directory")
+    tree = read_json(Path(directory) / "config.json")
+    if tree.get("model_type") not in model_types:
+        wanted = " or ".join(map(repr, model_types))
+        raise _error(directory, f"model_type is {tree.get('model_type')!r}, wanted {wanted}")
+    return tree
+
+
+def _read_decoder(directory: str | Path, tree: dict) -> DecoderConfig:
+    rope = tree.get("rope_parameters") or {}  # of transformers 5, instead of theta and scaling
+    if rope.get("rope_type", "default") != "default":
+        tree = tree | {"rope_scaling": rope}
+    heads = tree.get("num_attention_heads")
+    optional = {
+        "num_key_value_heads": tree.get("num_key_value_heads") or heads,
+        "rope_theta": rope.get("rope_theta") or tree.get("rope_theta") or DecoderConfig.rope_theta,
+    }
+    decoder = _pick(directory, DecoderConfig, _DECODER, tree | optional)
+    fixed = _FIXED_DECODER
+    if tree.get("head_dim") is not None:
+        fixed = fixed | {"head_dim": decoder.hidden_size // decoder.num_heads}
+    _hold(directory, tree, fixed)
+    return decoder
+
+
+def _read_image_statistics(directory: str | Path, model: ModelConfig) -> None:
+    path = Path(directory) / "preprocessor_config.json"
+    if path.is_file():
+        tree = read_json(path)
+        model.image_mean = tree.get("image_mean", model.image_mean)
+        model.image_std = tree.get("image_std", model.image_std)
+
+
+def _pick(directory: str | Path, cls: type, fields: dict[str, str], tree: dict):
+    """cls with each of our fields from theirs, checked to be a number of the right kind."""
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    wrong = [
+        f"{theirs} is {tree.get(theirs)!r}, wanted a number"
+        for ours, theirs in fields.items()
+        if type(tree.get(theirs)) not in (kinds[ours], int)
+    ]
+    if wrong:
+        raise _error(directory, "; ".join(wrong))
+    return cls(**{ours: kinds[ours](tree[theirs]) for ours, theirs in fields.items()})
+
+
+def _hold(directory: str | Path, tree: dict, fixed: dict) -> None:
+    """Refuse settings that differ from what the model always is; absent ones are right."""
+    wrong = [
+        f"{key} is {tree[key]!r}, this model only has {wanted!r}"
+        for key, wanted in fixed.items()
+        if tree.get(key, wanted) != wanted
+    ]
+    if wrong:
+        raise _error(directory, "; ".join(wrong))
+
+
+def _export(config, fields: dict[str, str]) -> dict:
+    return {theirs: getattr(config, ours) for ours, theirs in fields.items()}
+
+
+def _error(directory: str | Path, message: str) -> ConversionError:
+    return ConversionError(f"{Path(directory) / 'config.json'}: {message}")

@@ -1,0 +1,276 @@
+"""One table of names: which tensors of a Hugging Face directory make which parameter of Owl2.
+
+Three layouts: "owl2" is the released model, "llama" a LlamaForCausalLM (the decoder), "clip" a
+CLIPVisionModel (the ViT). In a row, `{i}` is a layer, `{p}` stands for weight and bias, `{text}`
+and `{vision}` for the branch of a modality-adaptive module (a LLaMA has one branch for both).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_owl2.config import ModelConfig
+from megatron_owl2.model.abstractor import image_positions, sincos_1d
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One tensor, as it is."""
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return parts[0]
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor]
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """Several tensors cut into `groups` blocks of rows: block 0 of each, block 1 of each, ...
+
+    `shares` are the relative sizes of the parts. With one group it is a concatenation.
+    """
+
+    groups: int
+    shares: tuple[int, ...]
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([p.unflatten(0, (self.groups, -1)) for p in parts], dim=1).flatten(0, 1)
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        blocks = tensor.unflatten(0, (self.groups, -1))
+        unit = blocks.shape[1] // sum(self.shares)
+        return [b.flatten(0, 1) for b in blocks.split([unit * s for s in self.shares], dim=1)]
+
+
+@dataclass(frozen=True)
+class LeadingOnes:
+    """One tensor, to which we add `count` leading dimensions of size 1."""
+
+    count: int
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return parts[0].reshape((1,) * self.count + parts[0].shape)
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.reshape(tensor.shape[self.count :])]
+
+
+Transform = Copy | Interleave | LeadingOnes
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter of ours and the Hugging Face tensors it is joined from.
+
+    `import_only`: the tensors belong to another parameter, from which this one is initialised.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    transform: Transform
+    import_only: bool = False
+
+
+def _copy(model: ModelConfig) -> Transform:
+    return Copy()
+
+
+def _decoder_qkv(model: ModelConfig) -> Transform:
+    groups = model.decoder.num_kv_heads
+    return Interleave(groups, (model.decoder.num_heads // groups, 1, 1))
+
+
+def _decoder_kv(model: ModelConfig) -> Transform:
+    return Interleave(model.decoder.num_kv_heads, (1, 1))
+
+
+def _gate_up(model: ModelConfig) -> Transform:
+    return Interleave(1, (1, 1))
+
+
+def _clip_qkv(model: ModelConfig) -> Transform:
+    return Interleave(model.vision.num_heads, (1, 1, 1))
+
+
+def _class_token(model: ModelConfig) -> Transform:
+    return LeadingOnes(2)
+
+
+def _positions(model: ModelConfig) -> Transform:
+    return LeadingOnes(1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows (our name, their names, transform) under a common prefix on both sides."""
+
+    ours: str
+    theirs: str
+    layers: Callable[[ModelConfig], int]
+    rows: tuple[tuple[str, str, Callable[[ModelConfig], Transform]], ...]
+
+
+def _once(model: ModelConfig) -> int:
+    return 1
+
+
+_DECODER = (
+    _Block("", "", _once, (
+        ("embedding.weight", "model.embed_tokens.weight", _copy),
+        ("final_norm.weight", "model.norm.weight", _copy),
+        ("output_layer.weight", "lm_head.weight", _copy),
+    )),
+    _Block("decoder.layers.{i}.", "model.layers.{i}.", lambda m: m.decoder.num_layers, (
+        ("input_norm.weight_text", "input_layernorm{text}.weight", _copy),
+        ("input_norm.weight_vision", "input_layernorm{vision}.weight", _copy),
+        (
+            "attention.qkv.linear_qkv.weight",
+            "self_attn.q_proj.weight self_attn.k_proj{text}.weight self_attn.v_proj{text}.weight",
+            _decoder_qkv,
+        ),
+        (
+            "attention.qkv.linear_kv_vision.weight",
+            "self_attn.k_proj{vision}.weight self_attn.v_proj{vision}.weight",
+            _decoder_kv,
+        ),
+        ("attention.linear_proj.weight", "self_attn.o_proj.weight", _copy),
+        ("pre_mlp_norm.weight_text", "post_attention_layernorm{text}.weight", _copy),
+        ("pre_mlp_norm.weight_vision", "post_attention_layernorm{vision}.weight", _copy),
+        ("mlp.linear_fc1.weight", "mlp.gate_proj.weight mlp.up_proj.weight", _gate_up),
+        ("mlp.linear_fc2.weight", "mlp.down_proj.weight", _copy),
+    )),
+)  # fmt: skip
+
+_VISION = (
+    _Block("vision_model.", "model.vision_model.", _once, (
+        ("cls_token", "embeddings.cls_token", _copy),
+        ("position_embedding", "embeddings.position_embedding", _copy),
+        ("patch_embed.weight", "embeddings.patch_embed.weight", _copy),
+        ("pre_layernorm.{p}", "embeddings.pre_layernorm.{p}", _copy),
+        ("post_layernorm.{p}", "post_layernorm.{p}", _copy),
+    )),
+    _Block(
+        "vision_model.layers.{i}.",
+        "model.vision_model.encoder.layers.{i}.",
+        lambda m: m.vision.num_layers,
+        (
+            ("input_layernorm.{p}", "input_layernorm.{p}", _copy),
+            ("linear_qkv.{p}", "self_attn.query_key_value.{p}", _copy),
+            ("linear_proj.{p}", "self_attn.dense.{p}", _copy),
+            ("pre_mlp_layernorm.{p}", "post_attention_layernorm.{p}", _copy),
+            ("linear_fc1.{p}", "mlp.fc1.{p}", _copy),
+            ("linear_fc2.{p}", "mlp.fc2.{p}", _copy),
+        ),
+    ),
+)  # fmt: skip
+
+_ABSTRACTOR = (
+    _Block("abstractor.", "model.visual_abstractor.", _once, (
+        ("query_embeds", "query_embeds", _copy),
+        ("vit_eos", "vit_eos", _copy),
+        ("visual_fc.{p}", "visual_fc.{p}", _copy),
+    )),
+    _Block(
+        "abstractor.layers.{i}.",
+        "model.visual_abstractor.encoder.layers.{i}.crossattention.",
+        lambda m: m.abstractor.num_layers,
+        (
+            ("norm1.{p}", "norm1.{p}", _copy),
+            ("normk.{p}", "normk.{p}", _copy),
+            ("query.{p}", "attention.query.{p}", _copy),
+            ("key.{p}", "attention.key.{p}", _copy),
+            ("value.{p}", "attention.value.{p}", _copy),
+            ("out_proj.{p}", "output.out_proj.{p}", _copy),
+            ("norm2.{p}", "output.norm2.{p}", _copy),
+            ("w1.{p}", "output.mlp.w1.{p}", _copy),
+            ("w3.{p}", "output.mlp.w3.{p}", _copy),
+            ("ffn_ln.{p}", "output.mlp.ffn_ln.{p}", _copy),
+            ("w2.{p}", "output.mlp.w2.{p}", _copy),
+        ),
+    ),
+)  # fmt: skip
+
+_CLIP = (
+    _Block("vision_model.", "vision_model.", _once, (
+        ("cls_token", "embeddings.class_embedding", _class_token),
+        ("position_embedding", "embeddings.position_embedding.weight", _positions),
+        ("patch_embed.weight", "embeddings.patch_embedding.weight", _copy),
+        ("pre_layernorm.{p}", "pre_layrnorm.{p}", _copy),  # spelt so in every CLIP checkpoint
+        ("post_layernorm.{p}", "post_layernorm.{p}", _copy),
+    )),
+    _Block(
+        "vision_model.layers.{i}.",
+        "vision_model.encoder.layers.{i}.",
+        lambda m: m.vision.num_layers,
+        (
+            ("input_layernorm.{p}", "layer_norm1.{p}", _copy),
+            (
+                "linear_qkv.{p}",
+                "self_attn.q_proj.{p} self_attn.k_proj.{p} self_attn.v_proj.{p}",
+                _clip_qkv,
+            ),
+            ("linear_proj.{p}", "self_attn.out_proj.{p}", _copy),
+            ("pre_mlp_layernorm.{p}", "layer_norm2.{p}", _copy),
+            ("linear_fc1.{p}", "mlp.fc1.{p}", _copy),
+            ("linear_fc2.{p}", "mlp.fc2.{p}", _copy),
+        ),
+    ),
+)  # fmt: skip
+
+_BLOCKS = {"owl2": _DECODER + _VISION + _ABSTRACTOR, "llama": _DECODER, "clip": _CLIP}
+_BRANCHES = {
+    "owl2": {"text": ".multiway.0", "vision": ".multiway.1"},
+    "llama": {"text": "", "vision": ""},
+    "clip": {},
+}
+_NEEDLESS = {  # computed by the model, or parts of a CLIP that Owl2 does not have
+    "owl2": r".*\.(rotary_emb\.inv_freq|[qk]_pos_embed)",
+    "llama": r".*\.rotary_emb\.inv_freq",
+    "clip": r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
+    r"|vision_model\.embeddings\.position_ids",
+}
+LAYOUTS = tuple(_BLOCKS)
+
+
+def rules(layout: str, model: ModelConfig) -> list[Rule]:
+    """The table of a layout for a model's sizes, one Rule per parameter of ours it covers."""
+    found = []
+    for block in _BLOCKS[layout]:
+        for i in range(block.layers(model)):
+            for ours, theirs, transform in block.rows:
+                for p in ("weight", "bias") if "{p}" in ours else ("",):
+                    fields = {"i": i, "p": p, **_BRANCHES[layout]}
+                    found.append(
+                        Rule(
+                            (block.ours + ours).format(**fields),
+                            tuple((block.theirs + t).format(**fields) for t in theirs.split()),
+                            transform(model),
+                            import_only=layout == "llama" and "{vision}" in theirs,
+                        )
+                    )
+    return found
+
+
+def needless(layout: str, name: str) -> bool:
+    """Whether a Hugging Face tensor may be in a directory of this layout without being read."""
+    return re.fullmatch(_NEEDLESS[layout], name) is not None
+
+
+def constants(layout: str, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Tensors fp32 that an export carries beside the parameters.
+
+    The position tables of the released abstractor are persistent buffers, one copy per layer.
+    """
+    if layout != "owl2":
+        return {}
+    size = model.vision.hidden_size
+    query = sincos_1d(torch.arange(model.abstractor.num_queries), size)
+    key = image_positions(model.vision.grid_size, size)
+    tables = {}
+    for i in range(model.abstractor.num_layers):
+        prefix = f"model.visual_abstractor.encoder.layers.{i}.crossattention.attention."
+        tables[prefix + "q_pos_embed"], tables[prefix + "k_pos_embed"] = query, key
+    return tables
