@@ -1,0 +1,137 @@
+"""Reads LLaVA and ShareGPT conversations: [{id, image?, conversations: [{from, value}]}]."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_owl2.data.preprocess import Part, PreprocessError, Skipped
+from megatron_owl2.data.records import (
+    IMAGE_PLACEHOLDER,
+    BadSampleError,
+    Record,
+    Turn,
+    image_extension,
+)
+
+_TAGS = ("<image>", IMAGE_PLACEHOLDER)  # LLaVA's and mPLUG-Owl2's way to write the picture
+
+
+class _SkipError(Exception):
+    """Why an entry is left out."""
+
+
+def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part]:
+    """One part for every `samples_per_shard` entries of the JSON list.
+
+    Raises PreprocessError if the file is not such a list, or names pictures without `images`.
+    """
+    if not source.is_file():
+        raise PreprocessError(f"{source} is not a file; name the JSON file of the conversations")
+    data = source.read_bytes()
+    try:
+        entries = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise PreprocessError(f"{source} is not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise PreprocessError(f"{source} must hold a list of conversations")
+    if images is None and any(isinstance(e, dict) and e.get("image") for e in entries):
+        raise PreprocessError(f"{source} names pictures; say where they are with --images DIR")
+    if images is not None and not images.is_dir():
+        raise PreprocessError(f"--images {images} is not a folder")
+    digest = hashlib.sha256(data).hexdigest()
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", source.stem)
+    return [
+        Part(
+            f"{name}-{start // samples_per_shard:05d}",
+            f"{digest} from {start}",
+            (start, entries[start : start + samples_per_shard], images, source.stem),
+        )
+        for start in range(0, len(entries), samples_per_shard)
+    ]
+
+
+def read(payload: tuple[int, list, Path | None, str]) -> Iterator[Record | Skipped]:
+    """The records of a run of entries; the key is the entry's number in the file.
+
+    The picture's tag must be in the first question; it goes to the front of it, and the newlines
+    around it go. Picture paths are relative to the images folder and cannot climb out of it;
+    symbolic links in it are followed.
+    """
+    start, entries, images, source = payload
+    for index, entry in enumerate(entries, start):
+        try:
+            yield _record(index, entry, images, source)
+        except (_SkipError, BadSampleError) as error:
+            name = entry.get("id") if isinstance(entry, dict) else None
+            yield Skipped(str(error), f"entry {index}, id {name}")
+
+
+def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
+    if not isinstance(entry, dict):
+        raise _SkipError("entry is not an object")
+    texts = _texts(entry.get("conversations"))
+    tags = [sum(text.count(tag) for tag in _TAGS) for text in texts]
+    image = None
+    if entry.get("image") is not None:
+        if sum(tags) > 1:
+            raise _SkipError("more than one image tag")
+        if any(tags[1:]):
+            raise _SkipError("image tag outside the first question")
+        for tag in _TAGS:
+            texts[0] = texts[0].replace(tag, "")
+        image = _picture(entry["image"], images)
+    elif any(tags):
+        raise _SkipError("image tag without an image")
+    texts = [text.strip() for text in texts]
+    if not all(texts[1:]) or not (texts[0] or image):
+        raise _SkipError("empty turn")
+    if image is not None:
+        texts[0] = IMAGE_PLACEHOLDER + texts[0]
+    return Record(
+        key=f"{index:09d}",
+        image=image,
+        turns=tuple(map(Turn, texts[::2], texts[1::2])),
+        source=source,
+        metadata={"id": entry["id"]} if "id" in entry else {},
+    )
+
+
+def _texts(messages: Any) -> list[str]:
+    """What was said, question and answer in turn."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise _SkipError("conversations is not a list of messages")
+    if not messages:
+        raise _SkipError("no turns")
+    speakers = [message.get("from") for message in messages]
+    texts = [message.get("value") for message in messages]
+    if not all(speaker in ("human", "gpt") for speaker in speakers):
+        raise _SkipError("a speaker is neither human nor gpt")
+    if not all(isinstance(text, str) for text in texts):
+        raise _SkipError("a message has no text")
+    if speakers[0] == "gpt":
+        raise _SkipError("conversation starts with gpt")
+    if speakers != ["human", "gpt"] * (len(speakers) // 2) + ["human"] * (len(speakers) % 2):
+        raise _SkipError("human and gpt do not take turns")
+    if speakers[-1] == "human":
+        raise _SkipError("last question has no answer")
+    return texts
+
+
+def _picture(name: Any, images: Path) -> bytes:
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise _SkipError("image is not one path")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise _SkipError("image path leaves the images folder")
+    try:
+        data = (images / path).read_bytes()
+    except FileNotFoundError:
+        raise _SkipError("image file is missing") from None
+    except OSError as error:
+        raise _SkipError(f"image file cannot be read ({os.strerror(error.errno)})") from None
+    image_extension(data)  # its message is the reason
+    return data

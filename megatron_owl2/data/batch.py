@@ -1,0 +1,87 @@
+"""The batch that leaves a data worker: final shapes, nothing is cut or inserted later."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+
+from megatron_owl2.data.conversation import IGNORE_INDEX, Sample
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used for `slot`, and why; one line of the ledger."""
+
+    slot: int
+    key: str | None  # None if the sample could not even be read
+    dataset: str
+    shard: str
+    offset: int
+    reason: str
+
+
+@dataclass
+class Batch:
+    """A micro-batch of b rows of s positions with n >= 1 images.
+
+    tokens, labels (shifted: labels[:, t] is the target of position t; -100 ignored), modality (0
+    text and padding, 1 vision) and position_ids are int64 [b, s], loss_mask is float32 [b, s].
+    image is uint8 [n, 3, H, W]; without any picture one black image that owns no rows keeps every
+    parameter in the graph. Where pictures are not wanted H and W are 0. vision_rows, int64
+    [images * tokens_per_image], are the rows of the images in the flattened sequence-first [s * b]
+    hidden states: position * b + row, image after image. slots is int64 [b].
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    modality: torch.Tensor
+    position_ids: torch.Tensor
+    image: torch.Tensor
+    vision_rows: torch.Tensor
+    slots: torch.Tensor
+    keys: list[str]
+    shortened: int = 0  # samples that lost turns or the end of an answer
+    bad_samples: list[BadSample] = field(default_factory=list)
+
+    @property
+    def bad(self) -> int:
+        """How many slots hold a substitute."""
+        return len({sample.slot for sample in self.bad_samples})
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, which the DataLoader asks for."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function) -> "Batch":
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+def collate(samples: Sequence[Sample], image_size: int) -> Batch:
+    """Stack samples; `image_size` is H = W of the black image of a text-only batch (0: none)."""
+    rows = len(samples)
+    labels = np.stack([sample.labels for sample in samples])
+    images = [sample.image for sample in samples if sample.image is not None]
+    if not images:
+        images = [torch.zeros(3, image_size, image_size, dtype=torch.uint8)]
+    vision_rows = [sample.image_positions * rows + row for row, sample in enumerate(samples)]
+    positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
+    return Batch(
+        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy((labels != IGNORE_INDEX).astype(np.float32)),
+        modality=torch.from_numpy(np.stack([sample.modality for sample in samples])),
+        position_ids=torch.from_numpy(positions.copy()),
+        image=torch.stack(images),
+        vision_rows=torch.from_numpy(np.concatenate(vision_rows)),
+        slots=torch.tensor([sample.slot for sample in samples]),
+        keys=[sample.key for sample in samples],
+        shortened=sum(sample.shortened for sample in samples),
+    )

@@ -1,0 +1,98 @@
+"""Pictures from bytes to the model's square: decode, resize, crop and flip, all on uint8.
+
+JPEG goes through libjpeg-turbo and the resize through torch's antialiased bicubic filter: within
+one or two levels of 255 of Pillow's result in half the time. Normalisation happens on the device.
+"""
+
+import io
+import math
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from megatron_owl2.data.hashing import KeyedRandom
+from megatron_owl2.data.records import BadSampleError
+
+MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger picture is refused before it is decoded
+_FORMATS = ("PNG", "WEBP", "GIF", "BMP")
+
+
+def decode(data: bytes) -> torch.Tensor:
+    """A picture as RGB, uint8 [3, H, W].
+
+    Grey, palette and CMYK pictures become RGB, 16-bit ones keep the upper 8 bits, transparency is
+    laid over white, an animation gives its first frame. The EXIF orientation is not applied, as
+    in the official code. Raises BadSampleError for anything damaged (strictly: Pillow accepts a
+    JPEG whose body is noise), of an unknown format, or above MAX_PIXELS.
+    """
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(width, height)
+            pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        else:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                _check_size(*image.size)
+                pixels = np.array(_to_rgb(image))
+    except BadSampleError:
+        raise
+    except Exception as error:  # Pillow's readers raise many types on damaged files
+        raise BadSampleError(f"image cannot be decoded: {error}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def resize_square(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Squash uint8 [3, H, W] to [3, size, size] with antialiased bicubic interpolation.
+
+    The shape of the picture is not kept: the official evaluation squashes, and says it is best.
+    """
+    if image.shape[1:] == (size, size):
+        return image.contiguous()
+    resized = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)
+    return resized[0].contiguous()
+
+
+def augment(image: torch.Tensor, size: int, random: KeyedRandom) -> torch.Tensor:
+    """Random resized crop (area 0.5 to 1, ratio 3/4 to 4/3) and horizontal flip with p = 0.5.
+
+    uint8 [3, H, W] to [3, size, size]; the paper's stage-1 augmentation, after BLIP-2.
+    """
+    top, left, height, width = _crop(image.shape[1], image.shape[2], random)
+    flip = random.uniform() < 0.5
+    cropped = resize_square(image[:, top : top + height, left : left + width], size)
+    return cropped.flip(-1) if flip else cropped
+
+
+def _crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a random crop."""
+    for _ in range(10):
+        area = height * width * random.uniform(0.5, 1.0)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width = round(math.sqrt(area * ratio))
+        crop_height = round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(random.uniform(0, height - crop_height + 1))
+            left = int(random.uniform(0, width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    # A very long picture: the largest central crop of an allowed ratio.
+    crop_width = min(width, max(1, round(height * 4 / 3)))
+    crop_height = min(height, max(1, round(width * 4 / 3)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadSampleError(f"image of {width} x {height} pixels exceeds {MAX_PIXELS} pixels")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
