@@ -24,6 +24,7 @@ from megatron.core.utils import (
 
 from megatron_owl2 import config as configuration
 from megatron_owl2.config import RunConfig
+from megatron_owl2.mcore import allocate_optimizer_state
 from megatron_owl2.model.owl2 import Owl2
 
 LATEST = "latest"
@@ -65,7 +66,8 @@ def save(
     dist_checkpointing.save(state, str(partial))
     if main:
         configuration.save(config, partial / "run.yaml")
-        shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
+        if config.data.tokenizer:  # weights converted from a directory without one have none
+            shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
         (partial / "progress.json").write_text(json.dumps(progress or {}, indent=1))
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
@@ -109,6 +111,7 @@ def load_training(
     """Continue a run: weights, optimizer and schedule in place; returns its progress."""
     directory = resolve(directory)
     _compare_names(directory, model)
+    allocate_optimizer_state(optimizer)
     weights = sharded_weights(model)
     template = {
         "model": weights,
@@ -149,10 +152,12 @@ def latest(run: Path) -> Path | None:
 
 
 def read_config(directory: str | Path) -> RunConfig:
-    """The resolved configuration of the run that wrote the checkpoint, with its own tokenizer."""
+    """The resolved configuration of the run that wrote the checkpoint, with its own tokenizer,
+    or "" if it was converted without one."""
     directory = resolve(directory)
     config = configuration.load(directory / "run.yaml")
-    config.data.tokenizer = str(directory / "tokenizer.model")
+    tokenizer = directory / "tokenizer.model"
+    config.data.tokenizer = str(tokenizer) if tokenizer.is_file() else ""
     return config
 
 
