@@ -256,7 +256,7 @@ def check(config: RunConfig, world_size: int) -> None:
         f"train.steps ({config.train.steps})",
     )
     _require(
-        0 < config.optimizer.lr and 0 <= config.optimizer.min_lr <= config.optimizer.lr,
+        config.optimizer.lr > 0 and 0 <= config.optimizer.min_lr <= config.optimizer.lr,
         f"optimizer rates must satisfy 0 <= min_lr ({config.optimizer.min_lr}) <= "
         f"lr ({config.optimizer.lr}) and lr > 0",
     )

@@ -20,6 +20,8 @@ if ON_CPU:  # kernels that only exist for GPUs are not missed
 warnings.filterwarnings("ignore", message="full scope is deprecated")
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear,
@@ -34,9 +36,6 @@ from megatron.core.tensor_parallel import (  # noqa: E402
 )
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 
 from megatron_owl2.config import RunConfig  # noqa: E402
 
@@ -268,6 +267,32 @@ def _copy_optimizer_state(self, model_param, tensors):
 if not distrib_optimizer.HAVE_APEX_OR_TE:
     DistributedOptimizer = distrib_optimizer.DistributedOptimizer
     DistributedOptimizer._set_main_param_and_optimizer_states = _copy_optimizer_state
+
+
+def allocate_optimizer_state(optimizer) -> None:
+    """Give torch's AdamW the state it would make in its first step, so that one can be loaded.
+
+    The fused optimizers of Transformer Engine and apex need no such thing and are left alone.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                zeros = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def load_optimizer_state(optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict`, after which torch's AdamW must count its steps per parameter.
+
+    megatron-core hands one step tensor to all of them, and each would advance it.
+    """
+    optimizer.load_state_dict(state)
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        for part in optimizer.chained_optimizers:
+            for parameter_state in part.optimizer.state.values():
+                parameter_state["step"] = parameter_state["step"].clone()
 
 
 def _normal(std: float):

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from megatron_owl2.config import DecoderConfig, ModelConfig
 from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 from megatron_owl2.model.layers import LayerStack
+from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 
 class KeyValueCache:

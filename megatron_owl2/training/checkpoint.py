@@ -24,7 +24,7 @@ from megatron.core.utils import (
 
 from megatron_owl2 import config as configuration
 from megatron_owl2.config import RunConfig
-from megatron_owl2.mcore import allocate_optimizer_state
+from megatron_owl2.mcore import allocate_optimizer_state, load_optimizer_state
 from megatron_owl2.model.owl2 import Owl2
 
 LATEST = "latest"
@@ -121,7 +121,7 @@ def load_training(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(loaded["model"][name])
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return read_progress(directory)
 
