@@ -30,7 +30,8 @@ class Batch:
     image is uint8 [n, 3, H, W]; without any picture one black image that owns no rows keeps every
     parameter in the graph. Where pictures are not wanted H and W are 0. vision_rows, int64
     [images * tokens_per_image], are the rows of the images in the flattened sequence-first [s * b]
-    hidden states: position * b + row, image after image. slots is int64 [b].
+    hidden states: position * b + row, image after image. lengths, int64 [b], are the positions that
+    are not padding; slots is int64 [b].
     """
 
     tokens: torch.Tensor
@@ -40,6 +41,7 @@ class Batch:
     position_ids: torch.Tensor
     image: torch.Tensor
     vision_rows: torch.Tensor
+    lengths: torch.Tensor
     slots: torch.Tensor
     keys: list[str]
     shortened: int = 0  # samples that lost turns or the end of an answer
@@ -81,6 +83,7 @@ def collate(samples: Sequence[Sample], image_size: int) -> Batch:
         position_ids=torch.from_numpy(positions.copy()),
         image=torch.stack(images),
         vision_rows=torch.from_numpy(np.concatenate(vision_rows)),
+        lengths=torch.tensor([sample.length for sample in samples]),
         slots=torch.tensor([sample.slot for sample in samples]),
         keys=[sample.key for sample in samples],
         shortened=sum(sample.shortened for sample in samples),

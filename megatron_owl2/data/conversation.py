@@ -24,7 +24,7 @@ class Sample:
     """One row of a batch, padded to the sequence length s.
 
     tokens, labels and modality are int64 [s]; `image_positions` int64 [tokens_per_image or 0] are
-    the rows that the image fills. `shortened`: turns or the end of an answer did not fit. The
+    the rows that the image fills; `length` positions are not padding. `shortened`: turns or the end of an answer did not fit. The
     stream adds image (uint8 [3, H, W] or None), slot and key.
     """
 
@@ -32,6 +32,7 @@ class Sample:
     labels: np.ndarray
     modality: np.ndarray
     image_positions: np.ndarray
+    length: int
     shortened: bool
     image: torch.Tensor | None = None
     slot: int = -1
@@ -108,7 +109,7 @@ def build_sample(
         modality[first : first + tokens_per_image] = VISION
     tokens[: len(ids)] = ids
     labels[: len(ids) - 1] = targets[1:]
-    return Sample(tokens, labels, modality, image_positions, shortened)
+    return Sample(tokens, labels, modality, image_positions, len(ids), shortened)
 
 
 def _exchanges(record: Record, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:

@@ -178,6 +178,7 @@ class BatchLoader:
 
     def _write(self, bad_samples: list[BadSample]) -> None:
         if bad_samples and self._bad_samples_path is not None:
+            self._bad_samples_path.parent.mkdir(parents=True, exist_ok=True)
             with self._bad_samples_path.open("a") as file:
                 for sample in bad_samples:
                     file.write(json.dumps(dataclasses.asdict(sample)) + "\n")

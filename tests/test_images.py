@@ -1,0 +1,141 @@
+"""Pictures: close to Pillow, strict about damage, crops that depend on seed and slot alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import encoded, picture
+
+from megatron_owl2.data import images
+from megatron_owl2.data.hashing import KeyedRandom
+from megatron_owl2.data.images import augment, decode, resize_square
+from megatron_owl2.data.records import BadSampleError
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    assert a.dtype == b.dtype == torch.uint8 and a.shape == b.shape
+    return (a.int() - b.int()).abs()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
+def test_lossless_formats_are_exact(kind):
+    image = picture(1)
+    if kind == "GIF":
+        image = image.quantize(64)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    decoded = decode(encoded(image, kind, **options))
+    assert decoded.shape == (3, 30, 40)
+    assert difference(decoded, pixels(image)).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_of_any_colour_space(mode, progressive):
+    data = encoded(picture(2, 64, 48).convert(mode), quality=90, progressive=progressive)
+    reference = picture(2, 64, 48).convert(mode).convert("RGB")
+    assert difference(decode(data), pixels(reference)).float().mean() < 4
+
+
+def test_transparency_is_laid_over_white():
+    image = picture(3).convert("RGBA")
+    alpha = np.zeros((30, 40), dtype=np.uint8)
+    alpha[:, 20:] = 255
+    alpha[:5] = 128
+    image.putalpha(Image.fromarray(alpha))
+    colours = pixels(picture(3)).float()
+    weight = torch.from_numpy(alpha).float() / 255
+    expected = colours * weight + 255 * (1 - weight)
+    assert (decode(encoded(image, "PNG")).float() - expected).abs().max() <= 1
+
+
+def test_transparent_palette_becomes_white():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.putpixel((0, 0), 0)
+    decoded = decode(encoded(image, "PNG", transparency=0))
+    assert decoded[:, 0, 0].tolist() == [255, 255, 255]
+    assert decoded[:, 1, 1].tolist() == [10, 200, 30]
+
+
+def test_sixteen_bit_grey_is_scaled():
+    grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    decoded = decode(encoded(Image.fromarray(grey), "PNG"))
+    assert decoded[0].flatten().tolist() == list(range(256))
+    assert torch.equal(decoded[0], decoded[2])
+
+
+def test_damaged_pictures_are_refused():
+    jpeg = encoded(picture(4, 200, 200), quality=90)
+    noise = bytearray(jpeg)
+    noise[-900:-300] = np.random.default_rng(0).integers(0, 255, 600, dtype=np.uint8).tobytes()
+    png = encoded(picture(4), "PNG")
+    for data in (jpeg[:-400], jpeg[:30], bytes(noise), png[:-60], png[:40], b"", b"hello", b"<svg"):
+        with pytest.raises(BadSampleError, match="cannot be decoded"):
+            decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_too_many_pixels_are_refused_before_decoding(kind, monkeypatch):
+    data = encoded(picture(5, 40, 30), kind)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30)
+    assert decode(data).shape == (3, 30, 40)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30 - 1)
+    with pytest.raises(BadSampleError, match="40 x 30 pixels exceeds"):
+        decode(data)
+
+
+@pytest.mark.parametrize("width, height, size", [(300, 200, 56), (30, 90, 56), (1, 1, 14)])
+def test_resize_is_pillows_bicubic(width, height, size):
+    image = picture(6, width, height)
+    resized = resize_square(decode(encoded(image, "PNG")), size)
+    reference = pixels(image.resize((size, size), Image.BICUBIC))
+    assert difference(resized, reference).max() <= 2
+
+
+def test_a_picture_of_the_right_size_is_untouched():
+    image = picture(7, 56, 56)
+    assert torch.equal(resize_square(decode(encoded(image, "PNG")), 56), pixels(image))
+
+
+def test_crops_depend_on_the_key_alone():
+    image = decode(encoded(picture(8, 80, 60), "PNG"))
+    first = [augment(image, 32, KeyedRandom(1, slot)) for slot in range(20)]
+    again = [augment(image, 32, KeyedRandom(1, slot)) for slot in reversed(range(20))]
+    assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
+    assert len({a.numpy().tobytes() for a in first}) == 20
+    assert {(a.shape, a.dtype, a.is_contiguous()) for a in first} == {
+        ((3, 32, 32), torch.uint8, True)
+    }
+
+
+def test_crops_have_the_papers_area_and_ratio():
+    areas, ratios = [], []
+    for slot in range(2000):
+        top, left, height, width = images._crop(300, 400, KeyedRandom(2, slot))
+        assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
+        areas.append(height * width / (300 * 400))
+        ratios.append(width / height)
+    assert 0.495 < min(areas) < 0.51 and 0.9 < max(areas) <= 1
+    assert 0.74 < min(ratios) < 0.76 and 1.31 < max(ratios) < 1.35
+
+
+def test_half_of_the_crops_are_flipped():
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64) * 3
+    flipped = 0
+    for slot in range(1000):
+        crop = augment(ramp, 16, KeyedRandom(3, slot)).int()
+        flipped += int(crop[0, 0, 0] > crop[0, 0, -1])
+    assert 450 < flipped < 550
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 500), (3, 500, 1), (3, 3, 2)])
+def test_odd_shapes_can_be_augmented(shape):
+    image = torch.full(shape, 77, dtype=torch.uint8)
+    for slot in range(50):
+        assert torch.equal(
+            augment(image, 8, KeyedRandom(4, slot)), torch.full((3, 8, 8), 77, dtype=torch.uint8)
+        )

@@ -1,0 +1,154 @@
+"""The order of training: exact epochs, exact shares, the same global batches for any layout."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_owl2.data.hashing import KeyedRandom, combine, permutation, splitmix64
+from megatron_owl2.data.order import MAX_CHUNKS, Order
+from megatron_owl2.data.stream import MicroBatches
+
+sizes = st.lists(st.integers(1, 60), min_size=1, max_size=8)
+small = dict(lanes=st.integers(1, 7), chunk=st.integers(1, 20), window=st.integers(1, 50))
+
+
+def all_samples(shards: list[int]) -> set[tuple[int, int]]:
+    return {(shard, i) for shard, size in enumerate(shards) for i in range(size)}
+
+
+def test_splitmix64_reference_values():
+    """The first outputs of the published generator for seed 0, alone and as a permutation's key."""
+    golden = 0x9E3779B97F4A7C15
+    assert splitmix64(0) == 0xE220A8397B1DCDAF
+    assert splitmix64(golden) == 0x6E789E6AA1B965F4
+    key = combine(1, 2)
+    hashes = [splitmix64(i ^ key) for i in range(100)]
+    assert permutation(100, key).tolist() == sorted(range(100), key=hashes.__getitem__)
+
+
+def test_keyed_floats_are_uniform_and_repeat():
+    random = KeyedRandom(7, 1)
+    draws = [random.uniform(2, 4) for _ in range(4000)]
+    again = KeyedRandom(7, 1)
+    assert draws[:10] == [again.uniform(2, 4) for _ in range(10)]
+    assert draws[0] != KeyedRandom(7, 2).uniform(2, 4)
+    assert min(draws) >= 2 and max(draws) < 4
+    assert abs(np.mean(draws) - 3) < 0.04 and abs(np.var(draws) - 1 / 3) < 0.02
+    assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.06
+
+
+@settings(max_examples=60, deadline=None)
+@given(shards=sizes, seed=st.integers(0, 2**63), **small)
+def test_every_sample_once_in_every_epoch(shards, seed, lanes, chunk, window):
+    order = Order([shards], [0.3], seed, lanes, chunk, window)
+    length = sum(shards)
+    assert order.slots_per_epoch == length
+    for epoch in range(3):
+        seen = [order.locate(slot)[1:] for slot in range(epoch * length, (epoch + 1) * length)]
+        assert len(seen) == len(set(seen)) and set(seen) == all_samples(shards)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sources=st.lists(st.tuples(sizes, st.floats(0.05, 1)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**32),
+    **small,
+)
+def test_shares_are_the_weights_and_nothing_is_left_out(sources, seed, lanes, chunk, window):
+    shards, weights = zip(*sources, strict=True)
+    order = Order(shards, weights, seed, lanes, chunk, window)
+    seen = Counter(order.locate(slot) for slot in range(order.slots_per_epoch))
+    length = max(sum(s) * sum(weights) / w for s, w in sources)
+    for index, (source, weight) in enumerate(sources):
+        counts = [seen[index, shard, i] for shard, i in all_samples(source)]
+        assert abs(sum(counts) - weight / sum(weights) * length) <= 0.5 + 1e-6
+        assert min(counts) >= 1 and max(counts) - min(counts) <= 1
+    assert min(order.samples_per_epoch[i] - sum(s) for i, (s, _) in enumerate(sources)) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(shards=sizes, seed=st.integers(0, 2**32), slots=st.lists(st.integers(0, 2000)), **small)
+def test_a_slot_does_not_depend_on_what_was_asked_before(shards, seed, slots, lanes, chunk, window):
+    used = Order([shards, shards], [1, 2], seed, lanes, chunk, window)
+    for slot in slots:
+        fresh = Order([shards, shards], [1, 2], seed, lanes, chunk, window)
+        assert used.locate(slot) == fresh.locate(slot)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("start", [0, 48, 96])
+def test_global_batches_are_the_same_for_any_number_of_ranks(ranks, start):
+    streams = [iter(MicroBatches(start, rank, ranks, 2, None)) for rank in range(ranks)]
+    for step in range(4):
+        batch = []
+        for stream in streams:
+            rows = [slot for _ in range(48 // ranks // 2) for slot in next(stream)]
+            assert rows == sorted(rows)
+            batch += rows
+        assert sorted(batch) == list(range(start + 48 * step, start + 48 * (step + 1)))
+
+
+def test_ranks_may_change_at_any_global_batch():
+    first = next(iter(MicroBatches(7, 0, 2, 3, None)))
+    assert first == [8, 10, 12]  # slots keep their rank s % R even from an odd start
+    assert list(MicroBatches(10, 1, 2, 2, 8)) == [[11, 13], [15, 17]]
+    with pytest.raises(ValueError, match="limit_slots 10 is not a multiple"):
+        MicroBatches(0, 0, 2, 2, 10)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        MicroBatches(0, 2, 2, 2, None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shards=sizes, seed=st.integers(0, 2**32), slot=st.integers(0, 500), **small)
+def test_substitutes_come_from_the_same_window(shards, seed, slot, lanes, chunk, window):
+    order = Order([shards], [1], seed, lanes, chunk, window)
+    length = sum(shards)
+    epoch, position = divmod(slot, length)
+    neighbours = {}  # samples of the same lane and epoch, and when they come
+    for p in range(position % order.lanes, length, order.lanes):
+        neighbours[order.locate(epoch * length + p)] = p // order.lanes
+    turn = position // order.lanes
+    for attempt in range(1, 9):
+        other = order.locate(slot, attempt)
+        assert other == order.locate(slot, attempt)
+        assert abs(neighbours[other] - turn) < 2 * window
+        assert other != order.locate(slot) or len(neighbours) == 1 or window == 1
+
+
+def test_small_sets_are_shuffled_completely():
+    """A set of 3,000 sorted samples: any 64 slots are spread over it evenly."""
+    order = Order([[1000, 1000, 1000]], [1], seed=5)
+    assert order.lanes == 1
+    places = np.array([s * 1000 + i for _, s, i in map(order.locate, range(2 * 3000))])
+    for start in range(0, 6000 - 64, 640):
+        batch = places[start : start + 64]
+        assert np.histogram(batch, bins=3, range=(0, 3000))[0].min() > 3
+    assert (places[:3000] != places[3000:]).mean() > 0.99  # another order in the next epoch
+    assert abs(np.corrcoef(np.arange(3000), places[:3000])[0, 1]) < 0.08
+
+
+def test_neighbours_of_a_large_set_come_from_many_chunks_and_lanes_stay_local():
+    order = Order([[1000] * 4000], [1], seed=5)
+    assert order.lanes == 256
+    batch = [order.locate(slot) for slot in range(10_240, 10_240 + 256)]
+    assert len({(shard, i // 256) for _, shard, i in batch}) > 230
+    lane = [order.locate(slot) for slot in range(3, 256 * 4096, 256)]
+    chunks = {(shard, i // 256) for _, shard, i in lane}
+    assert 16 <= len(chunks) <= 19  # one window of 4,096 samples, chunks of 232 or 256
+
+
+def test_an_unknown_future_slot_is_cheap():
+    order = Order([[10_000] * 3000], [1], seed=1)  # 30 M samples
+    assert len(order.locate(123_456_789_012)) == 3
+
+
+def test_impossible_mixtures_are_refused():
+    with pytest.raises(ValueError, match="data set 1 is empty"):
+        Order([[1], []], [1, 1], 0)
+    with pytest.raises(ValueError, match="weights must be positive"):
+        Order([[1], [1]], [1, 0], 0)
+    with pytest.raises(ValueError, match="raise its weight"):
+        Order([[256 * MAX_CHUNKS // 1000], [5]], [1, 2000], 0)
