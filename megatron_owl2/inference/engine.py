@@ -1,0 +1,202 @@
+"""Greedy answers to prompts with pictures: batches padded on the left, keys and values cached.
+
+A row of a batch gives the answer it gives alone: position ids start at its first token, and its
+padding is invisible to it.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_owl2 import mcore
+from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_owl2.convert import hf
+from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
+from megatron_owl2.data.records import IMAGE_PLACEHOLDER
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.inference.inputs import DecoderInputs, left_padded
+from megatron_owl2.model.decoder import KeyValueCache
+from megatron_owl2.model.modality import Modality
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training import checkpoint
+
+
+class InferenceError(ValueError):
+    """A prompt that this model cannot answer, or a model that cannot be loaded; says why."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A whole model in evaluation mode, its sizes, and its tokenizer."""
+
+    model: Owl2
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
+    """Load a checkpoint (run directory, its `checkpoints/` or one `iter_*`) or an HF export.
+
+    Under torchrun the weights are split over all its processes (tensor parallel), and every
+    process must make the same calls. `precision` is fp32 or bf16. Raises InferenceError for a
+    directory that is neither or has no fitting tokenizer, CheckpointError and ConversionError for
+    damaged ones.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InferenceError(f"{path} is not a directory; name a checkpoint or an HF export")
+    exported = _is_hf_export(path)
+    if exported:
+        config = RunConfig(model=hf.read_hf_config(path))
+        config.data.tokenizer = str(path / "tokenizer.model")
+    else:
+        path = checkpoint.resolve(path)
+        config = checkpoint.read_config(path)
+    try:
+        tokenizer = Tokenizer(config.data.tokenizer)
+    except (OSError, ValueError) as error:
+        raise InferenceError(str(error)) from None
+    if tokenizer.vocab_size > config.model.decoder.vocab_size:
+        raise InferenceError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model in {path} embeds "
+            f"{config.model.decoder.vocab_size}; this is another model's tokenizer"
+        )
+    config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    config.train.precision = precision
+    groups = mcore.initialize(config.parallel.tensor, 1)
+    model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device()).eval()
+    if exported:
+        hf.load_hf_weights(path, model)
+    else:
+        checkpoint.load_weights(path, model)
+    return LoadedModel(model, config.model, tokenizer)
+
+
+class Generator:
+    """Answers batches of prompts with one loaded model."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.model, self.config, self.tokenizer = loaded.model, loaded.config, loaded.tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[torch.Tensor]],
+        max_new_tokens: int,
+        min_new_tokens: int = 1,
+    ) -> list[str]:
+        """The answers, stripped, to prompts with one `<|image|>` for each of their images.
+
+        images: per prompt its pictures in order, [3, H, W] of the model's size, uint8 (or float,
+        normalised already).
+        Raises InferenceError as `generate_ids` does.
+        """
+        ids = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
+        answers = self.generate_ids(ids, images, max_new_tokens, min_new_tokens)
+        return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+    @torch.inference_mode()
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Sequence[torch.Tensor]],
+        max_new_tokens: int,
+        min_new_tokens: int = 1,
+    ) -> list[list[int]]:
+        """New ids for prompts of ids with placeholders -200; EOS ends an answer and is left out.
+
+        EOS cannot come before `min_new_tokens`. A picture that is the same tensor object in
+        several prompts is encoded once. Raises InferenceError if a prompt is empty, its
+        placeholders and images differ in number, an image has the wrong shape or dtype, or the
+        answer could leave the decoder's positions.
+        """
+        self._check(prompts, images, max_new_tokens)
+        if not prompts:
+            return []
+        inputs = left_padded(prompts, self.config.tokens_per_image, mcore.device())
+        visual = self._visual_tokens(images)
+        caches = {n: KeyValueCache() for n in self.model.decoder.layers.numbers()}
+        eos = self.tokenizer.eos_id
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=mcore.device())
+        chosen: list[torch.Tensor] = []
+        while True:
+            logits = self._next_logits(inputs, visual, caches)
+            if len(chosen) < min_new_tokens:
+                logits[:, eos] = float("-inf")
+            token = logits.argmax(-1).masked_fill(finished, eos)
+            chosen.append(token)
+            finished |= token == eos
+            if len(chosen) == max_new_tokens or bool(finished.all()):
+                break
+            inputs, visual = inputs.followed_by(token), visual[:0]
+        rows = torch.stack(chosen, dim=1).tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+    def _next_logits(
+        self, inputs: DecoderInputs, visual: torch.Tensor, caches: dict[int, KeyValueCache]
+    ) -> torch.Tensor:
+        """What `Owl2.forward` does, after the last position only: logits fp32 [b, vocab]."""
+        model = self.model
+        x = model.merge(inputs.tokens, visual, inputs.vision_rows)
+        x = model.decoder(
+            x,
+            Modality.of(inputs.modality, inputs.vision_rows, model.layout),
+            inputs.position_ids,
+            attention_mask=inputs.attention_mask,
+            caches=caches,
+        )
+        return model.layout.gather_last(model.output_layer(model.final_norm(x[-1:])))[0].float()
+
+    def _visual_tokens(self, images: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Visual tokens [n, tokens per image, h] of all images in order, equal objects once."""
+        flat = [image for row in images for image in row]
+        distinct = {id(image): image for image in flat}
+        if not flat:
+            shape = (0, self.config.tokens_per_image, self.config.decoder.hidden_size)
+            return torch.empty(shape, dtype=self.model.layout.dtype, device=mcore.device())
+        encoded = self.model.encode_images(torch.stack([*distinct.values()]).to(mcore.device()))
+        index = {key: i for i, key in enumerate(distinct)}
+        return encoded[[index[id(image)] for image in flat]]
+
+    def _check(self, prompts, images, max_new_tokens: int) -> None:
+        if len(prompts) != len(images):
+            raise InferenceError(f"{len(prompts)} prompts, but images for {len(images)}")
+        if max_new_tokens < 1:
+            raise InferenceError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        size, limit = self.config.vision.image_size, self.config.decoder.max_positions
+        for number, (prompt, pictures) in enumerate(zip(prompts, images, strict=True), start=1):
+            placeholders = list(prompt).count(IMAGE_TOKEN_ID)
+            if len(prompt) == 0:
+                raise InferenceError(f"prompt {number} is empty")
+            if placeholders != len(pictures):
+                raise InferenceError(
+                    f"prompt {number} has {placeholders} placeholders {IMAGE_PLACEHOLDER}, but "
+                    f"{len(pictures)} images; write one placeholder for each image"
+                )
+            for picture in pictures:
+                pixels = picture.dtype == torch.uint8 or picture.is_floating_point()
+                if not pixels or picture.shape != (3, size, size):
+                    raise InferenceError(
+                        f"an image of prompt {number} is {picture.dtype} {list(picture.shape)}; "
+                        f"this model takes uint8 (or normalised float) [3, {size}, {size}]"
+                    )
+            length = len(prompt) + placeholders * (self.config.tokens_per_image - 1)
+            if length + max_new_tokens - 1 > limit:  # the last new token is never read
+                raise InferenceError(
+                    f"prompt {number} takes {length} positions (an image takes "
+                    f"{self.config.tokens_per_image}) and {max_new_tokens} new tokens would pass "
+                    f"the decoder's {limit}; ask for at most {max(0, limit - length + 1)} new "
+                    "tokens or shorten the prompt"
+                )
+
+
+def _is_hf_export(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "mplug_owl2"

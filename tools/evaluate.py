@@ -1,0 +1,105 @@
+"""Ask a model the questions of a benchmark and score its answers, or score answers given before:
+
+python tools/evaluate.py --checkpoint CKPT_OR_HF_DIR --task NAME --data PATH --output DIR
+python tools/evaluate.py score --task NAME --predictions FILE --gold FILE
+"""
+
+import argparse
+import json
+import sys
+
+from megatron_owl2.evaluation import tasks
+from megatron_owl2.evaluation.scorers import ScoreError
+from megatron_owl2.evaluation.tasks import TASKS, TaskError
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["score"]:
+        return score(arguments[1:])
+    return evaluate(arguments)
+
+
+def evaluate(arguments: list[str]) -> int:
+    parser = _parser("tools/evaluate.py")
+    parser.add_argument("--checkpoint", required=True, help="run directory, iter_* or HF export")
+    parser.add_argument(
+        "--data", required=True, help="folder with the published files and images/, or its file"
+    )
+    parser.add_argument("--output", required=True, help="for predictions.jsonl and scores.json")
+    parser.add_argument("--blind", action="store_true", help="show black pictures only")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--limit", type=int, help="ask the first N questions only")
+    parser.add_argument(
+        "--prompt-suffix",
+        help="after every question, with its own leading space, instead of the task's "
+        f"{TASKS['vqav2'].suffix!r} (vqav2, pope) or nothing",
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="instead of the task's")
+    parser.add_argument("--min-new-tokens", type=int, help="instead of the task's")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    options = parser.parse_args(arguments)
+    for name in ("batch_size", "limit", "max_new_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+
+    from megatron_owl2.convert.weights import ConversionError
+    from megatron_owl2.evaluation import runner
+    from megatron_owl2.inference.engine import InferenceError, load_model
+    from megatron_owl2.training.checkpoint import CheckpointError
+
+    settings = runner.Settings(
+        blind=options.blind,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        suffix=options.prompt_suffix,
+        max_new_tokens=options.max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        variant=options.variant,
+    )
+    try:
+        loaded = load_model(options.checkpoint, options.precision)
+        result = runner.evaluate(
+            loaded, options.task, options.data, options.output, settings, options.checkpoint
+        )
+    except (TaskError, ScoreError, InferenceError, CheckpointError, ConversionError) as error:
+        return _refuse(error)
+    except OSError as error:
+        return _refuse(error)
+    print(runner.table(result))
+    return 0
+
+
+def score(arguments: list[str]) -> int:
+    parser = _parser("tools/evaluate.py score")
+    parser.add_argument("--predictions", required=True, help="JSON lines or a JSON list")
+    parser.add_argument("--gold", required=True, help="the published answers")
+    options = parser.parse_args(arguments)
+    task = TASKS[options.task]
+    try:
+        predictions = tasks.read_predictions(task, options.predictions)
+        result = tasks.score(
+            task, predictions, tasks.read_gold(task, options.gold), options.variant
+        )
+    except (TaskError, ScoreError) as error:
+        return _refuse(error)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--variant", help="of the scoring rule; vqav2: owl2 (default) or official")
+    return parser
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
