@@ -15,7 +15,8 @@ class Expanded:
     """A micro-batch with every placeholder replaced by visual tokens.
 
     tokens, modality, position_ids, labels int64 [b, s]; labels are shifted, -100 is ignored;
-    valid bool [b, s], False on padding. vision_rows int64 [n] as `data.batch.Batch` has it.
+    valid bool [b, s], False on padding; lengths int64 [b] count what an expanded row has, its own
+    padding included. vision_rows int64 [n] as `data.batch.Batch` has it.
     image_order int64 [images]: the images that own rows first, then those of rows without text
     placeholder, which own none.
     """
@@ -25,6 +26,7 @@ class Expanded:
     modality: torch.Tensor
     position_ids: torch.Tensor
     valid: torch.Tensor
+    lengths: torch.Tensor
     vision_rows: torch.Tensor
     image_order: torch.Tensor
 
@@ -78,8 +80,8 @@ def expand(
             else:
                 row.append((token, IGNORE_INDEX if targets is None else targets[t], 0, keep[t]))
         rows.append(row)
-    length = max(len(row) for row in rows)
-    length += -length % multiple_of
+    lengths = torch.tensor([len(row) for row in rows])
+    length = -(-int(lengths.max()) // multiple_of) * multiple_of
     padding = (0, IGNORE_INDEX, 0, False)
     table = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     tokens, unshifted, modality, valid = table.unbind(-1)
@@ -92,6 +94,7 @@ def expand(
         modality=modality.contiguous(),
         position_ids=torch.arange(length).expand(len(rows), -1).contiguous(),
         valid=valid.bool(),
+        lengths=lengths,
         vision_rows=position * len(rows) + batch,
         image_order=torch.tensor(owners + idle),
     )

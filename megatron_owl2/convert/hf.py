@@ -56,7 +56,7 @@ def load_hf_weights(
 
 def export_hf(
     model: Owl2,
-    tokenizer: str | Path,
+    tokenizer: str | Path | None,
     output: str | Path,
     *,
     layout: str = "owl2",
@@ -64,7 +64,8 @@ def export_hf(
     max_shard_bytes: int = 5 * _GIB,
     progress: bool = False,
 ) -> None:
-    """Write a whole model (no tensor or pipeline parallelism) as a Hugging Face directory.
+    """Write a whole model (no tensor or pipeline parallelism) as a Hugging Face directory, with
+    the SentencePiece model `tokenizer` if there is one.
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
     CLIPVisionModel. `output` appears when complete. Raises ConversionError if it exists, if there
@@ -99,7 +100,8 @@ def export_hf(
     try:
         write_shards(partial, tensors(), max_shard_bytes)
         hf_config.write(partial, layout, model.model, dtype)
-        if layout != "clip":
+        if layout != "clip" and tokenizer is not None:
+            hf_config.write_tokenizer(partial, model.model)
             shutil.copyfile(tokenizer, partial / "tokenizer.model")
         partial.rename(output)
     except OSError as error:

@@ -119,24 +119,12 @@ def source_dtype(directory: str | Path) -> str | None:
 
 
 def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Write config.json and the tokenizer, generation and image settings that go with it."""
+    """Write config.json and the settings for generation and images that go with it."""
     name = str(dtype).removeprefix("torch.")
     trees = {"config.json": _CONFIGS[layout](model) | {"torch_dtype": name}}
     if layout != "clip":
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         trees["generation_config.json"] = special
-        trees["tokenizer_config.json"] = {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<unk>",  # the released training code pads with unk
-            "legacy": True,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": model.decoder.max_positions,
-        }
     if layout != "llama":
         size = model.vision.image_size
         trees["preprocessor_config.json"] = {
@@ -154,7 +142,24 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
             "image_std": list(model.image_std),
         }
     for file, tree in trees.items():
-        (directory / file).write_text(json.dumps(tree, indent=2) + "\n")
+        _write_json(directory / file, tree)
+
+
+def write_tokenizer(directory: Path, model: ModelConfig) -> None:
+    """Write tokenizer_config.json, which makes LLaMA's tokenizer of a tokenizer.model."""
+    tree = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",  # the released training code pads with unk
+        "legacy": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.decoder.max_positions,
+    }
+    _write_json(directory / "tokenizer_config.json", tree)
 
 
 def _owl2_config(model: ModelConfig) -> dict:
@@ -267,6 +272,10 @@ def _hold(directory: str | Path, tree: dict, fixed: dict) -> None:
     ]
     if wrong:
         raise _error(directory, "; ".join(wrong))
+
+
+def _write_json(path: Path, tree: dict) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")
 
 
 def _export(config, fields: dict[str, str]) -> dict:

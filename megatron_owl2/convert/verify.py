@@ -1,0 +1,228 @@
+"""The proof tool: what a checkpoint computes for given inputs, under any parallel layout.
+
+Loss and gradients come from the training step itself, so agreement with the released code's
+numbers covers the pipeline schedule and the gradient buffers too.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megatron_owl2 import config as configuration
+from megatron_owl2 import mcore
+from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.convert.expand import Expanded, expand
+from megatron_owl2.convert.mapping import rules
+from megatron_owl2.convert.partition import gather
+from megatron_owl2.convert.weights import ConversionError
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training import checkpoint, optim
+from megatron_owl2.training.step import forward_backward
+
+_ONE_PROCESS = [
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.sequence=false",
+    "parallel.recompute=false",
+]
+
+
+def verify(
+    directory: str | Path,
+    inputs: dict[str, torch.Tensor],
+    overrides: list[str] = (),
+    *,
+    gradients: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Run a checkpoint on raw inputs of the released model; every rank calls it.
+
+    inputs: input_ids int64 [b, s] with -200 for an image, normalised float images [n, 3, H, W]
+    (see `expand` for their order; absent if there is no placeholder), and if wanted
+    attention_mask and labels [b, s] and images_per_placeholder [placeholders]. `overrides` are
+    `section.key=value`, of which parallel.* and train.precision matter.
+
+    Returns on rank 0, fp32 on the CPU: logits [b, s expanded, vocab] (those of padding mean
+    nothing), with labels the mean loss [1], and with `gradients` its `grad.<name in the released
+    model>` for every parameter; elsewhere {}. Raises ConversionError for inputs that do not fit
+    and ConfigError for a layout that the processes cannot carry.
+    """
+    if gradients and "labels" not in inputs:
+        raise ConversionError("gradients need labels among the inputs")
+    directory = checkpoint.resolve(directory)
+    config = configuration.load(directory / "run.yaml", [*_ONE_PROCESS, *overrides])
+    multiple = config.parallel.tensor if config.parallel.sequence else 1
+    expanded, length = _expand(inputs, config, multiple)
+    _settle(config, expanded)
+    groups = mcore.initialize(config.parallel.tensor, config.parallel.pipeline)
+    model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device())
+    checkpoint.load_weights(directory, model)
+    batch = _batch(inputs, expanded, config).to(mcore.device())
+
+    results = {}
+    logits = _forward(config, model, batch, None)
+    if logits is not None:
+        results["logits"] = logits[:, :length]
+    if "labels" in inputs:
+        losses = _forward(config, model, batch, batch.labels)
+        if losses is not None:
+            mean = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+            results["loss"] = mean.reshape(1)
+    if gradients:
+        wrapped = optim.wrap(model)
+        wrapped.zero_grad_buffer()
+        forward_backward(config, wrapped, iter([batch]), 1)
+        results |= _gradients(model)
+    return _collect(results, model)
+
+
+def read_inputs(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; raises ConversionError if it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Write the tensors as safetensors; the file appears when complete."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(results, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _expand(
+    inputs: dict[str, torch.Tensor], config: RunConfig, multiple_of: int
+) -> tuple[Expanded, int]:
+    """The expanded inputs, and their length without what sequence parallelism adds."""
+    ids, vocab = inputs.get("input_ids"), config.model.decoder.vocab_size
+    if ids is None or ids.ndim != 2:
+        raise ConversionError("the inputs must hold input_ids [b, s]")
+    wrong = ids[((ids < 0) | (ids >= vocab)) & (ids != IMAGE_TOKEN_ID)]
+    if len(wrong):
+        raise ConversionError(
+            f"input_ids holds {wrong[0]}, which is neither below {vocab} nor {IMAGE_TOKEN_ID}"
+        )
+    for name in ("attention_mask", "labels"):
+        if name in inputs and inputs[name].shape != ids.shape:
+            raise ConversionError(
+                f"{name} is {list(inputs[name].shape)}, input_ids {list(ids.shape)}"
+            )
+    counts = inputs.get("images_per_placeholder")
+    try:
+        expanded = expand(
+            ids,
+            config.model.tokens_per_image,
+            attention_mask=inputs.get("attention_mask"),
+            labels=inputs.get("labels"),
+            images_per_placeholder=None if counts is None else counts.tolist(),
+            multiple_of=multiple_of,
+        )
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    targets = inputs.get("labels", torch.zeros(()))
+    if (targets >= vocab).any() or ((targets < 0) & (targets != IGNORE_INDEX)).any():
+        raise ConversionError(f"labels must be below {vocab}, or {IGNORE_INDEX}")
+    if "labels" in inputs and not (expanded.labels != IGNORE_INDEX).any():
+        raise ConversionError("labels leave nothing to predict: all of them are ignored")
+    return expanded, int(expanded.lengths.max())
+
+
+def _settle(config: RunConfig, expanded: Expanded) -> None:
+    """Fit the configuration to the inputs and check the layout against the processes."""
+    rows, length = expanded.tokens.shape
+    config.data.sequence_length = length
+    config.train.micro_batch_size = config.train.global_batch_size = rows
+    world, parallel = int(os.environ.get("WORLD_SIZE", "1")), config.parallel
+    if world != parallel.tensor * parallel.pipeline:
+        raise ConfigError(
+            f"{world} processes, but parallel.tensor ({parallel.tensor}) x parallel.pipeline "
+            f"({parallel.pipeline}) = {parallel.tensor * parallel.pipeline}; start that many"
+        )
+    configuration.check_layout(config, world)
+
+
+def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfig) -> Batch:
+    size, order = config.model.vision.image_size, expanded.image_order
+    images = inputs.get("images")
+    if images is None and len(expanded.vision_rows) == 0:
+        images = torch.zeros(len(order), 3, size, size)  # of no effect, as no row is theirs
+    found = None if images is None else list(images.shape)
+    if found != [len(order), 3, size, size] or not images.is_floating_point():
+        raise ConversionError(
+            f"images must be normalised floats [{len(order)}, 3, {size}, {size}]: one for each "
+            f"placeholder and one for each row without; found "
+            f"{'none' if images is None else f'{images.dtype} {found}'}"
+        )
+    return Batch(
+        tokens=expanded.tokens,
+        labels=expanded.labels,
+        loss_mask=(expanded.labels != IGNORE_INDEX).float(),
+        modality=expanded.modality,
+        position_ids=expanded.position_ids,
+        image=images[order],
+        vision_rows=expanded.vision_rows,
+        lengths=expanded.lengths,
+        slots=torch.arange(len(expanded.tokens)),
+        keys=[str(row) for row in range(len(expanded.tokens))],
+    )
+
+
+def _forward(
+    config: RunConfig, model: Owl2, batch: Batch, labels: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Logits, or with labels the losses, on the last stage; None before it."""
+
+    def step(batches, model):
+        b = next(batches)
+        output = model(b.tokens, b.image, b.vision_rows, b.modality, b.position_ids, labels)
+        return output, lambda output, non_loss_data: output
+
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([batch]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=config.data.sequence_length,
+            micro_batch_size=config.train.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return results[0] if model.post_process else None
+
+
+def _gradients(model: Owl2) -> dict[str, torch.Tensor]:
+    """`grad.<name>` of this stage's parameters, whole."""
+    parameters, found = dict(model.named_parameters()), {}
+    for rule in rules("owl2", model.model):
+        if rule.ours in parameters:
+            parameter = parameters[rule.ours]
+            parts = rule.transform.split(gather(parameter.main_grad, parameter, model.layout))
+            found |= {f"grad.{n}": part for n, part in zip(rule.theirs, parts, strict=True)}
+    return found
+
+
+def _collect(results: dict[str, torch.Tensor], model: Owl2) -> dict[str, torch.Tensor]:
+    """Everything the pipeline stages found, on rank 0; {} elsewhere."""
+    results = {name: t.detach().float().cpu().contiguous() for name, t in results.items()}
+    stages = model.layout.groups.pp
+    if stages.size() == 1:
+        return results if torch.distributed.get_rank() == 0 else {}
+    gathered = [None] * stages.size()
+    torch.distributed.all_gather_object(gathered, results, group=stages)
+    if torch.distributed.get_rank() != 0:
+        return {}
+    return {name: tensor for stage in gathered for name, tensor in stage.items()}

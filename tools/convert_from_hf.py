@@ -1,0 +1,53 @@
+"""Make a checkpoint from a released mPLUG-Owl2 directory, or from a LLaMA and a CLIP.
+
+The result starts a stage (stage.initial_checkpoint), answers (tools/generate.py) and converts back
+(tools/convert_to_hf.py). Without --config the sizes are those of the directories and the paper's
+abstractor; with it, its model section must agree with them (only image_size may differ).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--owl2", metavar="DIR", help="released-layout directory")
+    parser.add_argument("--language-model", metavar="DIR", help="LlamaForCausalLM directory")
+    parser.add_argument("--vision-model", metavar="DIR", help="CLIPModel or CLIPVisionModel")
+    parser.add_argument("--config", metavar="FILE", help="run configuration (YAML)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model, if not in DIR")
+    parser.add_argument("--seed", type=int, default=1234, help="of the abstractor's weights")
+    parser.add_argument("--output", metavar="CKPT", required=True, help="new checkpoint directory")
+    arguments = parser.parse_args()
+    parts = (arguments.language_model, arguments.vision_model)
+    if (arguments.owl2 is None) != all(parts) or (arguments.owl2 and any(parts)):
+        parser.error("give either --owl2, or both --language-model and --vision-model")
+
+    from megatron_owl2 import config as configuration
+    from megatron_owl2.convert import assemble
+    from megatron_owl2.convert.weights import ConversionError
+    from megatron_owl2.training import checkpoint
+
+    output = Path(arguments.output)
+    try:
+        if output.exists():
+            raise ConversionError(f"{output} exists already; name a new directory or remove it")
+        config = configuration.load(arguments.config) if arguments.config else None
+        options = {"config": config, "tokenizer": arguments.tokenizer, "progress": True}
+        if arguments.owl2:
+            model, config = assemble.from_owl2(arguments.owl2, **options)
+        else:
+            model, config = assemble.from_parts(*parts, seed=arguments.seed, **options)
+        checkpoint.save(output, model, config)
+    except (ConversionError, configuration.ConfigError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not config.data.tokenizer:
+        print("warning: no tokenizer.model; this checkpoint cannot train or generate (--tokenizer)")
+    print(f"wrote {output}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

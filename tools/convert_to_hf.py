@@ -1,0 +1,55 @@
+"""Write a checkpoint as a Hugging Face directory in safetensors.
+
+Layout owl2 has the names of the released model; llama is the decoder's text branch as a
+LlamaForCausalLM; clip is the ViT as a CLIPVisionModel.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", metavar="CKPT", required=True, help="checkpoint or run")
+    parser.add_argument("--output", metavar="DIR", required=True, help="new directory")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights; the checkpoint's own by default",
+    )
+    parser.add_argument("--layout", choices=["owl2", "llama", "clip"], default="owl2")
+    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of a weight file")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from megatron_owl2.convert.assemble import from_checkpoint
+    from megatron_owl2.convert.hf import export_hf
+    from megatron_owl2.convert.weights import ConversionError
+    from megatron_owl2.training.checkpoint import CheckpointError
+
+    try:
+        if Path(arguments.output).exists():
+            raise ConversionError(f"{arguments.output} exists already; name a new directory")
+        model, config = from_checkpoint(arguments.checkpoint)
+        export_hf(
+            model,
+            config.data.tokenizer or None,
+            arguments.output,
+            layout=arguments.layout,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else model.layout.dtype,
+            max_shard_bytes=int(arguments.max_shard_gib * 1024**3),
+            progress=True,
+        )
+    except (ConversionError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.layout != "clip" and not config.data.tokenizer:
+        print("warning: the checkpoint has no tokenizer.model, so the directory has none either")
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
