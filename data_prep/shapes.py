@@ -1,0 +1,216 @@
+"""Render the embedded corpus, a small world of shapes, in the formats that real data sets publish.
+
+    python data_prep/shapes.py --output DIR
+
+    pairs/         img2dataset's output folder (webdataset layout): pictures with captions
+    instructions/  LLaVA conversations: llava_shapes.json (questions), llava_captions.json
+    text/          ShareGPT dialogues: for the language model's start and for joint tuning
+    eval/          COCO captions, VQAv2 and POPE on pictures with training pairs (seen) and with
+                   held-out pairs (heldout); ShareGPT questions without a picture (text)
+    tokenizer/     a SentencePiece model trained on the training text
+    corpus.json    parameters, counts, held-out pairs, answer statistics, pixel mean and deviation
+
+The same parameters give the same bytes. DIR appears when everything is written, not before.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_prep import shapes_formats as formats
+from data_prep import shapes_world as world
+from megatron_owl2.data.tokenizer import train_tokenizer
+
+VERSION = 1  # raised whenever the same parameters give other bytes
+VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
+_CHUNK = 250  # pictures per piece of work for a process
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What the corpus is a function of; the metadata are the command line's help."""
+
+    seed: int = 1234
+    pairs: int = 20_000
+    instructions: int = 16_000
+    texts: int = 12_000
+    eval: int = 600
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        for name in ("pairs", "instructions", "texts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.eval < 2:
+            raise ValueError(f"eval must be 2 or more (half of it is held out), got {self.eval}")
+
+
+class OutputError(Exception):
+    """The output folder cannot be used; the message names it and the way out."""
+
+
+def build_corpus(output: Path, parameters: Parameters, workers: int = 1) -> bool:
+    """Write the corpus to `output`; return False if it was there already, complete.
+
+    Raises OutputError if `output` is something else or was made with other parameters.
+    """
+    if _is_complete(output, parameters):
+        return False
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be created there ({error})") from error
+    try:
+        _write_corpus(partial, parameters, workers)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return True
+
+
+def _is_complete(output: Path, parameters: Parameters) -> bool:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    try:
+        corpus = json.loads((output / "corpus.json").read_text())
+        found = {"version": corpus["version"], **corpus["parameters"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{output} exists and is not a finished corpus of this program ({error!r}); "
+            "choose another --output or remove it"
+        ) from error
+    wanted = {"version": VERSION, **asdict(parameters)}
+    if found != wanted:
+        raise OutputError(
+            f"{output} holds a corpus made with {found}, asked for {wanted}; "
+            "choose another --output or remove it"
+        )
+    return True
+
+
+def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
+    seed, held_out_pictures = parameters.seed, parameters.eval // 2
+    pictures = parameters.pairs + parameters.instructions + parameters.eval + held_out_pictures
+    total = pictures + 2 * parameters.texts
+    ledger = formats.Ledger()
+    with (
+        tqdm(total=total, desc="shapes", unit=" samples") as progress,
+        _renderer(seed, workers, progress.update) as render,
+    ):
+        pixels = formats.write_pairs(folder / "pairs", render("pairs", parameters.pairs), ledger)
+        formats.write_instructions(
+            folder / "instructions", render("instructions", parameters.instructions), seed, ledger
+        )
+        for name in ("sharegpt_start", "sharegpt_instructions"):
+            path = folder / "text" / f"{name}.json"
+            formats.write_texts(path, parameters.texts, seed, ledger, progress.update)
+        seen = render("eval/seen", parameters.eval)
+        formats.write_eval(folder / "eval/seen", seen, seed, ledger)
+        held_out = render("eval/heldout", held_out_pictures, held_out=True)
+        formats.write_eval(folder / "eval/heldout", held_out, seed, ledger)
+        formats.write_text_eval(
+            folder / "eval/text/sharegpt_text.json", parameters.eval // 2, seed, ledger
+        )
+    (folder / "tokenizer").mkdir()
+    tokenizer = train_tokenizer(ledger.texts, folder / "tokenizer/tokenizer.model", VOCAB_SIZE)
+    known = {*ledger.captions["pairs"], *ledger.captions["instructions"]}
+    seen_captions = ledger.captions["eval/seen"]
+    corpus = {
+        "version": VERSION,
+        "parameters": asdict(parameters),
+        "held_out_pairs": world.HELD_OUT,
+        "image_size": world.IMAGE_SIZE,
+        **pixels,
+        "vocab_size": tokenizer.vocab_size,
+        "counts": {
+            "pairs": parameters.pairs,
+            "instructions/llava_shapes": parameters.instructions,
+            "instructions/llava_captions": -(-parameters.instructions // formats.CAPTION_EVERY),
+            "text/sharegpt_start": parameters.texts,
+            "text/sharegpt_instructions": parameters.texts,
+            "eval/seen": parameters.eval,
+            "eval/heldout": held_out_pictures,
+            "eval/text": parameters.eval // 2,
+        },
+        "answers": ledger.statistics(),
+        # Pictures of eval/seen are new; with so few kinds of scenes, what they show may not be.
+        "eval_seen_captions_in_training": round(
+            sum(caption in known for caption in seen_captions) / len(seen_captions), 4
+        ),
+    }
+    (folder / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _renderer(seed: int, workers: int, tick: Callable[[], object]) -> Iterator[Callable]:
+    """Yield render(split, count, held_out=False), an iterator over a split's pictures in order."""
+    with contextlib.ExitStack() as stack:
+        compute = map
+        if workers > 1:
+            # Forking a process that has threads can deadlock; spawning cannot.
+            compute = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers)).imap
+
+        def render(split: str, count: int, held_out: bool = False) -> Iterator[formats.Picture]:
+            ranges = (range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK))
+            for chunk in compute(_draw_chunk, ((seed, split, r, held_out) for r in ranges)):
+                for picture in chunk:
+                    tick()
+                    yield picture
+
+        yield render
+
+
+def _draw_chunk(job: tuple[int, str, range, bool]) -> list[formats.Picture]:
+    seed, split, indices, held_out = job
+    return [world.draw_picture(seed, split, i, held_out) for i in indices]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 for bad arguments (by SystemExit)."""
+    description, *_ = __doc__.splitlines()
+    parser = argparse.ArgumentParser(description=description)
+    help_ = {
+        "seed": "seed of all random choices",
+        "pairs": "pictures with a caption",
+        "instructions": "pictures with a dialogue",
+        "texts": "dialogues in each of the two text files",
+        "eval": "evaluation pictures of seen pairs; half as many of held-out pairs",
+    }
+    parser.add_argument("--output", type=Path, required=True, help="folder to be created")
+    for field in fields(Parameters):
+        parser.add_argument(
+            f"--{field.name}",
+            type=int,
+            default=field.default,
+            metavar="N",
+            help=f"{help_[field.name]} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that render (default: 1)"
+    )
+    options = vars(parser.parse_args(arguments))
+    output, workers = options.pop("output"), options.pop("workers")
+    if workers < 1:
+        parser.error(f"workers must be 1 or more, got {workers}")
+    try:
+        written = build_corpus(output, Parameters(**options), workers)
+    except (ValueError, OutputError) as error:
+        parser.error(str(error))
+    print(f"{output}: {'written' if written else 'already complete, nothing to do'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
