@@ -37,7 +37,7 @@ _CHUNK = 250  # pictures per piece of work for a process
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the corpus is a function of; the metadata are the command line's help."""
+    """What the corpus is a function of. Raises ValueError for impossible sizes."""
 
     seed: int = 1234
     pairs: int = 20_000

@@ -53,6 +53,7 @@ class Shape:
 
     @property
     def pair(self) -> tuple[str, str]:
+        """(colour, shape), as in PAIRS."""
         return self.color, self.shape
 
 
