@@ -1,0 +1,326 @@
+"""tools/preprocess_data.py on published formats: what is kept, what is counted, what is refused."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from tiny_data import encoded, picture
+
+from megatron_owl2.data.records import Turn
+from megatron_owl2.data.shards import Dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def preprocess(source, kind, output, *more) -> subprocess.CompletedProcess:
+    return run("--input", source, "--format", kind, "--output", output, *more)
+
+
+def succeeded(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def failed(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stderr
+
+
+def records(folder: Path) -> list:
+    data = Dataset(folder)
+    return [data.read(s, i) for s, size in enumerate(data.sizes) for i in range(size)]
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def img2dataset_rows(shard: int) -> dict[str, bytes]:
+    """Members of one shard: five good rows and one of each kind that must be skipped."""
+    members = {}
+
+    def row(number, image=True, caption="a picture", status="success", **changes):
+        key = f"{shard:05d}{number:04d}"
+        body = {"key": key, "status": status, "url": f"http://x/{key}", "caption": caption}
+        parts = {
+            "jpg": encoded(picture(number)) if image is True else image,
+            "txt": caption and caption.encode(),
+            "json": json.dumps(body | {"original_width": 9, "exif": "{}"}).encode(),
+        }
+        for extension, data in (parts | changes).items():
+            if data is not None:
+                members[f"{key}.{extension}"] = data
+
+    for number in range(5):
+        row(number, caption=f"picture {number} é")
+    row(5, status="failed_to_download", image=None)
+    row(6, caption="  ")
+    row(7, image=b"GIF89a")
+    row(8, image=None)
+    row(9, json=b"not json")
+    return members
+
+
+SKIPPED = {
+    "status failed_to_download": 1,
+    "empty caption": 1,
+    "image is not JPEG, PNG or WebP": 1,
+    "no image": 1,
+    "no readable .json part": 1,
+}
+
+
+def add_members(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(data), 1.5  # img2dataset writes PAX headers
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("img2dataset") / "laion"
+    folder.mkdir()
+    for shard in range(3):
+        add_members(folder / f"{shard:05d}.tar", img2dataset_rows(shard))
+        (folder / f"{shard:05d}_stats.json").write_text("{}")
+    return folder
+
+
+def check_pairs(folder: Path, shards: int = 3) -> None:
+    found = records(folder)
+    assert [r.key for r in found] == [f"{s:05d}{i:04d}" for s in range(shards) for i in range(5)]
+    for index, record in enumerate(found):
+        assert record.caption == f"picture {index % 5} é" and record.source == "laion"
+        assert record.image == encoded(picture(index % 5))
+        assert record.metadata == {"url": f"http://x/{record.key}", "original_width": 9}
+    assert report(folder)["kept"] == 5 * shards
+
+
+def test_img2dataset_tars(tars, tmp_path):
+    out = succeeded(preprocess(tars, "img2dataset", tmp_path / "set", "--workers", 2))
+    check_pairs(tmp_path / "set")
+    assert report(tmp_path / "set")["skipped"] == {k: 3 * n for k, n in SKIPPED.items()}
+    assert "kept 15, skipped 15" in out and "3 x empty caption (such as 000000006)" in out
+
+
+def test_img2dataset_files(tmp_path):
+    source = tmp_path / "laion"
+    for shard in range(2):
+        folder = source / f"{shard:05d}"
+        folder.mkdir(parents=True)
+        for name, data in img2dataset_rows(shard).items():
+            (folder / name).write_bytes(data)
+    succeeded(preprocess(source, "img2dataset", tmp_path / "set"))
+    check_pairs(tmp_path / "set", shards=2)
+    assert report(tmp_path / "set")["skipped"] == {k: 2 * n for k, n in SKIPPED.items()}
+
+
+def test_bytes_do_not_depend_on_workers_or_partitions(tars, tmp_path):
+    options = ["--shard-size", 2]
+    succeeded(preprocess(tars, "img2dataset", tmp_path / "one", *options))
+    expected = tree(tmp_path / "one")
+    assert sum(name.endswith(".tar") for name in expected) == 9
+    for index in (2, 0, 1):
+        assert not (tmp_path / "parts/manifest.json").exists()
+        out = succeeded(
+            preprocess(
+                tars, "img2dataset", tmp_path / "parts", *options, "--partition", f"{index}/3"
+            )
+        )
+        assert ("parts missing" in out) == (index != 1)
+    assert tree(tmp_path / "parts") == expected
+
+
+def test_finished_output_is_left_alone_and_another_job_refused(tars, tmp_path):
+    target = tmp_path / "set"
+    succeeded(preprocess(tars, "img2dataset", target))
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+    assert "already complete" in succeeded(preprocess(tars, "img2dataset", target))
+    assert before == {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+    error = failed(preprocess(tars, "img2dataset", target, "--shard-size", 3))
+    assert "another job (different: samples_per_shard)" in error
+    assert before == {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+
+
+def test_an_interrupted_run_continues(tars, tmp_path):
+    target = tmp_path / "set"
+    succeeded(preprocess(tars, "img2dataset", target))
+    expected = tree(target)
+    (target / "manifest.json").unlink()
+    (target / "preprocess/00001.json").unlink()
+    (target / "00001-000000.tar").write_bytes(b"half")
+    kept = (target / "00000-000000.tar").stat().st_mtime_ns
+    assert "finished" in succeeded(preprocess(tars, "img2dataset", target))
+    assert tree(target) == expected
+    assert (target / "00000-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_folder_with_other_files_is_not_touched(tars, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    error = failed(preprocess(tars, "img2dataset", tmp_path))
+    assert "is not empty" in error and list(tree(tmp_path)) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("damage", ["cut in a picture", "cut after a sample", "header"])
+def test_the_rest_of_a_damaged_tar_is_reported(tmp_path, damage):
+    source = tmp_path / "laion"
+    source.mkdir()
+    path = source / "00000.tar"
+    add_members(path, img2dataset_rows(0))
+    with tarfile.open(path) as tar:
+        third = tar.getmember("000000002.jpg").offset
+    if damage == "header":
+        data = bytearray(path.read_bytes())
+        data[third + 600] ^= 1  # inside the extended header's block or the next
+        data[third + 148 : third + 156] = b"99999999"
+        path.write_bytes(data)
+    else:
+        os.truncate(path, third + (1800 if damage == "cut in a picture" else 0))
+    out = succeeded(preprocess(source, "img2dataset", tmp_path / "set"))
+    assert [r.key for r in records(tmp_path / "set")] == ["000000000", "000000001"]
+    assert "1 x rest of a damaged tar file" in out and "00000.tar" in out
+
+
+def message(speaker: str, text: str) -> dict:
+    return {"from": speaker, "value": text}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures") / "images"
+    (folder / "coco").mkdir(parents=True)
+    (folder / "coco/1.jpg").write_bytes(encoded(picture(1)))
+    (folder / "2.png").write_bytes(encoded(picture(2), "PNG"))
+    (folder / "3.tif").write_bytes(b"II*\0")
+    (folder.parent / "secret.jpg").write_bytes(encoded(picture(3)))
+    return folder
+
+
+def write_json(path: Path, content) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_conversations(images, tmp_path):
+    human, gpt = (lambda text: message("human", text)), (lambda text: message("gpt", text))
+    entries = [
+        {
+            "id": "x/1",
+            "image": "coco/1.jpg",
+            "conversations": [human("<image>\nWhat?"), gpt("A dog.\n"), human("Sure?"), gpt("Yes")],
+        },
+        {"image": "2.png", "conversations": [human("Describe.\n<image>"), gpt("é")]},
+        {"image": "2.png", "conversations": [human("<|image|>Describe."), gpt("b")]},
+        {"image": "2.png", "conversations": [human("No tag"), gpt("b")]},
+        {"id": 7, "conversations": [human("Hi"), gpt("Hello")]},
+    ]
+    source = write_json(tmp_path / "llava v1.json", entries)
+    options = ["--images", images, "--workers", 2, "--shard-size", 2]
+    succeeded(preprocess(source, "conversations", tmp_path / "set", *options))
+    found = records(tmp_path / "set")
+    assert [r.turns for r in found] == [
+        (Turn("<|image|>What?", "A dog."), Turn("Sure?", "Yes")),
+        (Turn("<|image|>Describe.", "é"),),
+        (Turn("<|image|>Describe.", "b"),),
+        (Turn("<|image|>No tag", "b"),),
+        (Turn("Hi", "Hello"),),
+    ]
+    assert [r.key for r in found] == [f"{i:09d}" for i in range(5)]
+    assert [r.metadata for r in found] == [{"id": "x/1"}, {}, {}, {}, {"id": 7}]
+    assert {r.source for r in found} == {"llava v1"}
+    assert found[0].image == encoded(picture(1)) and found[4].image is None
+    names = [row["name"] for row in Dataset(tmp_path / "set").shards]
+    assert names == [f"llava_v1-{i:05d}-000000.tar" for i in range(3)]
+
+
+def test_unusable_conversations_are_counted(images, tmp_path):
+    human, gpt = (lambda text: message("human", text)), (lambda text: message("gpt", text))
+    fine = [human("<image>\nq"), gpt("a")]
+    bad = {
+        "conversation starts with gpt": {"conversations": [gpt("a"), human("q")]},
+        "empty turn": {"conversations": [human("q"), gpt(" \n")]},
+        "human and gpt do not take turns": {"conversations": [human("q"), human("q"), gpt("a")]},
+        "last question has no answer": {"conversations": [human("q"), gpt("a"), human("q")]},
+        "a speaker is neither human nor gpt": {"conversations": [message("system", "s")]},
+        "a message has no text": {"conversations": [human("q"), gpt(None)]},
+        "no turns": {"conversations": []},
+        "conversations is not a list of messages": {"conversations": "q"},
+        "entry is not an object": "q",
+        "image tag without an image": {"conversations": fine},
+        "more than one image tag": {
+            "image": "2.png",
+            "conversations": [human("<image><image>q"), gpt("a")],
+        },
+        "image tag outside the first question": {
+            "image": "2.png",
+            "conversations": [human("q"), gpt("a"), human("<image>"), gpt("a")],
+        },
+        "image is not one path": {"image": ["2.png", "2.png"], "conversations": fine},
+        "image file is missing": {"image": "4.png", "conversations": fine},
+        "image file cannot be read (Is a directory)": {"image": "coco", "conversations": fine},
+        "image is not JPEG, PNG or WebP": {"image": "3.tif", "conversations": fine},
+        "question 1 is not valid Unicode": {"conversations": [human("\ud800"), gpt("a")]},
+    }
+    escapes = ["../secret.jpg", "coco/../../secret.jpg", str(images.parent / "secret.jpg")]
+    entries = [*bad.values(), *({"image": path, "conversations": fine} for path in escapes)]
+    entries.append({"id": "good", "image": "2.png", "conversations": fine})
+    source = write_json(tmp_path / "llava.json", entries)
+    succeeded(preprocess(source, "conversations", tmp_path / "set", "--images", images))
+    assert [r.metadata["id"] for r in records(tmp_path / "set")] == ["good"]
+    expected = dict.fromkeys(bad, 1) | {"image path leaves the images folder": 3}
+    assert report(tmp_path / "set")["skipped"] == expected
+
+
+def test_wrong_use_is_a_clear_error(tars, images, tmp_path):
+    out = tmp_path / "set"
+    assert "does not exist" in failed(preprocess(tmp_path / "no", "img2dataset", out))
+    assert "invalid choice: 'parquet'" in failed(preprocess(tars, "parquet", out))
+    assert "is not a file" in failed(preprocess(tars, "conversations", out))
+    assert "not from img2dataset" in failed(preprocess(tmp_path, "img2dataset", out))
+    assert "leave out --images" in failed(
+        preprocess(tars, "img2dataset", out, "--images", tmp_path)
+    )
+    for partition in ("3/3", "1", "-1/3", "a/b"):
+        assert "--partition" in failed(
+            preprocess(tars, "img2dataset", out, f"--partition={partition}")
+        )
+    assert "--workers" in failed(preprocess(tars, "img2dataset", out, "--workers", 0))
+    text = tmp_path / "t.json"
+    text.write_text("{")
+    assert "is not JSON" in failed(preprocess(text, "conversations", out))
+    write_json(text, {"a": 1})
+    assert "must hold a list" in failed(preprocess(text, "conversations", out))
+    write_json(text, [{"image": "2.png", "conversations": []}])
+    assert "--images DIR" in failed(preprocess(text, "conversations", out))
+    assert not out.exists()
+
+
+def test_a_corpus_without_a_usable_sample_is_an_error(tmp_path):
+    source = write_json(tmp_path / "t.json", [{"conversations": []}, {"conversations": []}])
+    error = failed(preprocess(source, "conversations", tmp_path / "set"))
+    assert "no sample was kept" in error and "2 x no turns" in error
+    assert not (tmp_path / "set/manifest.json").exists()
+    write_json(source, [])
+    assert "no sample was kept" in failed(preprocess(source, "conversations", tmp_path / "other"))

@@ -1,0 +1,301 @@
+"""The stream: the same batches for any workers, ranks and starting point; the bad are accounted."""
+
+import json
+import os
+
+import pytest
+import torch
+from tiny_data import LetterTokenizer, encoded, picture, record, write
+
+from megatron_owl2.config import DataConfig, SourceConfig
+from megatron_owl2.data import stream
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.images import decode, resize_square
+from megatron_owl2.data.records import Record
+from megatron_owl2.data.shards import Dataset, ShardError
+from megatron_owl2.data.stream import DataError, build_loader, fingerprint
+
+ROWS, SIZE = 3, 14
+BROKEN = encoded(picture(9, 200, 100))[:-300]
+
+
+class Exploding(LetterTokenizer):
+    """Fails on one text, as a bug would."""
+
+    def encode(self, text):
+        if text == "it is 5":
+            raise RuntimeError("tokenizer exploded")
+        return super().encode(text)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return [
+        write(root / "a", (record(i, "a") for i in range(60)), samples_per_shard=16),
+        write(root / "b", (record(i, "b") for i in range(25)), samples_per_shard=10),
+    ]
+
+
+def config(*folders, weights=(0.6, 0.4), **changes) -> DataConfig:
+    sources = [SourceConfig(str(f), w) for f, w in zip(folders, weights, strict=False)]
+    values = dict(sources=sources, sequence_length=72, workers=0, augment=True, seed=3)
+    return DataConfig(**{**values, "max_bad_fraction": 0.9, **changes})
+
+
+def loader(data: DataConfig, start=0, rank=0, ranks=1, micro=4, tokenizer=None, **options):
+    return build_loader(
+        data,
+        tokenizer=tokenizer or LetterTokenizer(),
+        tokens_per_image=ROWS,
+        image_size=SIZE,
+        micro_batch_size=micro,
+        start_slot=start,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+        **options,
+    )
+
+
+def assert_equal(a: Batch, b: Batch, ignore=()) -> None:
+    for name, value in vars(a).items():
+        if name in ignore:
+            continue
+        other = getattr(b, name)
+        same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+        assert same, name
+
+
+def rows_of(batches: list[Batch]) -> dict[int, tuple]:
+    """What each slot holds, picture included, whatever batch it came in."""
+    rows = {}
+    for batch in batches:
+        count = 0
+        for row, slot in enumerate(batch.slots.tolist()):
+            pixels = b""
+            if batch.modality[row].any():
+                pixels = batch.image[count].numpy().tobytes()
+                count += 1
+            labels = batch.labels[row].tolist()
+            rows[slot] = (batch.keys[row], batch.tokens[row].tolist(), labels, pixels)
+    return rows
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(folders, workers):
+    alone = list(loader(config(*folders), limit_slots=44))
+    with_workers = list(loader(config(*folders, workers=workers), limit_slots=44))
+    assert len(alone) == len(with_workers) == 11
+    for a, b in zip(alone, with_workers, strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("ranks, workers", [(2, 0), (2, 1), (3, 0)])
+def test_slots_hold_the_same_for_any_number_of_ranks(folders, ranks, workers):
+    data = config(*folders)
+    expected = rows_of(loader(data, limit_slots=96))
+    assert sorted(expected) == list(range(96))
+    found = {}
+    data.workers = workers
+    for rank in range(ranks):
+        batches = list(loader(data, rank=rank, ranks=ranks, micro=8, limit_slots=96))
+        slots = [slot for batch in batches for slot in batch.slots.tolist()]
+        assert slots == list(range(rank, 96, ranks))
+        found |= rows_of(batches)
+    assert found == expected
+
+
+def test_resuming_at_any_slot_continues_exactly(folders):
+    data = config(*folders)
+    whole = list(loader(data, micro=3, limit_slots=240))  # more than one epoch
+    for start in (3, 60, 150, 237):
+        rest = list(loader(data, start=start, micro=3, limit_slots=240 - start))
+        for a, b in zip(whole[start // 3 :], rest, strict=True):
+            assert_equal(a, b)
+
+
+def test_iterating_leaves_the_global_random_state_alone(folders):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    for _ in loader(config(*folders, workers=1), limit_slots=4):
+        pass
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_one_epoch_holds_every_sample_by_its_weight(folders):
+    assert (
+        loader(config(*folders)).slots_per_epoch == 100
+    )  # 60 samples are 0.6 of it; 25 come 1.6 times
+    keys = [key for batch in loader(config(*folders), limit_slots=100) for key in batch.keys]
+    counts = {key: keys.count(key) for key in keys}
+    assert len(counts) == 85
+    assert all(count == 1 for key, count in counts.items() if key[0] == "a")
+    assert sum(count for key, count in counts.items() if key[0] == "b") == 40
+
+
+def test_plain_resize_shows_the_whole_picture(folders):
+    data = config(folders[0], augment=False)
+    pictures = {r.key: r.image for r in (record(i, "a") for i in range(60))}
+    for batch in loader(data, limit_slots=40):
+        with_picture = [key for key in batch.keys if pictures[key] is not None]
+        for key, image in zip(with_picture, batch.image, strict=False):
+            assert torch.equal(image, resize_square(decode(pictures[key]), SIZE))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """Every fifth of 50 records has a picture that cannot be decoded."""
+
+    def records():
+        for i in range(50):
+            image = BROKEN if i % 5 == 0 else encoded(picture(i))
+            yield Record(f"k{i:03d}", image=image, caption=str(i))
+
+    return write(tmp_path_factory.mktemp("damaged") / "set", records())
+
+
+@pytest.mark.parametrize("change", [dict(workers=2), dict(decode_images=False), dict(ranks=2)])
+def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, change):
+    def run(name, workers=0, ranks=1, **options):
+        ledgers, batches = [], []
+        for rank in range(ranks):
+            ledgers.append(tmp_path / f"{name}{rank}.jsonl")
+            batches += loader(
+                config(damaged, workers=workers),
+                rank=rank,
+                ranks=ranks,
+                micro=2,
+                limit_slots=100,
+                bad_samples_path=ledgers[-1],
+                **options,
+            )
+        lines = [json.loads(line) for path in ledgers for line in path.open()]
+        return batches, sorted(lines, key=lambda line: line["slot"])
+
+    batches, ledger = run("plain")
+    others, other_ledger = run("other", **change)
+    assert ledger == other_ledger
+    keys, other_keys = ({s: v[0] for s, v in rows_of(b).items()} for b in (batches, others))
+    if "decode_images" in change:
+        for a, b in zip(batches, others, strict=True):
+            assert b.image.shape == (2, 3, 0, 0)
+            assert_equal(a, b, ignore=["image"])
+    else:
+        assert rows_of(batches) == rows_of(others)
+    assert keys == other_keys
+
+    # Every broken sample is met once an epoch, and none reaches a batch.
+    assert all(int(key[1:]) % 5 for key in keys.values())
+    slots = {line["slot"] for line in ledger}
+    assert len(slots) == sum(batch.bad for batch in batches) == 20
+    first = next(line for line in ledger if line["key"] == "k005")
+    place = Dataset(damaged).location(0, 5)
+    assert (first["dataset"], first["shard"], first["offset"]) == (str(damaged), *place)
+    assert "cannot be decoded" in first["reason"]
+
+
+def test_damage_in_a_shard_is_a_bad_sample(folders, tmp_path):
+    folder = write(tmp_path / "set", (record(i, "a") for i in range(20)))
+    name, offset = Dataset(folder).location(1, 3)
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[offset + 1] ^= 1
+    path.write_bytes(data)
+    ledger = tmp_path / "bad.jsonl"
+    batches = list(loader(config(folder), limit_slots=20, bad_samples_path=ledger))
+    assert sum(batch.bad for batch in batches) == 1
+    entry = json.loads(ledger.read_text().splitlines()[0])
+    assert entry["key"] is None and (entry["shard"], entry["offset"]) == (name, offset)
+    assert "checksum" in entry["reason"]
+
+
+def test_too_long_first_questions_are_bad_and_shortened_ones_counted(tmp_path):
+    captions = ["x" * 10, "y" * 200, "z" * 20]
+    items = [Record(f"k{i}", caption=c) for i, c in enumerate(captions * 4)]
+    batches = list(loader(config(write(tmp_path / "s", items)), limit_slots=12))
+    assert sum(batch.shortened for batch in batches) == 4
+    with pytest.raises(DataError, match=r"all unusable.*nothing to learn"):
+        list(loader(config(tmp_path / "s", sequence_length=1), limit_slots=4))
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    def records():
+        for i in range(200):
+            image = BROKEN if i % 20 == 0 else encoded(picture(0))
+            yield Record(f"k{i:03d}", image=image, caption="x")
+
+    folder = write(tmp_path / "s", records(), 100)
+    ledger = tmp_path / "bad.jsonl"
+    batches = loader(config(folder, max_bad_fraction=0.04), micro=50, bad_samples_path=ledger)
+    seen = 0
+    with pytest.raises(DataError, match=r"50 of 1000 slots \(5.00%\).*bad.jsonl"):
+        for batch in batches:
+            seen += len(batch.slots)
+    assert seen == 950
+    assert len({json.loads(line)["slot"] for line in ledger.open()}) == 50
+    fine = loader(config(folder, max_bad_fraction=0.06), micro=50, limit_slots=2000)
+    assert sum(batch.bad for batch in fine) == 100
+
+
+def test_a_long_row_of_bad_slots_stops_the_run(tmp_path, monkeypatch):
+    items = (
+        Record(f"k{i:03d}", image=BROKEN if i % 2 else encoded(picture(0)), caption="x")
+        for i in range(60)
+    )
+    data = config(write(tmp_path / "s", items))
+    rows, row = [], 0
+    for batch in loader(data, micro=5, limit_slots=60):
+        bad = {sample.slot for sample in batch.bad_samples}
+        for slot in batch.slots.tolist():
+            row = row + 1 if slot in bad else 0
+            rows.append(row)
+    longest = max(rows)
+    assert stream.MAX_BAD_IN_A_ROW == 100 and 3 < longest < 100
+    monkeypatch.setattr(stream, "MAX_BAD_IN_A_ROW", longest + 1)
+    assert len(list(loader(data, micro=5, limit_slots=60))) == 12
+    monkeypatch.setattr(stream, "MAX_BAD_IN_A_ROW", longest)
+    batches = []
+    with pytest.raises(DataError, match=f"{longest} slots in a row"):
+        for batch in loader(data, micro=5, limit_slots=60):
+            batches.append(batch)
+    assert len(batches) == rows.index(longest) // 5
+
+
+def test_nothing_usable_is_a_clear_error(tmp_path):
+    items = [Record(f"k{i}", image=BROKEN, caption="x") for i in range(20)]
+    with pytest.raises(DataError, match="slot 0: its sample and 8 substitutes are all unusable"):
+        next(iter(loader(config(write(tmp_path / "s", items)))))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_that_are_not_the_datas_reach_the_trainer(folders, workers):
+    batches = loader(config(folders[0], workers=workers), tokenizer=Exploding(), limit_slots=60)
+    with pytest.raises(RuntimeError, match="tokenizer exploded") as caught:
+        list(batches)
+    text = str(caught.value) + " ".join(getattr(caught.value, "__notes__", ()))
+    assert "sample 5 of shard-000000.tar" in text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_vanishes_stops_the_run(tmp_path, workers):
+    folder = write(tmp_path / "s", (record(i) for i in range(30)))
+    os.unlink(folder / "shard-000002.tar")
+    with pytest.raises(ShardError, match="shard-000002.tar"):
+        list(loader(config(folder, workers=workers), limit_slots=28))
+
+
+def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp_path):
+    base = fingerprint(config(*folders))
+    assert fingerprint(config(*folders, weights=(6, 4), workers=5, augment=False)) == base
+    copy = write(tmp_path / "copy", (record(i, "b") for i in range(25)), samples_per_shard=10)
+    assert fingerprint(config(folders[0], copy)) == base  # the same data elsewhere
+    other = write(tmp_path / "other", (record(i, "b") for i in range(25)), samples_per_shard=9)
+    changed = [
+        config(*folders, weights=(0.5, 0.5)),
+        config(*folders, seed=4),
+        config(*folders[::-1]),
+        config(folders[0]),
+        config(folders[0], other),
+    ]
+    assert len({base, *map(fingerprint, changed)}) == 6
