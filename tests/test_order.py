@@ -140,6 +140,15 @@ def test_neighbours_of_a_large_set_come_from_many_chunks_and_lanes_stay_local():
     assert 16 <= len(chunks) <= 19  # one window of 4,096 samples, chunks of 232 or 256
 
 
+def test_every_epoch_joins_other_chunks_into_windows():
+    order = Order([[100] * 200], [1], seed=5, lanes=4, chunk=100, window=1000)
+    first, second = (
+        {order.locate(slot)[1] for slot in range(epoch * 20_000, epoch * 20_000 + 4000, 4)}
+        for epoch in (0, 1)
+    )
+    assert len(first) in (10, 11) and len(first & second) < 5
+
+
 def test_an_unknown_future_slot_is_cheap():
     order = Order([[10_000] * 3000], [1], seed=1)  # 30 M samples
     assert len(order.locate(123_456_789_012)) == 3

@@ -210,6 +210,25 @@ def test_open_files_are_bounded_and_survive_pickling(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_the_longest_unused_file_is_closed(tmp_path):
+    dataset = Dataset(write(tmp_path / "many", RECORDS, samples_per_shard=1), max_open=2)
+    for shard in (0, 1, 0, 2):
+        dataset.read(shard, 0)
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    targets = [os.readlink(link) for link in links if os.path.islink(link)]
+    opened = sorted(os.path.basename(target) for target in targets if str(tmp_path) in target)
+    assert opened == ["shard-000000.tar", "shard-000002.tar"]
+
+
+def test_a_shard_that_is_cut_while_open_is_an_error(folder):
+    dataset = Dataset(folder)
+    dataset.read(0, 0)
+    end = dataset.location(0, 9)[1] + 100
+    os.truncate(folder / "shard-000000.tar", end)
+    with pytest.raises(ShardError, match=f"shard-000000.tar ended at byte {end}: cut"):
+        dataset.read(0, 9)
+
+
 IMAGE = encoded(picture(0))
 
 

@@ -143,6 +143,21 @@ def test_plain_resize_shows_the_whole_picture(folders):
             assert torch.equal(image, resize_square(decode(pictures[key]), SIZE))
 
 
+def test_a_sample_is_cropped_anew_in_every_epoch(folders):
+    data = config(folders[0], augment=True)
+    epochs = [
+        {
+            value[0]: value[3]
+            for value in rows_of(loader(data, start=e * 60, limit_slots=60)).values()
+        }
+        for e in (0, 1)
+    ]
+    assert epochs[0].keys() == epochs[1].keys() and len(epochs[0]) == 60
+    with_picture = [key for key, pixels in epochs[0].items() if pixels]
+    assert len(with_picture) == 40
+    assert sum(epochs[0][key] == epochs[1][key] for key in with_picture) == 0
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     """Every fifth of 50 records has a picture that cannot be decoded."""
@@ -245,7 +260,7 @@ def test_a_long_row_of_bad_slots_stops_the_run(tmp_path, monkeypatch):
     )
     data = config(write(tmp_path / "s", items))
     rows, row = [], 0
-    for batch in loader(data, micro=5, limit_slots=60):
+    for batch in loader(data, micro=2, limit_slots=60):
         bad = {sample.slot for sample in batch.bad_samples}
         for slot in batch.slots.tolist():
             row = row + 1 if slot in bad else 0
@@ -253,13 +268,13 @@ def test_a_long_row_of_bad_slots_stops_the_run(tmp_path, monkeypatch):
     longest = max(rows)
     assert stream.MAX_BAD_IN_A_ROW == 100 and 3 < longest < 100
     monkeypatch.setattr(stream, "MAX_BAD_IN_A_ROW", longest + 1)
-    assert len(list(loader(data, micro=5, limit_slots=60))) == 12
+    assert len(list(loader(data, micro=2, limit_slots=60))) == 30
     monkeypatch.setattr(stream, "MAX_BAD_IN_A_ROW", longest)
     batches = []
     with pytest.raises(DataError, match=f"{longest} slots in a row"):
-        for batch in loader(data, micro=5, limit_slots=60):
+        for batch in loader(data, micro=2, limit_slots=60):
             batches.append(batch)
-    assert len(batches) == rows.index(longest) // 5
+    assert len(batches) == rows.index(longest) // 2
 
 
 def test_nothing_usable_is_a_clear_error(tmp_path):
