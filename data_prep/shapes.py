@@ -4,7 +4,8 @@
 
     pairs/         img2dataset's output folder (webdataset layout): pictures with captions
     instructions/  LLaVA conversations: llava_shapes.json (questions), llava_captions.json
-    text/          ShareGPT dialogues: for the language model's start and for joint tuning
+    text/          plain texts and ShareGPT dialogues for the language model's start, other
+                   dialogues for joint tuning
     eval/          COCO captions, VQAv2 and POPE on pictures with training pairs (seen) and with
                    held-out pairs (heldout); ShareGPT questions without a picture (text)
     tokenizer/     a SentencePiece model trained on the training text
@@ -30,7 +31,7 @@ from data_prep import shapes_formats as formats
 from data_prep import shapes_world as world
 from megatron_owl2.data.tokenizer import train_tokenizer
 
-VERSION = 1  # raised whenever the same parameters give other bytes
+VERSION = 2  # raised whenever the same parameters give other bytes
 VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
 _CHUNK = 250  # pictures per piece of work for a process
 
@@ -103,7 +104,7 @@ def _is_complete(output: Path, parameters: Parameters) -> bool:
 def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
     seed, held_out_pictures = parameters.seed, parameters.eval // 2
     pictures = parameters.pairs + parameters.instructions + parameters.eval + held_out_pictures
-    total = pictures + 2 * parameters.texts
+    total = pictures + 3 * parameters.texts
     ledger = formats.Ledger()
     with (
         tqdm(total=total, desc="shapes", unit=" samples") as progress,
@@ -113,6 +114,8 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
         formats.write_instructions(
             folder / "instructions", render("instructions", parameters.instructions), seed, ledger
         )
+        documents = folder / "text/documents.jsonl"
+        formats.write_documents(documents, parameters.texts, seed, ledger, progress.update)
         for name in ("sharegpt_start", "sharegpt_instructions"):
             path = folder / "text" / f"{name}.json"
             formats.write_texts(path, parameters.texts, seed, ledger, progress.update)
@@ -138,6 +141,7 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             "pairs": parameters.pairs,
             "instructions/llava_shapes": parameters.instructions,
             "instructions/llava_captions": -(-parameters.instructions // formats.CAPTION_EVERY),
+            "text/documents": parameters.texts,
             "text/sharegpt_start": parameters.texts,
             "text/sharegpt_instructions": parameters.texts,
             "eval/seen": parameters.eval,
@@ -185,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seed": "seed of all random choices",
         "pairs": "pictures with a caption",
         "instructions": "pictures with a dialogue",
-        "texts": "dialogues in each of the two text files",
+        "texts": "texts in each of the three text files",
         "eval": "evaluation pictures of seen pairs; half as many of held-out pairs",
     }
     parser.add_argument("--output", type=Path, required=True, help="folder to be created")

@@ -1,6 +1,6 @@
 """Writes the embedded corpus in the formats that real data sets publish.
 
-img2dataset (pairs), LLaVA (instructions), ShareGPT (text), COCO captions, VQAv2 and POPE (eval).
+img2dataset (pairs), LLaVA (instructions), JSON lines and ShareGPT (text), COCO captions, VQAv2 and POPE (eval).
 All bytes are a function of the arguments: no time stamps, no host names.
 """
 
@@ -168,6 +168,22 @@ def write_texts(
         records.append({"id": f"{path.stem}_{i}"} | _conversations(turns))
         tick()
     _write_json(path, records)
+
+
+def write_documents(
+    path: Path, number: int, seed: int, ledger: Ledger, tick: Callable[[], object]
+) -> None:
+    """Write `number` plain texts as JSON lines {"text": ...}, as web corpora are published.
+
+    `tick` is called after each.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for i in range(number):
+            text = language.document(random.Random(f"{seed}/text/{path.stem}/{i}"))
+            ledger.texts.append(text)
+            file.write(json.dumps({"text": text}) + "\n")
+            tick()
 
 
 def write_eval(folder: Path, pictures: Iterable[Picture], seed: int, ledger: Ledger) -> None:

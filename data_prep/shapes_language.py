@@ -186,10 +186,21 @@ def text_dialogue(skill: str, rng: random.Random, evaluation: bool = False) -> l
     """
     while True:
         context, turns = _TEXT_SKILLS[skill](rng)
-        if skill == "mixing" or (zlib.crc32(context.encode()) % 8 == 0) == evaluation:
+        if skill == "mixing" or _is_reserved(context) == evaluation:
             break
     first = Question(turns[0].skill, f"{context} {turns[0].text}", turns[0].answer)
     return [first, *turns[1:]]
+
+
+def document(rng: random.Random) -> str:
+    """A scene told in a plain text, never one that is kept for evaluation."""
+    while _is_reserved(text := caption(sample_scene(rng))):
+        pass
+    return text
+
+
+def _is_reserved(context: str) -> bool:
+    return zlib.crc32(context.encode()) % 8 == 0
 
 
 def _text_scene(rng: random.Random) -> tuple[str, list[Question]]:

@@ -293,6 +293,22 @@ def test_unusable_conversations_are_counted(images, tmp_path):
     assert report(tmp_path / "set")["skipped"] == expected
 
 
+def test_documents(tmp_path):
+    source = tmp_path / "web.jsonl"
+    bad = [b"no JSON", b'["text"]', b'{"txt": "a"}', b'{"text": 3}', b'{"text": " "}']
+    good = [json.dumps({"text": f"text {number}"}).encode() for number in range(25)]
+    source.write_bytes(b"\n".join([*good[:10], *bad, *good[10:]]))
+    succeeded(preprocess(source, "documents", tmp_path / "set", "--shard-size", "10"))
+    found = records(tmp_path / "set")
+    assert [record.caption for record in found] == [f"text {number}" for number in range(25)]
+    assert found[10].key == "000000015"
+    assert all(record.image is None and record.source == "web" for record in found)
+    assert sum(report(tmp_path / "set")["skipped"].values()) == len(bad)
+    assert "leave out --images" in failed(
+        preprocess(source, "documents", tmp_path / "other", "--images", tmp_path)
+    )
+
+
 def test_wrong_use_is_a_clear_error(tars, images, tmp_path):
     out = tmp_path / "set"
     assert "does not exist" in failed(preprocess(tmp_path / "no", "img2dataset", out))

@@ -306,11 +306,24 @@ def text_answer(context: str, question: str) -> str:
     return (max if "more" in question else min)(prices, key=prices.get)
 
 
+def documents_of(corpus: Path) -> list[str]:
+    lines = (corpus / "text/documents.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_documents_are_captions_without_held_out_pairs(corpus):
+    documents = documents_of(corpus)
+    assert len(documents) == SMALL.texts
+    things = [thing for text in documents for thing in parse(text).values()]
+    assert len(things) > SMALL.texts
+    assert not set(world.HELD_OUT) & set(things)
+
+
 def test_text_evaluation_is_right_and_new(corpus):
     records = load(corpus / "eval/text/sharegpt_text.json")
     assert len(records) == SMALL.eval // 2
     assert {record["skill"] for record in records} == set(language.TEXT_SKILLS)
-    training = set()
+    training = set(documents_of(corpus))
     for name in ("sharegpt_start", "sharegpt_instructions"):
         for record in load(corpus / f"text/{name}.json"):
             training.add(split_context(dialogue_of(record))[0])
@@ -423,6 +436,7 @@ def test_corpus_json_counts_what_was_written(corpus):
     assert [tuple(pair) for pair in summary["held_out_pairs"]] == list(world.HELD_OUT)
     for name in ("instructions/llava_shapes", "instructions/llava_captions", "text/sharegpt_start"):
         assert summary["counts"][name] == len(load(corpus / f"{name}.json"))
+    assert summary["counts"]["text/documents"] == len(documents_of(corpus))
     annotations = load(corpus / "eval/seen/annotations.json")["annotations"]
     for skill in ("colour", "shape", "count", "relation", "letter"):
         answers = Counter(

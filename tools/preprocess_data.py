@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep import conversations, img2dataset
+from data_prep import conversations, documents, img2dataset
 from megatron_owl2.data.preprocess import PreprocessError, preprocess
 
-FORMATS = {"conversations": conversations, "img2dataset": img2dataset}
+FORMATS = {"conversations": conversations, "documents": documents, "img2dataset": img2dataset}
 
 
 def main(arguments: list[str] | None = None) -> int:
