@@ -24,8 +24,8 @@ class Sample:
     """One row of a batch, padded to the sequence length s.
 
     tokens, labels and modality are int64 [s]; `image_positions` int64 [tokens_per_image or 0] are
-    the rows that the image fills; `length` positions are not padding. `shortened`: turns or the end of an answer did not fit. The
-    stream adds image (uint8 [3, H, W] or None), slot and key.
+    the rows that the image fills; `length` positions are not padding. `shortened`: turns or the
+    end of an answer did not fit. The stream adds image (uint8 [3, H, W] or None), slot and key.
     """
 
     tokens: np.ndarray
