@@ -40,7 +40,12 @@ def main() -> int:
         else:
             model, config = assemble.from_parts(*parts, seed=arguments.seed, **options)
         checkpoint.save(output, model, config)
-    except (ConversionError, configuration.ConfigError, checkpoint.CheckpointError) as error:
+    except (
+        ConversionError,
+        configuration.ConfigError,
+        checkpoint.CheckpointError,
+        OSError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not config.data.tokenizer:

@@ -24,6 +24,7 @@ def main() -> int:
 
     import torch
 
+    from megatron_owl2.config import ConfigError
     from megatron_owl2.convert.assemble import from_checkpoint
     from megatron_owl2.convert.hf import export_hf
     from megatron_owl2.convert.weights import ConversionError
@@ -42,7 +43,7 @@ def main() -> int:
             max_shard_bytes=int(arguments.max_shard_gib * 1024**3),
             progress=True,
         )
-    except (ConversionError, CheckpointError) as error:
+    except (ConversionError, CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.layout != "clip" and not config.data.tokenizer:

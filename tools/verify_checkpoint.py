@@ -4,8 +4,8 @@ Inputs (safetensors): input_ids [b, s] with -200 for an image, images [n, 3, H, 
 optionally attention_mask, labels [b, s]. The result holds logits, loss and, with --gradients,
 grad.<name in the released model> for every parameter, the same under every parallel layout:
 
-    torchrun --nproc-per-node 2 tools/verify_checkpoint.py --checkpoint CKPT --inputs batch.safetensors \\
-        --output result.safetensors --gradients parallel.tensor=2
+    torchrun --nproc-per-node 2 tools/verify_checkpoint.py --checkpoint CKPT \\
+        --inputs batch.safetensors --output result.safetensors --gradients parallel.tensor=2
 """
 
 import argparse

@@ -58,12 +58,13 @@ def from_parts(
     """The start of the first stage: a LLaMA, a CLIP ViT and a random abstractor between them.
 
     Both branches of the modality-adaptive layers start from the LLaMA's weights. Otherwise as
-    `from_owl2`; the abstractor's sizes and the image statistics are those of `config` or the
-    paper's, its weights follow from `seed`.
+    `from_owl2`; without `config` the abstractor has the paper's sizes. Its weights follow from
+    `seed`.
     """
     stored = ModelConfig(
         vision=hf_config.read_clip(vision_model), decoder=hf_config.read_llama(language_model)
     )
+    stored.image_mean, stored.image_std = hf_config.read_image_statistics(vision_model)
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
     config = _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)

@@ -78,13 +78,6 @@ def export_hf(
     parameters = dict(model.named_parameters())
     width = torch.empty((), dtype=dtype).element_size()
     needed = sum(parameters[rule.ours].numel() for rule in table) * width
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        raise ConversionError(
-            f"{output} needs {needed / _GIB:.1f} GiB and {output.parent} has "
-            f"{free / _GIB:.1f} GiB free"
-        )
 
     def tensors():
         for rule in tqdm(table, desc=f"writing {layout}", unit="tensor", disable=not progress):
@@ -96,8 +89,12 @@ def export_hf(
 
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if needed > free:
+            sizes = f"needs {needed / _GIB:.1f} GiB, free are {free / _GIB:.1f}"
+            raise ConversionError(f"no room for {output}: it {sizes}")
         write_shards(partial, tensors(), max_shard_bytes)
         hf_config.write(partial, layout, model.model, dtype)
         if layout != "clip" and tokenizer is not None:
@@ -152,9 +149,7 @@ def _check(
     found = reader.names()
     problems = [f"missing: {n}" for n in sorted(wanted.keys() - found)]
     problems += [
-        f"unexpected: {n}"
-        for n in sorted(found - wanted.keys())
-        if not mapping.needless(layout, n)
+        f"unexpected: {n}" for n in sorted(found - wanted.keys()) if not mapping.needless(layout, n)
     ]
     for name in sorted(wanted.keys() & found):
         shape, floating = reader.describe(name)

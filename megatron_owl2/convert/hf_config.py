@@ -92,7 +92,7 @@ def read_owl2(directory: str | Path) -> ModelConfig:
             f"visual_abstractor.grid_size is {grid}, but an image has {model.vision.grid_size} "
             "patches on a side",
         )
-    _read_image_statistics(directory, model)
+    model.image_mean, model.image_std = read_image_statistics(directory)
     return model
 
 
@@ -110,6 +110,20 @@ def read_clip(directory: str | Path) -> VisionConfig:
     tree = _CLIP_DEFAULTS | tree.get("vision_config", tree)
     _hold(directory, tree, _FIXED_VISION)
     return _pick(directory, VisionConfig, _VISION, tree)
+
+
+def read_image_statistics(directory: str | Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per colour of preprocessor_config.json, CLIP's without one."""
+    path, clip = Path(directory) / "preprocessor_config.json", ModelConfig()
+    tree = read_json(path) if path.is_file() else {}
+    found = []
+    for key, default in (("image_mean", clip.image_mean), ("image_std", clip.image_std)):
+        value = tree.get(key, default)
+        numbers = isinstance(value, list) and {type(v) for v in value} <= {int, float}
+        if not numbers or len(value) != 3:
+            raise ConversionError(f"{path}: {key} is {value!r}, wanted three numbers")
+        found.append([float(v) for v in value])
+    return found[0], found[1]
 
 
 def source_dtype(directory: str | Path) -> str | None:
@@ -240,14 +254,6 @@ def _read_decoder(directory: str | Path, tree: dict) -> DecoderConfig:
         fixed = fixed | {"head_dim": decoder.hidden_size // decoder.num_heads}
     _hold(directory, tree, fixed)
     return decoder
-
-
-def _read_image_statistics(directory: str | Path, model: ModelConfig) -> None:
-    path = Path(directory) / "preprocessor_config.json"
-    if path.is_file():
-        tree = read_json(path)
-        model.image_mean = tree.get("image_mean", model.image_mean)
-        model.image_std = tree.get("image_std", model.image_std)
 
 
 def _pick(directory: str | Path, cls: type, fields: dict[str, str], tree: dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
@@ -18,7 +18,7 @@ from megatron_owl2.config import ConfigError, RunConfig
 from megatron_owl2.convert.expand import Expanded, expand
 from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.partition import gather
-from megatron_owl2.convert.weights import ConversionError
+from megatron_owl2.convert.weights import ConversionError, save_tensors
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.model.owl2 import Owl2
@@ -95,9 +95,9 @@ def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(results, partial)
+        save_tensors(results, partial)
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
@@ -137,7 +137,10 @@ def _expand(
         raise ConversionError(f"labels must be below {vocab}, or {IGNORE_INDEX}")
     if "labels" in inputs and not (expanded.labels != IGNORE_INDEX).any():
         raise ConversionError("labels leave nothing to predict: all of them are ignored")
-    return expanded, int(expanded.lengths.max())
+    length, limit = int(expanded.lengths.max()), config.model.decoder.max_positions
+    if length > limit:
+        raise ConversionError(f"a row expands to {length} positions, the decoder has {limit}")
+    return expanded, length
 
 
 def _settle(config: RunConfig, expanded: Expanded) -> None:

@@ -115,6 +115,18 @@ def read_json(path: Path) -> dict:
     return tree
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions that any new file here gets (safetensors'
+    own are the owner's alone). Raises ConversionError if the disk refuses."""
+    try:
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path} cannot be written: {error}") from None
+
+
 def write_shards(
     directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
 ) -> None:
@@ -125,7 +137,7 @@ def write_shards(
     total = size = 0
 
     def flush() -> None:
-        save_file(pending, directory / f"{len(shards)}.partial", metadata={"format": "pt"})
+        save_tensors(pending, directory / f"{len(shards)}.partial")
         shards.append(list(pending))
         pending.clear()
 

@@ -1,0 +1,279 @@
+"""Hugging Face directories to our model and back: values, names and settings."""
+
+import json
+
+import pytest
+import torch
+from hf_dirs import (
+    CLIP,
+    DATA,
+    LLAMA,
+    OWL2,
+    editable,
+    parts_config,
+    run_tool,
+    small_tokenizer,
+    tensors_of,
+)
+from safetensors.torch import load_file, save_file
+
+from megatron_owl2 import mcore
+from megatron_owl2.config import save as save_config
+from megatron_owl2.convert import hf_config
+from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
+from megatron_owl2.convert.hf import export_hf
+from megatron_owl2.convert.mapping import Interleave, LeadingOnes, rules
+from megatron_owl2.convert.weights import ConversionError
+from megatron_owl2.model.modality import Modality
+from megatron_owl2.training import checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_process_group():
+    yield
+    mcore.shutdown()
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def is_table(name: str) -> bool:
+    return name.endswith(("q_pos_embed", "k_pos_embed"))
+
+
+def text_logits(model, ids, modality):
+    rows, positions = modality.nonzero(as_tuple=True)
+    split = Modality.of(modality, positions * len(ids) + rows, model.layout)
+    position_ids = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        x = model.decoder(model.embedding(ids).transpose(0, 1), split, position_ids)
+        return model.output_layer(model.final_norm(x)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("transform", "shapes"),
+    [
+        (Interleave(2, (3, 1, 1)), [(12, 5), (4, 5), (4, 5)]),
+        (Interleave(1, (1, 1)), [(6, 2), (6, 2)]),
+        (Interleave(3, (1, 1, 1)), [(6,), (6,), (6,)]),
+        (LeadingOnes(2), [(7,)]),
+    ],
+)
+def test_split_undoes_join(transform, shapes):
+    parts = [torch.randn(shape) for shape in shapes]
+    for part, again in zip(parts, transform.split(transform.join(parts)), strict=True):
+        assert torch.equal(part, again)
+
+
+def test_query_rows_stand_before_the_key_and_value_they_share():
+    query, key, value = torch.arange(8), torch.arange(10, 14), torch.arange(20, 24)
+    joined = Interleave(2, (2, 1, 1)).join([query, key, value])  # 4 heads of 2, 2 groups
+    assert joined.tolist() == [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
+
+
+def test_every_parameter_and_every_tensor_has_one_rule():
+    model, _ = from_owl2(OWL2)
+    table = rules("owl2", model.model)
+    assert sorted(rule.ours for rule in table) == sorted(n for n, _ in model.named_parameters())
+    theirs = [name for rule in table for name in rule.theirs]
+    stored = {n for n in tensors_of(OWL2) if not is_table(n) and not n.endswith("inv_freq")}
+    assert sorted(theirs) == sorted(stored)
+
+
+def test_released_layout_round_trip_in_fp32(tmp_path):
+    tokenizer = small_tokenizer(tmp_path)
+    model, config = from_owl2(OWL2, tokenizer=tokenizer)
+    assert config.train.precision == "fp32"
+    out = tmp_path / "out"
+    export_hf(model, tokenizer, out, dtype=torch.float32)
+    original, again = tensors_of(OWL2), tensors_of(out)
+    assert_same(
+        {n: t for n, t in again.items() if not is_table(n)},
+        {n: t for n, t in original.items() if not is_table(n) and not n.endswith("inv_freq")},
+    )
+    tables = {n: t for n, t in original.items() if is_table(n)}
+    assert {n for n in again if is_table(n)} == tables.keys()
+    for name, table in tables.items():
+        torch.testing.assert_close(again[name], table, atol=1e-6, rtol=0)
+    assert (out / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_released_layout_round_trip_in_bf16_shards_of_bin(tmp_path):
+    source = editable(OWL2, tmp_path / "bf16", torch_dtype="bfloat16")
+    tensors = {n: t.bfloat16() for n, t in load_file(source / "model.safetensors").items()}
+    (source / "model.safetensors").unlink()
+    kept = {n: t for n, t in tensors.items() if not is_table(n) and not n.endswith("inv_freq")}
+    files = {}
+    for number in (1, 2):  # as the released converter writes them, without position tables
+        part = dict(list(kept.items())[number - 1 :: 2])
+        files |= dict.fromkeys(part, f"pytorch_model-{number}-of-2.bin")
+        torch.save(part, source / f"pytorch_model-{number}-of-2.bin")
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    model, config = from_owl2(source)
+    assert config.train.precision == "bf16"
+    out = tmp_path / "out"
+    export_hf(model, None, out, dtype=torch.bfloat16, max_shard_bytes=200_000)
+    again = {n: t for n, t in tensors_of(out).items() if not is_table(n)}
+    assert_same(again, kept)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 2 and set(index["weight_map"].values()) == {s.name for s in shards}
+    assert all(shard.stat().st_size < 220_000 for shard in shards)
+    total = sum(t.nbytes for t in tensors_of(out).values())
+    assert index["metadata"]["total_size"] == total
+    assert not (out / "tokenizer.model").exists()
+
+
+def test_released_settings_survive(tmp_path):
+    model, config = from_owl2(OWL2)
+    config.model.image_mean = model.model.image_mean = [0.1, 0.2, 0.3]
+    export_hf(model, None, tmp_path / "out")
+    assert hf_config.read_owl2(tmp_path / "out") == config.model
+    official = json.loads((OWL2 / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    pairs = [(written, official)]
+    pairs += [
+        (written["visual_config"][k], official["visual_config"][k])
+        for k in written["visual_config"]
+    ]
+    for ours, theirs in pairs:
+        for key in ours.keys() & theirs.keys() - {"torch_dtype", "visual_config"}:
+            assert ours[key] == theirs[key], key
+    assert {"grid_size", "encoder_hidden_size"} <= pairs[2][0].keys()
+
+
+def test_the_image_statistics_of_a_clip_are_kept(tmp_path):
+    clip = editable(CLIP, tmp_path / "clip")
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (clip / "preprocessor_config.json").write_text(json.dumps(statistics))
+    assert hf_config.read_image_statistics(clip) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    (clip / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5}))
+    with pytest.raises(ConversionError, match="image_mean is 0.5, wanted three numbers"):
+        hf_config.read_image_statistics(clip)
+
+
+@pytest.mark.parametrize("bare", [False, True])  # transformers 5 saves a CLIPVisionModel bare
+def test_parts_compute_what_transformers_computes(tmp_path, bare):
+    clip = CLIP
+    if bare:
+        tree = json.loads((CLIP / "config.json").read_text())["vision_config"]
+        clip = editable(CLIP, tmp_path / "clip")
+        (clip / "config.json").write_text(json.dumps(tree))
+        stored = load_file(clip / "model.safetensors")
+        prefix = "vision_model."
+        vision = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+        save_file(vision, clip / "model.safetensors")
+    model, config = from_parts(LLAMA, clip, config=parts_config())
+    reference = load_file(DATA / "hf_tiny" / "reference.safetensors")
+    with torch.no_grad():
+        features = model.vision_model(reference["pixels"]).transpose(0, 1)
+    torch.testing.assert_close(features, reference["features"], atol=1e-4, rtol=1e-5)
+    ids = reference["ids"]
+    for modality in (torch.zeros_like(ids), torch.ones_like(ids)):  # both branches are the LLaMA's
+        logits = text_logits(model, ids, modality)
+        torch.testing.assert_close(logits, reference["logits"], atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_part_layouts_round_trip(tmp_path, dtype):
+    model, _ = from_parts(LLAMA, CLIP, config=parts_config())
+    with torch.no_grad():  # the vision branch is not what a LLaMA export holds
+        for name, parameter in model.named_parameters():
+            if name.endswith(("linear_kv_vision.weight", "weight_vision")):
+                parameter.zero_()
+    for layout, source in (("llama", LLAMA), ("clip", CLIP)):
+        export_hf(model, None, tmp_path / layout, layout=layout, dtype=dtype)
+        stored = tensors_of(source)
+        wanted = {n: t.to(dtype) for n, t in stored.items() if not n.startswith(("text", "visual"))}
+        wanted.pop("logit_scale", None)
+        assert_same(tensors_of(tmp_path / layout), wanted)
+    assert hf_config.read_llama(tmp_path / "llama") == model.model.decoder
+    assert hf_config.read_clip(tmp_path / "clip") == model.model.vision
+
+
+def test_exports_load_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, _ = from_parts(LLAMA, CLIP, config=parts_config())
+    reference = load_file(DATA / "hf_tiny" / "reference.safetensors")
+    for layout in ("llama", "clip"):
+        export_hf(model, None, tmp_path / layout, layout=layout, dtype=torch.float32)
+    llama, report = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "llama", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    clip, report = transformers.CLIPVisionModel.from_pretrained(
+        tmp_path / "clip", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        logits = llama(reference["ids"]).logits
+        hidden = clip(reference["pixels"]).last_hidden_state
+        features = getattr(clip, "vision_model", clip).post_layernorm(hidden)
+    torch.testing.assert_close(logits, reference["logits"])
+    torch.testing.assert_close(features, reference["features"])
+
+
+def test_the_seed_decides_the_abstractor():
+    first, again, other = (
+        from_parts(LLAMA, CLIP, config=parts_config(), seed=seed)[0].abstractor.query_embeds
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_another_image_size_resizes_the_positions():
+    model, config = from_parts(LLAMA, CLIP, config=parts_config(image_size=56))
+    table = load_file(CLIP / "model.safetensors")[
+        "vision_model.embeddings.position_embedding.weight"
+    ]
+    resized = model.vision_model.position_embedding[0]
+    assert resized.shape == (65, 24)
+    assert torch.equal(resized[0], table[0])
+    grid = resized[1:].view(8, 8, 24)
+    # Far from the borders: row 3 of the fine grid lies a quarter of the way from row 1 to row 2 of
+    # the coarse one, column 4 three quarters; the bicubic kernel (a = -0.75) has these weights.
+    weights = torch.tensor([-0.10546875, 0.87890625, 0.26171875, -0.03515625])
+    expected = torch.einsum("a,b,abc->c", weights, weights.flip(0), table[1:].view(4, 4, 24))
+    torch.testing.assert_close(grid[3, 4], expected)
+
+
+def test_tools_convert_there_and_back(tmp_path, capsys):
+    tokenizer = small_tokenizer(tmp_path)
+    config = parts_config()
+    config.model.image_mean = [0.5, 0.5, 0.5]
+    save_config(config, tmp_path / "run.yaml")
+    ckpt, out = tmp_path / "ckpt", tmp_path / "out"
+    arguments = ("--language-model", LLAMA, "--vision-model", CLIP, "--output", ckpt)
+    options = ("--config", tmp_path / "run.yaml")
+    status, said, _ = run_tool("convert_from_hf", *arguments, *options, capsys=capsys)
+    assert status == 0 and "no tokenizer.model" in said
+    status, _, complaint = run_tool("convert_from_hf", *arguments, capsys=capsys)
+    assert status == 2 and f"error: {ckpt} exists already" in complaint
+    arguments = ("--checkpoint", ckpt, "--output", out, "--layout", "llama")
+    assert run_tool("convert_to_hf", *arguments, capsys=capsys)[0] == 0
+    assert_same(tensors_of(out), tensors_of(LLAMA))
+    status, _, complaint = run_tool("convert_to_hf", *arguments, capsys=capsys)
+    assert status == 2 and f"{out} exists already" in complaint
+    assert checkpoint.read_config(ckpt).model.image_mean == [0.5, 0.5, 0.5]
+
+    ckpt, out = tmp_path / "owl2 ckpt", tmp_path / "owl2 out"
+    arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)
+    assert run_tool("convert_from_hf", *arguments, capsys=capsys)[0] == 0
+    model, config = from_checkpoint(ckpt)
+    assert config.data.tokenizer == str(ckpt / "tokenizer.model")
+    arguments = ("--checkpoint", ckpt, "--output", out, "--dtype", "bfloat16")
+    assert run_tool("convert_to_hf", *arguments, capsys=capsys)[0] == 0
+    wanted = {n: t.bfloat16() for n, t in tensors_of(OWL2).items() if not n.endswith("inv_freq")}
+    found = tensors_of(out)
+    assert found.keys() == wanted.keys()
+    for name in (n for n in wanted if not is_table(n)):
+        assert torch.equal(found[name], wanted[name]), name
+    assert (
+        json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "LlamaTokenizer"
+    )

@@ -1,0 +1,137 @@
+"""The proof tool as users start it: one process, tensor, sequence and pipeline parallel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_owl2 import mcore
+from megatron_owl2.config import ConfigError
+from megatron_owl2.convert.assemble import from_owl2
+from megatron_owl2.convert.verify import verify
+from megatron_owl2.convert.weights import ConversionError
+from megatron_owl2.training import checkpoint
+
+OFFICIAL = Path(__file__).parent / "data" / "official_tiny"
+META = json.loads((OFFICIAL / "meta.json").read_text())
+TOOL = Path(__file__).parent.parent / "tools" / "verify_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("verify") / "ckpt"
+    model, config = from_owl2(OFFICIAL / "hf_ckpt")
+    checkpoint.save(directory, model, config)
+    yield directory
+    mcore.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    tensors = load_file(OFFICIAL / "reference.safetensors")
+    return {n.removeprefix("batch/"): t for n, t in tensors.items() if n.startswith("batch/")}
+
+
+@pytest.fixture
+def inputs(reference):
+    return {n: reference[n] for n in ("input_ids", "attention_mask", "labels", "images")}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.tensor=2"],
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=true"],
+        ["parallel.pipeline=2"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_two_ranks_compute_what_the_official_code_computes(
+    converted, reference, inputs, tmp_path, overrides
+):
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    files = ["--inputs", tmp_path / "inputs.safetensors", "--output", tmp_path / "out.safetensors"]
+    command = [*torchrun, TOOL, "--checkpoint", converted, *files, "--gradients", *overrides]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    check(found, reference, gradients=True)
+
+
+def check(found, reference, gradients):
+    valid = reference["expanded_attention_mask"]
+    assert found["logits"].shape == reference["logits"].shape
+    torch.testing.assert_close(
+        found["logits"][valid], reference["logits"][valid], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(found["loss"], reference["loss"], atol=1e-5, rtol=0)
+    names = {name.removeprefix("grad.") for name in found.keys() - {"logits", "loss"}}
+    statistics = META["grad_stats_all_params"] if gradients else {}
+    assert names == statistics.keys()
+    official = load_file(OFFICIAL / "grads_batch.safetensors")
+    for name, statistic in statistics.items():
+        gradient = found[f"grad.{name}"]
+        if name.endswith("attention.key.bias"):  # zero in exact arithmetic
+            assert gradient.norm() < 1e-5
+            continue
+        assert gradient.double().norm().item() == pytest.approx(statistic["l2"], rel=1e-4), name
+        if name in official:
+            assert (gradient - official[name]).norm() < 1e-4 * official[name].norm(), name
+
+
+def test_one_process(converted, reference, inputs):
+    check(verify(converted, inputs), reference, gradients=False)
+    check(verify(converted, inputs, gradients=True), reference, gradients=True)
+
+
+def test_text_needs_no_images(converted, inputs):
+    row = META["batch_order"].index("text_only")
+    text = {n: inputs[n][row : row + 1] for n in ("input_ids", "labels")}
+    expected = load_file(OFFICIAL / "reference.safetensors")
+    found = verify(converted, text)
+    torch.testing.assert_close(
+        found["logits"], expected["single_text_only/logits"], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(found["loss"], expected["single_text_only/loss"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": None}, "must hold input_ids"),
+        ({"images": None}, r"normalised floats \[6, 3, 56, 56\].* found none"),
+        ({"images": torch.zeros(5, 3, 56, 56)}, r"found torch.float32 \[5, 3, 56, 56\]"),
+        ({"images": torch.zeros(6, 3, 56, 56, dtype=torch.uint8)}, "found torch.uint8"),
+        ({"labels": None}, "gradients need labels"),
+        ({"labels": torch.full((5, 21), -100)}, "nothing to predict"),
+        ({"labels": torch.full((5, 21), 512)}, "labels must be below 512"),
+        ({"attention_mask": torch.ones(5, 20)}, r"attention_mask is \[5, 20\]"),
+        ({"attention_mask": torch.ones(5, 21).tril(-1)}, "right padding"),
+        (
+            {
+                "input_ids": torch.ones(5, 257, dtype=torch.int64),
+                "attention_mask": None,
+                "labels": torch.ones(5, 257, dtype=torch.int64),
+            },
+            "257 positions, the decoder has 256",
+        ),
+        ({"input_ids": torch.full((5, 21), 600)}, "600, which is neither below 512 nor -200"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(converted, inputs, change, message):
+    inputs = {n: t for n, t in (inputs | change).items() if t is not None}
+    with pytest.raises(ConversionError, match=message):
+        verify(converted, inputs, gradients=True)
+
+
+def test_a_layout_the_processes_cannot_carry_is_refused(converted, inputs):
+    with pytest.raises(ConfigError, match="1 processes, but parallel.tensor \\(2\\)"):
+        verify(converted, inputs, ["parallel.tensor=2"])
