@@ -57,14 +57,17 @@ def evaluate(arguments: list[str]) -> int:
         min_new_tokens=options.min_new_tokens,
         variant=options.variant,
     )
+    about = {"model": options.checkpoint, "data": options.data}
+    task = TASKS[options.task]
     try:
+        questions, gold = tasks.read(task, options.data, options.limit)
         loaded = load_model(options.checkpoint, options.precision)
         result = runner.evaluate(
-            loaded, options.task, options.data, options.output, settings, options.checkpoint
+            loaded, options.task, questions, gold, options.output, settings, about
         )
     except (TaskError, ScoreError, InferenceError, CheckpointError, ConversionError) as error:
         return _refuse(error)
-    except OSError as error:
+    except OSError as error:  # a disk that is full, an output that is a file
         return _refuse(error)
     print(runner.table(result))
     return 0

@@ -1,6 +1,7 @@
 """Asks a model the questions of a task and leaves predictions and scores in a directory."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,8 @@ from tqdm import tqdm
 from megatron_owl2.data import images
 from megatron_owl2.data.records import BadSampleError
 from megatron_owl2.evaluation import tasks
-from megatron_owl2.evaluation.tasks import TASKS, Question, TaskError
+from megatron_owl2.evaluation.tasks import PREDICTIONS, SCORES, TASKS, Question, TaskError
 from megatron_owl2.inference.engine import Generator, LoadedModel
-
-PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,17 @@ class Settings:
 def evaluate(
     loaded: LoadedModel,
     task_name: str,
-    data: str | Path,
+    questions: list[Question],
+    gold: dict,
     output: str | Path,
     settings: Settings,
-    model_name: str = "",
+    about: dict,
 ) -> dict:
-    """Answer the questions of `data`; writes predictions.jsonl and scores.json, returns the latter.
+    """Answer `questions`; writes predictions.jsonl and scores.json to `output`, returns the latter.
 
-    Every process of a tensor-parallel group calls it and the first one writes. Raises TaskError,
-    ScoreError and InferenceError.
+    `questions` and `gold` come from `tasks.read`; `about` (names of model and data) is kept with
+    the scores. Every process of a tensor-parallel group calls this and the first one writes.
+    Raises TaskError, ScoreError and InferenceError.
     """
     task = TASKS[task_name]
     suffix = _first(settings.suffix, task.suffix)
@@ -56,20 +57,15 @@ def evaluate(
         "max_new_tokens": _first(settings.max_new_tokens, task.max_new_tokens),
         "min_new_tokens": _first(settings.min_new_tokens, task.min_new_tokens),
     }
-    questions = tasks.read_questions(task, data, settings.limit)
-    gold = tasks.read_gold(task, data)
-    gold = {question.id: gold[question.id] for question in questions}
-    output = Path(output)
     main = torch.distributed.get_rank() == 0
     if main:
-        output.mkdir(parents=True, exist_ok=True)
-
+        Path(output).mkdir(parents=True, exist_ok=True)
     picture = _picture_reader(loaded.config.vision.image_size, settings)
     generator = Generator(loaded)
     predictions: dict[int | str, str] = {}
     started = time.perf_counter()
     with (
-        open(output / PREDICTIONS if main else "/dev/null", "w", encoding="utf-8") as file,
+        open(Path(output) / PREDICTIONS if main else os.devnull, "w", encoding="utf-8") as file,
         tqdm(total=len(questions), desc=task_name, unit=" questions", disable=not main) as bar,
     ):
         for first in range(0, len(questions), settings.batch_size):
@@ -81,25 +77,28 @@ def evaluate(
             )
             for question, answer in zip(batch, answers, strict=True):
                 predictions[question.id] = answer
-                row = {task.id_field: question.id, task.answer_field: answer} | _shown(question)
+                alone = tasks.score(
+                    task, {question.id: answer}, {question.id: gold[question.id]}, settings.variant
+                )
+                row = {task.id_field: question.id, task.answer_field: answer}
+                row |= {"score": alone["overall"]["accuracy"]} | _shown(question)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(len(batch))
     seconds = time.perf_counter() - started
     result = {
+        **about,
         "task": task_name,
-        "data": str(Path(data).resolve()),
-        "model": model_name,
         "blind": settings.blind,
+        "limit": settings.limit,
         "prompt_suffix": suffix,
         **limits,
         "variant": _first(settings.variant, next(iter(task.variants), None)),
-        "limit": settings.limit,
         "seconds": round(seconds, 2),
         "questions_per_second": round(len(questions) / seconds, 2),
         **tasks.score(task, predictions, gold, settings.variant),
     }
     if main:
-        (output / SCORES).write_text(json.dumps(result, indent=1) + "\n")
+        (Path(output) / SCORES).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -141,12 +140,11 @@ def _picture_reader(size: int, settings: Settings) -> Callable[[Path], torch.Ten
 
 
 def _shown(question: Question) -> dict:
-    pictures = [str(path.resolve()) for path in question.images]
     return {
         "question": question.text,
         "skill": question.skill,
         "gold": question.gold,
-        "images": pictures,
+        "images": [str(path.resolve()) for path in question.images],
     }
 
 

@@ -11,6 +11,8 @@ from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.records import IMAGE_PLACEHOLDER
 from megatron_owl2.evaluation import scorers
 
+PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation leaves
+
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
 
@@ -52,26 +54,27 @@ class Task:
     suffix: str
     max_new_tokens: int
     min_new_tokens: int
-    questions: Callable[[Path], list[Question]]
+    questions: Callable[[Path, dict], list[Question]]  # from the file and its gold
     gold: Callable[[Path], dict]
     score: Callable[..., dict]
     variants: tuple[str, ...] = ()  # of the scoring rule, the default first
 
 
-def read_questions(task: Task, data: str | Path, limit: int | None = None) -> list[Question]:
-    """The task's questions from its folder or its question file, at most `limit`.
+def read(task: Task, data: str | Path, limit: int | None = None) -> tuple[list[Question], dict]:
+    """The questions, at most `limit`, and {id: gold row} of them, from a folder or question file.
 
     Pictures are looked for in `images/` beside the file. Raises TaskError for missing or
-    ambiguous files, unreadable content, and pictures that are not there.
+    ambiguous files, unreadable content, questions without gold, and pictures that are not there.
     """
     path = _find(data, task.file)
-    questions = _read(path, task.questions)[:limit]
+    gold = read_gold(task, path if task.gold_file == task.file else path.parent)
+    questions = _read(path, lambda path: task.questions(path, gold))[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
     lost = sorted({image for q in questions for image in q.images if not image.is_file()})
     if lost:
         raise TaskError(f"{len(lost)} pictures of {path} do not exist, such as {lost[0]}")
-    return questions
+    return questions, {question.id: gold[question.id] for question in questions}
 
 
 def read_gold(task: Task, path: str | Path) -> dict:
@@ -103,8 +106,7 @@ def score(task: Task, predictions: dict, gold: dict, variant: str | None = None)
     return task.score(predictions, gold, variant)
 
 
-def _vqa_questions(path: Path) -> list[Question]:
-    gold = read_gold(TASKS["vqav2"], path.parent)
+def _vqa_questions(path: Path, gold: dict) -> list[Question]:
     rows = _json(path)["questions"]
     unanswered = [row["question_id"] for row in rows if row["question_id"] not in gold]
     if unanswered:
@@ -131,12 +133,12 @@ def _vqa_gold(path: Path) -> dict:
     return _by_id(_json(path)["annotations"], "question_id")
 
 
-def _pope_questions(path: Path) -> list[Question]:
+def _pope_questions(path: Path, gold: dict) -> list[Question]:
     return [
         Question(
             i, row["text"], (path.parent / "images" / row["image"],), "existence", row["label"]
         )
-        for i, row in _pope_gold(path).items()
+        for i, row in gold.items()
     ]
 
 
@@ -144,7 +146,7 @@ def _pope_gold(path: Path) -> dict:
     return _by_id(_rows(path), "question_id")
 
 
-def _caption_questions(path: Path) -> list[Question]:
+def _caption_questions(path: Path, gold: dict) -> list[Question]:
     names = {row["id"]: row["file_name"] for row in _json(path)["images"]}
     return [
         Question(
@@ -154,7 +156,7 @@ def _caption_questions(path: Path) -> list[Question]:
             skill=row["skill"],
             gold=row["answers"][0],
         )
-        for i, row in _caption_gold(path).items()
+        for i, row in gold.items()
     ]
 
 
@@ -165,10 +167,9 @@ def _caption_gold(path: Path) -> dict:
     return {i: {"answers": texts, "skill": "caption"} for i, texts in captions.items()}
 
 
-def _text_questions(path: Path) -> list[Question]:
+def _text_questions(path: Path, gold: dict) -> list[Question]:
     return [
-        Question(i, row["question"], (), row["skill"], row["answers"][0])
-        for i, row in _text_gold(path).items()
+        Question(i, row["question"], (), row["skill"], row["answers"][0]) for i, row in gold.items()
     ]
 
 

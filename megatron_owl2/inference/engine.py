@@ -56,6 +56,8 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
     else:
         path = checkpoint.resolve(path)
         config = checkpoint.read_config(path)
+    if not config.data.tokenizer:
+        raise InferenceError(f"{path} has no tokenizer.model; put the model's own there")
     try:
         tokenizer = Tokenizer(config.data.tokenizer)
     except (OSError, ValueError) as error:
