@@ -48,6 +48,12 @@ def loaded(tokenizer) -> LoadedModel:
         vision=VisionConfig(SIZE, 14, 32, 2, 4, 64),
         abstractor=AbstractorConfig(4, 2, 4, 64),
         decoder=DecoderConfig(tokenizer.vocab_size, 32, 3, 4, 2, 64, max_positions=64),
+        image_mean=[
+            0.2,
+            0.2,
+            0.2,
+        ],  # not the defaults: a loader that forgets them answers otherwise
+        image_std=[0.25, 0.25, 0.25],
         init_std=0.3,  # wide enough that answers depend on prompt and picture
     )
     torch.manual_seed(7)
@@ -227,13 +233,18 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
     checkpoint.save_step(run, 3, loaded.model, config)
     prompts, images = cases(loaded)
     answers = Generator(loaded).generate_ids(prompts, images, 8)
-    for path in (run, run / "checkpoints", run / "checkpoints" / "iter_0000003"):
+    hf.export_hf(loaded.model, tokenizer.path, tmp_path / "hf", dtype=torch.float32)
+    step = run / "checkpoints" / "iter_0000003"
+    for path in (run, run / "checkpoints", step, tmp_path / "hf"):
         again = load_model(path)
         assert Generator(again).generate_ids(prompts, images, 8) == answers
         assert again.tokenizer.encode("what color") == tokenizer.encode("what color")
     half = load_model(run, "bf16")
     assert half.model.output_layer.weight.dtype == torch.bfloat16
     assert len(Generator(half).generate_ids(prompts, images, 8)) == len(prompts)
+    (step / "tokenizer.model").unlink()
+    with pytest.raises(InferenceError, match="has no tokenizer.model"):
+        load_model(run)
 
 
 def test_greedy_ids_of_the_official_model():

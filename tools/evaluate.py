@@ -6,6 +6,7 @@ python tools/evaluate.py score --task NAME --predictions FILE --gold FILE
 
 import argparse
 import json
+import os
 import sys
 
 from megatron_owl2.evaluation import tasks
@@ -69,7 +70,8 @@ def evaluate(arguments: list[str]) -> int:
         return _refuse(error)
     except OSError as error:  # a disk that is full, an output that is a file
         return _refuse(error)
-    print(runner.table(result))
+    if os.environ.get("RANK", "0") == "0":
+        print(runner.table(result))
     return 0
 
 

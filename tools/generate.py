@@ -4,6 +4,7 @@ python tools/generate.py --checkpoint CKPT_OR_HF_DIR --image FILE --prompt "What
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def main() -> int:
     except (InferenceError, CheckpointError, ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(answers[0])
+    if os.environ.get("RANK", "0") == "0":
+        print(answers[0])
     return 0
 
 

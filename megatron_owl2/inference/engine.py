@@ -129,7 +129,7 @@ class Generator:
             logits = self._next_logits(inputs, visual, caches)
             if len(chosen) < min_new_tokens:
                 logits[:, eos] = float("-inf")
-            token = logits.argmax(-1).masked_fill(finished, eos)
+            token = logits.argmax(-1)
             chosen.append(token)
             finished |= token == eos
             if len(chosen) == max_new_tokens or bool(finished.all()):

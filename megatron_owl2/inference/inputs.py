@@ -50,7 +50,7 @@ def left_padded(
     row, position = vision.nonzero(as_tuple=True)  # row after row, as the images come
     first = torch.tensor([s - len(row) for row in rows]).unsqueeze(1)
     valid = torch.arange(s) >= first
-    # A padding position sees itself, since the softmax over nothing would be NaN; no one sees it.
+    # A padding position sees itself, since a softmax over nothing is NaN in some attention kernels.
     causal = torch.ones(s, s, dtype=torch.bool).tril()
     allowed = (causal & valid.unsqueeze(1)) | torch.eye(s, dtype=torch.bool)
     return DecoderInputs(
