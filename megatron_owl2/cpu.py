@@ -44,6 +44,10 @@ class _Inert:
         return lambda *args, **kwargs: None
 
 
+def _not_compiled(function=None, **options):
+    return (lambda decorated: decorated) if function is None else function
+
+
 def apply() -> bool:
     """Replace the CUDA surface that megatron-core uses; returns whether the CPU stands in."""
     if torch.cuda.is_available():
@@ -65,6 +69,9 @@ def apply() -> bool:
     for counter in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
         setattr(cuda, counter, lambda device=None: 0)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    # megatron-core decorates small functions with it at import; it would start the inductor, which
+    # takes seconds, and at the first call ask for a C++ compiler.
+    torch.compile = _not_compiled
     _CudaMeansCpu().__enter__()
     cuda._owl2_cpu_stand_in = True
     return True
