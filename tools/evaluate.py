@@ -44,6 +44,7 @@ def evaluate(arguments: list[str]) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
+    from megatron_owl2.config import ConfigError
     from megatron_owl2.convert.weights import ConversionError
     from megatron_owl2.evaluation import runner
     from megatron_owl2.inference.engine import InferenceError, load_model
@@ -66,9 +67,10 @@ def evaluate(arguments: list[str]) -> int:
         result = runner.evaluate(
             loaded, options.task, questions, gold, options.output, settings, about
         )
-    except (TaskError, ScoreError, InferenceError, CheckpointError, ConversionError) as error:
-        return _refuse(error)
-    except OSError as error:  # a disk that is full, an output that is a file
+    except (
+        *(TaskError, ScoreError, InferenceError, CheckpointError, ConversionError, ConfigError),
+        OSError,  # a disk that is full, an output that is a file
+    ) as error:
         return _refuse(error)
     if os.environ.get("RANK", "0") == "0":
         print(runner.table(result))

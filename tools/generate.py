@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     arguments = parser.parse_args()
 
+    from megatron_owl2.config import ConfigError
     from megatron_owl2.convert.weights import ConversionError
     from megatron_owl2.data import images
     from megatron_owl2.data.conversation import prompt
@@ -49,7 +50,7 @@ def main() -> int:
         answers = Generator(loaded).generate(
             [prompt(question)], [pictures], arguments.max_new_tokens
         )
-    except (InferenceError, CheckpointError, ConversionError, OSError) as error:
+    except (InferenceError, CheckpointError, ConversionError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if os.environ.get("RANK", "0") == "0":

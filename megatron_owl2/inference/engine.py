@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
 from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_owl2.convert import hf
@@ -44,7 +45,7 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
     Under torchrun the weights are split over all its processes (tensor parallel), and every
     process must make the same calls. `precision` is fp32 or bf16. Raises InferenceError for a
     directory that is neither or has no fitting tokenizer, CheckpointError and ConversionError for
-    damaged ones.
+    damaged ones, ConfigError if the processes cannot split the model.
     """
     path = Path(path)
     if not path.is_dir():
@@ -69,6 +70,7 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
         )
     config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
     config.train.precision = precision
+    configuration.check_layout(config, config.parallel.tensor)
     groups = mcore.initialize(config.parallel.tensor, 1)
     model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device()).eval()
     if exported:
