@@ -242,12 +242,13 @@ def write_text_eval(path: Path, number: int, seed: int, ledger: Ledger) -> None:
 
 
 def _annotation(question: language.Question) -> dict:
-    """VQAv2's fields beside the ids: ten annotators who agree."""
-    answer = {"answer": question.answer, "answer_confidence": "yes"}
+    """VQAv2's fields beside the ids: ten annotators who agree, in lower case as published."""
+    text = question.answer.lower()
+    answer = {"answer": text, "answer_confidence": "yes"}
     return {
         "question_type": question.skill,
         "answer_type": "number" if question.skill == "count" else "other",
-        "multiple_choice_answer": question.answer,
+        "multiple_choice_answer": text,
         "answers": [answer | {"answer_id": n} for n in range(1, 11)],
     }
 
