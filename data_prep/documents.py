@@ -12,7 +12,10 @@ from megatron_owl2.data.records import BadSampleError, Record
 
 
 def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part]:
-    """One part for every `samples_per_shard` lines; raises PreprocessError if `source` is no file."""
+    """One part for every `samples_per_shard` lines.
+
+    Raises PreprocessError if `source` is not a file.
+    """
     if images is not None:
         raise PreprocessError("documents have no pictures; leave out --images")
     if not source.is_file():

@@ -1,6 +1,7 @@
 """Writes the embedded corpus in the formats that real data sets publish.
 
-img2dataset (pairs), LLaVA (instructions), JSON lines and ShareGPT (text), COCO captions, VQAv2 and POPE (eval).
+img2dataset (pairs), LLaVA (instructions), JSON lines and ShareGPT (text), COCO captions, VQAv2
+and POPE (eval).
 All bytes are a function of the arguments: no time stamps, no host names.
 """
 

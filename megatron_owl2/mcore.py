@@ -139,7 +139,7 @@ class Layout:
         return self.transformer.sequence_parallel
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring [s/tp, b, h] (or [s, b, h]) to every tensor-parallel rank, once for all its readers.
+        """Bring [s/tp, b, h] (or [s, b, h]) to every tensor-parallel rank, once for all readers.
 
         The backward pass sums the readers' gradients over the ranks, by reduce-scatter under
         sequence parallelism and all-reduce without. Readers are ColumnLinears that `share_input`.

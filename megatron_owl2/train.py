@@ -19,13 +19,15 @@ def main() -> int:
         config = configuration.load(arguments.config, arguments.overrides)
         configuration.check(config, int(os.environ.get("WORLD_SIZE", "1")))
 
+        from megatron_owl2.data.shards import ShardError
+        from megatron_owl2.data.stream import DataError
         from megatron_owl2.training.checkpoint import CheckpointError
         from megatron_owl2.training.loop import train
     except configuration.ConfigError as error:
         return _refuse(error, first)
     try:
         received = train(config)
-    except (configuration.ConfigError, CheckpointError) as error:
+    except (configuration.ConfigError, CheckpointError, DataError, ShardError) as error:
         return _refuse(error, first)
     return 128 + received if received else 0
 

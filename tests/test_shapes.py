@@ -375,8 +375,8 @@ def test_eval_questions_are_vqa_v2(corpus, name):
     for question, annotation in zip(questions, annotations, strict=True):
         assert question["question_id"] == annotation["question_id"]
         assert question["image_id"] == annotation["image_id"]
-        right = answer(captions[question["image_id"]], question["question"])
-        assert annotation["multiple_choice_answer"] == right.lower()
+        right = answer(captions[question["image_id"]], question["question"]).lower()
+        assert annotation["multiple_choice_answer"] == right
         number = annotation["question_type"] == "count"
         assert annotation["answer_type"] == ("number" if number else "other")
         assert [row["answer_id"] for row in annotation["answers"]] == list(range(1, 11))

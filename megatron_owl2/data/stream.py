@@ -7,6 +7,7 @@ micro-batch, ranks that share a data-parallel index build equal ones, and resumi
 import dataclasses
 import hashlib
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,6 +158,7 @@ class BatchLoader:
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the global random state belongs to the model
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -189,6 +191,12 @@ class BatchLoader:
             f"the last: {batch.bad_samples[-1].reason}. "
             f"All are listed in {self._bad_samples_path or 'the batches'}"
         )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the trainer ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_loader(

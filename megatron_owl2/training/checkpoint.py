@@ -21,6 +21,7 @@ from megatron.core.utils import (
     make_sharded_tensor_for_checkpoint,
     make_tp_sharded_tensor_for_checkpoint,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_owl2 import config as configuration
 from megatron_owl2.config import RunConfig
@@ -63,20 +64,26 @@ def save(
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
         state["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(state, str(partial))
-    if main:
-        configuration.save(config, partial / "run.yaml")
-        if config.data.tokenizer:  # weights converted from a directory without one have none
-            shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
-        (partial / "progress.json").write_text(json.dumps(progress or {}, indent=1))
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+    try:
+        dist_checkpointing.save(state, str(partial))
+        if main:
+            configuration.save(config, partial / "run.yaml")
+            if config.data.tokenizer:  # weights converted from a directory without one have none
+                shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
+            (partial / "progress.json").write_text(json.dumps(progress or {}, indent=1))
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(f"{directory} could not be written: {error}") from error
     torch.distributed.barrier()
 
 
 def save_step(run: Path, step: int, *state, **more) -> Path:
     """`save` as `run/checkpoints/iter_<step>` and make it the run's latest; returns its path."""
     checkpoints = Path(run) / "checkpoints"
+    if torch.distributed.get_rank() == 0:
+        for abandoned in checkpoints.glob(f".{_PREFIX}*.partial"):  # by a save that was killed
+            shutil.rmtree(abandoned)
     directory = checkpoints / f"{_PREFIX}{step:07d}"
     save(directory, *state, **more)
     if torch.distributed.get_rank() == 0:
@@ -108,7 +115,10 @@ def load_training(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> dict:
-    """Continue a run: weights, optimizer and schedule in place; returns its progress."""
+    """Continue a run: weights, optimizer and schedule in place; returns its progress.
+
+    Rates and the length of the schedule stay those of the configuration, which may have changed.
+    """
     directory = resolve(directory)
     _compare_names(directory, model)
     allocate_optimizer_state(optimizer)
@@ -121,7 +131,10 @@ def load_training(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(loaded["model"][name])
+    rates = [{k: group[k] for k in ("max_lr", "min_lr")} for group in optimizer.param_groups]
     load_optimizer_state(optimizer, loaded["optimizer"])
+    for group, kept in zip(optimizer.param_groups, rates, strict=True):
+        group.update(kept)
     scheduler.load_state_dict(loaded["scheduler"])
     return read_progress(directory)
 

@@ -81,6 +81,8 @@ def build(
         end_wd=chosen.weight_decay,
         wd_incr_steps=config.train.steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run follows its configuration
     )
     return optimizer, scheduler
 

@@ -21,8 +21,11 @@ def forward_backward(
     *,
     forward_only: bool = False,
 ) -> torch.Tensor:
-    """Run the micro-batches of one step; leaves gradients of the mean loss over all targets of the
-    global batch in the buffers. Returns this rank's SUMS, fp64 [4] (zeros before the last stage)."""
+    """Run the micro-batches of one step.
+
+    Leaves the gradients of the mean loss over all targets of the global batch in the buffers.
+    Returns this rank's SUMS, fp64 [4] (zeros before the last pipeline stage).
+    """
     results = get_forward_backward_func()(
         forward_step_func=_forward,
         data_iterator=batches,

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# mPLUG-Owl2's whole life, small, on two CPU cores: corpus, shards, a vision and a language start,
+# pre-training, instruction tuning, export to Hugging Face, answers, scores.
+#
+#     bash examples/quickstart.sh [DIRECTORY]        (default: runs/quickstart)
+#
+# Steps that are done are not done again; a step that was interrupted goes on or starts over. To
+# start from the beginning, remove DIRECTORY.
+set -euo pipefail
+DIRECTORY=${1:-}
+[ -z "$DIRECTORY" ] || DIRECTORY=$(realpath -m "$DIRECTORY")
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+DIRECTORY=${DIRECTORY:-$ROOT/runs/quickstart}
+CONFIGS=$ROOT/examples/tiny
+TOOLS=$ROOT/tools
+STEPS=11
+mkdir -p "$DIRECTORY/done" "$DIRECTORY/logs"
+cd "$DIRECTORY"
+export PATH="$VENV/bin:$PATH"
+export OMP_NUM_THREADS=1 # one thread per process, two processes: the fastest way on two cores
+trap 'pids=$(jobs -p); [ -z "$pids" ] || kill $pids 2>/dev/null || true' EXIT
+
+number=0
+step() { # step NAME WHAT FUNCTION: run FUNCTION unless it is done, and note the seconds
+    local name=$1 what=$2 work=$3 started=$SECONDS
+    number=$((number + 1))
+    if [ -f "done/$name" ]; then
+        echo "== $number/$STEPS $what: done before in $(cat "done/$name") s"
+        return
+    fi
+    echo "== $number/$STEPS $what"
+    $work
+    echo $((SECONDS - started)) >"done/$name"
+    echo "   $(cat "done/$name") s"
+}
+
+shard() { # shard NAME FORMAT INPUT [options]
+    local name=$1 format=$2 input=$3
+    shift 3
+    python "$TOOLS/preprocess_data.py" --format "$format" --input "corpus/$input" \
+        --output "shards/$name" "$@"
+}
+
+run_stage() { # run_stage NAME PROCESSES: one stage of training; continues from its last checkpoint
+    torchrun --standalone --nproc-per-node "$2" -m megatron_owl2.train \
+        --config "$CONFIGS/$1.yaml" 2>"logs/$1.stderr" || {
+        local status=$?
+        tail -n 40 "logs/$1.stderr" >&2
+        return $status
+    }
+}
+
+make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus; }
+
+make_shards() {
+    shard pairs img2dataset pairs
+    shard questions conversations instructions/llava_shapes.json --images corpus/instructions
+    shard captions conversations instructions/llava_captions.json --images corpus/instructions
+    shard documents documents text/documents.jsonl
+    shard text_start conversations text/sharegpt_start.json
+    shard text conversations text/sharegpt_instructions.json
+}
+
+start_parts() { # the two runs share the two cores; if one fails, so does the step
+    local vision text failed=0
+    run_stage vision 1 &
+    vision=$!
+    run_stage text 1 &
+    text=$!
+    wait $vision || failed=1
+    wait $text || failed=1
+    return $failed
+}
+
+write_parts() { # as the published CLIP and LLaMA-2 directories look
+    rm -rf start
+    python "$TOOLS/convert_to_hf.py" --checkpoint runs/vision --layout clip --output start/clip
+    python "$TOOLS/convert_to_hf.py" --checkpoint runs/text --layout llama --output start/llama
+}
+
+import_parts() {
+    rm -rf checkpoints/start
+    python "$TOOLS/convert_from_hf.py" --vision-model start/clip --language-model start/llama \
+        --config "$CONFIGS/pretrain.yaml" --output checkpoints/start
+}
+
+pretrain() { run_stage pretrain 2; }
+
+finetune() { run_stage finetune 2; }
+
+export_model() {
+    rm -rf model
+    python "$TOOLS/convert_to_hf.py" --checkpoint runs/finetune --output model
+}
+
+answer() { # the exported model, on pictures it has never seen
+    ask 000000000001 "Provide a one-sentence caption for the provided image."
+    ask 000000000002 "Provide a one-sentence caption for the provided image."
+    ask 000000000003 "how many shapes are there ?"
+}
+
+ask() { # ask PICTURE QUESTION
+    local picture=corpus/eval/seen/images/$1.jpg
+    printf '%s\n  %s\n' "$PWD/$picture" "$2"
+    python "$TOOLS/generate.py" --checkpoint model --image "$picture" --prompt "$2" | sed 's/^/  > /'
+}
+
+evaluate() { # two at a time; "heldout" has colour-shape pairs that no training picture has
+    local set
+    {
+        for set in seen heldout; do
+            for task in vqav2 pope caption; do
+                echo --task $task --data corpus/eval/$set --output scores/$set-$task
+                echo --task $task --data corpus/eval/$set --output scores/$set-$task-blind --blind
+            done
+        done
+        echo --task text --data corpus/eval/text/sharegpt_text.json --output scores/text
+    } | xargs -P 2 -L 1 python "$TOOLS/evaluate.py" --checkpoint model --min-new-tokens 1 \
+        2>logs/evaluate.stderr >logs/evaluate.stdout || {
+        cat logs/evaluate.stderr >&2
+        return 1
+    }
+}
+
+report() {
+    local task arguments=()
+    for stage in vision text pretrain finetune; do arguments+=(--run "$stage=runs/$stage"); done
+    for task in vqav2 pope caption; do
+        for set in seen heldout; do
+            arguments+=(--evaluation "$set=scores/$set-$task")
+            arguments+=(--evaluation "$set=scores/$set-$task-blind")
+        done
+    done
+    python "$TOOLS/report.py" "${arguments[@]}" --evaluation text=scores/text --output . \
+        --title "mPLUG-Owl2, tiny, on two CPU cores"
+}
+
+step corpus "render the corpus, in the formats that real data sets publish" make_corpus
+step shards "write webdataset shards" make_shards
+step starts "vision start and text start, side by side (they stand for CLIP and LLaMA-2)" start_parts
+step parts "write them as Hugging Face CLIP and LLaMA directories" write_parts
+step import "import both as the first mPLUG-Owl2 checkpoint" import_parts
+step pretrain "stage 1: pre-training, language model frozen, tensor parallel over 2 ranks" pretrain
+step finetune "stage 2: joint instruction tuning, everything trains, data parallel over 2 ranks" finetune
+step export "export to Hugging Face" export_model
+step answer "ask the exported model about new pictures" answer
+step evaluate "score it on new pictures, seeing and blind" evaluate
+rm -f done/report
+step report "report" report
+
+echo
+echo "corpus       $PWD/corpus"
+echo "shards       $PWD/shards"
+echo "checkpoints  $PWD/runs/*/checkpoints"
+echo "HF model     $PWD/model"
+echo "scores       $PWD/scores.json"
+echo "picture      $PWD/report.png"

@@ -1,0 +1,132 @@
+"""A run that was stopped, in whatever way, goes on as if it had not been."""
+
+import json
+import signal
+
+import pytest
+import tiny_run
+
+from megatron_owl2.training import checkpoint
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    config = tiny_run.make(folder, STEPS)
+    done = tiny_run.train(config, folder / "whole", "train.save_interval=2")
+    assert done.returncode == 0, done.stderr
+    return config, folder / "whole"
+
+
+@pytest.mark.parametrize(
+    "processes, layout",
+    [(1, []), (2, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])],
+    ids=["one process", "DP 2", "TP 2", "PP 2"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    uninterrupted, tmp_path, processes, layout
+):
+    config, whole = uninterrupted
+    options = ["train.save_interval=3", *layout]
+    run = tmp_path / "run"
+    assert tiny_run.train(config, run, *options, processes=processes).returncode == 0
+    expected = tiny_run.figures(run)
+    assert expected[2][1:] == pytest.approx(tiny_run.figures(whole)[2][1:], rel=1e-4)
+
+    (run / "checkpoints" / checkpoint.LATEST).write_text("iter_0000003")
+    resumed = tiny_run.train(config, run, *options, processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from" in resumed.stdout
+    assert tiny_run.figures(run) == expected
+
+
+def test_a_run_saved_under_one_layout_goes_on_under_another(uninterrupted, tmp_path):
+    config, whole = uninterrupted
+    run = tmp_path / "run"
+    done = tiny_run.train(config, run, "train.save_interval=3", "parallel.tensor=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    (run / "checkpoints" / checkpoint.LATEST).write_text("iter_0000003")
+    resumed = tiny_run.train(config, run, "parallel.pipeline=2", processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    for ours, reference in zip(tiny_run.figures(run), tiny_run.figures(whole), strict=True):
+        assert ours == pytest.approx(reference, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "processes, options",
+    [(1, ["data.workers=1"]), (2, ["parallel.tensor=2"])],
+    ids=["data worker", "TP 2"],
+)
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on(uninterrupted, tmp_path, processes, options):
+    config, whole = uninterrupted
+    run = tmp_path / "run"
+    steps = "train.steps=100000"
+    stopped = tiny_run.interrupt(config, run, steps, *options, processes=processes, at_step=2)
+    assert stopped.returncode != 0
+    saved = checkpoint.resolve(run)
+    progress = json.loads((saved / "progress.json").read_text())
+    logged = tiny_run.rows(run)[-1]["step"]
+    assert 2 <= progress["step"] == logged
+    assert progress["slots"] == 8 * logged
+
+    go_on = [steps, *options, f"train.steps={logged + 1}", f"optimizer.warmup_steps={logged}"]
+    resumed = tiny_run.train(config, run, *go_on, processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in tiny_run.rows(run)] == list(range(1, logged + 2))
+
+
+def test_half_a_checkpoint_is_never_taken_for_one(uninterrupted, tmp_path):
+    _, whole = uninterrupted
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
+        "iter_0000002",
+        "iter_0000004",
+        "iter_0000006",
+        "latest",
+    ]
+    for name in ("metadata.json", "run.yaml", "progress.json"):
+        broken = tmp_path / f"without {name}"
+        broken.mkdir()
+        for file in checkpoint.resolve(whole).iterdir():
+            if file.name != name:
+                (broken / file.name).write_bytes(file.read_bytes())
+        with pytest.raises(checkpoint.CheckpointError, match=f"not a complete.*{name}"):
+            checkpoint.resolve(broken)
+    with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+        checkpoint.resolve(tmp_path / "nowhere")
+
+
+def test_a_killed_save_leaves_the_last_checkpoint_in_place(uninterrupted, tmp_path):
+    """The process dies inside the write: what is there is the checkpoint before, whole."""
+    config, _ = uninterrupted
+    run = tmp_path / "run"
+    crash = tmp_path / "sitecustomize.py"
+    crash.write_text(
+        "import os, signal\n"
+        "rename = os.rename\n"
+        "def dying(source, target, **options):\n"
+        "    if 'iter_0000004' in str(target):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return rename(source, target, **options)\n"
+        "os.rename = dying\n"
+    )
+    done = tiny_run.train(
+        config, run, "train.save_interval=2", environment={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode != 0
+    assert str(-signal.SIGKILL) in done.stderr
+    assert checkpoint.resolve(run).name == "iter_0000002"
+    assert not (run / "checkpoints" / "iter_0000004").exists()
+    resumed = tiny_run.train(config, run, "train.save_interval=2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(tiny_run.rows(run)) == STEPS
+    leftovers = [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert leftovers == []
+
+
+def test_other_data_is_refused_on_resume(uninterrupted, tmp_path):
+    config, whole = uninterrupted
+    refused = tiny_run.train(config, whole, "data.seed=5", f"train.steps={STEPS + 1}")
+    assert refused.returncode != 0
+    assert "the data of" in refused.stderr and "data.seed" in refused.stderr
