@@ -234,8 +234,13 @@ def _refuse_unknown(tree: dict, cls: type, where: str, prefix: str = "") -> None
                 raise ConfigError(f"{where}: '{prefix}{key}' is a section, not {value!r}")
             _refuse_unknown(value, kind, where, f"{prefix}{key}.")
         elif kind == list[SourceConfig]:
-            for index, source in enumerate(value or []):
-                _refuse_unknown(source, SourceConfig, where, f"{prefix}{key}[{index}].")
+            if not isinstance(value, list):
+                raise ConfigError(f"{where}: '{prefix}{key}' is a list, not {value!r}")
+            for index, source in enumerate(value):
+                name = f"{prefix}{key}[{index}]"
+                if not isinstance(source, dict):
+                    raise ConfigError(f"{where}: '{name}' is a section, not {source!r}")
+                _refuse_unknown(source, SourceConfig, where, f"{name}.")
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -243,6 +248,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
     Raises ConfigError naming the keys and the fix; files and directories are looked for here too.
     """
+    _check_counts(config)
     check_model(config.model)
     check_layout(config, world_size)
     _check_files(config)
@@ -260,8 +266,6 @@ def check(config: RunConfig, world_size: int) -> None:
         f"optimizer rates must satisfy 0 <= min_lr ({config.optimizer.min_lr}) <= "
         f"lr ({config.optimizer.lr}) and lr > 0",
     )
-    for key in ("steps", "global_batch_size", "micro_batch_size", "log_interval", "save_interval"):
-        _require(getattr(config.train, key) > 0, f"train.{key} must be positive")
     _require(
         config.data.sequence_length > config.model.tokens_per_image,
         f"data.sequence_length ({config.data.sequence_length}) leaves no room for text: an "
@@ -311,7 +315,6 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     """Refuse a parallel layout or batch that the ranks cannot carry; raises ConfigError."""
     model, parallel, train = config.model, config.parallel, config.train
     tp, pp = parallel.tensor, parallel.pipeline
-    _require(tp > 0 and pp > 0, "parallel.tensor and parallel.pipeline must be positive")
     _require(
         world_size % (tp * pp) == 0,
         f"{world_size} processes cannot be divided by parallel.tensor ({tp}) x "
@@ -350,6 +353,17 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         f"micro_batch_size ({train.micro_batch_size}) x data-parallel ranks "
         f"({data_parallel})",
     )
+
+
+def _check_counts(section: object, prefix: str = "") -> None:
+    """Every whole number of the configuration counts something; a few may be 0."""
+    for entry in dataclasses.fields(section):
+        value, name = getattr(section, entry.name), f"{prefix}{entry.name}"
+        if dataclasses.is_dataclass(value):
+            _check_counts(value, f"{name}.")
+        elif entry.type is int:
+            least = 0 if entry.name in ("workers", "seed", "warmup_steps") else 1
+            _require(value >= least, f"{name} is {value}; it must be at least {least}")
 
 
 def _check_files(config: RunConfig) -> None:

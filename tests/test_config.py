@@ -1,0 +1,117 @@
+"""Wrong input is refused before work starts, in words that name it and the fix."""
+
+import pytest
+import tiny_run
+
+from megatron_owl2 import config as configuration
+from megatron_owl2.config import ConfigError, RunConfig
+
+
+def test_the_defaults_are_the_papers_model_and_pass_the_checks():
+    config = RunConfig()
+    configuration.check_model(config.model)
+    configuration.check_layout(config, world_size=64)
+    assert config.model.tokens_per_image == 65
+    assert config.model.vision.grid_size == 16
+
+
+def test_files_extend_others_and_overrides_win(tmp_path):
+    (tmp_path / "parent.yaml").write_text("train: {steps: 5, micro_batch_size: 3}\n")
+    (tmp_path / "child.yaml").write_text("extends: parent.yaml\ntrain: {steps: 6}\n")
+    config = configuration.load(
+        tmp_path / "child.yaml", ["optimizer.lr=2e-3", "stage.rates={'vision_model.*': 0.5}"]
+    )
+    assert (config.train.steps, config.train.micro_batch_size) == (6, 3)
+    assert config.optimizer.lr == 2e-3
+    assert config.stage.rates == {"vision_model.*": 0.5}
+    configuration.save(config, tmp_path / "saved.yaml")
+    assert configuration.load(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.stps=5", "unknown key 'train.stps'; did you mean 'train.steps'"),
+        ("trian.steps=5", "unknown key 'trian'; did you mean 'train'"),
+        ("data.sources=[{pth: x}]", r"did you mean 'data.sources\[0\].path'"),
+        ("data.sources=[x]", r"data.sources\[0\]' is a section"),
+        ("data.sources=x", "'data.sources' is a list"),
+        ("train.steps=many", "train.steps"),
+        ("model.vision=3", "'model.vision' is a section"),
+        ("train.steps", "has no '='"),
+    ],
+)
+def test_keys_and_values_that_do_not_exist(tmp_path, override, words):
+    (tmp_path / "run.yaml").write_text("train: {steps: 5}\n")
+    with pytest.raises(ConfigError, match=words):
+        configuration.load(tmp_path / "run.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("extends: other.yaml\n", "other.yaml does not exist"),
+        ("extends: run.yaml\n", "extends itself"),
+        ("- 1\n", "must hold sections"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        configuration.load(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "override, world_size, words",
+    [
+        ("parallel.tensor=3", 3, r"num_heads \(4\) is not divisible by parallel.tensor \(3\)"),
+        ("parallel.tensor=4", 4, r"num_kv_heads \(2\) is not divisible by parallel.tensor"),
+        ("parallel.tensor=2", 3, "3 processes cannot be divided by .* start a multiple of 2"),
+        ("parallel.pipeline=3", 3, r"num_layers \(4\) is not divisible by parallel.pipeline"),
+        ("parallel.pipeline=0", 1, "parallel.pipeline is 0; it must be at least 1"),
+        ("parallel.sequence=true", 1, "needs parallel.tensor > 1"),
+        ("train.micro_batch_size=3", 1, r"global_batch_size \(8\) is not a multiple"),
+        ("train.micro_batch_size=0", 1, "micro_batch_size is 0; it must be at least 1"),
+        ("data.workers=-1", 1, "data.workers is -1; it must be at least 0"),
+        ("train.precision=fp16", 1, "use fp32 or bf16"),
+        ("optimizer.warmup_steps=2", 1, "must be smaller than train.steps"),
+        ("optimizer.min_lr=1", 1, "min_lr"),
+        ("model.vision.image_size=30", 1, "image_size .30. is not divisible by model.vision.patch"),
+        ("model.vision.num_heads=5", 1, "num_heads .5. does not divide"),
+        ("data.sequence_length=5", 1, "leaves no room for text"),
+        ("data.sequence_length=96", 1, "exceeds model.decoder.max_positions"),
+        ("data.tokenizer=/no/tokenizer.model", 1, "/no/tokenizer.model does not exist"),
+        ("data.sources=[]", 1, "data.sources is empty"),
+        ("data.sources=[{path: /no}]", 1, "/no holds no manifest.json; make shards with"),
+        ("stage.initial_checkpoint=/no", 1, "initial_checkpoint: /no is not a directory"),
+        ("train.output=''", 1, "train.output is not set"),
+    ],
+)
+def test_runs_that_cannot_work(tmp_path_factory, tmp_path, override, world_size, words):
+    path = tiny_run.make(tmp_path)
+    config = configuration.load(path, [f"train.output={tmp_path / 'run'}"])
+    configuration.check(config, world_size=1)
+    config = configuration.load(path, [f"train.output={tmp_path / 'run'}", override])
+    with pytest.raises(ConfigError, match=words):
+        configuration.check(config, world_size)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.stps=5", "did you mean 'train.steps'"),
+        ("stage.trainable=['vision_modle.*']", "'vision_modle.*' matches no parameter"),
+        ("stage.rates={'abstracter.*': 2}", "'abstracter.*' matches no parameter"),
+        ("stage.trainable=[]", "nothing would train"),
+        ("model.decoder.vocab_size=400", "has 320 pieces"),
+    ],
+)
+def test_the_trainer_ends_with_one_line_and_a_status(tmp_path, override, words):
+    config = tiny_run.make(tmp_path)
+    refused = tiny_run.train(config, tmp_path / "run", override)
+    assert refused.returncode != 0
+    assert "Traceback" not in refused.stderr.split("error: ")[0]
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert tiny_run.rows(tmp_path / "run") == []
