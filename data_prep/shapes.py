@@ -31,7 +31,7 @@ from data_prep import shapes_formats as formats
 from data_prep import shapes_world as world
 from megatron_owl2.data.tokenizer import train_tokenizer
 
-VERSION = 3  # raised whenever the same parameters give other bytes
+VERSION = 5  # raised whenever the same parameters give other bytes
 VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
 _CHUNK = 250  # pictures per piece of work for a process
 

@@ -248,7 +248,7 @@ def _annotation(question: language.Question) -> dict:
     answer = {"answer": text, "answer_confidence": "yes"}
     return {
         "question_type": question.skill,
-        "answer_type": "number" if question.skill == "count" else "other",
+        "answer_type": "number" if question.answer.isdigit() else "other",
         "multiple_choice_answer": text,
         "answers": [answer | {"answer_id": n} for n in range(1, 11)],
     }

@@ -13,9 +13,18 @@ ANSWER_HINT = "Answer the question using a single word or phrase."
 _HINTS = (f"\n{ANSWER_HINT}", f" {ANSWER_HINT}", "")
 
 TEXT_SKILLS = ("scene", "reversal", "mixing", "prices")
-MAX_TURNS = 3
+MAX_TURNS = 4
+DOCUMENT_QUESTIONS = 5
 # A skill's tickets in the draw for a dialogue's turns: the more, the earlier and the more often.
-_TICKETS = {"colour": 3, "shape": 3, "count": 1, "relation": 4, "existence": 2, "letter": 1}
+_TICKETS = {
+    "colour": 3,
+    "shape": 3,
+    "count": 1,
+    "count by colour": 1,
+    "relation": 2,
+    "existence": 2,
+    "letter": 1,
+}
 
 _THINGS = ("book", "cup", "door", "fish", "hat", "pen", "sun", "tree")
 _MIXTURES = (
@@ -59,7 +68,8 @@ def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Ques
     found = {
         "colour": [q for i in subjects for q in _color_questions(scene, i)],
         "shape": [q for i in subjects for q in _shape_questions(scene, i)],
-        "count": _count_questions(scene, rng),
+        "count": [_count_question(scene)],
+        "count by colour": _color_count_questions(scene, rng),
         "relation": _relation_questions(scene),
         "existence": [q for i in subjects for q in _existence_questions(scene, i, rng)],
         "letter": [],
@@ -72,13 +82,14 @@ def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Ques
 
 
 def dialogue(scene: Scene, rng: random.Random) -> list[Question]:
-    """Up to three questions of different skills, none answered already by the turns before it."""
+    """Up to four different questions, none answered already by the turns before it."""
     candidates = candidate_questions(scene, rng)
     turns: list[Question] = []
     told: frozenset = frozenset()
     tickets = [_TICKETS[skill] for skill in candidates]
-    for skill in dict.fromkeys(rng.sample(tuple(candidates), sum(tickets), counts=tickets)):
-        open_questions = [q for q in candidates[skill] if not q.asks <= told]
+    for skill in rng.sample(tuple(candidates), sum(tickets), counts=tickets):
+        said = {turn.text for turn in turns}
+        open_questions = [q for q in candidates[skill] if not q.asks <= told and q.text not in said]
         if open_questions and len(turns) < MAX_TURNS:
             turns.append(rng.choice(open_questions))
             told |= turns[-1].tells
@@ -123,18 +134,23 @@ def _shape_questions(scene: Scene, i: int) -> list[Question]:
     return questions
 
 
-def _count_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """How many shapes in all, how many of a colour that is there and of one that is not."""
+def _count_question(scene: Scene) -> Question:
     number = frozenset({"count"})
     total = str(len(scene.shapes))
-    questions = [Question("count", "how many shapes are there ?", total, number, number)]
+    return Question("count", "how many shapes are there ?", total, number, number)
+
+
+def _color_count_questions(scene: Scene, rng: random.Random) -> list[Question]:
+    """How many shapes of a colour that is there and of one that is not."""
+    questions = []
     present = [shape.color for shape in scene.shapes]
     absent = rng.choice([color for color in COLORS if color not in present])
-    every_color = frozenset(("color", i) for i in range(len(present))) or number
+    every_color = frozenset(("color", i) for i in range(len(present))) or frozenset({"count"})
     for color in (absent, *rng.sample(present, min(len(present), 1))):
         told = frozenset(("color", i) for i, other in enumerate(present) if other == color)
         text = f"how many {color} shapes are there ?"
-        questions.append(Question("count", text, str(present.count(color)), every_color, told))
+        number = str(present.count(color))
+        questions.append(Question("count by colour", text, number, every_color, told))
     return questions
 
 
@@ -193,10 +209,16 @@ def text_dialogue(skill: str, rng: random.Random, evaluation: bool = False) -> l
 
 
 def document(rng: random.Random) -> str:
-    """A scene told in a plain text, never one that is kept for evaluation."""
-    while _is_reserved(text := caption(sample_scene(rng))):
-        pass
-    return text
+    """A scene and questions with answers about it as plain text; never a scene that is kept for
+    evaluation."""
+    while True:
+        scene = sample_scene(rng)
+        context = caption(scene)
+        if not _is_reserved(context):
+            break
+    questions = [q for found in candidate_questions(scene, rng).values() for q in found]
+    asked = rng.sample(questions, min(DOCUMENT_QUESTIONS, len(questions)))
+    return " ".join([context, *(f"{q.text} {q.answer} ." for q in asked)])
 
 
 def _is_reserved(context: str) -> bool:

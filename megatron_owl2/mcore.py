@@ -17,7 +17,16 @@ ON_CPU = cpu.apply()  # before the first megatron.core import, see cpu.py
 
 if ON_CPU:  # kernels that only exist for GPUs are not missed
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-warnings.filterwarnings("ignore", message="full scope is deprecated")
+# What megatron-core 0.16 says of itself under newer versions of torch is nothing users can mend.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
+for said in (
+    "full scope is deprecated",
+    "Apex is not installed",
+    "The following imports from `dynamic_context.py`",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "TypedStorage is deprecated",
+):
+    warnings.filterwarnings("ignore", message=said)
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
@@ -64,6 +73,8 @@ def initialize(tensor: int, pipeline: int, timeout_minutes: float = 30) -> Proce
 
     Outside torchrun a group of one process is made. Returns megatron-core's process groups.
     """
+    # One queue per device keeps communication ahead of the GEMM it overlaps with.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.distributed.is_initialized():
         for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             os.environ.setdefault(key, value)
