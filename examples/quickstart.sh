@@ -41,13 +41,22 @@ shard() { # shard NAME FORMAT INPUT [options]
         --output "shards/$name" "$@"
 }
 
-run_stage() { # run_stage NAME PROCESSES: one stage of training; continues from its last checkpoint
-    torchrun --standalone --nproc-per-node "$2" -m megatron_owl2.train \
-        --config "$CONFIGS/$1.yaml" 2>"logs/$1.stderr" || {
-        local status=$?
-        tail -n 40 "logs/$1.stderr" >&2
-        return $status
-    }
+run_stages() { # run_stages PROCESSES NAME...: stages side by side, each from its last checkpoint
+    local processes=$1 name failed=0
+    declare -A running
+    shift
+    for name in "$@"; do
+        (exec torchrun --standalone --nproc-per-node "$processes" -m megatron_owl2.train \
+            --config "$CONFIGS/$name.yaml" 2>"logs/$name.stderr") &
+        running[$name]=$!
+    done
+    for name in "$@"; do
+        wait "${running[$name]}" || {
+            failed=1
+            tail -n 40 "logs/$name.stderr" >&2
+        }
+    done
+    return $failed
 }
 
 make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus; }
@@ -61,16 +70,7 @@ make_shards() {
     shard text conversations text/sharegpt_instructions.json
 }
 
-start_parts() { # the two runs share the two cores; if one fails, so does the step
-    local vision text failed=0
-    run_stage vision 1 &
-    vision=$!
-    run_stage text 1 &
-    text=$!
-    wait $vision || failed=1
-    wait $text || failed=1
-    return $failed
-}
+start_parts() { run_stages 1 vision text; }
 
 write_parts() { # as the published CLIP and LLaMA-2 directories look
     rm -rf start
@@ -84,9 +84,9 @@ import_parts() {
         --config "$CONFIGS/pretrain.yaml" --output checkpoints/start
 }
 
-pretrain() { run_stage pretrain 2; }
+pretrain() { run_stages 2 pretrain; }
 
-finetune() { run_stage finetune 2; }
+finetune() { run_stages 2 finetune; }
 
 export_model() {
     rm -rf model

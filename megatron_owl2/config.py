@@ -172,7 +172,12 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} has no '='; write section.key=value")
-    layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
+    try:
+        layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"an override is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     for where, layer in layers:
         _refuse_unknown(OmegaConf.to_container(layer), RunConfig, where)
         try:
@@ -182,12 +187,6 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
                 f"{where}: {str(error).splitlines()[0]} (key {error.full_key})"
             ) from None
     return OmegaConf.to_object(known)
-
-
-def from_dict(tree: dict) -> RunConfig:
-    """Rebuild a RunConfig from `to_dict`; raises ConfigError on unknown keys."""
-    _refuse_unknown(tree, RunConfig, "configuration")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), tree))
 
 
 def to_dict(config: RunConfig) -> dict:

@@ -1,6 +1,7 @@
-"""The one door to megatron-core: process groups, parallel linears, and what 0.16 needs to behave.
+"""The model's door to megatron-core: process groups, parallel linears, and what 0.16 needs mended.
 
-Everything that depends on a version or an internal of megatron-core is here, and nowhere else.
+The trainer uses megatron-core's schedules, optimizer and checkpoints directly; what must be changed
+in them is here too, and nowhere else.
 A linear takes [..., in] and returns [..., out] (megatron-core's own return a bias beside it).
 """
 
@@ -58,7 +59,6 @@ __all__ = [
     "VocabEmbedding",
     "device",
     "initialize",
-    "parallel_state",
     "vocab_parallel_cross_entropy",
 ]
 

@@ -14,7 +14,7 @@ def main() -> int:
 
     from megatron_owl2 import config as configuration
 
-    first = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
     try:
         config = configuration.load(arguments.config, arguments.overrides)
         configuration.check(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -23,18 +23,17 @@ def main() -> int:
         from megatron_owl2.data.stream import DataError
         from megatron_owl2.training.checkpoint import CheckpointError
         from megatron_owl2.training.loop import train
-    except configuration.ConfigError as error:
-        return _refuse(error, first)
-    try:
+
         received = train(config)
-    except (configuration.ConfigError, CheckpointError, DataError, ShardError) as error:
-        return _refuse(error, first)
+    except configuration.ConfigError as error:  # the same on every rank
+        return _refuse(str(error)) if rank == "0" else 2
+    except (CheckpointError, DataError, ShardError, FloatingPointError) as error:
+        return _refuse(f"rank {rank}: {error}")
     return 128 + received if received else 0
 
 
-def _refuse(error: Exception, first: bool) -> int:
-    if first:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
 

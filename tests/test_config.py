@@ -39,6 +39,7 @@ def test_files_extend_others_and_overrides_win(tmp_path):
         ("train.steps=many", "train.steps"),
         ("model.vision=3", "'model.vision' is a section"),
         ("train.steps", "has no '='"),
+        ("data.sources=[{path: x}", "not valid YAML"),
     ],
 )
 def test_keys_and_values_that_do_not_exist(tmp_path, override, words):
@@ -88,7 +89,7 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
         ("train.output=''", 1, "train.output is not set"),
     ],
 )
-def test_runs_that_cannot_work(tmp_path_factory, tmp_path, override, world_size, words):
+def test_runs_that_cannot_work(tmp_path, override, world_size, words):
     path = tiny_run.make(tmp_path)
     config = configuration.load(path, [f"train.output={tmp_path / 'run'}"])
     configuration.check(config, world_size=1)
@@ -104,11 +105,13 @@ def test_runs_that_cannot_work(tmp_path_factory, tmp_path, override, world_size,
         ("stage.trainable=['vision_modle.*']", "'vision_modle.*' matches no parameter"),
         ("stage.rates={'abstracter.*': 2}", "'abstracter.*' matches no parameter"),
         ("stage.trainable=[]", "nothing would train"),
-        ("model.decoder.vocab_size=400", "has 320 pieces"),
+        ("data.tokenizer={shards}/manifest.json", "not a SentencePiece model"),
+        ("model.decoder.vocab_size=318", "has 320 pieces"),
     ],
 )
 def test_the_trainer_ends_with_one_line_and_a_status(tmp_path, override, words):
     config = tiny_run.make(tmp_path)
+    override = override.replace("{shards}", str(tmp_path / "shards"))
     refused = tiny_run.train(config, tmp_path / "run", override)
     assert refused.returncode != 0
     assert "Traceback" not in refused.stderr.split("error: ")[0]

@@ -19,7 +19,6 @@ def test_every_recipe_loads_and_fits_its_ranks(name):
     configuration.check_model(config.model)
     if path.stem != "model":
         configuration.check_layout(config, config.parallel.tensor * config.parallel.pipeline)
-        assert set(config.stage.trainable)
 
 
 def test_the_7b_recipes_are_table_15():

@@ -10,6 +10,10 @@ LAYOUTS = {
     "PP 2": (2, ["parallel.pipeline=2"]),
     "DP 2": (2, ["train.micro_batch_size=1"]),
     "TP 2 PP 2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "TP 2 SP DP 2": (
+        4,
+        ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=1"],
+    ),
 }
 STAGE_1 = "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.weight','*vision']"
 
@@ -56,6 +60,21 @@ def test_nor_on_recomputation_with_micro_batches_in_flight(start, tmp_path, name
 @pytest.mark.parametrize("name", ["TP 2 SP", "PP 2", "DP 2"])
 def test_a_frozen_language_model_trains_alike_under_every_layout(start, tmp_path, name):
     check(start, name, "stage 1", tmp_path, "parallel.recompute=true")
+
+
+def test_sequence_and_pipeline_parallelism_together(start, tmp_path):
+    check(start, "TP 2 PP 2", "everything", tmp_path, "parallel.sequence=true")
+
+
+def test_bf16_is_close_to_fp32(start, tmp_path):
+    config, initial, found = start
+    done = tiny_run.train(config, tmp_path / "run", initial, "train.precision=bf16", processes=2)
+    assert done.returncode == 0, done.stderr
+    for ours, reference in zip(
+        tiny_run.figures(tmp_path / "run"), found["everything"], strict=True
+    ):
+        assert ours[1] == pytest.approx(reference[1], rel=0.02)
+        assert ours[1] != reference[1]
 
 
 def test_the_second_step_shows_that_the_first_one_learned(start):

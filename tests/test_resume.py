@@ -1,6 +1,7 @@
 """A run that was stopped, in whatever way, goes on as if it had not been."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -127,6 +128,40 @@ def test_a_killed_save_leaves_the_last_checkpoint_in_place(uninterrupted, tmp_pa
 
 def test_other_data_is_refused_on_resume(uninterrupted, tmp_path):
     config, whole = uninterrupted
-    refused = tiny_run.train(config, whole, "data.seed=5", f"train.steps={STEPS + 1}")
-    assert refused.returncode != 0
-    assert "the data of" in refused.stderr and "data.seed" in refused.stderr
+    for override in ("data.seed=5", "optimizer.vision_layer_decay=0.5"):
+        refused = tiny_run.train(config, whole, override, f"train.steps={STEPS + 1}")
+        assert refused.returncode != 0
+        (line,) = [x for x in refused.stderr.splitlines() if x.startswith("error: ")]
+        assert override.partition("=")[0] in line and "is not what" in line
+
+
+def test_rates_and_length_follow_the_configuration_of_the_resumed_run(uninterrupted, tmp_path):
+    config, whole = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    resumed = tiny_run.train(
+        config, run, f"train.steps={STEPS + 4}", "optimizer.lr=4e-3", "optimizer.min_lr=4e-3"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["lr"] for row in tiny_run.rows(run)[STEPS:]] == pytest.approx([4e-3] * 4)
+
+
+def test_a_torn_line_of_metrics_does_not_block_resuming(uninterrupted, tmp_path):
+    config, whole = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    resumed = tiny_run.train(config, run, f"train.steps={STEPS + 1}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in tiny_run.rows(run)] == list(range(1, STEPS + 2))
+
+
+def test_loss_that_explodes_stops_the_run_and_names_the_slots(uninterrupted, tmp_path):
+    config, _ = uninterrupted
+    run = tmp_path / "run"
+    done = tiny_run.train(config, run, "optimizer.lr=1e30", "optimizer.min_lr=1e30")
+    assert done.returncode != 0
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "error: rank 0: the gradient norm of step" in line and "slots" in line
+    assert not (run / "checkpoints").exists()

@@ -2,7 +2,9 @@
 
 The result starts a stage (stage.initial_checkpoint), answers (tools/generate.py) and converts back
 (tools/convert_to_hf.py). Without --config the sizes are those of the directories and the paper's
-abstractor; with it, its model section must agree with them (only image_size may differ).
+abstractor; with it, its model section must agree with them (image_size may differ, to
+which positions are resized, max_positions may be smaller, and the standard deviations of random
+starts are free).
 """
 
 import argparse

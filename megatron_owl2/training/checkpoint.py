@@ -8,6 +8,7 @@ renamed when complete, so a directory of that name is whole; `checkpoints/latest
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,16 +56,17 @@ def save(
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
     main = torch.distributed.get_rank() == 0
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _reported(directory):
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     torch.distributed.barrier()
     weights = sharded_weights(model)
     state = {"model": weights}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
         state["scheduler"] = scheduler.state_dict()
-    try:
+    with _reported(directory):
         dist_checkpointing.save(state, str(partial))
         if main:
             configuration.save(config, partial / "run.yaml")
@@ -73,25 +75,35 @@ def save(
             (partial / "progress.json").write_text(json.dumps(progress or {}, indent=1))
             shutil.rmtree(directory, ignore_errors=True)
             partial.rename(directory)
-    except (OSError, CheckpointException) as error:
-        raise CheckpointError(f"{directory} could not be written: {error}") from error
     torch.distributed.barrier()
 
 
 def save_step(run: Path, step: int, *state, **more) -> Path:
     """`save` as `run/checkpoints/iter_<step>` and make it the run's latest; returns its path."""
     checkpoints = Path(run) / "checkpoints"
-    if torch.distributed.get_rank() == 0:
+    main = torch.distributed.get_rank() == 0
+    if main:
         for abandoned in checkpoints.glob(f".{_PREFIX}*.partial"):  # by a save that was killed
-            shutil.rmtree(abandoned)
+            shutil.rmtree(abandoned, ignore_errors=True)
     directory = checkpoints / f"{_PREFIX}{step:07d}"
     save(directory, *state, **more)
-    if torch.distributed.get_rank() == 0:
-        pointer = checkpoints / f".{LATEST}.partial"
-        pointer.write_text(directory.name)
-        os.replace(pointer, checkpoints / LATEST)
+    with _reported(directory):
+        if main:
+            pointer = checkpoints / f".{LATEST}.partial"
+            pointer.write_text(directory.name)
+            os.replace(pointer, checkpoints / LATEST)
     torch.distributed.barrier()
     return directory
+
+
+@contextmanager
+def _reported(directory: Path):
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(
+            f"{directory} could not be written: {error}; the checkpoint before it is untouched"
+        ) from error
 
 
 def load_weights(directory: Path, model: Owl2) -> None:
@@ -114,10 +126,11 @@ def load_training(
     model: Owl2,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-) -> dict:
-    """Continue a run: weights, optimizer and schedule in place; returns its progress.
+) -> None:
+    """Continue a run: weights, optimizer and schedule in place.
 
-    Rates and the length of the schedule stay those of the configuration, which may have changed.
+    `lr`, `min_lr` and the length of the schedule stay those of the configuration, which may have
+    changed; what trains, and the factors on the rate, must be the same (`stages.fingerprint`).
     """
     directory = resolve(directory)
     _compare_names(directory, model)
@@ -136,7 +149,6 @@ def load_training(
     for group, kept in zip(optimizer.param_groups, rates, strict=True):
         group.update(kept)
     scheduler.load_state_dict(loaded["scheduler"])
-    return read_progress(directory)
 
 
 def resolve(path: str | Path) -> Path:

@@ -31,11 +31,15 @@ def train(config: RunConfig) -> int:
     main = torch.distributed.get_rank() == 0
     say = print if main else _silent
 
-    tokenizer = Tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size != config.model.decoder.vocab_size:
+    try:
+        tokenizer = Tokenizer(config.data.tokenizer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if tokenizer.vocab_size > config.model.decoder.vocab_size:
         raise ConfigError(
             f"model.decoder.vocab_size is {config.model.decoder.vocab_size}, but "
-            f"{config.data.tokenizer} has {tokenizer.vocab_size} pieces"
+            f"{config.data.tokenizer} has {tokenizer.vocab_size} pieces; name the model's own "
+            "tokenizer, or set the size if the model is new"
         )
 
     torch.manual_seed(config.train.seed + groups.pp.rank())
@@ -49,17 +53,26 @@ def train(config: RunConfig) -> int:
     wrapped = optim.wrap(model)
     optimizer, scheduler = optim.build(config, wrapped)
 
-    data = fingerprint(config.data)
+    data, trained = fingerprint(config.data), stages.fingerprint(plan)
     step = slots = 0
+    counts = {}
     if resumed is not None:
-        progress = checkpoint.load_training(resumed, model, optimizer, scheduler)
-        if progress["data_fingerprint"] != data:
-            raise ConfigError(
-                f"the data of {resumed} and of this configuration differ (shards, weights or "
-                "seed); resume with the same data.sources and data.seed, or start another run "
-                "with stage.initial_checkpoint"
-            )
-        step, slots = progress["step"], progress["slots"]
+        progress = checkpoint.read_progress(resumed)
+        for what, stored, now in (
+            ("data.sources or data.seed", progress["data_fingerprint"], data),
+            (
+                "stage.trainable, stage.rates or optimizer.vision_layer_decay",
+                progress["stage_fingerprint"],
+                trained,
+            ),
+        ):
+            if stored != now:
+                raise ConfigError(
+                    f"{what} is not what {resumed} was made with; go on with the same, or start "
+                    "another run from it with stage.initial_checkpoint"
+                )
+        checkpoint.load_training(resumed, model, optimizer, scheduler)
+        step, slots, counts = progress["step"], progress["slots"], progress["counts"]
         say(f"continuing from {resumed} at step {step}", flush=True)
     if main:
         output.mkdir(parents=True, exist_ok=True)
@@ -81,7 +94,7 @@ def train(config: RunConfig) -> int:
         bad_samples_path=output / f"bad_samples.rank{torch.distributed.get_rank()}.jsonl",
     )
     feed = Feed(loader, mcore.device())
-    log = metrics.Metrics(config, mcore.device(), step)
+    log = metrics.Metrics(config, mcore.device(), step, counts)
     received = 0
 
     while step < config.train.steps and not received:
@@ -98,7 +111,7 @@ def train(config: RunConfig) -> int:
                 f"the gradient norm of step {step} (slots {slots - config.train.global_batch_size} "
                 f"to {slots - 1}) is {grad_norm}; the run stops at the last checkpoint"
             )
-        log.add(sums, **feed.take_counts())
+        log.add(sums, feed.take_counts())
         if step % config.train.log_interval == 0 or step == config.train.steps:
             log.write(step, float(grad_norm), lr)
         received = stop.agreed(mcore.device())
@@ -110,34 +123,42 @@ def train(config: RunConfig) -> int:
                 config,
                 optimizer=optimizer,
                 scheduler=scheduler,
-                progress={"step": step, "slots": slots, "data_fingerprint": data},
+                progress={
+                    "step": step,
+                    "slots": slots,
+                    "data_fingerprint": data,
+                    "stage_fingerprint": trained,
+                    "counts": log.counts,
+                },
             )
             say(f"saved {where}", flush=True)
     log.close()
+    mcore.shutdown()
     return received
 
 
+_COUNTED = ("tokens", "bad_samples", "shortened_samples", "wait_seconds")
+
+
 class Feed(Iterator[Batch]):
-    """Micro-batches on the device; counts the tokens, bad samples and seconds waited for them."""
+    """Micro-batches on the device; counts their tokens, bad samples and the seconds waited."""
 
     def __init__(self, loader: Iterable[Batch], device: torch.device):
         self._batches, self._device = iter(loader), device
-        self._tokens = self._bad = 0
-        self._waited = 0.0
+        self._counts = dict.fromkeys(_COUNTED, 0)
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
         batch = next(self._batches)
-        self._waited += time.perf_counter() - started
-        self._tokens += int(batch.lengths.sum())
-        self._bad += batch.bad
+        self._counts["wait_seconds"] += time.perf_counter() - started
+        self._counts["tokens"] += int(batch.lengths.sum())
+        self._counts["bad_samples"] += batch.bad
+        self._counts["shortened_samples"] += batch.shortened
         return batch.to(self._device)
 
     def take_counts(self) -> dict:
         """The counts since the last call, as `Metrics.add` takes them."""
-        counts = {"tokens": self._tokens, "bad_samples": self._bad, "wait_seconds": self._waited}
-        self._tokens = self._bad = 0
-        self._waited = 0.0
+        counts, self._counts = self._counts, dict.fromkeys(_COUNTED, 0)
         return counts
 
 

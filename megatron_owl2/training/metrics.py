@@ -4,6 +4,7 @@ Numbers are gathered on the device and summed over the ranks once per interval.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -12,29 +13,30 @@ import torch
 from megatron_owl2.config import RunConfig, to_dict
 from megatron_owl2.training.step import SUMS
 
-_COUNTERS = (*SUMS, "tokens", "bad_samples", "wait_seconds")
+_COUNTERS = (*SUMS, "tokens", "bad_samples", "shortened_samples", "wait_seconds")
 
 
 class Metrics:
     """Collects the steps of an interval; rank 0 writes."""
 
-    def __init__(self, config: RunConfig, device: torch.device, start_step: int):
+    def __init__(self, config: RunConfig, device: torch.device, start_step: int, counts: dict):
         self.config = config
         self.output = Path(config.train.output)
         self.main = torch.distributed.get_rank() == 0
         self.ranks = torch.distributed.get_world_size()
         self.model_ranks = config.parallel.tensor * config.parallel.pipeline
         self.totals = torch.zeros(len(_COUNTERS), dtype=torch.float64, device=device)
-        self.bad_samples = 0
+        self.counts = {"bad_samples": 0, "shortened_samples": 0, **counts}  # of the whole run
         self.first_step = self.step = start_step
         self.started = self.interval_started = time.perf_counter()
         self.wandb = self._open_wandb() if config.wandb.enabled and self.main else None
 
-    def add(self, sums: torch.Tensor, *, tokens: int, bad_samples: int, wait_seconds: float):
-        """Count one step: SUMS of this rank, and what its data cost."""
+    def add(self, sums: torch.Tensor, counts: dict) -> None:
+        """Count one step: SUMS of this rank, and the other counters, about its data."""
         self.totals[: len(SUMS)] += sums
+        data = [counts[name] for name in _COUNTERS[len(SUMS) :]]
         self.totals[len(SUMS) :] += torch.tensor(
-            [tokens, bad_samples, wait_seconds], dtype=torch.float64, device=self.totals.device
+            data, dtype=torch.float64, device=self.totals.device
         )
 
     def write(self, step: int, grad_norm: float, lr: float) -> None:
@@ -45,7 +47,8 @@ class Metrics:
         now = time.perf_counter()
         seconds, steps = now - self.interval_started, step - self.step
         self.interval_started, self.step = now, step
-        self.bad_samples += round(sums["bad_samples"] / self.model_ranks)
+        for name in self.counts:
+            self.counts[name] += round(sums[name] / self.model_ranks)
         text = {k: sums[k] - sums[f"image_{k}"] for k in ("loss", "targets")}
         row = {
             "step": step,
@@ -57,7 +60,7 @@ class Metrics:
             "samples_per_second": steps * self.config.train.global_batch_size / seconds,
             "tokens_per_second": sums["tokens"] / self.model_ranks / seconds,
             "data_wait_share": sums["wait_seconds"] / self.ranks / seconds,
-            "bad_samples": self.bad_samples,
+            **self.counts,
             "seconds": now - self.started,
         }
         if self.main:
@@ -88,8 +91,7 @@ class Metrics:
             f"{row['tokens_per_second']:,.0f} tokens/s",
             f"data wait {row['data_wait_share']:.0%}",
         ]
-        if row["bad_samples"]:
-            parts.append(f"bad samples {row['bad_samples']}")
+        parts += [f"{n.replace('_', ' ')} {count}" for n, count in self.counts.items() if count]
         parts.append(f"{_clock((total - done) * pace)} left")
         return "  ".join(parts)
 
@@ -109,8 +111,11 @@ def drop_after(output: Path, step: int) -> None:
     """Forget rows of steps that a resumed run will do again."""
     path = Path(output) / "metrics.jsonl"
     if path.is_file():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows))
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a crash may have torn the last
+        kept = path.with_name(".metrics.partial")
+        kept.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        os.replace(kept, path)
 
 
 def _ratio(total: float, count: float) -> float | None:

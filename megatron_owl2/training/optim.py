@@ -28,7 +28,6 @@ def wrap(model: Owl2) -> DistributedDataParallel:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
             use_distributed_optimizer=True,
-            check_for_nan_in_grad=True,
         ),
         model,
     )

@@ -4,6 +4,8 @@ A pattern is a shell glob, such as `vision_model.*` or `*.linear_kv_vision.weigh
 happen before the gradient buffers are built, so another stage is another run.
 """
 
+import hashlib
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -60,6 +62,12 @@ def apply(config: RunConfig, model: nn.Module) -> list[Parameter]:
     return plan
 
 
+def fingerprint(plan: list[Parameter]) -> str:
+    """SHA-256 over what trains at which factor; an optimizer state fits only the same."""
+    identity = sorted((p.name, p.trained, p.factor) for p in plan)
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
 def rate_factor(name: str, config: RunConfig) -> float:
     """The factor on the learning rate of a parameter: `stage.rates` times the ViT's layer decay.
 
@@ -82,9 +90,7 @@ def table(plan: list[Parameter], config: RunConfig) -> str:
     """What trains, part by part: tensors, parameters, peak learning rates."""
     rows = defaultdict(list)
     for parameter in plan:
-        rows[
-            next(part for part, pattern in PARTS.items() if _matches(parameter.name, pattern))
-        ] += [parameter]
+        rows[part_of(parameter.name)].append(parameter)
     lines = [f"stage {config.stage.name}", f"{'part':<14}{'tensors':>9}{'parameters':>16}  rate"]
     for part in PARTS:
         for trained in (True, False):
@@ -96,13 +102,14 @@ def table(plan: list[Parameter], config: RunConfig) -> str:
                     f"{part:<14}{len(members):>9}{sum(p.numel for p in members):>16,}  "
                     + (span if trained else "frozen")
                 )
-    trained, everything = (sum(p.numel for p in plan if keep(p)) for keep in (_is_trained, bool))
+    trained, everything = sum(p.numel for p in plan if p.trained), sum(p.numel for p in plan)
     lines.append(f"{'trained':<14}{'':>9}{trained:>16,}  of {everything:,}")
     return "\n".join(lines)
 
 
-def _is_trained(parameter: Parameter) -> bool:
-    return parameter.trained
+def part_of(name: str) -> str:
+    """The part of the model, one of PARTS, that a parameter belongs to."""
+    return next(part for part, patterns in PARTS.items() if _matches(name, patterns))
 
 
 def _matches(name: str, patterns: str | list[str] | tuple[str, ...]) -> bool:

@@ -1,0 +1,79 @@
+"""What a stage trains and at which rate."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_owl2 import config as configuration
+from megatron_owl2 import mcore
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training import stages
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+VISION = {"ViT", "abstractor", "vision branch"}
+LANGUAGE = {"embedding", "output layer", "decoder"}
+
+
+@pytest.fixture
+def plan_of():
+    def build(recipe: str, *overrides: str):
+        config = configuration.load(EXAMPLES / recipe, [*overrides, "parallel.tensor=1"])
+        model = Owl2(mcore.Layout(config, mcore.initialize(1, 1)), config.model)
+        return stages.apply(config, model), model, config
+
+    yield build
+    mcore.shutdown()
+
+
+@pytest.mark.parametrize(
+    "recipe, trained",
+    [
+        ("tiny/vision.yaml", VISION | LANGUAGE),
+        ("tiny/text.yaml", LANGUAGE),
+        ("tiny/pretrain.yaml", VISION),
+        ("tiny/finetune.yaml", VISION | LANGUAGE),
+    ],
+)
+def test_the_recipes_train_the_parts_they_say(plan_of, recipe, trained):
+    plan, model, _ = plan_of(recipe)
+    found = {True: set(), False: set()}
+    for parameter in plan:
+        found[parameter.trained].add(stages.part_of(parameter.name))
+    assert found == {True: trained, False: (VISION | LANGUAGE) - trained}
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == {
+        p.name: p.trained for p in plan
+    }
+
+
+def test_rates_fall_with_the_depth_of_the_vit(plan_of):
+    rates = "stage.rates={'abstractor.*': 3, 'vision_model.layers.0.*': 2}"
+    plan, _, config = plan_of("tiny/finetune.yaml", "optimizer.vision_layer_decay=0.5", rates)
+    factors = {p.name: p.factor for p in plan}
+    assert config.model.vision.num_layers == 4
+    assert factors["vision_model.cls_token"] == 0.5**5
+    assert factors["vision_model.layers.0.linear_qkv.weight"] == 2 * 0.5**4
+    assert factors["vision_model.layers.3.linear_fc1.bias"] == 0.5
+    assert factors["vision_model.post_layernorm.weight"] == 1
+    assert factors["abstractor.vit_eos"] == 3
+    assert factors["decoder.layers.0.mlp.linear_fc1.weight"] == 1
+
+
+def test_the_table_counts_every_parameter_once(plan_of):
+    plan, model, config = plan_of("tiny/pretrain.yaml")
+    lines = stages.table(plan, config).splitlines()
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert lines[-1].split() == ["trained", f"{trained:,}", "of", f"{everything:,}"]
+    assert sum(int(line[23:39].replace(",", "")) for line in lines[2:-1]) == everything
+    assert sum(line.endswith("frozen") for line in lines) == 3
+
+
+def test_plans_that_differ_have_other_fingerprints(plan_of):
+    plans = [
+        plan_of("tiny/finetune.yaml")[0],
+        plan_of("tiny/pretrain.yaml")[0],
+        plan_of("tiny/finetune.yaml", "optimizer.vision_layer_decay=0.9")[0],
+        plan_of("tiny/finetune.yaml", "stage.rates={'abstractor.*': 2}")[0],
+    ]
+    assert len(set(map(stages.fingerprint, plans))) == 4
+    assert stages.fingerprint(plans[0]) == stages.fingerprint(plan_of("tiny/finetune.yaml")[0])
