@@ -7,6 +7,7 @@ A linear takes [..., in] and returns [..., out] (megatron-core's own return a bi
 
 import copy
 import os
+import queue
 import warnings
 from datetime import timedelta
 
@@ -30,6 +31,7 @@ for said in (
     warnings.filterwarnings("ignore", message=said)
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
@@ -274,6 +276,10 @@ def _copy_optimizer_state(self, model_param, tensors):
     for key in state.keys() - {"step"}:
         state[key].copy_(tensors[key])
 
+
+# A checkpoint is written by this process, so its results need no queue in another one, which takes
+# seconds to start and outlives a rank that is killed.
+filesystem_async._results_queue = queue.Queue()
 
 if not distrib_optimizer.HAVE_APEX_OR_TE:
     DistributedOptimizer = distrib_optimizer.DistributedOptimizer

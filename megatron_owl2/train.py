@@ -6,7 +6,6 @@ import sys
 
 
 def main() -> int:
-    # Imports are inside: the checkpoint writer starts a process that imports this file again.
     parser = argparse.ArgumentParser(prog="megatron_owl2.train", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
