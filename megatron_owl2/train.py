@@ -11,12 +11,13 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
 
+    from megatron_owl2 import checks
     from megatron_owl2 import config as configuration
 
     rank = os.environ.get("RANK", "0")
     try:
         config = configuration.load(arguments.config, arguments.overrides)
-        configuration.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        checks.check(config, int(os.environ.get("WORLD_SIZE", "1")))
 
         from megatron_owl2.data.shards import ShardError
         from megatron_owl2.data.stream import DataError

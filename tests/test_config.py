@@ -3,14 +3,15 @@
 import pytest
 import tiny_run
 
+from megatron_owl2 import checks
 from megatron_owl2 import config as configuration
 from megatron_owl2.config import ConfigError, RunConfig
 
 
 def test_the_defaults_are_the_papers_model_and_pass_the_checks():
     config = RunConfig()
-    configuration.check_model(config.model)
-    configuration.check_layout(config, world_size=64)
+    checks.check_model(config.model)
+    checks.check_layout(config, world_size=64)
     assert config.model.tokens_per_image == 65
     assert config.model.vision.grid_size == 16
 
@@ -92,10 +93,10 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
 def test_runs_that_cannot_work(tmp_path, override, world_size, words):
     path = tiny_run.make(tmp_path)
     config = configuration.load(path, [f"train.output={tmp_path / 'run'}"])
-    configuration.check(config, world_size=1)
+    checks.check(config, world_size=1)
     config = configuration.load(path, [f"train.output={tmp_path / 'run'}", override])
     with pytest.raises(ConfigError, match=words):
-        configuration.check(config, world_size)
+        checks.check(config, world_size)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_owl2 import checks, mcore
 from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
 from megatron_owl2.model.owl2 import Owl2
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -16,9 +16,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_every_recipe_loads_and_fits_its_ranks(name):
     path = EXAMPLES / name
     config = configuration.load(path)
-    configuration.check_model(config.model)
+    checks.check_model(config.model)
     if path.stem != "model":
-        configuration.check_layout(config, config.parallel.tensor * config.parallel.pipeline)
+        checks.check_layout(config, config.parallel.tensor * config.parallel.pipeline)
 
 
 def test_the_7b_recipes_are_table_15():

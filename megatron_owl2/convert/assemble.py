@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_owl2 import mcore
-from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig, check_model
+from megatron_owl2.checks import check_model
+from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.hf import load_hf_weights
 from megatron_owl2.convert.weights import ConversionError

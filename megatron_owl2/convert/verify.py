@@ -12,8 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from megatron_owl2 import checks, mcore
 from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
 from megatron_owl2.config import ConfigError, RunConfig
 from megatron_owl2.convert.expand import Expanded, expand
 from megatron_owl2.convert.mapping import rules
@@ -154,7 +154,7 @@ def _settle(config: RunConfig, expanded: Expanded) -> None:
             f"{world} processes, but parallel.tensor ({parallel.tensor}) x parallel.pipeline "
             f"({parallel.pipeline}) = {parallel.tensor * parallel.pipeline}; start that many"
         )
-    configuration.check_layout(config, world)
+    checks.check_layout(config, world)
 
 
 def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfig) -> Batch:

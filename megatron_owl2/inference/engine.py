@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
+from megatron_owl2 import checks, mcore
 from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_owl2.convert import hf
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
@@ -70,7 +69,7 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
         )
     config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
     config.train.precision = precision
-    configuration.check_layout(config, config.parallel.tensor)
+    checks.check_layout(config, config.parallel.tensor)
     groups = mcore.initialize(config.parallel.tensor, 1)
     model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device()).eval()
     if exported:

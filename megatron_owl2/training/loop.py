@@ -23,7 +23,7 @@ def train(config: RunConfig) -> int:
     """Train until `train.steps`, continuing from the run directory's latest checkpoint if any.
 
     Returns 0, or the number of the signal that ended the run early (after a checkpoint). Every
-    rank of the job calls it; `configuration.check` must have passed.
+    rank of the job calls it; `checks.check` must have passed.
     """
     stop = StopRequest()
     output = Path(config.train.output)
@@ -112,10 +112,12 @@ def train(config: RunConfig) -> int:
                 f"to {slots - 1}) is {grad_norm}; the run stops at the last checkpoint"
             )
         log.add(sums, feed.take_counts())
-        if step % config.train.log_interval == 0 or step == config.train.steps:
-            log.write(step, float(grad_norm), lr)
         received = stop.agreed(mcore.device())
-        if step % config.train.save_interval == 0 or step == config.train.steps or received:
+        ending = step == config.train.steps or received
+        saving = ending or step % config.train.save_interval == 0
+        if saving or step % config.train.log_interval == 0:  # a checkpoint carries full counts
+            log.write(step, float(grad_norm), lr)
+        if saving:
             where = checkpoint.save_step(
                 output,
                 step,

@@ -1,0 +1,156 @@
+"""What a configuration must satisfy before work starts; every refusal names the fix."""
+
+import dataclasses
+from pathlib import Path
+
+from megatron_owl2.config import ConfigError, ModelConfig, RunConfig
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuse a run that cannot work on `world_size` ranks, before any process group exists.
+
+    Raises ConfigError naming the keys and the fix; files and directories are looked for here too.
+    """
+    _check_counts(config)
+    check_model(config.model)
+    check_layout(config, world_size)
+    _check_files(config)
+    _require(
+        config.train.precision in ("fp32", "bf16"),
+        f"train.precision is {config.train.precision!r}; use fp32 or bf16",
+    )
+    _require(
+        config.optimizer.warmup_steps < config.train.steps,
+        f"optimizer.warmup_steps ({config.optimizer.warmup_steps}) must be smaller than "
+        f"train.steps ({config.train.steps})",
+    )
+    _require(
+        config.optimizer.lr > 0 and 0 <= config.optimizer.min_lr <= config.optimizer.lr,
+        f"optimizer rates must satisfy 0 <= min_lr ({config.optimizer.min_lr}) <= "
+        f"lr ({config.optimizer.lr}) and lr > 0",
+    )
+    _require(
+        config.data.sequence_length > config.model.tokens_per_image,
+        f"data.sequence_length ({config.data.sequence_length}) leaves no room for text: an "
+        f"image takes {config.model.tokens_per_image} tokens",
+    )
+    _require(
+        config.data.sequence_length <= config.model.decoder.max_positions,
+        f"data.sequence_length ({config.data.sequence_length}) exceeds "
+        f"model.decoder.max_positions ({config.model.decoder.max_positions})",
+    )
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse sizes that do not fit together; raises ConfigError."""
+    vision, decoder = model.vision, model.decoder
+    _require(
+        vision.image_size % vision.patch_size == 0,
+        f"model.vision.image_size ({vision.image_size}) is not divisible by "
+        f"model.vision.patch_size ({vision.patch_size}); use a multiple of the patch",
+    )
+    for name, width, heads in (
+        ("model.vision", vision.hidden_size, vision.num_heads),
+        ("model.abstractor", vision.hidden_size, model.abstractor.num_heads),
+        ("model.decoder", decoder.hidden_size, decoder.num_heads),
+    ):
+        _require(
+            width % heads == 0, f"{name}.num_heads ({heads}) does not divide the width ({width})"
+        )
+    _require(
+        vision.hidden_size % 4 == 0,
+        f"model.vision.hidden_size ({vision.hidden_size}) must be a multiple of 4 for the "
+        "two-dimensional position table of the abstractor",
+    )
+    _require(
+        decoder.num_heads % decoder.num_kv_heads == 0,
+        f"model.decoder.num_heads ({decoder.num_heads}) is not a multiple of "
+        f"num_kv_heads ({decoder.num_kv_heads})",
+    )
+    _require(
+        (decoder.hidden_size // decoder.num_heads) % 2 == 0,
+        "the decoder's head size must be even for rotary positions; change "
+        "model.decoder.num_heads or hidden_size",
+    )
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Refuse a parallel layout or batch that the ranks cannot carry; raises ConfigError."""
+    model, parallel, train = config.model, config.parallel, config.train
+    tp, pp = parallel.tensor, parallel.pipeline
+    _require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes cannot be divided by parallel.tensor ({tp}) x "
+        f"parallel.pipeline ({pp}) = {tp * pp}; start a multiple of {tp * pp} processes",
+    )
+    for name, size in (
+        ("model.vision.num_heads", model.vision.num_heads),
+        ("model.vision.ffn_size", model.vision.ffn_size),
+        ("model.abstractor.num_heads", model.abstractor.num_heads),
+        ("model.abstractor.ffn_size", model.abstractor.ffn_size),
+        ("model.decoder.num_heads", model.decoder.num_heads),
+        ("model.decoder.num_kv_heads", model.decoder.num_kv_heads),
+        ("model.decoder.ffn_size", model.decoder.ffn_size),
+        ("model.decoder.vocab_size", model.decoder.vocab_size),
+    ):
+        _require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
+    _require(
+        model.decoder.num_layers % pp == 0,
+        f"model.decoder.num_layers ({model.decoder.num_layers}) is not divisible by "
+        f"parallel.pipeline ({pp})",
+    )
+    _require(
+        not parallel.sequence or tp > 1,
+        "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
+        "parallel.tensor > 1",
+    )
+    _require(
+        not parallel.sequence or config.data.sequence_length % tp == 0,
+        f"data.sequence_length ({config.data.sequence_length}) is not divisible by "
+        f"parallel.tensor ({tp}), which parallel.sequence needs",
+    )
+    data_parallel = world_size // (tp * pp)
+    _require(
+        train.global_batch_size % (train.micro_batch_size * data_parallel) == 0,
+        f"train.global_batch_size ({train.global_batch_size}) is not a multiple of "
+        f"micro_batch_size ({train.micro_batch_size}) x data-parallel ranks "
+        f"({data_parallel})",
+    )
+
+
+def _check_counts(section: object, prefix: str = "") -> None:
+    """Every whole number of the configuration counts something; a few may be 0."""
+    for entry in dataclasses.fields(section):
+        value, name = getattr(section, entry.name), f"{prefix}{entry.name}"
+        if dataclasses.is_dataclass(value):
+            _check_counts(value, f"{name}.")
+        elif entry.type is int:
+            least = 0 if entry.name in ("workers", "seed", "warmup_steps") else 1
+            _require(value >= least, f"{name} is {value}; it must be at least {least}")
+
+
+def _check_files(config: RunConfig) -> None:
+    _require(config.train.output != "", "train.output is not set; name the run directory")
+    _require(config.data.tokenizer != "", "data.tokenizer is not set; name a SentencePiece model")
+    _require(
+        Path(config.data.tokenizer).is_file(),
+        f"data.tokenizer: {config.data.tokenizer} does not exist",
+    )
+    _require(len(config.data.sources) > 0, "data.sources is empty; name at least one data set")
+    for index, source in enumerate(config.data.sources):
+        _require(source.weight > 0, f"data.sources[{index}].weight must be positive")
+        _require(
+            (Path(source.path) / "manifest.json").is_file(),
+            f"data.sources[{index}]: {source.path or '(empty path)'} holds no manifest.json; "
+            "make shards with tools/preprocess_data.py",
+        )
+    initial = config.stage.initial_checkpoint
+    _require(
+        initial is None or Path(initial).is_dir(),
+        f"stage.initial_checkpoint: {initial} is not a directory",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
