@@ -84,7 +84,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
-    recompute: bool = False  # recompute every decoder and ViT layer in the backward pass
+    recompute: bool = False  # every layer again in the backward pass
 
 
 @dataclass

@@ -139,15 +139,12 @@ def train(config: RunConfig) -> int:
     return received
 
 
-_COUNTED = ("tokens", "bad_samples", "shortened_samples", "wait_seconds")
-
-
 class Feed(Iterator[Batch]):
     """Micro-batches on the device; counts their tokens, bad samples and the seconds waited."""
 
     def __init__(self, loader: Iterable[Batch], device: torch.device):
         self._batches, self._device = iter(loader), device
-        self._counts = dict.fromkeys(_COUNTED, 0)
+        self._counts = dict.fromkeys(metrics.DATA_COUNTS, 0)
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
@@ -160,7 +157,7 @@ class Feed(Iterator[Batch]):
 
     def take_counts(self) -> dict:
         """The counts since the last call, as `Metrics.add` takes them."""
-        counts, self._counts = self._counts, dict.fromkeys(_COUNTED, 0)
+        counts, self._counts = self._counts, dict.fromkeys(metrics.DATA_COUNTS, 0)
         return counts
 
 

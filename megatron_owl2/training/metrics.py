@@ -13,7 +13,9 @@ import torch
 from megatron_owl2.config import RunConfig, to_dict
 from megatron_owl2.training.step import SUMS
 
-_COUNTERS = (*SUMS, "tokens", "bad_samples", "shortened_samples", "wait_seconds")
+# Of one step on one rank.
+DATA_COUNTS = ("tokens", "bad_samples", "shortened_samples", "wait_seconds")
+_COUNTERS = (*SUMS, *DATA_COUNTS)
 
 
 class Metrics:
@@ -32,9 +34,9 @@ class Metrics:
         self.wandb = self._open_wandb() if config.wandb.enabled and self.main else None
 
     def add(self, sums: torch.Tensor, counts: dict) -> None:
-        """Count one step: SUMS of this rank, and the other counters, about its data."""
+        """Count one step of this rank: its SUMS and its DATA_COUNTS by name."""
         self.totals[: len(SUMS)] += sums
-        data = [counts[name] for name in _COUNTERS[len(SUMS) :]]
+        data = [counts[name] for name in DATA_COUNTS]
         self.totals[len(SUMS) :] += torch.tensor(
             data, dtype=torch.float64, device=self.totals.device
         )
