@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_owl2.config import ConfigError, ModelConfig, RunConfig
+from megatron_owl2.config import MODALITY_SPLIT, ConfigError, ModelConfig, RunConfig
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -71,6 +71,12 @@ def check_model(model: ModelConfig) -> None:
         (decoder.hidden_size // decoder.num_heads) % 2 == 0,
         "the decoder's head size must be even for rotary positions; change "
         "model.decoder.num_heads or hidden_size",
+    )
+    split = decoder.modality_split
+    _require(
+        set(split) <= set(MODALITY_SPLIT) and len(set(split)) == len(split),
+        f"model.decoder.modality_split ({split}) may hold each of {', '.join(MODALITY_SPLIT)} "
+        "at most once",
     )
 
 

@@ -48,9 +48,17 @@ class AbstractorConfig:
     attention_init_std: float = 0.02  # query and key projections; wider makes the queries differ
 
 
+MODALITY_SPLIT = ("input_norm", "key_value", "mlp_norm")
+
+
 @dataclass
 class DecoderConfig:
-    """LLaMA-2 with modality-adaptive layers."""
+    """LLaMA-2 with modality-adaptive layers.
+
+    `modality_split` names what has weights per modality in every layer: the norm before attention
+    (paper, eq. 4), keys and values (eq. 5), the norm before the MLP. The released code splits all
+    three; the paper's text shows [input_norm, key_value] only; [] is the plain LLaMA of Table 5.
+    """
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -61,6 +69,7 @@ class DecoderConfig:
     max_positions: int = 2048
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    modality_split: list[str] = field(default_factory=lambda: list(MODALITY_SPLIT))
 
 
 @dataclass

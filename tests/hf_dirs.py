@@ -11,8 +11,11 @@ import torch
 
 from megatron_owl2.config import AbstractorConfig, RunConfig
 from megatron_owl2.convert import hf_config
+from megatron_owl2.convert.hf import export_hf
+from megatron_owl2.convert.lazy import of_model
 from megatron_owl2.convert.weights import TensorReader
 from megatron_owl2.data.tokenizer import train_tokenizer
+from megatron_owl2.model.owl2 import Owl2
 
 DATA = Path(__file__).parent / "data"
 OWL2 = DATA / "official_tiny" / "hf_ckpt"
@@ -63,3 +66,8 @@ def run_tool(name: str, *arguments, capsys) -> tuple[int, str, str]:
     finally:
         sys.argv = before
     return stop.value.code, *capsys.readouterr()
+
+
+def export(model: Owl2, output: Path, **options) -> None:
+    """`export_hf` of a model in memory."""
+    export_hf(of_model(model), model.model, output, **options)

@@ -1,6 +1,13 @@
 """Hugging Face directories to our model and back: values, names and settings."""
 
 import json
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +17,7 @@ from hf_dirs import (
     LLAMA,
     OWL2,
     editable,
+    export,
     parts_config,
     run_tool,
     small_tokenizer,
@@ -22,7 +30,9 @@ from megatron_owl2.config import save as save_config
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
 from megatron_owl2.convert.hf import export_hf
+from megatron_owl2.convert.lazy import LazyTensor
 from megatron_owl2.convert.mapping import Interleave, LeadingOnes, rules
+from megatron_owl2.convert.stream import write_checkpoint
 from megatron_owl2.convert.weights import ConversionError
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.training import checkpoint
@@ -76,7 +86,7 @@ def test_query_rows_stand_before_the_key_and_value_they_share():
 
 
 def test_every_parameter_and_every_tensor_has_one_rule():
-    model, _ = from_owl2(OWL2)
+    model = from_owl2(OWL2).build()
     table = rules("owl2", model.model)
     assert sorted(rule.ours for rule in table) == sorted(n for n, _ in model.named_parameters())
     theirs = [name for rule in table for name in rule.theirs]
@@ -84,56 +94,112 @@ def test_every_parameter_and_every_tensor_has_one_rule():
     assert sorted(theirs) == sorted(stored)
 
 
-def test_released_layout_round_trip_in_fp32(tmp_path):
-    tokenizer = small_tokenizer(tmp_path)
-    model, config = from_owl2(OWL2, tokenizer=tokenizer)
-    assert config.train.precision == "fp32"
-    out = tmp_path / "out"
-    export_hf(model, tokenizer, out, dtype=torch.float32)
-    original, again = tensors_of(OWL2), tensors_of(out)
-    assert_same(
-        {n: t for n, t in again.items() if not is_table(n)},
-        {n: t for n, t in original.items() if not is_table(n) and not n.endswith("inv_freq")},
-    )
-    tables = {n: t for n, t in original.items() if is_table(n)}
-    assert {n for n in again if is_table(n)} == tables.keys()
-    for name, table in tables.items():
-        torch.testing.assert_close(again[name], table, atol=1e-6, rtol=0)
-    assert (out / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
-    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
-
-
-def test_released_layout_round_trip_in_bf16_shards_of_bin(tmp_path):
-    source = editable(OWL2, tmp_path / "bf16", torch_dtype="bfloat16")
-    tensors = {n: t.bfloat16() for n, t in load_file(source / "model.safetensors").items()}
+def released(directory: Path, dtype: torch.dtype, files: str) -> Path:
+    """The tiny official model in `dtype`: one safetensors file, one .bin, or .bin shards as the
+    released converter writes them, without the tables that the model computes."""
+    name = str(dtype).removeprefix("torch.")
+    source = editable(OWL2, directory, torch_dtype=name)
+    tensors = {n: t if is_table(n) else t.to(dtype) for n, t in tensors_of(OWL2).items()}
     (source / "model.safetensors").unlink()
-    kept = {n: t for n, t in tensors.items() if not is_table(n) and not n.endswith("inv_freq")}
-    files = {}
-    for number in (1, 2):  # as the released converter writes them, without position tables
-        part = dict(list(kept.items())[number - 1 :: 2])
-        files |= dict.fromkeys(part, f"pytorch_model-{number}-of-2.bin")
-        torch.save(part, source / f"pytorch_model-{number}-of-2.bin")
-    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-    model, config = from_owl2(source)
-    assert config.train.precision == "bf16"
+    if files == "safetensors":
+        save_file(tensors, source / "model.safetensors")
+    elif files == "bin":
+        torch.save(tensors, source / "pytorch_model.bin")
+    else:
+        kept = [n for n in tensors if not is_table(n) and not n.endswith("inv_freq")]
+        index = {}
+        for number in (1, 2, 3):
+            part = {n: tensors[n] for n in kept[number - 1 :: 3]}
+            index |= dict.fromkeys(part, f"pytorch_model-{number}-of-3.bin")
+            torch.save(part, source / f"pytorch_model-{number}-of-3.bin")
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    return source
+
+
+@pytest.mark.parametrize("files", ["safetensors", "bin", "bin shards"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_there_and_back_is_bitwise(tmp_path, dtype, files):
+    whole = from_owl2(released(tmp_path / "in", dtype, files))
+    assert whole.config.train.precision == ("bf16" if dtype is torch.bfloat16 else "fp32")
+    write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
+    whole = from_checkpoint(tmp_path / "ckpt")
+    assert {t.dtype for t in whole.tensors.values()} == {dtype}
+    export_hf(whole.tensors, whole.config.model, tmp_path / "out")
+    wanted = {n: t for n, t in tensors_of(OWL2).items() if not n.endswith("inv_freq")}
+    wanted = {n: t if is_table(n) else t.to(dtype) for n, t in wanted.items()}
+    assert_same(tensors_of(tmp_path / "out"), wanted)
+    tree = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert tree["torch_dtype"] == str(dtype).removeprefix("torch.")
+    sizes = {(tmp_path / "out" / f).stat().st_mode for f in ("model.safetensors", "config.json")}
+    assert len(sizes) == 1  # whoever may read the one may read the other
+
+
+def test_shards_have_the_size_that_was_asked_for(tmp_path):
+    whole = from_owl2(OWL2)
     out = tmp_path / "out"
-    export_hf(model, None, out, dtype=torch.bfloat16, max_shard_bytes=200_000)
-    again = {n: t for n, t in tensors_of(out).items() if not is_table(n)}
-    assert_same(again, kept)
+    options = {"dtype": torch.bfloat16, "max_shard_bytes": 200_000}
+    export_hf(whole.tensors, whole.config.model, out, **options)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(out.glob("model-*.safetensors"))
     assert len(shards) > 2 and set(index["weight_map"].values()) == {s.name for s in shards}
     assert all(shard.stat().st_size < 220_000 for shard in shards)
-    total = sum(t.nbytes for t in tensors_of(out).values())
-    assert index["metadata"]["total_size"] == total
+    found = tensors_of(out)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    assert found.keys() == {n for n in tensors_of(OWL2) if not n.endswith("inv_freq")}
     assert not (out / "tokenizer.model").exists()
 
 
+def test_the_parallel_layout_of_a_checkpoint_leaves_no_trace(tmp_path):
+    whole = from_owl2(OWL2)
+    write_checkpoint(tmp_path / "one", whole.tensors, whole.config)
+    script, layout = Path(__file__).parent / "resave.py", ["2", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command += [str(script), str(tmp_path / "one"), str(tmp_path / "four"), *layout]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("one", "four"):
+        whole = from_checkpoint(tmp_path / name)
+        export_hf(whole.tensors, whole.config.model, tmp_path / f"{name} hf")
+    assert_same(tensors_of(tmp_path / "four hf"), tensors_of(tmp_path / "one hf"))
+
+
+class Watched:
+    """LazyTensors that know how many bytes of what they handed out are still in use."""
+
+    def __init__(self, tensors: dict[str, LazyTensor]):
+        self.alive, self.most = 0, 0
+        self.tensors = {n: replace(t, read=partial(self.read, t)) for n, t in tensors.items()}
+
+    def read(self, tensor: LazyTensor) -> torch.Tensor:
+        fresh = tensor.read().clone()
+        self.alive += fresh.nbytes
+        self.most = max(self.most, self.alive)
+        weakref.finalize(fresh, self.forget, fresh.nbytes)
+        return fresh
+
+    def forget(self, size: int) -> None:
+        self.alive -= size
+
+
+def test_few_tensors_are_in_memory_at_a_time(tmp_path):
+    whole = from_owl2(OWL2)
+    largest = max(t.nbytes for t in whole.tensors.values())
+    total = sum(t.nbytes for t in whole.tensors.values())
+    watched = Watched(whole.tensors)
+    write_checkpoint(tmp_path / "ckpt", watched.tensors, whole.config)
+    assert watched.most <= 2 * largest < total / 3
+    whole = from_checkpoint(tmp_path / "ckpt")
+    watched = Watched(whole.tensors)
+    export_hf(watched.tensors, whole.config.model, tmp_path / "out")
+    assert watched.most <= 2 * largest
+
+
 def test_released_settings_survive(tmp_path):
-    model, config = from_owl2(OWL2)
-    config.model.image_mean = model.model.image_mean = [0.1, 0.2, 0.3]
-    export_hf(model, None, tmp_path / "out")
-    assert hf_config.read_owl2(tmp_path / "out") == config.model
+    whole = from_owl2(OWL2)
+    whole.config.model.image_mean = [0.1, 0.2, 0.3]
+    export_hf(whole.tensors, whole.config.model, tmp_path / "out")
+    assert hf_config.read_owl2(tmp_path / "out") == whole.config.model
     official = json.loads((OWL2 / "config.json").read_text())
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     pairs = [(written, official)]
@@ -168,7 +234,7 @@ def test_parts_compute_what_transformers_computes(tmp_path, bare):
         prefix = "vision_model."
         vision = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
         save_file(vision, clip / "model.safetensors")
-    model, config = from_parts(LLAMA, clip, config=parts_config())
+    model = from_parts(LLAMA, clip, config=parts_config()).build()
     reference = load_file(DATA / "hf_tiny" / "reference.safetensors")
     with torch.no_grad():
         features = model.vision_model(reference["pixels"]).transpose(0, 1)
@@ -181,13 +247,13 @@ def test_parts_compute_what_transformers_computes(tmp_path, bare):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_part_layouts_round_trip(tmp_path, dtype):
-    model, _ = from_parts(LLAMA, CLIP, config=parts_config())
+    model = from_parts(LLAMA, CLIP, config=parts_config()).build()
     with torch.no_grad():  # the vision branch is not what a LLaMA export holds
         for name, parameter in model.named_parameters():
             if name.endswith(("linear_kv_vision.weight", "weight_vision")):
                 parameter.zero_()
     for layout, source in (("llama", LLAMA), ("clip", CLIP)):
-        export_hf(model, None, tmp_path / layout, layout=layout, dtype=dtype)
+        export(model, tmp_path / layout, layout=layout, dtype=dtype)
         stored = tensors_of(source)
         wanted = {n: t.to(dtype) for n, t in stored.items() if not n.startswith(("text", "visual"))}
         wanted.pop("logit_scale", None)
@@ -198,10 +264,10 @@ def test_part_layouts_round_trip(tmp_path, dtype):
 
 def test_exports_load_in_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    model, _ = from_parts(LLAMA, CLIP, config=parts_config())
+    model = from_parts(LLAMA, CLIP, config=parts_config()).build()
     reference = load_file(DATA / "hf_tiny" / "reference.safetensors")
     for layout in ("llama", "clip"):
-        export_hf(model, None, tmp_path / layout, layout=layout, dtype=torch.float32)
+        export(model, tmp_path / layout, layout=layout, dtype=torch.float32)
     llama, report = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "llama", output_loading_info=True
     )
@@ -220,14 +286,16 @@ def test_exports_load_in_transformers(tmp_path):
 
 def test_the_seed_decides_the_abstractor():
     first, again, other = (
-        from_parts(LLAMA, CLIP, config=parts_config(), seed=seed)[0].abstractor.query_embeds
+        from_parts(LLAMA, CLIP, config=parts_config(), seed=seed)
+        .tensors["abstractor.query_embeds"]
+        .read()
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_another_image_size_resizes_the_positions():
-    model, config = from_parts(LLAMA, CLIP, config=parts_config(image_size=56))
+    model = from_parts(LLAMA, CLIP, config=parts_config(image_size=56)).build()
     table = load_file(CLIP / "model.safetensors")[
         "vision_model.embeddings.position_embedding.weight"
     ]
@@ -264,8 +332,7 @@ def test_tools_convert_there_and_back(tmp_path, capsys):
     ckpt, out = tmp_path / "owl2 ckpt", tmp_path / "owl2 out"
     arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)
     assert run_tool("convert_from_hf", *arguments, capsys=capsys)[0] == 0
-    model, config = from_checkpoint(ckpt)
-    assert config.data.tokenizer == str(ckpt / "tokenizer.model")
+    assert from_checkpoint(ckpt).config.data.tokenizer == str(ckpt / "tokenizer.model")
     arguments = ("--checkpoint", ckpt, "--output", out, "--dtype", "bfloat16")
     assert run_tool("convert_to_hf", *arguments, capsys=capsys)[0] == 0
     wanted = {n: t.bfloat16() for n, t in tensors_of(OWL2).items() if not n.endswith("inv_freq")}

@@ -1,18 +1,40 @@
 """What conversion refuses, and how: every problem named, nothing half done, no traceback."""
 
 import json
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_dirs import CLIP, DATA, LLAMA, OWL2, editable, parts_config, run_tool, small_tokenizer
+from hf_dirs import (
+    CLIP,
+    DATA,
+    LLAMA,
+    OWL2,
+    TOOLS,
+    editable,
+    export,
+    parts_config,
+    run_tool,
+    small_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 
 from megatron_owl2 import mcore
+from megatron_owl2.config import save as save_config
 from megatron_owl2.convert import hf_config
-from megatron_owl2.convert.assemble import from_owl2, from_parts
+from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
 from megatron_owl2.convert.hf import export_hf
+from megatron_owl2.convert.stream import write_checkpoint
 from megatron_owl2.convert.weights import ConversionError, TensorReader
+from megatron_owl2.training import checkpoint
+from megatron_owl2.training.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +58,7 @@ def test_all_misfits_are_listed(tmp_path):
         "missing: model.norm.weight",
         "unexpected: model.extra.bias",
         "shape: lm_head.weight is (500, 64), wanted (512, 64)",
-        f"dtype: {count} does not hold floating-point numbers",
+        f"dtype: {count} holds I64, wanted floating-point numbers",
     ):
         assert line in str(refusal.value)
 
@@ -135,18 +157,104 @@ def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
-    model, _ = from_owl2(OWL2)
+    model = from_owl2(OWL2).build()
     with torch.no_grad():
         model.final_norm.weight[3] = 1e6
     with pytest.raises(ConversionError, match="model.norm.weight .* too large for float16"):
-        export_hf(model, None, tmp_path / "out", dtype=torch.float16)
+        export(model, tmp_path / "out", dtype=torch.float16)
     with torch.no_grad():
         model.final_norm.weight[3] = float("nan")
     with pytest.raises(ConversionError, match="model.norm.weight .* not finite"):
-        export_hf(model, None, tmp_path / "out")
+        export(model, tmp_path / "out")
     with pytest.raises(ConversionError, match="/dev/null/out cannot be written"):
-        export_hf(model, None, "/dev/null/out")
+        export(model, "/dev/null/out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the disk that fills up while a tensor is written."""
+    whole = from_owl2(OWL2)
+    write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
+    for tool, source in (
+        ("convert_from_hf", ["--owl2", OWL2]),
+        ("convert_to_hf", ["--checkpoint", tmp_path / "ckpt"]),
+    ):
+        command = [sys.executable, TOOLS / f"{tool}.py", *source, "--output", tmp_path / "out"]
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+        assert done.returncode == 2, done.stderr
+        assert "out" in done.stderr and "File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
+
+
+@pytest.fixture
+def converted(tmp_path):
+    whole = from_owl2(OWL2)
+    write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
+    return tmp_path / "ckpt"
+
+
+def test_no_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    whole = from_owl2(OWL2)
+    with pytest.raises(ConversionError, match="no room .* needs 0.0 GiB"):
+        write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
+    with pytest.raises(ConversionError, match="no room .* needs 0.0 GiB"):
+        export_hf(whole.tensors, whole.config.model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_refused(converted):
+    largest = max(converted.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = largest.read_bytes()
+    largest.write_bytes(data[:-100])
+    with pytest.raises(CheckpointError, match=f"{largest.name} is cut off at"):
+        from_checkpoint(converted)
+    largest.write_bytes(bytes(len(data)))
+    whole = from_checkpoint(converted)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        whole.build()
+    model = from_owl2(OWL2).build()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load_weights(converted, model)
+    largest.unlink()
+    with pytest.raises(CheckpointError, match=f"{largest.name} is missing"):
+        from_checkpoint(converted)
+
+
+def test_a_checkpoint_runs_no_code(converted, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    (converted / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    model = from_owl2(OWL2).build()
+    for read in (from_checkpoint, partial(checkpoint.load_weights, model=model)):
+        with pytest.raises(CheckpointError, match="which no index needs"):
+            read(converted)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_all_differences(converted):
+    config = checkpoint.read_config(converted)
+    config.model.decoder.vocab_size = 500
+    config.model.vision.num_layers = 1
+    save_config(config, converted / "run.yaml")
+    with pytest.raises(CheckpointError) as refusal:
+        from_checkpoint(converted)
+    assert "shape: output_layer.weight is (512, 64) in the checkpoint, (500, 64)" in str(
+        refusal.value
+    )
+    assert "unexpected: vision_model.layers.1.linear_fc1.bias (192,)" in str(refusal.value)
+
+
+def test_an_existing_output_is_refused(converted):
+    whole = from_checkpoint(converted)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_checkpoint(converted, whole.tensors, whole.config)
+    with pytest.raises(ConversionError, match="exists already"):
+        export_hf(whole.tensors, whole.config.model, converted)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_dirs import export
 from safetensors.torch import load_file
 
 from megatron_owl2 import mcore
@@ -233,7 +234,7 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
     checkpoint.save_step(run, 3, loaded.model, config)
     prompts, images = cases(loaded)
     answers = Generator(loaded).generate_ids(prompts, images, 8)
-    hf.export_hf(loaded.model, tokenizer.path, tmp_path / "hf", dtype=torch.float32)
+    export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)
     step = run / "checkpoints" / "iter_0000003"
     for path in (run, run / "checkpoints", step, tmp_path / "hf"):
         again = load_model(path)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from megatron_owl2 import mcore
 from megatron_owl2.config import ConfigError
 from megatron_owl2.convert.assemble import from_owl2
+from megatron_owl2.convert.stream import write_checkpoint
 from megatron_owl2.convert.verify import verify
 from megatron_owl2.convert.weights import ConversionError
-from megatron_owl2.training import checkpoint
 
 OFFICIAL = Path(__file__).parent / "data" / "official_tiny"
 META = json.loads((OFFICIAL / "meta.json").read_text())
@@ -25,8 +25,8 @@ TOOL = Path(__file__).parent.parent / "tools" / "verify_checkpoint.py"
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("verify") / "ckpt"
-    model, config = from_owl2(OFFICIAL / "hf_ckpt")
-    checkpoint.save(directory, model, config)
+    whole = from_owl2(OFFICIAL / "hf_ckpt")
+    write_checkpoint(directory, whole.tensors, whole.config)
     yield directory
     mcore.shutdown()
 

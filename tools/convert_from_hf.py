@@ -8,6 +8,7 @@ starts are free).
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -28,31 +29,28 @@ def main() -> int:
 
     from megatron_owl2 import config as configuration
     from megatron_owl2.convert import assemble
+    from megatron_owl2.convert.stream import write_checkpoint
     from megatron_owl2.convert.weights import ConversionError
-    from megatron_owl2.training import checkpoint
+    from megatron_owl2.training.checkpoint import CheckpointError
 
     output = Path(arguments.output)
     try:
         if output.exists():
             raise ConversionError(f"{output} exists already; name a new directory or remove it")
         config = configuration.load(arguments.config) if arguments.config else None
-        options = {"config": config, "tokenizer": arguments.tokenizer, "progress": True}
+        options = {"config": config, "tokenizer": arguments.tokenizer}
         if arguments.owl2:
-            model, config = assemble.from_owl2(arguments.owl2, **options)
+            whole = assemble.from_owl2(arguments.owl2, **options)
         else:
-            model, config = assemble.from_parts(*parts, seed=arguments.seed, **options)
-        checkpoint.save(output, model, config)
-    except (
-        ConversionError,
-        configuration.ConfigError,
-        checkpoint.CheckpointError,
-        OSError,
-    ) as error:
+            whole = assemble.from_parts(*parts, seed=arguments.seed, **options)
+        write_checkpoint(output, whole.tensors, whole.config, progress=True)
+    except (ConversionError, configuration.ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not config.data.tokenizer:
+    if not whole.config.data.tokenizer:
         print("warning: no tokenizer.model; this checkpoint cannot train or generate (--tokenizer)")
-    print(f"wrote {output}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    count = sum(math.prod(tensor.shape) for tensor in whole.tensors.values())
+    print(f"wrote {output}: {count:,} parameters")
     return 0
 
 

@@ -33,20 +33,21 @@ def main() -> int:
     try:
         if Path(arguments.output).exists():
             raise ConversionError(f"{arguments.output} exists already; name a new directory")
-        model, config = from_checkpoint(arguments.checkpoint)
+        whole = from_checkpoint(arguments.checkpoint)
         export_hf(
-            model,
-            config.data.tokenizer or None,
+            whole.tensors,
+            whole.config.model,
             arguments.output,
+            tokenizer=whole.config.data.tokenizer or None,
             layout=arguments.layout,
-            dtype=getattr(torch, arguments.dtype) if arguments.dtype else model.layout.dtype,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
             max_shard_bytes=int(arguments.max_shard_gib * 1024**3),
             progress=True,
         )
     except (ConversionError, CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.layout != "clip" and not config.data.tokenizer:
+    if arguments.layout != "clip" and not whole.config.data.tokenizer:
         print("warning: the checkpoint has no tokenizer.model, so the directory has none either")
     print(f"wrote {arguments.output}")
     return 0

@@ -1,7 +1,8 @@
-"""A whole model in one process with the configuration of its checkpoint, ready to convert."""
+"""A whole model from any directory: its configuration and its weights, read when needed."""
 
 import copy
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,9 +11,12 @@ from megatron_owl2 import mcore
 from megatron_owl2.checks import check_model
 from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_owl2.convert import hf_config
-from megatron_owl2.convert.hf import load_hf_weights
+from megatron_owl2.convert.hf import read_hf
+from megatron_owl2.convert.lazy import LazyTensor, of_model
+from megatron_owl2.convert.stream import read_checkpoint
 from megatron_owl2.convert.weights import ConversionError
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import checkpoint
 
@@ -20,8 +24,24 @@ from megatron_owl2.training import checkpoint
 _FREE = {
     "vision": {"image_size", "position_init_std"},
     "abstractor": {"attention_init_std"},
-    "decoder": set(),
+    "decoder": {"modality_split"},
 }
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run's configuration for one process, and every parameter of its model by our name."""
+
+    config: RunConfig
+    tensors: dict[str, LazyTensor]
+
+    def build(self) -> Owl2:
+        """The model in memory, cast to the precision of `config`."""
+        model = Owl2(_layout(self.config), self.config.model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.tensors[name].read())
+        return model
 
 
 def from_owl2(
@@ -29,9 +49,8 @@ def from_owl2(
     *,
     config: RunConfig | None = None,
     tokenizer: str | Path | None = None,
-    progress: bool = False,
-) -> tuple[Owl2, RunConfig]:
-    """The model of a directory in the released layout.
+) -> Whole:
+    """A directory in the released layout.
 
     `config` supplies everything but the weights; its model section must agree with the directory,
     save for the image size, to which the position table is resized, and a smaller max_positions.
@@ -41,10 +60,9 @@ def from_owl2(
     owners = dict.fromkeys(_FREE, str(directory))
     config = _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
-    model = _build(config)
-    grid = _stored_grid(stored, config)
-    load_hf_weights(directory, model, "owl2", stored_grid=grid, progress=progress)
-    return model, config
+    grid, shapes = _stored_grid(stored, config), _shapes(config)
+    tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
+    return Whole(config, {name: tensors[name] for name in shapes})
 
 
 def from_parts(
@@ -54,8 +72,7 @@ def from_parts(
     config: RunConfig | None = None,
     tokenizer: str | Path | None = None,
     seed: int = 1234,
-    progress: bool = False,
-) -> tuple[Owl2, RunConfig]:
+) -> Whole:
     """The start of the first stage: a LLaMA, a CLIP ViT and a random abstractor between them.
 
     Both branches of the modality-adaptive layers start from the LLaMA's weights. Otherwise as
@@ -69,24 +86,22 @@ def from_parts(
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
     config = _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)
+    grid, shapes = _stored_grid(stored, config), _shapes(config)
     torch.manual_seed(seed)
-    model = _build(config)
-    grid = _stored_grid(stored, config)
-    load_hf_weights(language_model, model, "llama", progress=progress)
-    load_hf_weights(vision_model, model, "clip", stored_grid=grid, progress=progress)
-    return model, config
+    abstractor = of_model(Abstractor(_layout(config), config.model))
+    tensors = {f"abstractor.{name}": tensor for name, tensor in abstractor.items()}
+    tensors |= read_hf(language_model, "llama", config.model, shapes)
+    tensors |= read_hf(vision_model, "clip", config.model, shapes, stored_grid=grid)
+    return Whole(config, {name: tensors[name] for name in shapes})
 
 
-def from_checkpoint(path: str | Path) -> tuple[Owl2, RunConfig]:
-    """The whole model of a checkpoint (or the latest of a run) in one process.
-
-    Raises CheckpointError.
-    """
-    config = checkpoint.read_config(path)
+def from_checkpoint(path: str | Path) -> Whole:
+    """A checkpoint, or the latest of a run; raises CheckpointError."""
+    directory = checkpoint.resolve(path)
+    config = checkpoint.read_config(directory)
     config.parallel = ParallelConfig()
-    model = _build(config)
-    checkpoint.load_weights(path, model)
-    return model, config
+    checkpoint.compare(directory, _shapes(config))
+    return Whole(config, read_checkpoint(directory))
 
 
 def _agreed(
@@ -138,9 +153,14 @@ def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: Mod
     return str(path)
 
 
-def _build(config: RunConfig) -> Owl2:
-    groups = mcore.initialize(1, 1)
-    return Owl2(mcore.Layout(config, groups), config.model)
+def _layout(config: RunConfig) -> mcore.Layout:
+    return mcore.Layout(config, mcore.initialize(1, 1))
+
+
+def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape, without memory for any."""
+    with torch.device("meta"):
+        return checkpoint.global_shapes(Owl2(_layout(config), config.model))
 
 
 def _stored_grid(stored: ModelConfig, config: RunConfig) -> int | None:

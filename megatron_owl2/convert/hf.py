@@ -1,16 +1,22 @@
 """Owl2's weights from and to Hugging Face directories, one tensor at a time."""
 
 import shutil
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 from megatron_owl2.config import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
+from megatron_owl2.convert.lazy import LazyTensor
 from megatron_owl2.convert.partition import share
-from megatron_owl2.convert.weights import ConversionError, TensorReader, write_shards
+from megatron_owl2.convert.weights import (
+    ConversionError,
+    TensorReader,
+    refuse_if_no_room,
+    write_shards,
+)
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import global_shapes
 
@@ -23,82 +29,87 @@ def read_hf_config(directory: str | Path) -> ModelConfig:
     return hf_config.read_owl2(directory)
 
 
-def load_hf_weights(
+def read_hf(
     directory: str | Path,
-    model: Owl2,
-    layout: str = "owl2",
+    layout: str,
+    model: ModelConfig,
+    shapes: dict[str, tuple[int, ...]],
     *,
     stored_grid: int | None = None,
-    progress: bool = False,
-) -> None:
-    """Fill the parameters that `layout` covers, cast to the model's dtype; any TP or PP size.
+) -> dict[str, LazyTensor]:
+    """Those of our parameters in `shapes` that `layout` covers, whole and in the stored dtype.
 
     With "llama" both branches of every modality-adaptive layer start from the LLaMA's one (paper,
     section 4.1). `stored_grid`, patches on a side, resizes the ViT's position table from that
     grid. Raises ConversionError listing every missing, unexpected or misshapen tensor and every
-    one that does not hold floating-point numbers; the model is untouched then.
+    one that does not hold floating-point numbers, whether or not `shapes` asks for it.
     """
     reader = TensorReader(directory)
     if layout == "clip" and "embeddings.class_embedding" in reader.names():
         reader.add_prefix("vision_model.")  # transformers 5 saves a CLIPVisionModel without it
-    table = mapping.rules(layout, model.model)
-    _check(reader, layout, table, model, stored_grid)
-    parameters = dict(model.named_parameters())
-    local = [rule for rule in table if rule.ours in parameters]
-    with torch.no_grad():
-        for rule in tqdm(local, desc=f"reading {layout}", unit="tensor", disable=not progress):
+    stored = dict(shapes)
+    if stored_grid is not None and _POSITIONS in stored:
+        stored[_POSITIONS] = (1, stored_grid**2 + 1, model.vision.hidden_size)
+    _check(reader, layout, model, stored)
+
+    def lazy(rule: mapping.Rule) -> LazyTensor:
+        def read() -> torch.Tensor:
             tensor = rule.transform.join([reader[name] for name in rule.theirs])
-            if rule.ours == _POSITIONS and stored_grid is not None:
-                tensor = resize_positions(tensor, model.model.vision.grid_size)
-            parameter = parameters[rule.ours]
-            parameter.copy_(share(tensor, parameter, model.layout))
+            if stored[rule.ours] != shapes[rule.ours]:
+                tensor = resize_positions(tensor, model.vision.grid_size).to(tensor.dtype)
+            return tensor
+
+        dtype = reduce(torch.promote_types, map(reader.dtype, rule.theirs))
+        return LazyTensor(shapes[rule.ours], dtype, read)
+
+    return {r.ours: lazy(r) for r in mapping.rules(layout, model) if r.ours in shapes}
+
+
+def load_hf_weights(directory: str | Path, model: Owl2) -> None:
+    """Fill a live model from a directory in the released layout, under any TP or PP size.
+
+    The numbers are cast to the model's dtype. Raises ConversionError as `read_hf` does; the model
+    is untouched then.
+    """
+    tensors = read_hf(directory, "owl2", model.model, global_shapes(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(share(tensors[name].read(), parameter, model.layout))
 
 
 def export_hf(
-    model: Owl2,
-    tokenizer: str | Path | None,
+    tensors: dict[str, LazyTensor],
+    model: ModelConfig,
     output: str | Path,
     *,
+    tokenizer: str | Path | None = None,
     layout: str = "owl2",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * _GIB,
     progress: bool = False,
 ) -> None:
-    """Write a whole model (no tensor or pipeline parallelism) as a Hugging Face directory, with
-    the SentencePiece model `tokenizer` if there is one.
+    """Write whole weights under our names as a Hugging Face directory, with the SentencePiece
+    model `tokenizer` if there is one.
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
-    CLIPVisionModel. `output` appears when complete. Raises ConversionError if it exists, if there
-    is no room, or if a weight is not finite in `dtype`.
+    CLIPVisionModel. `dtype` is by default the weights' own, the wider one if they have several.
+    `output` appears when complete. Raises ConversionError if it exists, if there is no room, if
+    weights are missing or misshapen, or if a weight is not finite in `dtype`.
     """
     output = Path(output)
     if output.exists():
         raise ConversionError(f"{output} exists already; name a new directory or remove it")
-    table = [rule for rule in mapping.rules(layout, model.model) if not rule.import_only]
-    parameters = dict(model.named_parameters())
-    width = torch.empty((), dtype=dtype).element_size()
-    needed = sum(parameters[rule.ours].numel() for rule in table) * width
-
-    def tensors():
-        for rule in tqdm(table, desc=f"writing {layout}", unit="tensor", disable=not progress):
-            parts = rule.transform.split(parameters[rule.ours].detach().cpu())
-            for name, part in zip(rule.theirs, parts, strict=True):
-                yield name, _cast(name, part, dtype)
-        for name, constant in mapping.constants(layout, model.model).items():
-            yield name, constant.clone()  # safetensors refuses tensors that share memory
-
+    dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+    theirs = _theirs(tensors, layout, model, dtype)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if needed > free:
-            sizes = f"needs {needed / _GIB:.1f} GiB, free are {free / _GIB:.1f}"
-            raise ConversionError(f"no room for {output}: it {sizes}")
-        write_shards(partial, tensors(), max_shard_bytes)
-        hf_config.write(partial, layout, model.model, dtype)
+        refuse_if_no_room(partial, sum(t.nbytes for t in theirs.values()))
+        write_shards(partial, theirs, max_shard_bytes, progress=progress)
+        hf_config.write(partial, layout, model, dtype)
         if layout != "clip" and tokenizer is not None:
-            hf_config.write_tokenizer(partial, model.model)
+            hf_config.write_tokenizer(partial, model)
             shutil.copyfile(tokenizer, partial / "tokenizer.model")
         partial.rename(output)
     except OSError as error:
@@ -120,43 +131,75 @@ def resize_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
     return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
+def _theirs(
+    tensors: dict[str, LazyTensor], layout: str, model: ModelConfig, dtype: torch.dtype
+) -> dict[str, LazyTensor]:
+    """The tensors of a directory under their names, cast to `dtype`."""
+    current: dict[str, list[torch.Tensor]] = {}  # the parts of the parameter that was read last
+
+    def lazy(rule: mapping.Rule, index: int, name: str, shape: torch.Size) -> LazyTensor:
+        def read() -> torch.Tensor:
+            if rule.ours not in current:
+                current.clear()
+                current[rule.ours] = rule.transform.split(tensors[rule.ours].read().cpu())
+            return _cast(name, current[rule.ours][index], dtype)
+
+        return LazyTensor(tuple(shape), dtype, read)
+
+    theirs = {}
+    for rule in mapping.rules(layout, model):
+        if not rule.import_only:
+            parts = rule.transform.split(torch.empty(tensors[rule.ours].shape, device="meta"))
+            for i, (name, part) in enumerate(zip(rule.theirs, parts, strict=True)):
+                theirs[name] = lazy(rule, i, name, part.shape)
+    for name, same in mapping.twins(layout, model).items():
+        theirs[name] = theirs[same]
+    for name, constant in mapping.constants(layout, model).items():
+        theirs[name] = LazyTensor.of(constant)
+    return theirs
+
+
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    cast = tensor.to(dtype).contiguous()
-    if not cast.isfinite().all():
-        reason = "is too large for float16" if tensor.isfinite().all() else "is not finite"
+    cast = tensor.to(dtype)
+    if not all(limit.isfinite() for limit in cast.aminmax()):
+        finite = all(limit.isfinite() for limit in tensor.aminmax())
+        reason = "is too large for float16" if finite else "is not finite"
         raise ConversionError(f"{name} holds a value that {reason}; nothing was written")
     return cast
 
 
 def _check(
-    reader: TensorReader,
-    layout: str,
-    table: list[mapping.Rule],
-    model: Owl2,
-    stored_grid: int | None,
+    reader: TensorReader, layout: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Hold the directory's names, shapes and kinds against what this rank's table asks for."""
-    shapes = global_shapes(model)
-    if stored_grid is not None and _POSITIONS in shapes:
-        shapes[_POSITIONS] = (1, stored_grid**2 + 1, model.model.vision.hidden_size)
-    wanted = {}
-    for rule in table:
+    """Hold the directory's names, shapes and kinds of numbers against what the table asks for."""
+    wanted = {}  # their shape, or None for what lies on another pipeline stage
+    for rule in mapping.rules(layout, model):
         parts = [None] * len(rule.theirs)
         if rule.ours in shapes:
             parts = rule.transform.split(torch.empty(shapes[rule.ours], device="meta"))
         for name, part in zip(rule.theirs, parts, strict=True):
-            wanted[name] = wanted.get(name) or (part is not None and tuple(part.shape))
+            wanted[name] = wanted.get(name) or (None if part is None else tuple(part.shape))
+    twins = mapping.twins(layout, model)
+    wanted |= {name: wanted[same] for name, same in twins.items()}
     found = reader.names()
     problems = [f"missing: {n}" for n in sorted(wanted.keys() - found)]
     problems += [
         f"unexpected: {n}" for n in sorted(found - wanted.keys()) if not mapping.needless(layout, n)
     ]
     for name in sorted(wanted.keys() & found):
-        shape, floating = reader.describe(name)
+        shape, dtype = reader.shape(name), reader.dtype(name)
         if wanted[name] and shape != wanted[name]:
             problems.append(f"shape: {name} is {shape}, wanted {wanted[name]}")
-        if not floating:
-            problems.append(f"dtype: {name} does not hold floating-point numbers")
+        if not isinstance(dtype, torch.dtype):
+            problems.append(
+                f"dtype: {name} holds {dtype}, wanted floating-point numbers of 16, 32 or 64 bit"
+            )
+    if not problems:
+        problems = [
+            f"different: {name} and {same}, which model.decoder.modality_split has as one"
+            for name, same in twins.items()
+            if not torch.equal(reader[name], reader[same])
+        ]
     if problems:
         listing = "\n  ".join(problems)
         raise ConversionError(f"{reader.directory} does not fit the model:\n  {listing}")

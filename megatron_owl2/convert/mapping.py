@@ -2,17 +2,18 @@
 
 Three layouts: "owl2" is the released model, "llama" a LlamaForCausalLM (the decoder), "clip" a
 CLIPVisionModel (the ViT). In a row, `{i}` is a layer, `{p}` stands for weight and bias, `{text}`
-and `{vision}` for the branch of a modality-adaptive module (a LLaMA has one branch for both).
+and `{vision}` for the branch of a modality-adaptive module (a LLaMA has one branch for both). Rows
+of a vision branch say to which part of `model.decoder.modality_split` they belong.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from megatron_owl2.config import ModelConfig
-from megatron_owl2.model.abstractor import image_positions, sincos_1d
+from megatron_owl2.model.abstractor import image_positions, query_positions
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,13 @@ def _positions(model: ModelConfig) -> Transform:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows (our name, their names, transform) under a common prefix on both sides."""
+    """Rows (our name, their names, transform; of a vision branch the part that is split) under a
+    common prefix on both sides."""
 
     ours: str
     theirs: str
     layers: Callable[[ModelConfig], int]
-    rows: tuple[tuple[str, str, Callable[[ModelConfig], Transform]], ...]
+    rows: tuple[tuple, ...]
 
 
 def _once(model: ModelConfig) -> int:
@@ -125,7 +127,7 @@ _DECODER = (
     )),
     _Block("decoder.layers.{i}.", "model.layers.{i}.", lambda m: m.decoder.num_layers, (
         ("input_norm.weight_text", "input_layernorm{text}.weight", _copy),
-        ("input_norm.weight_vision", "input_layernorm{vision}.weight", _copy),
+        ("input_norm.weight_vision", "input_layernorm{vision}.weight", _copy, "input_norm"),
         (
             "attention.qkv.linear_qkv.weight",
             "self_attn.q_proj.weight self_attn.k_proj{text}.weight self_attn.v_proj{text}.weight",
@@ -135,10 +137,16 @@ _DECODER = (
             "attention.qkv.linear_kv_vision.weight",
             "self_attn.k_proj{vision}.weight self_attn.v_proj{vision}.weight",
             _decoder_kv,
+            "key_value",
         ),
         ("attention.linear_proj.weight", "self_attn.o_proj.weight", _copy),
         ("pre_mlp_norm.weight_text", "post_attention_layernorm{text}.weight", _copy),
-        ("pre_mlp_norm.weight_vision", "post_attention_layernorm{vision}.weight", _copy),
+        (
+            "pre_mlp_norm.weight_vision",
+            "post_attention_layernorm{vision}.weight",
+            _copy,
+            "mlp_norm",
+        ),
         ("mlp.linear_fc1.weight", "mlp.gate_proj.weight mlp.up_proj.weight", _gate_up),
         ("mlp.linear_fc2.weight", "mlp.down_proj.weight", _copy),
     )),
@@ -237,21 +245,41 @@ LAYOUTS = tuple(_BLOCKS)
 
 def rules(layout: str, model: ModelConfig) -> list[Rule]:
     """The table of a layout for a model's sizes, one Rule per parameter of ours it covers."""
-    found = []
+    return [
+        Rule(ours, theirs, transform(model), layout == "llama" and part is not None)
+        for ours, theirs, transform, part in _rows(layout, model, _BRANCHES[layout])
+        if part is None or part in model.decoder.modality_split
+    ]
+
+
+def twins(layout: str, model: ModelConfig) -> dict[str, str]:
+    """Tensors of a vision branch that this model shares with text, and their equals of the text
+    branch: written twice, and held equal when read."""
+    if layout != "owl2":
+        return {}
+    text = _BRANCHES[layout]["text"]
+    pairs = zip(
+        _rows(layout, model, _BRANCHES[layout]),
+        _rows(layout, model, {"text": text, "vision": text}),
+        strict=True,
+    )
+    return {
+        name: same
+        for (_, names, _, part), (_, sames, _, _) in pairs
+        if part is not None and part not in model.decoder.modality_split
+        for name, same in zip(names, sames, strict=True)
+    }
+
+
+def _rows(layout: str, model: ModelConfig, branches: dict[str, str]) -> Iterator[tuple]:
+    """(our name, their names, transform, part of a vision branch or None) of every row."""
     for block in _BLOCKS[layout]:
         for i in range(block.layers(model)):
-            for ours, theirs, transform in block.rows:
+            for ours, theirs, transform, *part in block.rows:
                 for p in ("weight", "bias") if "{p}" in ours else ("",):
-                    fields = {"i": i, "p": p, **_BRANCHES[layout]}
-                    found.append(
-                        Rule(
-                            (block.ours + ours).format(**fields),
-                            tuple((block.theirs + t).format(**fields) for t in theirs.split()),
-                            transform(model),
-                            import_only=layout == "llama" and "{vision}" in theirs,
-                        )
-                    )
-    return found
+                    fields = {"i": i, "p": p, **branches}
+                    names = tuple((block.theirs + t).format(**fields) for t in theirs.split())
+                    yield (block.ours + ours).format(**fields), names, transform, *(part or [None])
 
 
 def needless(layout: str, name: str) -> bool:
@@ -267,7 +295,7 @@ def constants(layout: str, model: ModelConfig) -> dict[str, torch.Tensor]:
     if layout != "owl2":
         return {}
     size = model.vision.hidden_size
-    query = sincos_1d(torch.arange(model.abstractor.num_queries), size)
+    query = query_positions(model.abstractor.num_queries, size)
     key = image_positions(model.vision.grid_size, size)
     tables = {}
     for i in range(model.abstractor.num_layers):

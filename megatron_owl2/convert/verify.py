@@ -16,9 +16,10 @@ from megatron_owl2 import checks, mcore
 from megatron_owl2 import config as configuration
 from megatron_owl2.config import ConfigError, RunConfig
 from megatron_owl2.convert.expand import Expanded, expand
+from megatron_owl2.convert.lazy import LazyTensor
 from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.partition import gather
-from megatron_owl2.convert.weights import ConversionError, save_tensors
+from megatron_owl2.convert.weights import ConversionError, write_safetensors
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.model.owl2 import Owl2
@@ -95,7 +96,7 @@ def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(results, partial)
+        write_safetensors(partial, {n: LazyTensor.of(t) for n, t in results.items()})
         os.replace(partial, path)
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error}") from None

@@ -1,15 +1,24 @@
 """Tensor files of Hugging Face directories: read without unpickling code, written in shards."""
 
 import json
-from collections.abc import Iterable
+import os
+import shutil
+import struct
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from tqdm import tqdm
+
+from megatron_owl2.convert.lazy import LazyTensor
 
 _KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {dtype: name for name, dtype in _NAMES.items()}
+_GIB = 1024**3
+_MAPPED_BYTES = 512 * 1024**2  # of a .bin file, before its mapping is let go
 
 
 class ConversionError(RuntimeError):
@@ -20,75 +29,102 @@ class TensorReader:
     """The tensors of a Hugging Face directory by name, read one at a time.
 
     Accepts `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index file.
+    Files are mapped into memory and let go soon, so that little of them stays resident.
     Raises ConversionError for files that are missing, damaged or outside the directory, and for
     an index that names tensors its files do not have.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._handles = {}  # open safetensors files, or the one .bin file in use
+        self._mapped: tuple[str, dict[str, torch.Tensor]] = ("", {})  # the .bin file in use
+        self._handed_out = 0  # bytes of it
+        self._found: dict[str, _Stored] = {}
         for stem, ending in _KINDS:
             whole, index = f"{stem}.{ending}", self.directory / f"{stem}.{ending}.index.json"
             if (self.directory / whole).is_file():
-                self._file_of = dict.fromkeys(self._file(whole).keys(), whole)
-                break
+                self._found = self._contents(whole)
+                return
             if index.is_file():
-                self._file_of = self._read_index(index)
-                break
-        else:
-            wanted = ", ".join(f"{stem}.{ending}[.index.json]" for stem, ending in _KINDS)
-            raise ConversionError(f"{self.directory} holds no weights; looked for {wanted}")
-        self._stored_name = {name: name for name in self._file_of}
+                self._read_index(index)
+                return
+        wanted = ", ".join(f"{stem}.{ending}[.index.json]" for stem, ending in _KINDS)
+        raise ConversionError(f"{self.directory} holds no weights; looked for {wanted}")
 
     def add_prefix(self, prefix: str) -> None:
         """Answer to `prefix + name` from now on."""
-        self._stored_name = {prefix + n: stored for n, stored in self._stored_name.items()}
+        self._found = {prefix + name: stored for name, stored in self._found.items()}
 
     def names(self) -> set[str]:
-        return set(self._stored_name)
+        return set(self._found)
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], bool]:
-        """The shape of a tensor, and whether its numbers are of 16, 32 or 64 bit floating point."""
-        stored = self._stored_name[name]
-        file = self._file(self._file_of[stored])
-        if isinstance(file, dict):
-            return tuple(file[stored].shape), file[stored].dtype in _FLOATS.values()
-        entry = file.get_slice(stored)
-        return tuple(entry.get_shape()), entry.get_dtype() in _FLOATS
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._found[name].shape
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """A floating-point dtype of 16, 32 or 64 bit, or the name of any other kind of number."""
+        return self._found[name].dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._stored_name[name]
-        file = self._file(self._file_of[stored])
-        return file[stored] if isinstance(file, dict) else file.get_tensor(stored)
+        stored = self._found[name]
+        path = self.directory / stored.file
+        if not stored.file.endswith(".bin"):
+            with _reading(path), safe_open(path, framework="pt") as file:
+                return file.get_tensor(stored.name)
+        file, tensors = self._mapped
+        if file != stored.file or self._handed_out > _MAPPED_BYTES:
+            tensors, self._handed_out = _load_bin(path), 0
+            self._mapped = (stored.file, tensors)
+        self._handed_out += tensors[stored.name].nbytes
+        return tensors[stored.name]
 
-    def _file(self, name: str):
-        """The open file: a dict of memory-mapped tensors for .bin, else a safetensors handle."""
-        if name not in self._handles:
-            path = self.directory / name
-            if not path.is_file():
-                raise ConversionError(f"{path} is missing, but the index names it")
-            try:
-                if name.endswith(".bin"):
-                    self._handles = {name: _load_bin(path)}
-                else:
-                    self._handles[name] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ConversionError(f"{path} is damaged: {error}; fetch it again") from None
-        return self._handles[name]
+    def _contents(self, name: str) -> dict[str, "_Stored"]:
+        path = self.directory / name
+        if not path.is_file():
+            raise ConversionError(f"{path} is missing, but the index names it")
+        if name.endswith(".bin"):
+            return {
+                n: _Stored(name, n, tuple(t.shape), t.dtype if t.dtype in _FLOATS else str(t.dtype))
+                for n, t in _load_bin(path).items()
+            }
+        found = {}
+        with _reading(path), safe_open(path, framework="pt") as file:
+            for n in file.keys():  # noqa: SIM118
+                entry = file.get_slice(n)
+                kind = entry.get_dtype()
+                found[n] = _Stored(name, n, tuple(entry.get_shape()), _NAMES.get(kind, kind))
+        return found
 
-    def _read_index(self, path: Path) -> dict[str, str]:
+    def _read_index(self, path: Path) -> None:
         files = read_json(path).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise ConversionError(f"{path} has no weight_map")
         for file in set(files.values()):
-            if Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file:
                 raise ConversionError(f"{path} names {file!r}, which is not a file beside it")
-        tensors_of = {file: set(self._file(file).keys()) for file in sorted(set(files.values()))}
-        lost = [f"{name} in {file}" for name, file in files.items() if name not in tensors_of[file]]
+        contents = {file: self._contents(file) for file in sorted(set(files.values()))}
+        lost = [f"{name} in {file}" for name, file in files.items() if name not in contents[file]]
         if lost:
             listing = "\n  ".join(lost)
             raise ConversionError(f"{path} names tensors that are not there:\n  {listing}")
-        return files
+        self._found = {name: contents[file][name] for name, file in files.items()}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies and what it is."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+
+@contextmanager
+def _reading(path: Path):
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path} is damaged: {error}; fetch it again") from None
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -115,47 +151,70 @@ def read_json(path: Path) -> dict:
     return tree
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file with the permissions that any new file here gets (safetensors'
-    own are the owner's alone). Raises ConversionError if the disk refuses."""
-    try:
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)
-    except (OSError, SafetensorError) as error:
-        raise ConversionError(f"{path} cannot be written: {error}") from None
-
-
 def write_shards(
-    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+    directory: Path,
+    tensors: dict[str, LazyTensor],
+    max_shard_bytes: int,
+    *,
+    progress: bool = False,
 ) -> None:
     """Write named tensors as `model*.safetensors`, at most `max_shard_bytes` each (one tensor may
-    be larger), with `model.safetensors.index.json` if they do not fit into one file."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = size = 0
+    be larger), with `model.safetensors.index.json` if they do not fit into one file.
 
-    def flush() -> None:
-        save_tensors(pending, directory / f"{len(shards)}.partial")
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > max_shard_bytes:
-            flush()
+    One tensor is in memory at a time, which safetensors' own writer cannot do.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
             size = 0
-        pending[name] = tensor.contiguous()
+        shards[-1].append(name)
         size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    names = ["model.safetensors"]
+    files = ["model.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {
-            tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {
+                n: file for file, names in zip(files, shards, strict=True) for n in names
+            },
         }
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    for i, name in enumerate(names):
-        (directory / f"{i}.partial").rename(directory / name)
+    with tqdm(total=len(tensors), desc="writing", unit="tensor", disable=not progress) as bar:
+        for file, names in zip(files, shards, strict=True):
+            write_safetensors(directory / file, {name: tensors[name] for name in names}, bar)
+
+
+def write_safetensors(
+    path: Path, tensors: dict[str, LazyTensor], progress: tqdm | None = None
+) -> None:
+    """Write one file: the header's length (8 bytes), the header in JSON, the numbers."""
+    # Wide numbers first, so that all of them are aligned whatever the odd sizes of the others.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _FLOATS[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy())
+            if progress is not None:
+                progress.update()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def refuse_if_no_room(directory: Path, needed: int) -> None:
+    """Raise ConversionError if the disk of `directory` has less than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        sizes = f"needs {needed / _GIB:.1f} GiB, free are {free / _GIB:.1f}"
+        raise ConversionError(f"no room on the disk of {directory.parent}: it {sizes}")

@@ -1,5 +1,6 @@
 """The visual abstractor (paper, section 3.1, eq. 2): learnable queries read the ViT's tokens."""
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,8 +26,12 @@ class Abstractor(nn.Module):
             lambda: AbstractorLayer(layout, model), 0, config.num_layers, recompute=layout.recompute
         )
         self.visual_fc = nn.Linear(size, width, dtype=dtype)
-        query_positions = sincos_1d(torch.arange(config.num_queries), size)
-        key_positions = torch.cat([query_positions, image_positions(model.vision.grid_size, size)])
+        key_positions = torch.cat(
+            [
+                query_positions(config.num_queries, size),
+                image_positions(model.vision.grid_size, size),
+            ]
+        )
         self.register_buffer(
             "positions", key_positions.to(dtype).unsqueeze(1), persistent=False
         )  # [queries + t, 1, h]; the first rows are the queries' own
@@ -100,18 +105,24 @@ class SplitLayerNorm(nn.Module):
         return (normed * self.weight + self.bias).to(x.dtype)
 
 
-def sincos_1d(positions: torch.Tensor, size: int) -> torch.Tensor:
-    """[sin(p w_j) | cos(p w_j)] with w_j = 10000^(-j / (size/2)); [n] to fp32 [n, size]."""
-    frequencies = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
-    angles = positions.double().outer(frequencies)
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+def query_positions(count: int, size: int) -> torch.Tensor:
+    """Positions of the learnable queries, fp32 [count, size]."""
+    return torch.from_numpy(_sincos(np.arange(count), size))
 
 
 def image_positions(grid: int, size: int) -> torch.Tensor:
     """Positions of the ViT's tokens, fp32 [1 + grid^2, size]: zeros for the class token, then
     row-major patches whose first half encodes the column and whose second half the row."""
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    patches = torch.cat(
-        [sincos_1d(columns.flatten(), size // 2), sincos_1d(rows.flatten(), size // 2)], dim=1
-    )
-    return torch.cat([torch.zeros(1, size), patches])
+    rows, columns = np.indices((grid, grid)).reshape(2, -1)
+    patches = np.concatenate([_sincos(columns, size // 2), _sincos(rows, size // 2)], axis=1)
+    return torch.from_numpy(np.concatenate([np.zeros((1, size), np.float32), patches]))
+
+
+def _sincos(positions: np.ndarray, size: int) -> np.ndarray:
+    """[sin(p w_j) | cos(p w_j)] with w_j = 10000^(-j / (size/2)); [n] to [n, size].
+
+    In numpy's fp32 like the released tables, to which an export's are then equal bit by bit.
+    """
+    exponents = np.arange(size // 2, dtype=np.float32) / np.float32(size / 2)
+    angles = np.outer(positions.astype(np.float32), np.float32(1) / np.float32(10000) ** exponents)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

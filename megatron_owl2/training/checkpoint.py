@@ -28,14 +28,11 @@ from megatron_owl2 import config as configuration
 from megatron_owl2.config import RunConfig
 from megatron_owl2.mcore import allocate_optimizer_state, load_optimizer_state
 from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training.checkpoint_index import CheckpointError, read_index, stored_weights
 
 LATEST = "latest"
 _PREFIX = "iter_"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is not there, not whole, or does not fit; the message says which."""
 
 
 def save(
@@ -54,9 +51,9 @@ def save(
     the disk refuses.
     """
     directory = Path(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
+    partial = partial_of(directory)
     main = torch.distributed.get_rank() == 0
-    with _reported(directory):
+    with reported(directory):
         if main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -66,16 +63,26 @@ def save(
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
         state["scheduler"] = scheduler.state_dict()
-    with _reported(directory):
+    with reported(directory):
         dist_checkpointing.save(state, str(partial))
         if main:
-            configuration.save(config, partial / "run.yaml")
-            if config.data.tokenizer:  # weights converted from a directory without one have none
-                shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
-            (partial / "progress.json").write_text(json.dumps(progress or {}, indent=1))
             shutil.rmtree(directory, ignore_errors=True)
-            partial.rename(directory)
+            complete(partial, directory, config, progress or {})
     torch.distributed.barrier()
+
+
+def partial_of(directory: Path) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def complete(partial: Path, directory: Path, config: RunConfig, progress: dict) -> None:
+    """Put what makes a checkpoint self-contained beside its tensors, and name it as whole."""
+    configuration.save(config, partial / "run.yaml")
+    if config.data.tokenizer:  # weights converted from a directory without one have none
+        shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
+    (partial / "progress.json").write_text(json.dumps(progress, indent=1))
+    partial.rename(directory)
 
 
 def save_step(run: Path, step: int, *state, **more) -> Path:
@@ -87,7 +94,7 @@ def save_step(run: Path, step: int, *state, **more) -> Path:
             shutil.rmtree(abandoned, ignore_errors=True)
     directory = checkpoints / f"{_PREFIX}{step:07d}"
     save(directory, *state, **more)
-    with _reported(directory):
+    with reported(directory):
         if main:
             pointer = checkpoints / f".{LATEST}.partial"
             pointer.write_text(directory.name)
@@ -97,13 +104,24 @@ def save_step(run: Path, step: int, *state, **more) -> Path:
 
 
 @contextmanager
-def _reported(directory: Path):
+def reported(directory: Path):
+    """Turn what a disk refuses into a CheckpointError."""
     try:
         yield
     except (OSError, CheckpointException) as error:
-        raise CheckpointError(
-            f"{directory} could not be written: {error}; the checkpoint before it is untouched"
-        ) from error
+        said = f"{directory} could not be written: {_cause(error)}"
+        raise CheckpointError(f"{said}; the checkpoint before it is untouched") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the disk said, under what torch made of it."""
+    wrapped = (
+        [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+    )
+    for inner in (*wrapped, error.__cause__, error.__context__):
+        if inner is not None and isinstance(found := _cause(inner), OSError):
+            return found
+    return error
 
 
 def load_weights(directory: Path, model: Owl2) -> None:
@@ -113,9 +131,7 @@ def load_weights(directory: Path, model: Owl2) -> None:
     """
     directory = resolve(directory)
     _compare_names(directory, model)
-    loaded = dist_checkpointing.load(
-        {"model": sharded_weights(model)}, str(directory), strict=StrictHandling.IGNORE_ALL
-    )["model"]
+    loaded = _load(directory, {"model": sharded_weights(model)}, StrictHandling.IGNORE_ALL)["model"]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(loaded[name])
@@ -140,7 +156,7 @@ def load_training(
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA),
     }
-    loaded = dist_checkpointing.load(template, str(directory), strict=StrictHandling.RAISE_ALL)
+    loaded = _load(directory, template, StrictHandling.RAISE_ALL)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(loaded["model"][name])
@@ -149,6 +165,13 @@ def load_training(
     for group, kept in zip(optimizer.param_groups, rates, strict=True):
         group.update(kept)
     scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _load(directory: Path, template: dict, strict: StrictHandling) -> dict:
+    try:
+        return dist_checkpointing.load(template, str(directory), strict=strict)
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from error
 
 
 def resolve(path: str | Path) -> Path:
@@ -210,14 +233,15 @@ def sharded_weights(model: Owl2) -> dict[str, ShardedTensor | ShardedTensorFacto
 
 def _compare_names(directory: Path, model: Owl2) -> None:
     """Hold the model's parameters against what the checkpoint has, on all ranks alike."""
-    stored = {
-        name: tuple(tensor.global_shape)
-        for name, tensor in dist_checkpointing.load_tensors_metadata(str(directory)).items()
-        if not name.startswith("optimizer.")
-    }
     shares = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, global_shapes(model))
-    wanted = {name: shape for share in shares for name, shape in share.items()}
+    compare(directory, {name: shape for share in shares for name, shape in share.items()})
+
+
+def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless the checkpoint has exactly the parameters `wanted`; the message
+    lists every missing, unexpected and misshapen one."""
+    stored = {n: tuple(t.size) for n, t in stored_weights(read_index(directory)).items()}
     problems = [f"missing: {n} {wanted[n]}" for n in sorted(wanted.keys() - stored.keys())]
     problems += [f"unexpected: {n} {stored[n]}" for n in sorted(stored.keys() - wanted.keys())]
     problems += [

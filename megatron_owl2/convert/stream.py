@@ -1,0 +1,114 @@
+"""Weights to and from checkpoints, one tensor at a time, in a single process.
+
+The files are megatron-core's distributed format, as `training.checkpoint` writes and reads it
+with all ranks of a run.
+"""
+
+import shutil
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from tqdm import tqdm
+
+from megatron_owl2.config import RunConfig
+from megatron_owl2.convert.lazy import LazyTensor
+from megatron_owl2.convert.weights import refuse_if_no_room
+from megatron_owl2.training import checkpoint
+from megatron_owl2.training.checkpoint_index import CheckpointError, read_index, stored_weights
+
+
+class _ReadingPlanner(DefaultSavePlanner):
+    """Hands each tensor to the writer when its turn comes."""
+
+    def __init__(self, tensors: dict[str, LazyTensor], progress: tqdm):
+        super().__init__()
+        self._tensors, self._progress = tensors, progress
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        self._progress.update()
+        return self._tensors[index.fqn].read()
+
+
+class _IndexedReader(dcp.FileSystemReader):
+    """Reads tensors with an index that was read and checked before."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.index = read_index(directory)
+
+    def read_metadata(self, *args, **kwargs):
+        return self.index
+
+
+def write_checkpoint(
+    directory: str | Path,
+    tensors: dict[str, LazyTensor],
+    config: RunConfig,
+    *,
+    progress: bool = False,
+) -> None:
+    """Write whole weights as a checkpoint that loads under any parallel layout.
+
+    Every tensor keeps its dtype and has a file of its own. The directory appears when complete.
+    Raises CheckpointError if it exists or the disk refuses; nothing is left then.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise CheckpointError(f"{directory} exists already; name a new directory or remove it")
+    partial = checkpoint.partial_of(directory)
+    empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    bar = tqdm(total=len(tensors), desc="writing", unit="tensor", disable=not progress)
+    try:
+        with checkpoint.reported(directory), bar, _alone():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            refuse_if_no_room(partial, sum(t.nbytes for t in tensors.values()))
+            dcp.save(
+                empty,
+                storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=False),
+                planner=_ReadingPlanner(tensors, bar),
+                no_dist=True,
+            )
+            save_config(CheckpointingConfig("torch_dist"), str(partial))
+            torch.save({}, partial / "common.pt")  # what megatron-core does not shard: nothing
+            checkpoint.complete(partial, directory, config, {})
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone():
+    """One process is meant here, so torch need not warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def read_checkpoint(directory: str | Path) -> dict[str, LazyTensor]:
+    """The whole weights of a checkpoint, whatever layout it was saved under, in its own dtypes.
+
+    Raises CheckpointError for a checkpoint that is not whole, at once or when a tensor is read.
+    """
+    reader = _IndexedReader(checkpoint.resolve(directory))
+
+    def lazy(name: str, shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
+        def read() -> torch.Tensor:
+            state = {name: torch.empty(shape, dtype=dtype)}
+            try:
+                with _alone():
+                    dcp.load(state, storage_reader=reader, no_dist=True)
+            except (CheckpointException, OSError, RuntimeError) as error:
+                raise CheckpointError(f"{reader.path}: {name} cannot be read: {error}") from None
+            return state[name]
+
+        return LazyTensor(tuple(shape), dtype, read)
+
+    found = stored_weights(reader.index)
+    return {name: lazy(name, entry.size, entry.properties.dtype) for name, entry in found.items()}

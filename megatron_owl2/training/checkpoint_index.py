@@ -1,0 +1,86 @@
+"""What a checkpoint holds: its index, read without running code that somebody put there."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+_FILE = ".metadata"  # torch.distributed.checkpoint writes its index as a pickle
+_CHECKPOINT = "torch.distributed.checkpoint."
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    *((_CHECKPOINT + "filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+    *(
+        (_CHECKPOINT + "metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *(
+        (_CHECKPOINT + "planner", name)
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
+}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not there, not whole, or does not fit; the message says which."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs")
+
+
+def read_index(directory: Path) -> Metadata:
+    """The index of a checkpoint directory, held against the files it names.
+
+    Raises CheckpointError for an index that is absent, damaged or names anything but the parts of
+    an index, and for files that are absent or shorter than the index says.
+    """
+    try:
+        with open(directory / _FILE, "rb") as file:
+            index = _IndexUnpickler(file).load()
+    except Exception as error:  # a damaged pickle raises many kinds
+        raise CheckpointError(f"{directory / _FILE} is damaged: {error}") from None
+    if not isinstance(index, Metadata):
+        raise CheckpointError(f"{directory / _FILE} holds no index")
+    ends: dict[str, int] = {}
+    for place in index.storage_data.values():
+        ends[place.relative_path] = max(
+            ends.get(place.relative_path, 0), place.offset + place.length
+        )
+    for name, end in sorted(ends.items()):
+        path = directory / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{directory / _FILE} names {name!r}, not a file beside it")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the whole checkpoint again")
+        if path.stat().st_size < end:
+            raise CheckpointError(
+                f"{path} is cut off at {path.stat().st_size:,} of {end:,} bytes; copy it again"
+            )
+    return index
+
+
+def stored_weights(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Size and dtype of every parameter in a checkpoint, without the optimizer's tensors."""
+    return {
+        name: entry
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
