@@ -61,10 +61,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, layout: Layout, model: ModelConfig):
         super().__init__()
-        config = model.decoder
-        self.input_norm = ModalityNorm(layout, config.hidden_size, config.norm_eps)
+        size, eps = model.decoder.hidden_size, model.decoder.norm_eps
+        split = model.decoder.modality_split
+        self.input_norm = ModalityNorm(layout, size, eps, split="input_norm" in split)
         self.attention = ModalityAttention(layout, model)
-        self.pre_mlp_norm = ModalityNorm(layout, config.hidden_size, config.norm_eps)
+        self.pre_mlp_norm = ModalityNorm(layout, size, eps, split="mlp_norm" in split)
         self.mlp = GatedMLP(layout, model)
 
     def forward(self, x, modality, rotary, attention_mask, cache):

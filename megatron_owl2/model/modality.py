@@ -1,8 +1,9 @@
 """The Modality-Adaptive Module (paper, section 3.2): what vision and language do not share.
 
 Each token is either vision or text. Layer norms and the key and value projections have weights
-per modality; everything else is shared. The released code marks vision with 1 and text and
-padding with 0 (the paper's eq. 4 has it the other way round), and so does this one.
+per modality, as far as `model.decoder.modality_split` says so; everything else is shared. The
+released code marks vision with 1 and text and padding with 0 (the paper's eq. 4 has it the other
+way round), and so does this one.
 """
 
 from dataclasses import dataclass
@@ -37,30 +38,64 @@ class Modality:
 class ModalityNorm(nn.Module):
     """RMSNorm with one weight [h] per modality (eq. 4): normalise once, scale by the token's own.
 
-    Statistics in fp32, cast back before the scale, as LLaMA does.
+    Without `split` the text weight serves all tokens. Statistics in fp32, cast back before the
+    scale, as LLaMA does.
     """
 
-    def __init__(self, layout: Layout, hidden_size: int, eps: float):
+    def __init__(self, layout: Layout, hidden_size: int, eps: float, *, split: bool):
         super().__init__()
         self.eps = eps
         self.weight_text = nn.Parameter(torch.ones(hidden_size, dtype=layout.dtype))
-        self.weight_vision = nn.Parameter(torch.ones(hidden_size, dtype=layout.dtype))
-        layout.mark_sequence_parallel(self.weight_text, self.weight_vision)
+        self.weight_vision = nn.Parameter(torch.ones_like(self.weight_text)) if split else None
+        layout.mark_sequence_parallel(*self.parameters())
 
     def forward(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
-        weight = torch.where(modality.is_vision, self.weight_vision, self.weight_text)
-        return weight * rms_normalize(x, self.eps)
+        return _Norm.apply(x, modality.is_vision, self.eps, self.weight_text, self.weight_vision)
+
+
+class _Norm(torch.autograd.Function):
+    """The formula of ModalityNorm, which keeps x and 1/rms(x) for its backward pass.
+
+    Autograd would keep the normalised x and the chosen weights too, each of x's size.
+    """
+
+    @staticmethod
+    def forward(ctx, x, is_vision, eps, text, vision):
+        normed, inverse_rms = _normalize(x, eps)
+        ctx.save_for_backward(x, inverse_rms, is_vision, text, vision)
+        return _weight(is_vision, text, vision) * normed
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inverse_rms, is_vision, text, vision = ctx.saved_tensors
+        normed, grad = x.float() * inverse_rms, grad.float()
+        rows = (grad * normed.to(x.dtype)).flatten(0, -2)
+        if vision is None:
+            grad_text, grad_vision = rows.sum(0).to(text.dtype), None
+        else:
+            # A product instead of row lists: no row may be of this rank or of this modality.
+            kinds = torch.stack([~is_vision, is_vision]).flatten(1).to(rows.dtype)
+            grad_text, grad_vision = (kinds @ rows).to(text.dtype)
+        grad = grad * _weight(is_vision, text, vision)
+        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
+        grad_x = grad.addcmul_(normed, along, value=-1).mul_(inverse_rms)
+        return grad_x.to(x.dtype), None, None, grad_text, grad_vision
+
+
+def _weight(is_vision, text, vision):
+    return text if vision is None else torch.where(is_vision, vision, text)
 
 
 class ModalityQKV(nn.Module):
     """Shared query, modality-split key and value (eq. 5): [s/tp, b, h] to q, k, v.
 
     Queries of all tokens and text keys and values come from one GEMM over all rows; the vision
-    projection runs on the vision rows only and overwrites theirs. So every weight takes part in
+    projection runs on the vision rows only and replaces theirs. So every weight takes part in
     every backward pass, shapes follow from the batch alone, and nothing waits for the device.
 
     Rows of `linear_qkv` are grouped by key/value head: the queries that share it, its key, its
     value; rows of `linear_kv_vision`: its key, its value. A split over ranks is a split by groups.
+    Without "key_value" in `modality_split` there is no `linear_kv_vision`.
     """
 
     def __init__(self, layout: Layout, config: DecoderConfig, init_std: float):
@@ -73,7 +108,11 @@ class ModalityQKV(nn.Module):
         self.linear_qkv = ColumnLinear(
             layout, config.hidden_size, config.hidden_size + 2 * kv_size, **options
         )
-        self.linear_kv_vision = ColumnLinear(layout, config.hidden_size, 2 * kv_size, **options)
+        self.linear_kv_vision = (
+            ColumnLinear(layout, config.hidden_size, 2 * kv_size, **options)
+            if "key_value" in config.modality_split
+            else None
+        )
 
     def forward(
         self, x: torch.Tensor, modality: Modality
@@ -82,14 +121,26 @@ class ModalityQKV(nn.Module):
         x = self.layout.enter(x)
         s, b, _ = x.shape
         qkv = self.linear_qkv(x).view(s * b, self.groups, -1, self.head_size)
-        query, kv = qkv[:, :, :-2], qkv[:, :, -2:]
-        kv_vision = self.linear_kv_vision(x.flatten(0, 1).index_select(0, modality.vision_rows))
-        kv = kv.index_copy(0, modality.vision_rows, kv_vision.view(-1, *kv.shape[1:]))
-        key, value = kv.view(s, b, self.groups, 2, self.head_size).unbind(3)
-        return query.reshape(s, b, -1, self.head_size), key, value
+        # One split, because its backward pass is one concatenation; slices would each be padded.
+        query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+        if self.linear_kv_vision is not None:
+            rows = modality.vision_rows
+            kv_vision = self.linear_kv_vision(x.flatten(0, 1).index_select(0, rows))
+            kv_vision = kv_vision.view(-1, self.groups, 2, self.head_size)
+            key, value = (
+                text.index_copy(0, rows, vision)
+                for text, vision in zip((key, value), kv_vision.split(1, dim=2), strict=True)
+            )
+        query, key, value = (part.reshape(s, b, -1, self.head_size) for part in (query, key, value))
+        return query, key, value
 
 
 def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, computed in fp32, in x's dtype."""
+    return _normalize(x, eps)[0]
+
+
+def _normalize(x, eps):
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse_rms).to(x.dtype), inverse_rms
