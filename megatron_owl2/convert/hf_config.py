@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -62,6 +63,20 @@ _CLIP_DEFAULTS = {  # CLIPVisionConfig's own; a CLIPModel's config leaves out wh
     "layer_norm_eps": 1e-5,
 }
 _OFFICIAL_GRID = 32  # the released abstractor's, when grid_size is null
+# What transformers loads from the directory's own code, by the file that says so.
+_CLASSES = {
+    "config.json": {
+        "AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config",
+        "AutoModelForCausalLM": "modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM",
+    },
+    "preprocessor_config.json": {
+        "AutoImageProcessor": "image_processing_mplug_owl2.MPLUGOwl2ImageProcessor"
+    },
+    "processor_config.json": {"AutoProcessor": "processing_mplug_owl2.MPLUGOwl2Processor"},
+    "tokenizer_config.json": {  # of the slow and the fast kind
+        "AutoTokenizer": ["tokenization_mplug_owl2.MPLUGOwl2Tokenizer", None]
+    },
+}
 
 
 def read_owl2(directory: str | Path) -> ModelConfig:
@@ -138,7 +153,7 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
     trees = {"config.json": _CONFIGS[layout](model) | {"torch_dtype": name}}
     if layout != "clip":
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        trees["generation_config.json"] = special
+        trees["generation_config.json"] = special | {"do_sample": False}
     if layout != "llama":
         size = model.vision.image_size
         trees["preprocessor_config.json"] = {
@@ -155,8 +170,24 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
             "image_mean": list(model.image_mean),
             "image_std": list(model.image_std),
         }
+    if layout == "owl2":
+        trees["processor_config.json"] = {
+            "processor_class": "MPLUGOwl2Processor",
+            "tokens_per_image": model.tokens_per_image,
+        }
     for file, tree in trees.items():
         _write_json(directory / file, tree)
+
+
+def write_remote_code(directory: Path) -> None:
+    """Add the code that transformers 5 loads with trust_remote_code to an "owl2" directory: the
+    modules, and in the settings that are there the classes to take from them."""
+    for module in (Path(__file__).parent / "remote_code").glob("*_mplug_owl2.py"):
+        shutil.copyfile(module, directory / module.name)
+    for name, classes in _CLASSES.items():
+        path = directory / name
+        if path.is_file():
+            _write_json(path, read_json(path) | {"auto_map": classes})
 
 
 def write_tokenizer(directory: Path, model: ModelConfig) -> None:

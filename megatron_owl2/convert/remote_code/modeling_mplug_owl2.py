@@ -1,0 +1,344 @@
+"""mPLUG-Owl2 for transformers 5: ViT, visual abstractor and modality-adaptive LLaMA decoder.
+
+Module names give the tensor names of the released checkpoint. Position tables and rotary
+frequencies are computed where they are used, in float32, so no dtype, device map or way of
+loading can change them.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mplug_owl2 import MPLUGOwl2Config
+from .vision_mplug_owl2 import (
+    MPLUGOwl2VisionEmbeddings,
+    MPLUGOwl2VisionModel,
+    MPLUGOwl2VisualAbstractor,
+    eager_attention,
+)
+
+
+class MPLUGOwl2RMSNorm(nn.Module):
+    """LLaMA's norm: statistics in float32, cast back before the weight."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Multiway(nn.Module):
+    """Two modules of one kind: number 1 for the image rows of [b, s, h], number 0 for the rest.
+
+    `vision_rows`, int64 [n], are the image rows of the flattened [b * s, h], or None for none.
+    """
+
+    def __init__(self, make):
+        super().__init__()
+        self.multiway = nn.ModuleList([make(), make()])
+
+    def forward(self, x: torch.Tensor, vision_rows: torch.Tensor | None) -> torch.Tensor:
+        text, vision = self.multiway
+        out = text(x)
+        if vision_rows is None:
+            return out
+        rows = vision(x.flatten(0, 1).index_select(0, vision_rows))
+        return out.flatten(0, 1).index_copy(0, vision_rows, rows).view_as(out)
+
+
+class MPLUGOwl2Attention(nn.Module):
+    """Causal attention over text and images alike; keys and values are projected by modality."""
+
+    def __init__(self, config: MPLUGOwl2Config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        size, heads = config.hidden_size, config.num_attention_heads
+        self.head_dim = size // heads
+        self.num_key_value_groups = heads // config.num_key_value_heads
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = Multiway(partial(nn.Linear, size, kv_size, bias=False))
+        self.v_proj = Multiway(partial(nn.Linear, size, kv_size, bias=False))
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(self, x, vision_rows, rotary, attention_mask, past_key_values, **kwargs):
+        heads = (-1, self.head_dim)
+        query = rotate(self.q_proj(x).unflatten(-1, heads).transpose(1, 2), rotary)
+        key = rotate(self.k_proj(x, vision_rows).unflatten(-1, heads).transpose(1, 2), rotary)
+        value = self.v_proj(x, vision_rows).unflatten(-1, heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        scaling = self.head_dim**-0.5
+        out, weights = attention(self, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return self.o_proj(out.flatten(2)), weights
+
+
+class MPLUGOwl2MLP(nn.Module):
+    """down(silu(gate x) * up x), shared by both modalities."""
+
+    def __init__(self, config: MPLUGOwl2Config):
+        super().__init__()
+        size, ffn = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(size, ffn, bias=False)
+        self.up_proj = nn.Linear(size, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MPLUGOwl2DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm layer with split norms, keys and values (paper, eq. 4 and 5); [b, s, h] to it."""
+
+    def __init__(self, config: MPLUGOwl2Config, layer_idx: int):
+        super().__init__()
+        norm = partial(MPLUGOwl2RMSNorm, config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = Multiway(norm)
+        self.self_attn = MPLUGOwl2Attention(config, layer_idx)
+        self.post_attention_layernorm = Multiway(norm)
+        self.mlp = MPLUGOwl2MLP(config)
+
+    def forward(self, x, vision_rows, rotary, attention_mask, past_key_values=None, **kwargs):
+        normed = self.input_layernorm(x, vision_rows)
+        x = x + self.self_attn(
+            normed, vision_rows, rotary, attention_mask, past_key_values, **kwargs
+        )[0]
+        return x + self.mlp(self.post_attention_layernorm(x, vision_rows))
+
+
+class MPLUGOwl2PreTrainedModel(PreTrainedModel):
+    config_class = MPLUGOwl2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = [
+        "MPLUGOwl2DecoderLayer",
+        "MPLUGOwl2VisionModel",
+        "MPLUGOwl2VisualAbstractor",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Constants that the released code may store; here they are computed.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"\.[qk]_pos_embed$"]
+    _can_record_outputs = {"hidden_states": MPLUGOwl2DecoderLayer, "attentions": MPLUGOwl2Attention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (MPLUGOwl2VisionEmbeddings, MPLUGOwl2VisualAbstractor)):
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+
+
+class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
+    """Token ids and images to hidden states [b, s, h] after the final norm."""
+
+    def __init__(self, config: MPLUGOwl2Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MPLUGOwl2DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = MPLUGOwl2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.vision_model = MPLUGOwl2VisionModel(config)
+        self.visual_abstractor = MPLUGOwl2VisualAbstractor(config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels [n, 3, H, W] to visual tokens [n, tokens per image, h]."""
+        return self.visual_abstractor(self.vision_model(pixel_values))
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        modality=None,
+        use_cache=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        vision_rows = None
+        if modality is not None:
+            vision_rows = modality.to(x.device).flatten().nonzero().squeeze(1)
+        # With inputs_embeds alone the visual tokens are among them already.
+        if pixel_values is not None or inputs_embeds is None:
+            check_images(vision_rows, pixel_values, self.config.tokens_per_image)
+        if pixel_values is not None:
+            visual = self.get_image_features(pixel_values).flatten(0, 1).to(x.device, x.dtype)
+            x = x.flatten(0, 1).index_copy(0, vision_rows, visual).view_as(x)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._positions(x, attention_mask, past_key_values)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary = rotary_tables(position_ids, self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, vision_rows, rotary, mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values
+        )
+
+    def _positions(self, x, attention_mask, past_key_values) -> torch.Tensor:
+        """Positions [b, s] that count from the first token of a row that is not padding."""
+        if attention_mask is not None and attention_mask.dim() == 2:
+            positions = attention_mask.long().cumsum(-1) - 1
+            return positions.clamp(min=0)[:, -x.shape[1] :]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return torch.arange(seen, seen + x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+
+class MPLUGOwl2LlamaForCausalLM(MPLUGOwl2PreTrainedModel, GenerationMixin):
+    """mPLUG-Owl2 with its language-model head.
+
+    `modality`, int64 [b, s] as the processor makes it, is 1 at image rows and 0 elsewhere.
+    `pixel_values` [images, 3, H, W] are the images in the order of their rows, row after row of
+    the batch. `labels` [b, s] are unshifted, -100 is ignored. Positions do not count left padding
+    (`attention_mask` 0). Raises ValueError if image rows and images differ in number.
+    """
+
+    def __init__(self, config: MPLUGOwl2Config):
+        super().__init__(config)
+        self.model = MPLUGOwl2LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        modality=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            modality=modality,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, pixel_values=None, modality=None, **kwargs
+    ):
+        """Only positions that no cache holds are read, with the images that begin among them."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, **kwargs
+        )
+        if modality is None:
+            return inputs | {"pixel_values": pixel_values}
+        read = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        first = length - read.shape[1]
+        if first >= modality.shape[1]:  # every position is one that was generated
+            return inputs
+        if first > 0 and pixel_values is not None:
+            begins = modality.nonzero()[:: self.config.tokens_per_image, 1]
+            kept = pixel_values[(begins >= first).to(pixel_values.device)]
+            pixel_values = kept if len(kept) else None
+        modality = F.pad(modality, (0, length - modality.shape[1]))[:, first:]
+        return inputs | {"pixel_values": pixel_values, "modality": modality}
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs
+    ):
+        """Repeats the images of a row together, as the rows are repeated for beams and samples."""
+        if pixel_values is not None and expand_size > 1:
+            size, modality = self.config.tokens_per_image, kwargs.get("modality")
+            rows = None if modality is None else modality.flatten().nonzero().squeeze(1)
+            check_images(rows, pixel_values, size)
+            counts = (modality.sum(1) // size).tolist()
+            groups = [g for g in pixel_values.split(counts) for _ in range(expand_size)]
+            pixel_values = torch.cat(groups)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+        return input_ids, kwargs
+
+
+def check_images(
+    vision_rows: torch.Tensor | None, pixel_values: torch.Tensor | None, tokens_per_image: int
+) -> None:
+    """Raises ValueError unless every image has its rows and every image row its image."""
+    rows = 0 if vision_rows is None else len(vision_rows)
+    images = 0 if pixel_values is None else len(pixel_values)
+    if rows != images * tokens_per_image:
+        raise ValueError(
+            f"modality marks {rows} image rows, but pixel_values hold {images} images, which take "
+            f"{images * tokens_per_image} rows ({tokens_per_image} each)"
+        )
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, config: MPLUGOwl2Config, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [b, 1, s, d] of positions [b, s], in LLaMA's rotate-half order."""
+    size = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, size, 2, device=position_ids.device).float() / size
+    angles = position_ids.unsqueeze(-1).float() / config.rope_theta**exponents
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn queries or keys [b, heads, s, d] by their positions."""
+    cos, sin = rotary
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin

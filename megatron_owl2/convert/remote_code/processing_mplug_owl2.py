@@ -1,0 +1,128 @@
+"""Texts and pictures to the inputs of mPLUG-Owl2."""
+
+import torch
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE = "<|image|>"
+# The template of official inference; a system message comes first, as in official fine-tuning.
+_CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {{- '<|image|>' if part['type'] == 'image' else part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT: ' + text(message['content']) + eos_token -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- 'USER: ' + text(message['content']) + ' ' -}}
+    {%- else -%}
+        {{- text(message['content']) + ' ' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}"""
+
+
+class MPLUGOwl2Processor(ProcessorMixin):
+    """Tokenizer and image processor, and the rows that an image takes in the text."""
+
+    def __init__(self, image_processor, tokenizer, tokens_per_image=65, chat_template=None):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
+        self.tokens_per_image = tokens_per_image
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "modality", "pixel_values"]
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ) -> BatchFeature:
+        """One text or several with a `<|image|>` for each picture, to padded inputs.
+
+        images: the pictures in order, flat, or one list for each text; what the image processor
+        takes. In place of a picture a list of pictures, frames, fills one placeholder together,
+        and so do several pictures of a text with one placeholder when there is a list per text.
+        Returns input_ids (0 at image rows and padding), attention_mask, modality (1 at image
+        rows, else 0), all int64 [b, s], and pixel_values [n, 3, H, W] if there are any. Raises
+        ValueError if placeholders and images differ in number.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("this model reads neither videos nor audio; give frames as images")
+        if padding not in (True, "longest") or padding_side not in ("left", "right"):
+            raise ValueError("rows are padded to the longest, on the left or on the right")
+        texts = [text] if isinstance(text, str) else list(text)
+        frames = _frames(images, [t.count(IMAGE) for t in texts])
+        sizes = iter([len(group) * self.tokens_per_image for group in frames])
+        rows = [self._row(t, sizes) for t in texts]
+        length = max(len(ids) for ids, _ in rows)
+        columns = {"input_ids": [], "attention_mask": [], "modality": []}
+        for ids, modality in rows:
+            padded = [0] * (length - len(ids))
+            for values, own in zip(columns.values(), (ids, [1] * len(ids), modality), strict=True):
+                values.append(padded + own if padding_side == "left" else own + padded)
+        data = {name: torch.tensor(values) for name, values in columns.items()}
+        if frames:
+            data |= self.image_processor(sum(frames, []))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _row(self, text: str, sizes) -> tuple[list[int], list[int]]:
+        """Ids and modality of a text, the next of `sizes` rows in place of every placeholder.
+
+        Every piece between placeholders is tokenised alone and the first BOS is kept. A text that
+        starts with the placeholder has no first piece; the official code then keeps the BOS of
+        every later piece.
+        """
+        bos = [self.tokenizer.bos_token_id]
+        first, *later = text.split(IMAGE)
+        ids = bos + self._encode(first) if first else []
+        modality = [0] * len(ids)
+        for piece in later:
+            size = next(sizes)
+            words = self._encode(piece)
+            if piece and not first:
+                words = bos + words
+            ids += [0] * size + words
+            modality += [1] * size + [0] * len(words)
+        return ids, modality
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text without BOS; `</s>` ends a turn and is the only special piece."""
+        turns = [
+            self.tokenizer(turn, add_special_tokens=False)["input_ids"] if turn else []
+            for turn in text.split(self.tokenizer.eos_token)
+        ]
+        ids = turns[0]
+        for turn in turns[1:]:
+            ids += [self.tokenizer.eos_token_id, *turn]
+        return ids
+
+
+def _frames(images, placeholders: list[int]) -> list[list]:
+    """The pictures of every placeholder; `placeholders` counts them in each text."""
+    images = [] if images is None else images
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    lists = [isinstance(entry, (list, tuple)) for entry in images]
+    if all(lists) and len(images) == len(placeholders):  # a list for each text
+        groups = zip(images, placeholders, strict=True)
+        alone = [[group] if n == 1 and len(group) > 1 else group for group, n in groups]
+        images = sum((list(group) for group in alone), [])
+    if len(images) != sum(placeholders):
+        raise ValueError(
+            f"{sum(placeholders)} placeholders {IMAGE}, but {len(images)} images; write one "
+            "placeholder for each image"
+        )
+    return [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]

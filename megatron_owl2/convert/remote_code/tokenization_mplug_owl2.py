@@ -1,0 +1,29 @@
+"""LLaMA-2's tokenizer as mPLUG-Owl2 was trained with it."""
+
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+
+class MPLUGOwl2Tokenizer(SentencePieceBackend):
+    """The SentencePiece model itself, with a BOS in front.
+
+    Every text gets the dummy prefix, leading spaces or not, and the spellings of special pieces
+    such as "</s>" are ordinary text: transformers' LlamaTokenizer does neither.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(self, vocab_file: str, **kwargs):
+        fixed = {"legacy": True, "split_special_tokens": True, "special_tokens_pattern": "bos"}
+        super().__init__(vocab_file=vocab_file, **kwargs | fixed)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of pieces; special ones are spelled, which SentencePiece would not do."""
+        special, parts, run = set(self.all_special_tokens), [], []
+        for token in tokens:
+            if token in special:
+                parts += [self.sp_model.decode(run), token]
+                run = []
+            else:
+                run.append(token)
+        return "".join([*parts, self.sp_model.decode(run)])
