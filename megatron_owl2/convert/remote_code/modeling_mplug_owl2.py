@@ -119,9 +119,12 @@ class MPLUGOwl2DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x, vision_rows, rotary, attention_mask, past_key_values=None, **kwargs):
         normed = self.input_layernorm(x, vision_rows)
-        x = x + self.self_attn(
-            normed, vision_rows, rotary, attention_mask, past_key_values, **kwargs
-        )[0]
+        x = (
+            x
+            + self.self_attn(
+                normed, vision_rows, rotary, attention_mask, past_key_values, **kwargs
+            )[0]
+        )
         return x + self.mlp(self.post_attention_layernorm(x, vision_rows))
 
 
@@ -274,15 +277,21 @@ class MPLUGOwl2LlamaForCausalLM(MPLUGOwl2PreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, pixel_values=None, modality=None, **kwargs
+        self,
+        input_ids,
+        attention_mask=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        modality=None,
+        **kwargs,
     ):
         """Only positions that no cache holds are read, with the images that begin among them."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, **kwargs
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         if modality is None:
             return inputs | {"pixel_values": pixel_values}
-        read = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        read = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
         length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
         first = length - read.shape[1]
         if first >= modality.shape[1]:  # every position is one that was generated

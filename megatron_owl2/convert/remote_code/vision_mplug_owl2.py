@@ -12,9 +12,9 @@ _OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatev
 
 
 class MPLUGOwl2VisionModel(nn.Module):
-    """CLIP's ViT: normalised pixels [n, 3, H, W] to features [n, 1 + patches, h], class token first.
+    """CLIP's ViT: normalised pixels [n, 3, H, W] to features [n, 1 + patches, h].
 
-    The last norm applies to every token. Raises ValueError for another picture size than the
+    The class token is the first. The last norm applies to every token. Raises ValueError for another picture size than the
     model's, which the position table does not fit.
     """
 
@@ -64,7 +64,11 @@ class MPLUGOwl2VisionLayer(GradientCheckpointingLayer):
     def __init__(self, config: MPLUGOwl2Config):
         super().__init__()
         vision = config.visual_config["visual_model"]
-        size, ffn, eps = vision["hidden_size"], vision["intermediate_size"], vision["layer_norm_eps"]
+        size, ffn, eps = (
+            vision["hidden_size"],
+            vision["intermediate_size"],
+            vision["layer_norm_eps"],
+        )
         self.input_layernorm = nn.LayerNorm(size, eps)
         self.self_attn = MPLUGOwl2VisionAttention(config)
         self.post_attention_layernorm = nn.LayerNorm(size, eps)
