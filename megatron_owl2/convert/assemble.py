@@ -60,7 +60,7 @@ def from_owl2(
     owners = dict.fromkeys(_FREE, str(directory))
     config = _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
-    grid, shapes = _stored_grid(stored, config), _shapes(config)
+    grid, shapes = _stored_grid(stored, config), parameter_shapes(config)
     tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
     return Whole(config, {name: tensors[name] for name in shapes})
 
@@ -86,7 +86,7 @@ def from_parts(
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
     config = _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)
-    grid, shapes = _stored_grid(stored, config), _shapes(config)
+    grid, shapes = _stored_grid(stored, config), parameter_shapes(config)
     torch.manual_seed(seed)
     abstractor = of_model(Abstractor(_layout(config), config.model))
     tensors = {f"abstractor.{name}": tensor for name, tensor in abstractor.items()}
@@ -100,7 +100,7 @@ def from_checkpoint(path: str | Path) -> Whole:
     directory = checkpoint.resolve(path)
     config = checkpoint.read_config(directory)
     config.parallel = ParallelConfig()
-    checkpoint.compare(directory, _shapes(config))
+    checkpoint.compare(directory, parameter_shapes(config))
     return Whole(config, read_checkpoint(directory))
 
 
@@ -157,7 +157,7 @@ def _layout(config: RunConfig) -> mcore.Layout:
     return mcore.Layout(config, mcore.initialize(1, 1))
 
 
-def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape, without memory for any."""
     with torch.device("meta"):
         return checkpoint.global_shapes(Owl2(_layout(config), config.model))
