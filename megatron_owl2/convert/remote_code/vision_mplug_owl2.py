@@ -14,8 +14,8 @@ _OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatev
 class MPLUGOwl2VisionModel(nn.Module):
     """CLIP's ViT: normalised pixels [n, 3, H, W] to features [n, 1 + patches, h].
 
-    The class token is the first. The last norm applies to every token. Raises ValueError for another picture size than the
-    model's, which the position table does not fit.
+    The class token is the first, and the last norm applies to every token. Raises ValueError for
+    another picture size than the model's, which the position table does not fit.
     """
 
     def __init__(self, config: MPLUGOwl2Config):
