@@ -1,4 +1,4 @@
-"""The conversion benchmark on a model of no size: it runs the tools and compares what comes back."""
+"""The conversion benchmark on a tiny model: it runs the tools and compares what comes back."""
 
 import json
 import subprocess
