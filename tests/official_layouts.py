@@ -164,7 +164,7 @@ def _measure(folder: Path, overrides: list[str]) -> None:
         **_vision(model),
         **_outputs(verify),
         **_gradients(verify),
-        **_greedy(config, model, verify),
+        **_greedy(config, model),
         **_adamw(config, model),  # last, as it changes the weights
     }
     if torch.distributed.get_rank() == 0:
@@ -229,7 +229,7 @@ def _gradients(verify: Verify) -> dict[str, Deviations]:
     }
 
 
-def _greedy(config: RunConfig, model: Owl2, verify: Verify) -> dict[str, Deviations]:
+def _greedy(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
     """With cached keys and values where the layout can answer, else with the whole sequence in
     every step."""
     recorded = META["generation"]
@@ -237,7 +237,7 @@ def _greedy(config: RunConfig, model: Owl2, verify: Verify) -> dict[str, Deviati
     images = [list(IMAGES[META["batch_image_slots"][sample]]) for sample in recorded]
     steps = len(recorded["text_only"]["new_ids"])
     if config.parallel.pipeline > 1 or config.parallel.sequence:
-        found = _without_cache(config, verify, prompts, sum(images, []), steps)
+        found = _without_cache(config, model, prompts, sum(images, []), steps)
     else:
         # The picture of the text-only sample is a dummy, which takes its turn but is not shown.
         pairs = zip(prompts, images, strict=True)
@@ -253,24 +253,28 @@ def _greedy(config: RunConfig, model: Owl2, verify: Verify) -> dict[str, Deviati
 
 def _without_cache(
     config: RunConfig,
-    verify: Verify,
+    model: Owl2,
     prompts: list[list[int]],
     images: list[torch.Tensor],
     steps: int,
 ) -> list[list[int]]:
     rows = [torch.tensor(prompt) for prompt in prompts]
-    more = config.model.tokens_per_image - 1  # positions of an image beside its placeholder's
+    multiple_of = config.parallel.tensor if config.parallel.sequence else 1
     for _ in range(steps):
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-        found = verify({"input_ids": ids, "attention_mask": mask, "images": torch.stack(images)})
-        chosen = torch.zeros(len(rows), dtype=torch.int64)
-        if found:
-            last = lengths + more * (ids == IMAGE_TOKEN_ID).sum(1) - 1
-            chosen = found["logits"][torch.arange(len(rows)), last].argmax(-1)
-        torch.distributed.broadcast(chosen, src=0)
-        rows = [torch.cat([row, new.view(1)]) for row, new in zip(rows, chosen, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+        mask = torch.arange(ids.shape[1]) < lengths
+        inputs = {"input_ids": ids, "attention_mask": mask, "images": torch.stack(images)}
+        expanded, _ = proof._expand(inputs, config, multiple_of)
+        proof._settle(config, expanded)
+        batch = proof._batch(inputs, expanded, config).to(mcore.device())
+        logits = proof._forward(config, model, batch, None)
+        chosen = torch.zeros(len(rows), dtype=torch.int64, device=mcore.device())
+        if logits is not None:
+            last = expanded.valid.sum(1) - 1
+            chosen = logits[torch.arange(len(rows)), last].argmax(-1)
+        torch.distributed.broadcast(chosen, src=torch.distributed.get_world_size() - 1)
+        rows = [torch.cat([row, new.view(1)]) for row, new in zip(rows, chosen.cpu(), strict=True)]
     return [row[-steps:].tolist() for row in rows]
 
 
