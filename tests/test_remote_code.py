@@ -78,6 +78,7 @@ def test_logits_and_loss_of_the_official_code(official, reference, attention):
         torch.testing.assert_close(last, out.logits[:, -2:])
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 def test_gradients_of_the_official_code(official, reference, checkpointing):
     model = load(official).train()

@@ -40,8 +40,8 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
 def _pixels(image) -> torch.Tensor:
     """A picture as uint8 [3, H, W]."""
     if isinstance(image, Image.Image):
-        image = np.array(_to_rgb(image))
-    pixels = torch.as_tensor(image)
+        image = _to_rgb(image)
+    pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
     if pixels.dim() == 3 and pixels.shape[0] != 3:
         pixels = pixels.permute(2, 0, 1)
     if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3:
