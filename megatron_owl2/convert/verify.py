@@ -5,9 +5,11 @@ numbers covers the pipeline schedule and the gradient buffers too.
 """
 
 import os
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -53,33 +55,66 @@ def verify(
     model>` for every parameter; elsewhere {}. Raises ConversionError for inputs that do not fit
     and ConfigError for a layout that the processes cannot carry.
     """
-    if gradients and "labels" not in inputs:
-        raise ConversionError("gradients need labels among the inputs")
-    directory = checkpoint.resolve(directory)
-    config = configuration.load(directory / "run.yaml", [*_ONE_PROCESS, *overrides])
-    multiple = config.parallel.tensor if config.parallel.sequence else 1
-    expanded, length = _expand(inputs, config, multiple)
-    _settle(config, expanded)
-    groups = mcore.initialize(config.parallel.tensor, config.parallel.pipeline)
-    model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device())
-    checkpoint.load_weights(directory, model)
-    batch = _batch(inputs, expanded, config).to(mcore.device())
+    return Proof(directory, overrides).run(inputs, gradients=gradients)
 
-    results = {}
-    logits = _forward(config, model, batch, None)
-    if logits is not None:
-        results["logits"] = logits[:, :length]
-    if "labels" in inputs:
-        losses = _forward(config, model, batch, batch.labels)
-        if losses is not None:
-            mean = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
-            results["loss"] = mean.reshape(1)
-    if gradients:
-        wrapped = optim.wrap(model)
-        wrapped.zero_grad_buffer()
-        forward_backward(config, wrapped, iter([batch]), 1)
-        results |= _gradients(model)
-    return _collect(results, model)
+
+class Proof:
+    """A checkpoint under one parallel layout, loaded at the first of any number of runs."""
+
+    def __init__(self, directory: str | Path, overrides: list[str] = ()):
+        self.directory = checkpoint.resolve(directory)
+        self.config = configuration.load(self.directory / "run.yaml", [*_ONE_PROCESS, *overrides])
+        parallel, world = self.config.parallel, _processes()
+        if world != parallel.tensor * parallel.pipeline:
+            raise ConfigError(
+                f"{world} processes, but parallel.tensor ({parallel.tensor}) x parallel.pipeline "
+                f"({parallel.pipeline}) = {parallel.tensor * parallel.pipeline}; start that many"
+            )
+
+    @property
+    def rank(self) -> int:
+        """This process's among all, known before there is a process group."""
+        return int(os.environ.get("RANK", "0"))
+
+    @cached_property
+    def model(self) -> Owl2:
+        """This rank's part."""
+        parallel = self.config.parallel
+        groups = mcore.initialize(parallel.tensor, parallel.pipeline)
+        model = Owl2(mcore.Layout(self.config, groups), self.config.model).to(mcore.device())
+        checkpoint.load_weights(self.directory, model)
+        return model
+
+    @cached_property
+    def _wrapped(self) -> DistributedDataParallel:
+        return optim.wrap(self.model)
+
+    def run(
+        self, inputs: dict[str, torch.Tensor], *, gradients: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """What `verify` returns for these inputs."""
+        if gradients and "labels" not in inputs:
+            raise ConversionError("gradients need labels among the inputs")
+        config = self.config
+        multiple = config.parallel.tensor if config.parallel.sequence else 1
+        expanded, length = _expand(inputs, config, multiple)
+        _settle(config, expanded)
+        batch = _batch(inputs, expanded, config).to(mcore.device())
+
+        results = {}
+        logits = _forward(config, self.model, batch, None)
+        if logits is not None:
+            results["logits"] = logits[:, :length]
+        if "labels" in inputs:
+            losses = _forward(config, self.model, batch, batch.labels)
+            if losses is not None:
+                mean = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+                results["loss"] = mean.reshape(1)
+        if gradients:
+            self._wrapped.zero_grad_buffer()
+            forward_backward(config, self._wrapped, iter([batch]), 1)
+            results |= _gradients(self.model)
+        return _collect(results, self.model)
 
 
 def read_inputs(path: str | Path) -> dict[str, torch.Tensor]:
@@ -102,6 +137,10 @@ def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
         raise ConversionError(f"{path} cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _expand(
@@ -145,17 +184,11 @@ def _expand(
 
 
 def _settle(config: RunConfig, expanded: Expanded) -> None:
-    """Fit the configuration to the inputs and check the layout against the processes."""
+    """Fit the configuration to the inputs and check that the layout can carry them."""
     rows, length = expanded.tokens.shape
     config.data.sequence_length = length
     config.train.micro_batch_size = config.train.global_batch_size = rows
-    world, parallel = int(os.environ.get("WORLD_SIZE", "1")), config.parallel
-    if world != parallel.tensor * parallel.pipeline:
-        raise ConfigError(
-            f"{world} processes, but parallel.tensor ({parallel.tensor}) x parallel.pipeline "
-            f"({parallel.pipeline}) = {parallel.tensor * parallel.pipeline}; start that many"
-        )
-    checks.check_layout(config, world)
+    checks.check_layout(config, _processes())
 
 
 def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfig) -> Batch:

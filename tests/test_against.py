@@ -1,0 +1,120 @@
+"""A checkpoint against a Hugging Face directory: agreement under several layouts, and every way
+in which the two can differ."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hf_dirs import OWL2, TOOLS, editable, run_tool
+from safetensors.torch import load_file, save_file
+
+from megatron_owl2 import mcore
+from megatron_owl2.convert.assemble import from_owl2
+from megatron_owl2.convert.hf import export_hf
+from megatron_owl2.convert.stream import write_checkpoint
+
+COMPUTED = [
+    f"{inputs}, {what}"
+    for inputs in ("text", "one image", "two images")
+    for what in ("logits", "loss", "gradients")
+]
+ALL = ["settings", "keys", "weights", *COMPUTED]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("against") / "ckpt"
+    whole = from_owl2(OWL2)
+    write_checkpoint(directory, whole.tensors, whole.config)
+    yield directory
+    mcore.shutdown()
+
+
+def failed(said: str) -> list[str]:
+    """The checks that failed, of all that were made."""
+    lines = [line.split(maxsplit=1) for line in said.splitlines()]
+    assert {verdict for verdict, _ in lines} <= {"ok", "FAILED"}
+    return [rest.split(":")[0] for verdict, rest in lines if verdict == "FAILED"]
+
+
+def against(checkpoint, directory, capsys):
+    arguments = ("--checkpoint", checkpoint, "--against", directory)
+    return run_tool("verify_checkpoint", *arguments, capsys=capsys)
+
+
+def test_the_directory_it_came_from_agrees(converted, capsys):
+    status, said, _ = against(converted, OWL2, capsys)
+    assert (status, failed(said)) == (0, [])
+    assert [line.split(maxsplit=1)[1].split(":")[0] for line in said.splitlines()] == ALL
+    assert "weights: all 100 equal bit by bit in float32" in said
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]],
+    ids=["TP 2 + SP", "PP 2"],
+)
+def test_a_narrower_export_agrees_under_every_layout(converted, overrides, tmp_path):
+    whole = from_owl2(OWL2)
+    export_hf(whole.tensors, whole.config.model, tmp_path / "out", dtype=torch.bfloat16)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [TOOLS / "verify_checkpoint.py", "--checkpoint", converted]
+    command += ["--against", tmp_path / "out", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert failed(done.stdout) == [] and len(done.stdout.splitlines()) == len(ALL)
+    assert "equal bit by bit in bfloat16" in done.stdout
+
+
+def test_one_changed_weight_is_found(converted, tmp_path, capsys):
+    other = editable(OWL2, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    name = "model.layers.1.self_attn.v_proj.multiway.1.weight"
+    tensors[name][3, 5] += 0.5
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    status, said, _ = against(converted, other, capsys)
+    assert status == 1
+    found = failed(said)
+    assert found[0] == "weights" and not {"text, logits", "text, gradients"} & set(found)
+    assert {"one image, logits", "two images, gradients"} <= set(found)
+    changed = "attention.qkv.linear_kv_vision.weight (by 0.5)"
+    assert f"1 differ: decoder.layers.1.{changed}" in said
+
+
+def test_another_setting_is_found(converted, tmp_path, capsys):
+    other = editable(OWL2, tmp_path / "other", rope_theta=500.0)
+    status, said, _ = against(converted, other, capsys)
+    assert status == 1 and "decoder.rope_theta is 10000.0 in the checkpoint, 500.0 there" in said
+    assert {"settings", "text, logits", "one image, gradients"} <= set(failed(said))
+    assert "weights" not in failed(said)
+
+
+def test_names_and_shapes_are_listed(converted, tmp_path, capsys):
+    other = editable(OWL2, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.extra.weight"] = tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:500].contiguous()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    status, said, _ = against(converted, other, capsys)
+    assert status == 1 and said.startswith("FAILED  keys: ")
+    for problem in ("missing: model.norm", "unexpected: model.extra", "shape: lm_head"):
+        assert problem in said
+    assert "logits" not in said
+
+
+def test_what_cannot_be_compared_is_an_error(converted, tmp_path, capsys):
+    status, said, complaint = against(tmp_path / "nowhere", OWL2, capsys)
+    assert (status, said) == (2, "") and "nowhere does not exist" in complaint
+    arguments = ("--checkpoint", converted, "--against", OWL2, "--gradients")
+    status, _, complaint = run_tool("verify_checkpoint", *arguments, capsys=capsys)
+    assert status == 2 and "--against makes its own inputs" in complaint
+    status, _, complaint = run_tool("verify_checkpoint", "--checkpoint", converted, capsys=capsys)
+    assert status == 2 and "give either --against, or both" in complaint
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    status, said, _ = against(converted, tmp_path / "empty", capsys)
+    assert status == 1 and "model_type is 'llama', wanted 'mplug_owl2'" in said
