@@ -21,6 +21,7 @@ from megatron_owl2.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_owl2.model import modality
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
@@ -154,14 +155,20 @@ def test_norm_in_bf16_rounds_where_llama_rounds(split):
         torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
 
 
+def test_backward_by_formula_and_by_fused_kernels_agree():
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 20, 3, 64)
+    close(modality._renormalize_fused(x, grad, EPS), modality._renormalize(x, grad, EPS))
+
+
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_norm_keeps_its_input_and_one_number_per_row_for_the_backward_pass(precision, dtype):
+def test_norm_keeps_no_tensor_but_its_input_for_the_backward_pass(precision, dtype):
     norm = ModalityNorm(layout(run_config(precision=precision)), 64, EPS, split=True)
     x = torch.randn(20, 2, 64, dtype=dtype, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         norm(x, modality_of(torch.rand(20, 2) < 0.5))
-    fresh = [t for t in kept if t.numel() > 64 and t.data_ptr() != x.data_ptr()]
+    fresh = [t for t in kept if t.numel() >= 20 * 2 * 64 and t.data_ptr() != x.data_ptr()]
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
     assert fresh == []
 
@@ -254,10 +261,10 @@ def count_collectives():
     x = torch.randn(3, 2, 24, requires_grad=True)
     is_vision = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = is_vision.t().flatten().nonzero().flatten()
-    modality = Modality.of(is_vision, rows, here)
+    split = Modality.of(is_vision, rows, here)
     counts = {}
     with CommDebugMode() as forward:
-        outputs = qkv(norm(x, modality), modality)
+        outputs = qkv(norm(x, split), split)
     with CommDebugMode() as backward:
         sum(out.sum() for out in outputs).backward()
     for name, mode in (("forward", forward), ("backward", backward)):

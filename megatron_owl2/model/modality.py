@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from megatron_owl2.config import DecoderConfig
 from megatron_owl2.mcore import ColumnLinear, Layout
@@ -54,36 +55,50 @@ class ModalityNorm(nn.Module):
 
 
 class _Norm(torch.autograd.Function):
-    """The formula of ModalityNorm, which keeps x and 1/rms(x) for its backward pass.
+    """The formula of ModalityNorm, which keeps nothing but x for its backward pass.
 
     Autograd would keep the normalised x and the chosen weights too, each of x's size.
     """
 
     @staticmethod
     def forward(ctx, x, is_vision, eps, text, vision):
-        normed, inverse_rms = _normalize(x, eps)
-        ctx.save_for_backward(x, inverse_rms, is_vision, text, vision)
-        return _weight(is_vision, text, vision) * normed
+        ctx.save_for_backward(x, is_vision, text, vision)
+        ctx.eps = eps
+        return _weight(is_vision, text, vision) * rms_normalize(x, eps)
 
     @staticmethod
     def backward(ctx, grad):
-        x, inverse_rms, is_vision, text, vision = ctx.saved_tensors
-        normed, grad = x.float() * inverse_rms, grad.float()
-        rows = (grad * normed.to(x.dtype)).flatten(0, -2)
+        x, is_vision, text, vision = ctx.saved_tensors
+        renormalize = _renormalize_fused if x.is_cuda else _renormalize
+        normed, grad_x = renormalize(x, grad * _weight(is_vision, text, vision), ctx.eps)
+        rows = (grad.float() * normed).flatten(0, -2)
         if vision is None:
-            grad_text, grad_vision = rows.sum(0).to(text.dtype), None
-        else:
-            # A product instead of row lists: no row may be of this rank or of this modality.
-            kinds = torch.stack([~is_vision, is_vision]).flatten(1).to(rows.dtype)
-            grad_text, grad_vision = (kinds @ rows).to(text.dtype)
-        grad = grad * _weight(is_vision, text, vision)
-        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
-        grad_x = grad.addcmul_(normed, along, value=-1).mul_(inverse_rms)
-        return grad_x.to(x.dtype), None, None, grad_text, grad_vision
+            return grad_x, None, None, rows.sum(0).to(text.dtype), None
+        # A product instead of row lists: no row may be of this rank or of this modality.
+        kinds = torch.stack([~is_vision, is_vision]).flatten(1).to(rows.dtype)
+        return grad_x, None, None, *(kinds @ rows).to(text.dtype)
 
 
 def _weight(is_vision, text, vision):
     return text if vision is None else torch.where(is_vision, vision, text)
+
+
+def _renormalize(x, grad, eps):
+    """The normalised x once more, and the gradient to x from the gradient to it."""
+    normed, grad = x.float(), grad.float()
+    inverse_rms = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
+    normed = normed * inverse_rms
+    along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
+    grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(inverse_rms)
+    return normed.to(x.dtype), grad_x.to(x.dtype)
+
+
+def _renormalize_fused(x, grad, eps):
+    """The same by kernels of torch, fused on a GPU and slower than the formula on a CPU."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        normed = rms_normalize(x, eps)
+    return normed.detach(), torch.autograd.grad(normed, x, grad)[0]
 
 
 class ModalityQKV(nn.Module):
@@ -137,10 +152,4 @@ class ModalityQKV(nn.Module):
 
 def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, computed in fp32, in x's dtype."""
-    return _normalize(x, eps)[0]
-
-
-def _normalize(x, eps):
-    wide = x.float()
-    inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse_rms).to(x.dtype), inverse_rms
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
