@@ -15,6 +15,7 @@ from megatron_owl2.convert.weights import (
     ConversionError,
     TensorReader,
     refuse_if_no_room,
+    sync,
     write_shards,
 )
 from megatron_owl2.model.owl2 import Owl2
@@ -111,6 +112,8 @@ def export_hf(
         if layout != "clip" and tokenizer is not None:
             hf_config.write_tokenizer(partial, model)
             shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        for file in partial.iterdir():
+            sync(file)
         partial.rename(output)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error}") from None

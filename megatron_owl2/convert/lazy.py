@@ -1,7 +1,8 @@
 """Tensors that are read when they are needed: a model converts with one of them in memory."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -28,3 +29,15 @@ class LazyTensor:
 def of_model(model: torch.nn.Module) -> dict[str, LazyTensor]:
     """The parameters of a model by name, as they are when they are read."""
     return {name: LazyTensor.of(parameter) for name, parameter in model.named_parameters()}
+
+
+def read_ahead(tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in order; the next one is read while the caller is busy with the last."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = None
+        for name, tensor in tensors.items():
+            ready, coming = coming, (name, reader.submit(tensor.read))
+            if ready is not None:
+                yield ready[0], ready[1].result()
+        if coming is not None:
+            yield coming[0], coming[1].result()

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from tqdm import tqdm
 
 from megatron_owl2.config import RunConfig
-from megatron_owl2.convert.lazy import LazyTensor
-from megatron_owl2.convert.weights import refuse_if_no_room
+from megatron_owl2.convert.lazy import LazyTensor, read_ahead
+from megatron_owl2.convert.weights import refuse_if_no_room, sync
 from megatron_owl2.training import checkpoint
 from megatron_owl2.training.checkpoint_index import CheckpointError, read_index, stored_weights
 
@@ -29,11 +29,13 @@ class _ReadingPlanner(DefaultSavePlanner):
 
     def __init__(self, tensors: dict[str, LazyTensor], progress: tqdm):
         super().__init__()
-        self._tensors, self._progress = tensors, progress
+        self._coming, self._progress = read_ahead(tensors), progress
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        name, tensor = next(self._coming)
+        assert name == index.fqn, f"{index.fqn} is asked for before {name}"
         self._progress.update()
-        return self._tensors[index.fqn].read()
+        return tensor
 
 
 class _IndexedReader(dcp.FileSystemReader):
@@ -70,14 +72,13 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             refuse_if_no_room(partial, sum(t.nbytes for t in tensors.values()))
-            dcp.save(
-                empty,
-                storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=False),
-                planner=_ReadingPlanner(tensors, bar),
-                no_dist=True,
-            )
+            writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, sync_files=False)
+            planner = _ReadingPlanner(tensors, bar)
+            dcp.save(empty, storage_writer=writer, planner=planner, no_dist=True)
             save_config(CheckpointingConfig("torch_dist"), str(partial))
             torch.save({}, partial / "common.pt")  # what megatron-core does not shard: nothing
+            for file in partial.iterdir():
+                sync(file)
             checkpoint.complete(partial, directory, config, {})
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,10 +86,16 @@ def write_checkpoint(
 
 @contextmanager
 def _alone():
-    """One process is meant here, so torch need not warn of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    """One process is meant here, so torch need not warn of it; nor need it compute check sums,
+    which take longer than the rest and which it does not look at when it reads."""
+    checked = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    finally:
+        torch.serialization.set_crc32_options(checked)
 
 
 def read_checkpoint(directory: str | Path) -> dict[str, LazyTensor]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from megatron_owl2.convert.lazy import LazyTensor
+from megatron_owl2.convert.lazy import LazyTensor, read_ahead
 
 _KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
 _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -204,11 +204,15 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for _, tensor in read_ahead(tensors):
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
             if progress is not None:
                 progress.update()
-        file.flush()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file that was written is on the disk."""
+    with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 

@@ -114,14 +114,13 @@ def reported(directory: Path):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What the disk said, under what torch made of it."""
-    wrapped = (
-        [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-    )
-    for inner in (*wrapped, error.__cause__, error.__context__):
-        if inner is not None and isinstance(found := _cause(inner), OSError):
-            return found
-    return error
+    """What the disk said, or else what failed first, under what torch made of it."""
+    if isinstance(error, CheckpointException):
+        found = [_cause(inner) for inner, _ in error.failures.values()]
+        return next((e for e in found if isinstance(e, OSError)), found[0])
+    below = error.__cause__ or error.__context__
+    found = error if below is None else _cause(below)
+    return found if isinstance(found, OSError) else error
 
 
 def load_weights(directory: Path, model: Owl2) -> None:
