@@ -262,6 +262,30 @@ def test_part_layouts_round_trip(tmp_path, dtype):
     assert hf_config.read_clip(tmp_path / "clip") == model.model.vision
 
 
+def test_what_the_modalities_share_is_written_to_both_branches(tmp_path):
+    config = parts_config()
+    config.model.decoder.modality_split = ["input_norm"]
+    whole = from_parts(LLAMA, CLIP, config=config)
+    assert "decoder.layers.0.input_norm.weight_vision" in whole.tensors
+    assert not any("linear_kv_vision" in n or "pre_mlp_norm.weight_v" in n for n in whole.tensors)
+    with torch.no_grad():
+        model = whole.build()
+        model.decoder.layers.get_submodule("1").input_norm.weight_vision.add_(1)
+    export(model, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    pairs = {n: n.replace(".1.weight", ".0.weight") for n in found if "multiway.1" in n}
+    different = [n for n, same in pairs.items() if not torch.equal(found[n], found[same])]
+    assert len(pairs) == 8 and different == ["model.layers.1.input_layernorm.multiway.1.weight"]
+    again = from_owl2(tmp_path / "out", config=config).build()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
+    config.model.decoder.modality_split = []
+    with pytest.raises(ConversionError) as refusal:
+        from_owl2(tmp_path / "out", config=config)
+    assert str(refusal.value).count("different: ") == 1
+    assert f"different: {different[0]} and {pairs[different[0]]}, which" in str(refusal.value)
+
+
 def test_exports_load_in_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = from_parts(LLAMA, CLIP, config=parts_config()).build()
