@@ -230,7 +230,7 @@ def launches(step: Step, layer: nn.Module) -> dict[str, int]:
     with torch.profiler.profile(activities=activities) as profile:
         step.run(layer)
         torch.cuda.synchronize()
-    kernels = sum(e.device_type is torch.profiler.DeviceType.CUDA for e in profile.events())
+    kernels = sum(e.device_type == torch.profiler.DeviceType.CUDA for e in profile.events())
     step.clear(layer)
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
