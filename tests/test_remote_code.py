@@ -154,8 +154,17 @@ def test_the_layout_stays_the_official_one(official):
     assert shapes == {n: t.shape for n, t in released.items() if "inv_freq" not in n}
 
 
+def test_the_defaults_are_the_released_model(official):
+    small = load(official)
+    with torch.device("meta"):
+        model = type(small)(type(small.config)())
+    assert sum(1 for _ in model.parameters()) == 850
+    assert sum(p.numel() for p in model.parameters()) == 8_197_859_328
+    assert model.config.tokens_per_image == 65
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits(official, reference, dtype):
+def test_sixteen_bits(official, reference, dtype, tmp_path):
     inputs = case(reference, "batch")
     kept = inputs["attention_mask"].bool()
     model = load(official, dtype=dtype)
@@ -165,6 +174,11 @@ def test_sixteen_bits(official, reference, dtype):
     assert logits.dtype == dtype
     error = (logits.float() - wanted).norm() / wanted.norm()
     assert error < (0.03 if dtype == torch.bfloat16 else 0.004)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")  # in the dtype that it was saved in
+    assert again.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits[kept], logits)
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, "parts"])

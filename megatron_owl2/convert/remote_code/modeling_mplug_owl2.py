@@ -31,6 +31,8 @@ from .vision_mplug_owl2 import (
 
 
 class MPLUGOwl2PreTrainedModel(PreTrainedModel):
+    """What transformers asks of every part of the model."""
+
     config_class = MPLUGOwl2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
