@@ -91,6 +91,7 @@ finetune() { run_stages 2 finetune; }
 export_model() {
     rm -rf model
     python "$TOOLS/convert_to_hf.py" --checkpoint runs/finetune --output model
+    python "$TOOLS/verify_checkpoint.py" --checkpoint runs/finetune --against model
 }
 
 answer() { # the exported model, on pictures it has never seen
@@ -142,7 +143,7 @@ step parts "write them as Hugging Face CLIP and LLaMA directories" write_parts
 step import "import both as the first mPLUG-Owl2 checkpoint" import_parts
 step pretrain "stage 1: pre-training, language model frozen, tensor parallel over 2 ranks" pretrain
 step finetune "stage 2: joint instruction tuning, everything trains, data parallel over 2 ranks" finetune
-step export "export to Hugging Face" export_model
+step export "export to Hugging Face, and prove the export with transformers" export_model
 step answer "ask the exported model about new pictures" answer
 step evaluate "score it on new pictures, seeing and blind" evaluate
 rm -f done/report
