@@ -7,7 +7,8 @@ import torch
 
 from megatron_owl2 import checks, mcore
 from megatron_owl2 import config as configuration
-from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.convert.assemble import parameter_shapes
+from megatron_owl2.convert.mapping import rules
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -38,12 +39,20 @@ def test_the_7b_recipes_are_table_15():
         assert (chosen.clip_grad, chosen.vision_layer_decay) == (1.0, 0.9)
 
 
-def test_the_7b_model_has_the_released_number_of_parameters():
+def test_the_7b_model_has_the_released_tensors_and_counts():
     config = configuration.load(EXAMPLES / "7b/finetune.yaml", ["parallel.tensor=1"])
     config.parallel.sequence = False
-    layout = mcore.Layout(config, mcore.initialize(1, 1))
-    layout.transformer.perform_initialization = layout.replicated.perform_initialization = False
-    with torch.device("meta"):
-        model = Owl2(layout, config.model)
+    shapes = parameter_shapes(config)
     mcore.shutdown()
-    assert sum(p.numel() for p in model.parameters()) == 8_197_859_328
+    counts, tensors = dict.fromkeys(("LLaMA", "modality", "ViT", "abstractor"), 0), 0
+    for rule in rules("owl2", config.model):
+        parts = rule.transform.split(torch.empty(shapes.pop(rule.ours), device="meta"))
+        for name, part in zip(rule.theirs, parts, strict=True):
+            kinds = {"multiway.1": "modality", "vision_model": "ViT", "abstractor": "abstractor"}
+            kind = next((k for mark, k in kinds.items() if mark in name), "LLaMA")
+            counts[kind] += part.numel()
+            tensors += 1
+    assert not shapes  # every parameter has its place among the released tensors
+    assert tensors == 850
+    assert list(counts.values()) == [6_738_415_616, 1_074_003_968, 303_966_208, 81_473_536]
+    assert sum(counts.values()) == 8_197_859_328
