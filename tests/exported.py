@@ -15,7 +15,7 @@ from megatron_owl2.config import (
     RunConfig,
     VisionConfig,
 )
-from megatron_owl2.convert import hf, hf_config
+from megatron_owl2.convert import hf
 from megatron_owl2.convert.weights import LazyTensor
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.inference.inputs import left_padded
@@ -59,7 +59,6 @@ def grouped_model() -> Owl2:
 def export(model: Owl2, directory: Path, tokenizer: Path | None = None) -> Path:
     tensors = {n: LazyTensor.of(p.detach()) for n, p in model.named_parameters()}
     hf.export_hf(tensors, model.model, directory, tokenizer=tokenizer)
-    hf_config.write_remote_code(directory)
     return directory
 
 

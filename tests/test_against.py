@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_owl2 import mcore
 from megatron_owl2.convert.assemble import from_owl2
 from megatron_owl2.convert.hf import export_hf
+from megatron_owl2.convert.lazy import LazyTensor
 from megatron_owl2.convert.stream import write_checkpoint
 
 COMPUTED = [
@@ -68,6 +69,20 @@ def test_a_narrower_export_agrees_under_every_layout(converted, overrides, tmp_p
     assert done.returncode == 0, done.stderr
     assert failed(done.stdout) == [] and len(done.stdout.splitlines()) == len(ALL)
     assert "equal bit by bit in bfloat16" in done.stdout
+
+
+@pytest.mark.parametrize(("stored", "exported"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_a_cast_to_the_other_16_bits_agrees(tmp_path, capsys, stored, exported):
+    whole = from_owl2(OWL2)
+    tensors = {
+        name: LazyTensor.of(tensor.read().to(getattr(torch, stored)))
+        for name, tensor in whole.tensors.items()
+    }
+    write_checkpoint(tmp_path / "ckpt", tensors, whole.config)
+    export_hf(tensors, whole.config.model, tmp_path / "out", dtype=getattr(torch, exported))
+    status, said, _ = against(tmp_path / "ckpt", tmp_path / "out", capsys)
+    assert (status, failed(said)) == (0, [])
+    assert f"equal bit by bit in {exported}" in said
 
 
 def test_one_changed_weight_is_found(converted, tmp_path, capsys):

@@ -4,8 +4,10 @@ import json
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ from megatron_owl2.convert.stream import write_checkpoint
 from megatron_owl2.convert.weights import ConversionError, TensorReader
 from megatron_owl2.training import checkpoint
 from megatron_owl2.training.checkpoint import CheckpointError
+from megatron_owl2.training.checkpoint_index import read_index
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,7 +106,7 @@ def test_an_index_must_be_true(tmp_path):
     save_file({"there": torch.ones(1)}, tmp_path / "a.safetensors")
     index = {"weight_map": {"there": "a.safetensors", "not there": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConversionError, match="not there in a.safetensors"):
+    with pytest.raises(ConversionError, match="not there: not there in a.safetensors"):
         TensorReader(tmp_path)
 
 
@@ -160,7 +163,7 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     model = from_owl2(OWL2).build()
     with torch.no_grad():
         model.final_norm.weight[3] = 1e6
-    with pytest.raises(ConversionError, match="model.norm.weight .* too large for float16"):
+    with pytest.raises(ConversionError, match="model.norm.weight .* too large for torch.float16"):
         export(model, tmp_path / "out", dtype=torch.float16)
     with torch.no_grad():
         model.final_norm.weight[3] = float("nan")
@@ -198,7 +201,7 @@ def converted(tmp_path):
 def test_no_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     whole = from_owl2(OWL2)
-    with pytest.raises(ConversionError, match="no room .* needs 0.0 GiB"):
+    with pytest.raises(CheckpointError, match="no room .* needs 0.0 GiB"):
         write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
     with pytest.raises(ConversionError, match="no room .* needs 0.0 GiB"):
         export_hf(whole.tensors, whole.config.model, tmp_path / "out")
@@ -228,12 +231,130 @@ def test_a_checkpoint_runs_no_code(converted, tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
 
-    (converted / ".metadata").write_bytes(pickle.dumps(Hostile()))
     model = from_owl2(OWL2).build()
+    index = (converted / ".metadata").read_bytes()
+    (converted / ".metadata").write_bytes(pickle.dumps(Hostile()))
     for read in (from_checkpoint, partial(checkpoint.load_weights, model=model)):
         with pytest.raises(CheckpointError, match="which no index needs"):
             read(converted)
+    (converted / ".metadata").write_bytes(index)
+    torch.save({"hidden": Hostile()}, converted / "common.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load_weights(converted, model)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "common.pt", ".metadata"])
+def test_a_damaged_or_missing_companion_is_refused(converted, name):
+    model = from_owl2(OWL2).build()
+    (converted / name).write_bytes((converted / name).read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="cannot be read|is damaged") as refusal:
+        checkpoint.load_weights(converted, model)
+    assert "\n" not in str(refusal.value)
+    (converted / name).unlink()
+    with pytest.raises(CheckpointError, match=f"not a complete checkpoint: {name} missing"):
+        from_checkpoint(converted)
+
+
+def altered_index(converted: Path, change) -> None:
+    index = read_index(converted)
+    change(index)
+    (converted / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def test_an_index_that_covers_half_a_weight_is_refused(converted):
+    def halve(index):
+        entry = index.state_dict_metadata["output_layer.weight"]
+        entry.chunks[0].sizes = torch.Size([256, 64])
+
+    altered_index(converted, halve)
+    with pytest.raises(CheckpointError, match="output_layer.weight is not whole: 16,384 of 32,768"):
+        from_checkpoint(converted)
+
+
+def test_an_index_without_the_place_of_a_weight_is_refused(converted):
+    def lose(index):
+        place = next(p for p in index.storage_data if p.fqn == "final_norm.weight")
+        del index.storage_data[place]
+
+    altered_index(converted, lose)
+    with pytest.raises(CheckpointError, match="final_norm.weight is not whole: 0 of 64"):
+        from_checkpoint(converted)
+
+
+def test_weights_are_floating_point_numbers(converted):
+    def change(index):
+        entry = index.state_dict_metadata["final_norm.weight"]
+        index.state_dict_metadata["final_norm.weight"] = replace(
+            entry, properties=replace(entry.properties, dtype=torch.int8)
+        )
+
+    altered_index(converted, change)
+    with pytest.raises(CheckpointError, match="final_norm.weight holds torch.int8, no weights"):
+        from_checkpoint(converted)
+
+
+def test_tensors_that_the_index_does_not_place_are_refused(tmp_path):
+    save_file({"one": torch.ones(1), "two": torch.ones(2)}, tmp_path / "a.safetensors")
+    save_file({"one": torch.zeros(1)}, tmp_path / "b.safetensors")
+    index = {"weight_map": {"one": "b.safetensors", "two": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConversionError, match="not in the index: one in a.safetensors"):
+        TensorReader(tmp_path)
+    index["weight_map"]["one"] = ["a.safetensors"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConversionError, match="which is not a file beside it"):
+        TensorReader(tmp_path)
+
+
+def test_two_writers_of_one_output_do_not_meet(tmp_path):
+    whole = from_owl2(OWL2)
+
+    def overtaken() -> torch.Tensor:
+        if not (tmp_path / "out").exists():
+            export_hf(whole.tensors, whole.config.model, tmp_path / "out")
+        return whole.tensors["final_norm.weight"].read()
+
+    tensors = whole.tensors | {
+        "final_norm.weight": replace(whole.tensors["final_norm.weight"], read=overtaken)
+    }
+    with pytest.raises(ConversionError, match="out cannot be written"):
+        export_hf(tensors, whole.config.model, tmp_path / "out")
+    assert TensorReader(tmp_path / "out").names()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    abandoned = tmp_path / ".out.x1.partial"
+    abandoned.mkdir()
+    whole = from_owl2(OWL2)
+    write_checkpoint(tmp_path / "out", whole.tensors, whole.config)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("tool", ["convert_from_hf", "convert_to_hf"])
+def test_an_interrupted_tool_says_so_and_leaves_nothing(tmp_path, converted, tool, number):
+    source = {"convert_from_hf": ["--owl2", OWL2], "convert_to_hf": ["--checkpoint", converted]}
+    code = f"""
+import os, runpy, sys
+from megatron_owl2.convert import lazy, stream, weights
+read_ahead = lazy.read_ahead
+def stopped(tensors):
+    for count, pair in enumerate(read_ahead(tensors)):
+        if count == 3:
+            os.kill(os.getpid(), {int(number)})
+        yield pair
+stream.read_ahead = weights.read_ahead = stopped
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    arguments = [TOOLS / f"{tool}.py", *source[tool], "--output", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("interrupted; nothing was written\n")
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_all_differences(converted):

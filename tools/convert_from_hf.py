@@ -9,6 +9,7 @@ starts are free).
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -28,14 +29,13 @@ def main() -> int:
         parser.error("give either --owl2, or both --language-model and --vision-model")
 
     from megatron_owl2 import config as configuration
-    from megatron_owl2.convert import assemble
+    from megatron_owl2.convert import assemble, command
     from megatron_owl2.convert.stream import write_checkpoint
     from megatron_owl2.convert.weights import ConversionError
-    from megatron_owl2.training.checkpoint import CheckpointError
 
-    output = Path(arguments.output)
-    try:
-        if output.exists():
+    def convert() -> None:
+        output = Path(arguments.output)
+        if os.path.lexists(output):
             raise ConversionError(f"{output} exists already; name a new directory or remove it")
         config = configuration.load(arguments.config) if arguments.config else None
         options = {"config": config, "tokenizer": arguments.tokenizer}
@@ -44,14 +44,12 @@ def main() -> int:
         else:
             whole = assemble.from_parts(*parts, seed=arguments.seed, **options)
         write_checkpoint(output, whole.tensors, whole.config, progress=True)
-    except (ConversionError, configuration.ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not whole.config.data.tokenizer:
-        print("warning: no tokenizer.model; this checkpoint cannot train or generate (--tokenizer)")
-    count = sum(math.prod(tensor.shape) for tensor in whole.tensors.values())
-    print(f"wrote {output}: {count:,} parameters")
-    return 0
+        if not whole.config.data.tokenizer:
+            print("warning: no tokenizer.model, so it cannot train or generate (--tokenizer)")
+        count = sum(math.prod(tensor.shape) for tensor in whole.tensors.values())
+        print(f"wrote {output}: {count:,} parameters")
+
+    return command.run(convert)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ LlamaForCausalLM; clip is the ViT as a CLIPVisionModel.
 """
 
 import argparse
+import os
 import sys
-from pathlib import Path
 
 
 def main() -> int:
@@ -22,16 +22,18 @@ def main() -> int:
     parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of a weight file")
     arguments = parser.parse_args()
 
+    if not 0 < arguments.max_shard_gib < float("inf"):
+        parser.error("--max-shard-gib must be a positive number")
+
     import torch
 
-    from megatron_owl2.config import ConfigError
+    from megatron_owl2.convert import command
     from megatron_owl2.convert.assemble import from_checkpoint
     from megatron_owl2.convert.hf import export_hf
     from megatron_owl2.convert.weights import ConversionError
-    from megatron_owl2.training.checkpoint import CheckpointError
 
-    try:
-        if Path(arguments.output).exists():
+    def convert() -> None:
+        if os.path.lexists(arguments.output):
             raise ConversionError(f"{arguments.output} exists already; name a new directory")
         whole = from_checkpoint(arguments.checkpoint)
         export_hf(
@@ -44,13 +46,13 @@ def main() -> int:
             max_shard_bytes=int(arguments.max_shard_gib * 1024**3),
             progress=True,
         )
-    except (ConversionError, CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if arguments.layout != "clip" and not whole.config.data.tokenizer:
-        print("warning: the checkpoint has no tokenizer.model, so the directory has none either")
-    print(f"wrote {arguments.output}")
-    return 0
+        if arguments.layout != "clip" and not whole.config.data.tokenizer:
+            print(
+                "warning: the checkpoint has no tokenizer.model, so the directory has none either"
+            )
+        print(f"wrote {arguments.output}")
+
+    return command.run(convert)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> int:
         )
         if first:
             write_results(results, arguments.output)
-    except (ConversionError, ConfigError, CheckpointError) as error:
+    except (ConversionError, ConfigError, CheckpointError, OSError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -1,4 +1,4 @@
-"""Owl2's weights from and to Hugging Face directories, one tensor at a time."""
+"""Owl2's weights from and to Hugging Face directories, with a tensor or two in memory."""
 
 import shutil
 from functools import reduce
@@ -11,13 +11,8 @@ from megatron_owl2.config import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.lazy import LazyTensor
 from megatron_owl2.convert.partition import share
-from megatron_owl2.convert.weights import (
-    ConversionError,
-    TensorReader,
-    refuse_if_no_room,
-    sync,
-    write_shards,
-)
+from megatron_owl2.convert.weights import ConversionError, TensorReader, write_shards
+from megatron_owl2.files import new_directory
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import global_shapes
 
@@ -93,32 +88,23 @@ def export_hf(
     model `tokenizer` if there is one.
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
-    CLIPVisionModel. `dtype` is by default the weights' own, the wider one if they have several.
-    `output` appears when complete. Raises ConversionError if it exists, if there is no room, if
-    weights are missing or misshapen, or if a weight is not finite in `dtype`.
+    CLIPVisionModel; "owl2" brings its code for transformers along. `dtype` is by default the
+    weights' own, the wider one if they have several. `output` appears when complete. Raises
+    ConversionError if it exists, if there is no room, or if a weight is not finite in `dtype`.
     """
-    output = Path(output)
-    if output.exists():
-        raise ConversionError(f"{output} exists already; name a new directory or remove it")
     dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
     theirs = _theirs(tensors, layout, model, dtype)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        refuse_if_no_room(partial, sum(t.nbytes for t in theirs.values()))
-        write_shards(partial, theirs, max_shard_bytes, progress=progress)
-        hf_config.write(partial, layout, model, dtype)
-        if layout != "clip" and tokenizer is not None:
-            hf_config.write_tokenizer(partial, model)
-            shutil.copyfile(tokenizer, partial / "tokenizer.model")
-        for file in partial.iterdir():
-            sync(file)
-        partial.rename(output)
+        with new_directory(Path(output), sum(t.nbytes for t in theirs.values())) as partial:
+            write_shards(partial, theirs, max_shard_bytes, progress=progress)
+            hf_config.write(partial, layout, model, dtype)
+            if layout != "clip" and tokenizer is not None:
+                hf_config.write_tokenizer(partial, model)
+                shutil.copyfile(tokenizer, partial / "tokenizer.model")
+            if layout == "owl2":
+                hf_config.write_remote_code(partial)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def resize_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
@@ -166,7 +152,7 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     cast = tensor.to(dtype)
     if not all(limit.isfinite() for limit in cast.aminmax()):
         finite = all(limit.isfinite() for limit in tensor.aminmax())
-        reason = "is too large for float16" if finite else "is not finite"
+        reason = f"is too large for {dtype}" if finite else "is not finite"
         raise ConversionError(f"{name} holds a value that {reason}; nothing was written")
     return cast
 

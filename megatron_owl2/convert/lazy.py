@@ -1,4 +1,4 @@
-"""Tensors that are read when they are needed: a model converts with one of them in memory."""
+"""Tensors that are read when they are needed: a model converts with two of them in memory."""
 
 import math
 from collections.abc import Callable, Iterator

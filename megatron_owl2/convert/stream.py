@@ -1,10 +1,9 @@
-"""Weights to and from checkpoints, one tensor at a time, in a single process.
+"""Weights to and from checkpoints, a tensor or two in memory, in a single process.
 
 The files are megatron-core's distributed format, as `training.checkpoint` writes and reads it
 with all ranks of a run.
 """
 
-import shutil
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,14 @@ from tqdm import tqdm
 
 from megatron_owl2.config import RunConfig
 from megatron_owl2.convert.lazy import LazyTensor, read_ahead
-from megatron_owl2.convert.weights import refuse_if_no_room, sync
+from megatron_owl2.files import new_directory
 from megatron_owl2.training import checkpoint
-from megatron_owl2.training.checkpoint_index import CheckpointError, read_index, stored_weights
+from megatron_owl2.training.checkpoint_index import (
+    CheckpointError,
+    first_failure,
+    read_index,
+    stored_weights,
+)
 
 
 class _ReadingPlanner(DefaultSavePlanner):
@@ -62,26 +66,16 @@ def write_checkpoint(
     Raises CheckpointError if it exists or the disk refuses; nothing is left then.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise CheckpointError(f"{directory} exists already; name a new directory or remove it")
-    partial = checkpoint.partial_of(directory)
     empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    needed = sum(t.nbytes for t in tensors.values())
     bar = tqdm(total=len(tensors), desc="writing", unit="tensor", disable=not progress)
-    try:
-        with checkpoint.reported(directory), bar, _alone():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            refuse_if_no_room(partial, sum(t.nbytes for t in tensors.values()))
-            writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, sync_files=False)
-            planner = _ReadingPlanner(tensors, bar)
-            dcp.save(empty, storage_writer=writer, planner=planner, no_dist=True)
-            save_config(CheckpointingConfig("torch_dist"), str(partial))
-            torch.save({}, partial / "common.pt")  # what megatron-core does not shard: nothing
-            for file in partial.iterdir():
-                sync(file)
-            checkpoint.complete(partial, directory, config, {})
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with checkpoint.reported(directory), new_directory(directory, needed) as partial, bar, _alone():
+        writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, sync_files=False)
+        planner = _ReadingPlanner(tensors, bar)
+        dcp.save(empty, storage_writer=writer, planner=planner, no_dist=True)
+        save_config(CheckpointingConfig("torch_dist"), str(partial))
+        torch.save({}, partial / "common.pt")  # what megatron-core does not shard: nothing
+        checkpoint.write_companions(partial, config, {})
 
 
 @contextmanager
@@ -112,7 +106,8 @@ def read_checkpoint(directory: str | Path) -> dict[str, LazyTensor]:
                 with _alone():
                     dcp.load(state, storage_reader=reader, no_dist=True)
             except (CheckpointException, OSError, RuntimeError) as error:
-                raise CheckpointError(f"{reader.path}: {name} cannot be read: {error}") from None
+                reason = first_failure(error)
+                raise CheckpointError(f"{reader.path}: {name} cannot be read: {reason}") from None
             return state[name]
 
         return LazyTensor(tuple(shape), dtype, read)

@@ -1,9 +1,8 @@
 """Tensor files of Hugging Face directories: read without unpickling code, written in shards."""
 
 import json
-import os
-import shutil
 import struct
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from megatron_owl2.convert.lazy import LazyTensor, read_ahead
 _KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
 _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOATS = {dtype: name for name, dtype in _NAMES.items()}
-_GIB = 1024**3
 _MAPPED_BYTES = 512 * 1024**2  # of a .bin file, before its mapping is let go
 
 
@@ -83,7 +81,9 @@ class TensorReader:
             raise ConversionError(f"{path} is missing, but the index names it")
         if name.endswith(".bin"):
             return {
-                n: _Stored(name, n, tuple(t.shape), t.dtype if t.dtype in _FLOATS else str(t.dtype))
+                n: _Stored(
+                    name, n, tuple(t.shape), t.dtype if _plain(t) else f"{t.layout} {t.dtype}"
+                )
                 for n, t in _load_bin(path).items()
             }
         found = {}
@@ -98,14 +98,24 @@ class TensorReader:
         files = read_json(path).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise ConversionError(f"{path} has no weight_map")
-        for file in set(files.values()):
+        for file in files.values():
             if not isinstance(file, str) or Path(file).name != file:
                 raise ConversionError(f"{path} names {file!r}, which is not a file beside it")
         contents = {file: self._contents(file) for file in sorted(set(files.values()))}
-        lost = [f"{name} in {file}" for name, file in files.items() if name not in contents[file]]
-        if lost:
-            listing = "\n  ".join(lost)
-            raise ConversionError(f"{path} names tensors that are not there:\n  {listing}")
+        problems = [
+            f"not there: {name} in {file}"
+            for name, file in files.items()
+            if name not in contents[file]
+        ]
+        problems += [
+            f"not in the index: {name} in {file}"
+            for file, found in contents.items()
+            for name in found
+            if files.get(name) != file
+        ]
+        if problems:
+            listing = "\n  ".join(problems)
+            raise ConversionError(f"{path} and its files do not agree:\n  {listing}")
         self._found = {name: contents[file][name] for name, file in files.items()}
 
 
@@ -122,20 +132,33 @@ class _Stored:
 @contextmanager
 def _reading(path: Path):
     try:
+        with open(path, "rb"):  # safetensors does not tell what may not be read from what is broken
+            pass
         yield
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise ConversionError(f"{path} is damaged: {error}; fetch it again") from None
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # truncated, legacy or hostile: torch raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ConversionError(f"{path} cannot be read as plain tensors: {reason}") from None
+    with _reading(path):
+        if not zipfile.is_zipfile(path):  # what torch before 1.6 wrote cannot be mapped
+            raise ConversionError(f"{path} is damaged or older than torch 1.6; fetch it again")
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # truncated or hostile: torch raises many kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ConversionError(f"{path} cannot be read as plain tensors: {reason}") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ConversionError(f"{path} holds more than named tensors")
     return tensors
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.dtype in _FLOATS and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -144,7 +167,9 @@ def read_json(path: Path) -> dict:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConversionError(f"{path} must hold an object, not a {type(tree).__name__}")
@@ -208,17 +233,3 @@ def write_safetensors(
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
             if progress is not None:
                 progress.update()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file that was written is on the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def refuse_if_no_room(directory: Path, needed: int) -> None:
-    """Raise ConversionError if the disk of `directory` has less than `needed` bytes free."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        sizes = f"needs {needed / _GIB:.1f} GiB, free are {free / _GIB:.1f}"
-        raise ConversionError(f"no room on the disk of {directory.parent}: it {sizes}")

@@ -10,6 +10,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from megatron.core import dist_checkpointing
@@ -26,9 +27,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_owl2 import config as configuration
 from megatron_owl2.config import RunConfig
+from megatron_owl2.files import put
 from megatron_owl2.mcore import allocate_optimizer_state, load_optimizer_state
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training.checkpoint_index import CheckpointError, read_index, stored_weights
+from megatron_owl2.training.checkpoint_index import (
+    CheckpointError,
+    first_failure,
+    read_index,
+    stored_weights,
+)
 
 LATEST = "latest"
 _PREFIX = "iter_"
@@ -51,7 +58,7 @@ def save(
     the disk refuses.
     """
     directory = Path(directory)
-    partial = partial_of(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
     main = torch.distributed.get_rank() == 0
     with reported(directory):
         if main:
@@ -66,23 +73,18 @@ def save(
     with reported(directory):
         dist_checkpointing.save(state, str(partial))
         if main:
+            write_companions(partial, config, progress or {})
             shutil.rmtree(directory, ignore_errors=True)
-            complete(partial, directory, config, progress or {})
+            put(partial, directory)
     torch.distributed.barrier()
 
 
-def partial_of(directory: Path) -> Path:
-    """Where a checkpoint is written until it is whole."""
-    return directory.with_name(f".{directory.name}.partial")
-
-
-def complete(partial: Path, directory: Path, config: RunConfig, progress: dict) -> None:
-    """Put what makes a checkpoint self-contained beside its tensors, and name it as whole."""
+def write_companions(partial: Path, config: RunConfig, progress: dict) -> None:
+    """Put what makes a checkpoint self-contained beside its tensors."""
     configuration.save(config, partial / "run.yaml")
     if config.data.tokenizer:  # weights converted from a directory without one have none
         shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
     (partial / "progress.json").write_text(json.dumps(progress, indent=1))
-    partial.rename(directory)
 
 
 def save_step(run: Path, step: int, *state, **more) -> Path:
@@ -109,18 +111,8 @@ def reported(directory: Path):
     try:
         yield
     except (OSError, CheckpointException) as error:
-        said = f"{directory} could not be written: {_cause(error)}"
-        raise CheckpointError(f"{said}; the checkpoint before it is untouched") from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What the disk said, or else what failed first, under what torch made of it."""
-    if isinstance(error, CheckpointException):
-        found = [_cause(inner) for inner, _ in error.failures.values()]
-        return next((e for e in found if isinstance(e, OSError)), found[0])
-    below = error.__cause__ or error.__context__
-    found = error if below is None else _cause(below)
-    return found if isinstance(found, OSError) else error
+        reason = first_failure(error)
+        raise CheckpointError(f"{directory} could not be written: {reason}") from error
 
 
 def load_weights(directory: Path, model: Owl2) -> None:
@@ -169,8 +161,8 @@ def load_training(
 def _load(directory: Path, template: dict, strict: StrictHandling) -> dict:
     try:
         return dist_checkpointing.load(template, str(directory), strict=strict)
-    except (OSError, CheckpointException) as error:
-        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+    except (OSError, CheckpointException, RuntimeError, ValueError, UnpicklingError) as error:
+        raise CheckpointError(f"{directory} cannot be read: {first_failure(error)}") from error
 
 
 def resolve(path: str | Path) -> Path:
@@ -185,9 +177,8 @@ def resolve(path: str | Path) -> Path:
             break
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist")
-    missing = [
-        f for f in ("metadata.json", "run.yaml", "progress.json") if not (path / f).is_file()
-    ]
+    needed = (".metadata", "metadata.json", "common.pt", "run.yaml", "progress.json")
+    missing = [name for name in needed if not (path / name).is_file()]
     if missing:
         raise CheckpointError(f"{path} is not a complete checkpoint: {', '.join(missing)} missing")
     return path

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 _FILE = ".metadata"  # torch.distributed.checkpoint writes its index as a pickle
@@ -55,6 +56,8 @@ def read_index(directory: Path) -> Metadata:
     try:
         with open(directory / _FILE, "rb") as file:
             index = _IndexUnpickler(file).load()
+    except OSError as error:
+        raise CheckpointError(f"{directory / _FILE} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged pickle raises many kinds
         raise CheckpointError(f"{directory / _FILE} is damaged: {error}") from None
     if not isinstance(index, Metadata):
@@ -78,9 +81,42 @@ def read_index(directory: Path) -> Metadata:
 
 
 def stored_weights(index: Metadata) -> dict[str, TensorStorageMetadata]:
-    """Size and dtype of every parameter in a checkpoint, without the optimizer's tensors."""
-    return {
+    """Size and dtype of every parameter in a checkpoint, without the optimizer's tensors.
+
+    Raises CheckpointError for one that is not stored whole or is no floating-point tensor.
+    """
+    weights = {
         name: entry
         for name, entry in index.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
     }
+    stored = {(place.fqn, place.offset) for place in index.storage_data}
+    for name, entry in weights.items():
+        kept = [chunk.sizes.numel() for chunk in entry.chunks if (name, chunk.offsets) in stored]
+        if sum(kept) != entry.size.numel():
+            raise CheckpointError(
+                f"{name} is not whole: {sum(kept):,} of {entry.size.numel():,} numbers are stored"
+            )
+        if not entry.properties.dtype.is_floating_point:
+            raise CheckpointError(f"{name} holds {entry.properties.dtype}, no weights")
+    return weights
+
+
+def first_failure(error: BaseException) -> str:
+    """What the disk said, or else what failed first, under what torch made of it, in one line.
+
+    An interruption that torch took for a failure goes on as what it is.
+    """
+    root = _root(error)
+    if isinstance(root, KeyboardInterrupt):
+        raise root from None
+    return (str(root).strip() or repr(root)).splitlines()[0]
+
+
+def _root(error: BaseException) -> BaseException:
+    if isinstance(error, CheckpointException):
+        found = [_root(inner) for inner, _ in error.failures.values()]
+        return next((e for e in found if isinstance(e, OSError)), found[0])
+    below = error.__cause__ or error.__context__
+    found = error if below is None else _root(below)
+    return found if isinstance(found, OSError) else error
