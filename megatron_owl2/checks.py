@@ -1,9 +1,19 @@
 """What a configuration must satisfy before work starts; every refusal names the fix."""
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_owl2.config import MODALITY_SPLIT, ConfigError, ModelConfig, RunConfig
+
+# Beyond every model: more is a mistake, which otherwise shows after minutes or in lost memory.
+_MOST, _MOST_LAYERS, _MOST_POSITIONS = 2**24, 1000, 2**28
+_LARGEST = sys.float_info.max
+# The least value and its words, where a number need not be above 0.
+_LEAST = {"image_mean": (-_LARGEST, "finite")} | dict.fromkeys(
+    ("init_std", "position_init_std", "attention_init_std"), (0, "finite and not below 0")
+)
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -11,8 +21,8 @@ def check(config: RunConfig, world_size: int) -> None:
 
     Raises ConfigError naming the keys and the fix; files and directories are looked for here too.
     """
-    _check_counts(config)
     check_model(config.model)
+    _check_each(config, _uncounted)
     check_layout(config, world_size)
     _check_files(config)
     _require(
@@ -42,7 +52,8 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def check_model(model: ModelConfig) -> None:
-    """Refuse sizes that do not fit together; raises ConfigError."""
+    """Refuse numbers that no model has and sizes that do not fit together; raises ConfigError."""
+    _check_each(model, misfit, "model.")
     vision, decoder = model.vision, model.decoder
     _require(
         vision.image_size % vision.patch_size == 0,
@@ -62,6 +73,12 @@ def check_model(model: ModelConfig) -> None:
         f"model.vision.hidden_size ({vision.hidden_size}) must be a multiple of 4 for the "
         "two-dimensional position table of the abstractor",
     )
+    positions = (vision.grid_size**2 + 1 + model.abstractor.num_queries) * vision.hidden_size
+    _require(
+        positions <= _MOST_POSITIONS,
+        f"the abstractor needs position tables of {positions} numbers, at most {_MOST_POSITIONS} "
+        "can be; lower model.vision.image_size or model.abstractor.num_queries",
+    )
     _require(
         decoder.num_heads % decoder.num_kv_heads == 0,
         f"model.decoder.num_heads ({decoder.num_heads}) is not a multiple of "
@@ -78,6 +95,23 @@ def check_model(model: ModelConfig) -> None:
         f"model.decoder.modality_split ({split}) may hold each of {', '.join(MODALITY_SPLIT)} "
         "at most once",
     )
+
+
+def misfit(field: dataclasses.Field, value: object) -> str | None:
+    """What a field of ModelConfig or its sections must be if `value` is not that, else None."""
+    if field.type is int:
+        most = _MOST_LAYERS if field.name == "num_layers" else _MOST
+        fits = type(value) is int and 1 <= value <= most
+        return None if fits else f"a number, whole and from 1 to {most}"
+    three = field.type == list[float]
+    if field.type is not float and not three:
+        return None
+    least, words = _LEAST.get(field.name, (sys.float_info.min, "finite and above 0"))
+    numbers = value if three else [value]
+    fits = isinstance(numbers, list) and len(numbers) == (3 if three else 1)
+    if fits and all(type(n) in (int, float) and least <= n <= _LARGEST for n in numbers):
+        return None
+    return f"{'three numbers' if three else 'a number'}, {words}"
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
@@ -124,15 +158,24 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     )
 
 
-def _check_counts(section: object, prefix: str = "") -> None:
-    """Every whole number of the configuration counts something; a few may be 0."""
+def _check_each(
+    section: object,
+    judge: Callable[[dataclasses.Field, object], str | None],
+    prefix: str = "",
+) -> None:
+    """Hold every value of a section and of the sections in it against what it must be."""
     for entry in dataclasses.fields(section):
         value, name = getattr(section, entry.name), f"{prefix}{entry.name}"
         if dataclasses.is_dataclass(value):
-            _check_counts(value, f"{name}.")
-        elif entry.type is int:
-            least = 0 if entry.name in ("workers", "seed", "warmup_steps") else 1
-            _require(value >= least, f"{name} is {value}; it must be at least {least}")
+            _check_each(value, judge, f"{name}.")
+        elif wanted := judge(entry, value):
+            raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _uncounted(field: dataclasses.Field, value: object) -> str | None:
+    """Every whole number of a run counts something; a few may be 0."""
+    least = 0 if field.name in ("workers", "seed", "warmup_steps") else 1
+    return f"at least {least}" if field.type is int and value < least else None
 
 
 def _check_files(config: RunConfig) -> None:

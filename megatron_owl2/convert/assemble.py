@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +59,12 @@ def from_owl2(
     """
     stored = hf_config.read_owl2(directory)
     owners = dict.fromkeys(_FREE, str(directory))
-    config = _agreed(config, stored, owners)
+    given, config = config, _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
     grid, shapes = _stored_grid(stored, config), parameter_shapes(config)
     tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
+    if given is None:
+        config.train.precision = _lossless(tensors)
     return Whole(config, {name: tensors[name] for name in shapes})
 
 
@@ -84,14 +87,16 @@ def from_parts(
     )
     stored.image_mean, stored.image_std = hf_config.read_image_statistics(vision_model)
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
-    config = _agreed(config, stored, owners)
+    given, config = config, _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)
     grid, shapes = _stored_grid(stored, config), parameter_shapes(config)
+    tensors = read_hf(language_model, "llama", config.model, shapes)
+    tensors |= read_hf(vision_model, "clip", config.model, shapes, stored_grid=grid)
+    if given is None:
+        config.train.precision = _lossless(tensors)
     torch.manual_seed(seed)
     abstractor = of_model(Abstractor(_layout(config), config.model))
-    tensors = {f"abstractor.{name}": tensor for name, tensor in abstractor.items()}
-    tensors |= read_hf(language_model, "llama", config.model, shapes)
-    tensors |= read_hf(vision_model, "clip", config.model, shapes, stored_grid=grid)
+    tensors |= {f"abstractor.{name}": tensor for name, tensor in abstractor.items()}
     return Whole(config, {name: tensors[name] for name in shapes})
 
 
@@ -111,11 +116,7 @@ def _agreed(
 ) -> RunConfig:
     """The run configuration for one process, each section of its model held against the
     directory that owns it."""
-    if config is None:
-        dtypes = {hf_config.source_dtype(directory) for directory in owners.values()}
-        config = RunConfig(model=stored)
-        config.train.precision = "bf16" if dtypes == {"bfloat16"} else "fp32"  # loses nothing
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(RunConfig(model=stored) if config is None else config)
     config.parallel = ParallelConfig()
     differences = []
     for section, directory in owners.items():
@@ -136,14 +137,19 @@ def _agreed(
     return config
 
 
+def _lossless(tensors: dict[str, LazyTensor]) -> str:
+    """The narrowest precision that keeps every bit of weights in 32 bit or less."""
+    return "bf16" if {t.dtype for t in tensors.values()} == {torch.bfloat16} else "fp32"
+
+
 def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: ModelConfig) -> str:
     """The path of the SentencePiece model, or "" if the directory has none and none is given."""
     path = Path(given) if given is not None else Path(directory) / "tokenizer.model"
-    if given is None and not path.is_file():
+    if given is None and not os.path.lexists(path):
         return ""
     try:
         pieces = Tokenizer(path).vocab_size
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConversionError(str(error)) from None
     if pieces > stored.decoder.vocab_size:
         raise ConversionError(

@@ -1,6 +1,5 @@
 """`config.json` and its companions of Hugging Face directories, to and from our ModelConfig."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_owl2.config import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
+from megatron_owl2.convert.settings import Settings
 from megatron_owl2.convert.weights import ConversionError, read_json
 
 # Our field and theirs.
@@ -46,6 +46,7 @@ _FIXED_DECODER = {
     "tie_word_embeddings": False,
     "rope_scaling": None,
 }
+_FIXED_NEWER_DECODER = {"sliding_window": None, "partial_rotary_factor": 1.0}  # not in exports
 _FIXED_VISION = {"hidden_act": "quick_gelu", "num_channels": 3, "attention_dropout": 0.0}
 _FIXED_OFFICIAL_VISION = {"use_cls_token": True, "use_post_layernorm": True}
 _FIXED_ABSTRACTOR = {
@@ -84,36 +85,30 @@ def read_owl2(directory: str | Path) -> ModelConfig:
 
     Raises ConversionError naming every setting that this model does not have.
     """
-    tree = _read(directory, "mplug_owl2")
-    nested = tree.get("visual_config")
-    nested = nested if isinstance(nested, dict) else {}
-    vision, abstractor = nested.get("visual_model"), nested.get("visual_abstractor")
-    if not isinstance(vision, dict) or not isinstance(abstractor, dict):
-        raise _error(directory, "visual_config must hold visual_model and visual_abstractor")
-    model = ModelConfig(
-        vision=_pick(directory, VisionConfig, _VISION, vision),
-        abstractor=_pick(directory, AbstractorConfig, _ABSTRACTOR, abstractor),
-        decoder=_read_decoder(directory, tree),
-        init_std=tree.get("initializer_range", ModelConfig.init_std),
-    )
-    width = model.vision.hidden_size
-    widths = {"hidden_size": width, "encoder_hidden_size": width}
-    _hold(directory, vision, _FIXED_VISION | _FIXED_OFFICIAL_VISION)
-    _hold(directory, abstractor, _FIXED_ABSTRACTOR | widths)
-    grid = abstractor.get("grid_size") or _OFFICIAL_GRID
-    if grid != model.vision.grid_size:
-        raise _error(
-            directory,
-            f"visual_abstractor.grid_size is {grid}, but an image has {model.vision.grid_size} "
-            "patches on a side",
-        )
+    outer = _read(directory, "mplug_owl2")
+    both = "an object; it must hold visual_model and visual_abstractor"
+    vision = outer.section("visual_config", both).section("visual_model")
+    abstractor = outer.section("visual_config").section("visual_abstractor")
+    spread = outer.filled({"initializer_range": ModelConfig.init_std})
+    model = spread.pick(ModelConfig, {"init_std": "initializer_range"})
+    model.vision = vision.pick(VisionConfig, _VISION)
+    model.abstractor = abstractor.pick(AbstractorConfig, _ABSTRACTOR)
+    model.decoder = _read_decoder(outer)
+    outer.check(model)
+    width, grid = model.vision.hidden_size, model.vision.grid_size
+    vision.hold(_FIXED_VISION | _FIXED_OFFICIAL_VISION)
+    abstractor.hold(_FIXED_ABSTRACTOR | {"hidden_size": width, "encoder_hidden_size": width})
+    abstractor.filled({"grid_size": _OFFICIAL_GRID}).hold({"grid_size": grid})
     model.image_mean, model.image_std = read_image_statistics(directory)
     return model
 
 
 def read_llama(directory: str | Path) -> DecoderConfig:
     """Sizes of a LlamaForCausalLM directory; raises ConversionError for what Owl2 has not."""
-    return _read_decoder(directory, _read(directory, "llama"))
+    settings = _read(directory, "llama")
+    decoder = _read_decoder(settings)
+    settings.check(ModelConfig(decoder=decoder))
+    return decoder
 
 
 def read_clip(directory: str | Path) -> VisionConfig:
@@ -121,30 +116,38 @@ def read_clip(directory: str | Path) -> VisionConfig:
 
     Raises ConversionError for what Owl2 has not, such as another activation than quick_gelu.
     """
-    tree = _read(directory, "clip_vision_model", "clip")
-    tree = _CLIP_DEFAULTS | tree.get("vision_config", tree)
-    _hold(directory, tree, _FIXED_VISION)
-    return _pick(directory, VisionConfig, _VISION, tree)
+    settings = _read(directory, "clip_vision_model", "clip")
+    if "vision_config" in settings.tree:
+        settings = settings.section("vision_config")
+    settings.hold(_FIXED_VISION)
+    vision = settings.replaced(_CLIP_DEFAULTS | settings.tree).pick(VisionConfig, _VISION)
+    abstractor = AbstractorConfig(num_heads=vision.num_heads)  # one that fits any ViT
+    settings.check(ModelConfig(vision=vision, abstractor=abstractor))
+    return vision
 
 
 def read_image_statistics(directory: str | Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per colour of preprocessor_config.json, CLIP's without one."""
-    path, clip = Path(directory) / "preprocessor_config.json", ModelConfig()
-    tree = read_json(path) if path.is_file() else {}
-    found = []
-    for key, default in (("image_mean", clip.image_mean), ("image_std", clip.image_std)):
-        value = tree.get(key, default)
-        numbers = isinstance(value, list) and {type(v) for v in value} <= {int, float}
-        if not numbers or len(value) != 3:
-            raise ConversionError(f"{path}: {key} is {value!r}, wanted three numbers")
-        found.append([float(v) for v in value])
-    return found[0], found[1]
+    """Mean and standard deviation per colour, CLIP's if the directory has none.
 
-
-def source_dtype(directory: str | Path) -> str | None:
-    """The dtype of the weights that config.json names ("bfloat16"), or None if it names none."""
-    tree = read_json(Path(directory) / "config.json")
-    return tree.get("torch_dtype") or tree.get("dtype")
+    They are in preprocessor_config.json, or under "image_processor" of the processor_config.json
+    that a whole processor saves (transformers 5). Raises ConversionError for anything but finite
+    numbers and if the files disagree.
+    """
+    alone, whole = (Path(directory) / f"{n}_config.json" for n in ("preprocessor", "processor"))
+    found = [Settings.read(alone)] if alone.exists() else []
+    if whole.exists() and "image_processor" in (settings := Settings.read(whole)).tree:
+        found.append(settings.section("image_processor"))
+    clip = ModelConfig()
+    statistics = {"image_mean": clip.image_mean, "image_std": clip.image_std}
+    names = {name: name for name in statistics}
+    models = [settings.filled(statistics).pick(ModelConfig, names) for settings in found] or [clip]
+    if models[0] != models[-1]:
+        raise ConversionError(
+            f"{alone} has image_mean {models[0].image_mean}, image_std {models[0].image_std}, but "
+            f"{whole} {models[1].image_mean}, {models[1].image_std}; keep what the model was "
+            "trained with"
+        )
+    return list(map(float, models[0].image_mean)), list(map(float, models[0].image_std))
 
 
 def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) -> None:
@@ -260,55 +263,32 @@ def _clip_config(model: ModelConfig) -> dict:
 _CONFIGS = {"owl2": _owl2_config, "llama": _llama_config, "clip": _clip_config}
 
 
-def _read(directory: str | Path, *model_types: str) -> dict:
+def _read(directory: str | Path, *model_types: str) -> Settings:
     if not Path(directory).is_dir():
         raise ConversionError(f"{directory} is not a directory")
-    tree = read_json(Path(directory) / "config.json")
-    if tree.get("model_type") not in model_types:
+    settings = Settings.read(Path(directory) / "config.json")
+    kind = settings.tree.get("model_type")
+    if kind not in model_types:
         wanted = " or ".join(map(repr, model_types))
-        raise _error(directory, f"model_type is {tree.get('model_type')!r}, wanted {wanted}")
-    return tree
+        raise ConversionError(f"{settings.file}: model_type is {kind!r}, wanted {wanted}")
+    return settings
 
 
-def _read_decoder(directory: str | Path, tree: dict) -> DecoderConfig:
-    rope = tree.get("rope_parameters") or {}  # of transformers 5, instead of theta and scaling
-    if rope.get("rope_type", "default") != "default":
-        tree = tree | {"rope_scaling": rope}
-    heads = tree.get("num_attention_heads")
-    optional = {
-        "num_key_value_heads": tree.get("num_key_value_heads") or heads,
-        "rope_theta": rope.get("rope_theta") or tree.get("rope_theta") or DecoderConfig.rope_theta,
-    }
-    decoder = _pick(directory, DecoderConfig, _DECODER, tree | optional)
-    fixed = _FIXED_DECODER
+def _read_decoder(settings: Settings) -> DecoderConfig:
+    tree = settings.tree
+    if tree.get("rope_parameters") is not None:  # of transformers 5, instead of theta and scaling
+        rope = settings.section("rope_parameters").tree
+        moved = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            moved["rope_scaling"] = rope
+        settings = settings.replaced(moved)
+    heads = {"num_key_value_heads": tree.get("num_attention_heads")}
+    defaults = heads | {"rope_theta": DecoderConfig.rope_theta}
+    decoder = settings.filled(defaults).pick(DecoderConfig, _DECODER)
+    settings.hold(_FIXED_DECODER | _FIXED_NEWER_DECODER)
     if tree.get("head_dim") is not None:
-        fixed = fixed | {"head_dim": decoder.hidden_size // decoder.num_heads}
-    _hold(directory, tree, fixed)
+        settings.hold({"head_dim": decoder.hidden_size // decoder.num_heads})
     return decoder
-
-
-def _pick(directory: str | Path, cls: type, fields: dict[str, str], tree: dict):
-    """cls with each of our fields from theirs, checked to be a number of the right kind."""
-    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
-    wrong = [
-        f"{theirs} is {tree.get(theirs)!r}, wanted a number"
-        for ours, theirs in fields.items()
-        if type(tree.get(theirs)) not in (kinds[ours], int)
-    ]
-    if wrong:
-        raise _error(directory, "; ".join(wrong))
-    return cls(**{ours: kinds[ours](tree[theirs]) for ours, theirs in fields.items()})
-
-
-def _hold(directory: str | Path, tree: dict, fixed: dict) -> None:
-    """Refuse settings that differ from what the model always is; absent ones are right."""
-    wrong = [
-        f"{key} is {tree[key]!r}, this model only has {wanted!r}"
-        for key, wanted in fixed.items()
-        if tree.get(key, wanted) != wanted
-    ]
-    if wrong:
-        raise _error(directory, "; ".join(wrong))
 
 
 def _write_json(path: Path, tree: dict) -> None:
@@ -317,7 +297,3 @@ def _write_json(path: Path, tree: dict) -> None:
 
 def _export(config, fields: dict[str, str]) -> dict:
     return {theirs: getattr(config, ours) for ours, theirs in fields.items()}
-
-
-def _error(directory: str | Path, message: str) -> ConversionError:
-    return ConversionError(f"{Path(directory) / 'config.json'}: {message}")

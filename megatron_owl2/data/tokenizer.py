@@ -11,8 +11,8 @@ import sentencepiece
 class Tokenizer:
     """A SentencePiece model file behind LLaMA-2's special ids.
 
-    Raises FileNotFoundError if there is no file at `path` and ValueError if the file is not a
-    SentencePiece model or numbers its special pieces differently.
+    Raises FileNotFoundError if there is no file at `path`, OSError if it cannot be read, and
+    ValueError if it is not a SentencePiece model or numbers its special pieces differently.
     """
 
     unk_id = 0
@@ -22,13 +22,17 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_file():
+        try:
+            data = self.path.read_bytes() if self.path.is_file() else None
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be read: {error.strerror}") from None
+        if data is None:
             raise FileNotFoundError(
                 f"{self.path}: no such tokenizer model; give the tokenizer.model file of LLaMA-2 "
                 "or of the corpus"
             )
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise ValueError(
                 f"{self.path}: not a SentencePiece model ({error}); Git LFS pointers and "
