@@ -1,6 +1,7 @@
 """The proof tool as users start it: one process, tensor, sequence and pipeline parallel."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from megatron_owl2.convert.weights import ConversionError
 
 OFFICIAL = Path(__file__).parent / "data" / "official_tiny"
 META = json.loads((OFFICIAL / "meta.json").read_text())
+COUNTS = "images_per_placeholder"
 TOOL = Path(__file__).parent.parent / "tools" / "verify_checkpoint.py"
 
 
@@ -124,12 +126,47 @@ def test_text_needs_no_images(converted, inputs):
             "257 positions, the decoder has 256",
         ),
         ({"input_ids": torch.full((5, 21), 600)}, "600, which is neither below 512 nor -200"),
+        ({"input_ids": torch.ones(5, 21)}, r"input_ids must be .* found torch.float32 \[5, 21\]"),
+        ({"input_ids": torch.ones(5, 21, dtype=torch.uint8)}, "found torch.uint8"),
+        ({"input_ids": torch.ones(21, dtype=torch.int64)}, r"found torch.int64 \[21\]"),
+        ({"input_ids": torch.ones(0, 0, dtype=torch.int64)}, r"found torch.int64 \[0, 0\]"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, r"found torch.int64 \[1, 0\]"),
+        ({"labels": torch.ones(5, 21)}, r"labels must be .* found torch.float32 \[5, 21\]"),
+        (
+            {"labels": torch.ones(5, 20, dtype=torch.int32)},
+            r"labels is \[5, 20\], input_ids \[5, 21",
+        ),
+        ({COUNTS: torch.tensor(1)}, rf"{COUNTS} must be .* found torch.int64 \[\]"),
+        ({COUNTS: torch.ones(6)}, rf"{COUNTS} must be .* found torch.float32 \[6\]"),
+        ({COUNTS: torch.ones(5, dtype=torch.int64)}, "6 placeholders and text-only rows, but 5"),
+        ({COUNTS: torch.tensor([1, 1, 0, 1, 1, 1])}, rf"{COUNTS} holds 0, which is not from 1 to"),
+        ({COUNTS: torch.tensor([1, -1, 1, 1, 1, 1])}, rf"{COUNTS} holds -1, which is not from 1"),
+        ({COUNTS: torch.tensor([1, 1, 1, 1, 1, 10**12])}, "holds 1000000000000, which is not from"),
+        ({"images": torch.full((6, 3, 56, 56), math.nan)}, "images hold NaN or infinity"),
+        ({"images": torch.full((6, 3, 56, 56), math.inf)}, "images hold NaN or infinity"),
+        (
+            {"images": torch.full((6, 3, 56, 56), 1e300, dtype=torch.float64)},
+            "hold NaN or infinity",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(converted, inputs, change, message):
     inputs = {n: t for n, t in (inputs | change).items() if t is not None}
     with pytest.raises(ConversionError, match=message):
         verify(converted, inputs, gradients=True)
+
+
+def test_narrow_integers_are_as_good(converted, reference, inputs):
+    inputs |= {name: inputs[name].int() for name in ("input_ids", "labels")}
+    inputs[COUNTS] = torch.ones(6, dtype=torch.int32)
+    check(verify(converted, inputs, gradients=True), reference, gradients=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_may_have_any_precision(converted, inputs, dtype):
+    images = inputs["images"].to(torch.bfloat16)
+    found = [verify(converted, inputs | {"images": images.to(d)}) for d in (dtype, torch.float32)]
+    assert torch.equal(found[0]["logits"], found[1]["logits"])
 
 
 def test_a_layout_the_processes_cannot_carry_is_refused(converted, inputs):

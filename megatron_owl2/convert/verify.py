@@ -47,8 +47,8 @@ def verify(
 
     inputs: input_ids int64 [b, s] with -200 for an image, normalised float images [n, 3, H, W]
     (see `expand` for their order; absent if there is no placeholder), and if wanted
-    attention_mask and labels [b, s] and images_per_placeholder [placeholders]. `overrides` are
-    `section.key=value`, of which parallel.* and train.precision matter.
+    attention_mask and labels [b, s] and images_per_placeholder [placeholders]; whole numbers may be
+    int32. `overrides` are `section.key=value`, of which parallel.* and train.precision matter.
 
     Returns on rank 0, fp32 on the CPU: logits [b, s expanded, vocab] (those of padding mean
     nothing), with labels the mean loss [1], and with `gradients` its `grad.<name in the released
@@ -147,40 +147,61 @@ def _expand(
     inputs: dict[str, torch.Tensor], config: RunConfig, multiple_of: int
 ) -> tuple[Expanded, int]:
     """The expanded inputs, and their length without what sequence parallelism adds."""
-    ids, vocab = inputs.get("input_ids"), config.model.decoder.vocab_size
-    if ids is None or ids.ndim != 2:
+    vocab, limit = config.model.decoder.vocab_size, config.model.decoder.max_positions
+    if "input_ids" not in inputs:
         raise ConversionError("the inputs must hold input_ids [b, s]")
+    ids = _whole_numbers(inputs, "input_ids", "b", "s")
+    labels = _whole_numbers(inputs, "labels", "b", "s")
+    counts = _whole_numbers(inputs, "images_per_placeholder", "placeholders")
     wrong = ids[((ids < 0) | (ids >= vocab)) & (ids != IMAGE_TOKEN_ID)]
     if len(wrong):
         raise ConversionError(
             f"input_ids holds {wrong[0]}, which is neither below {vocab} nor {IMAGE_TOKEN_ID}"
+        )
+    wrong = [] if counts is None else counts[(counts < 1) | (counts > limit)]
+    if len(wrong):
+        raise ConversionError(
+            f"images_per_placeholder holds {wrong[0]}, which is not from 1 to {limit}"
         )
     for name in ("attention_mask", "labels"):
         if name in inputs and inputs[name].shape != ids.shape:
             raise ConversionError(
                 f"{name} is {list(inputs[name].shape)}, input_ids {list(ids.shape)}"
             )
-    counts = inputs.get("images_per_placeholder")
     try:
         expanded = expand(
             ids,
             config.model.tokens_per_image,
             attention_mask=inputs.get("attention_mask"),
-            labels=inputs.get("labels"),
+            labels=labels,
             images_per_placeholder=None if counts is None else counts.tolist(),
             multiple_of=multiple_of,
         )
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    targets = inputs.get("labels", torch.zeros(()))
-    if (targets >= vocab).any() or ((targets < 0) & (targets != IGNORE_INDEX)).any():
-        raise ConversionError(f"labels must be below {vocab}, or {IGNORE_INDEX}")
-    if "labels" in inputs and not (expanded.labels != IGNORE_INDEX).any():
-        raise ConversionError("labels leave nothing to predict: all of them are ignored")
-    length, limit = int(expanded.lengths.max()), config.model.decoder.max_positions
+    if labels is not None:
+        if ((labels >= vocab) | (labels < 0) & (labels != IGNORE_INDEX)).any():
+            raise ConversionError(f"labels must be below {vocab}, or {IGNORE_INDEX}")
+        if not (expanded.labels != IGNORE_INDEX).any():
+            raise ConversionError("labels leave nothing to predict: all of them are ignored")
+    length = int(expanded.lengths.max())
     if length > limit:
         raise ConversionError(f"a row expands to {length} positions, the decoder has {limit}")
     return expanded, length
+
+
+def _whole_numbers(inputs: dict[str, torch.Tensor], name: str, *axes: str) -> torch.Tensor | None:
+    """An input of whole numbers as int64, or None if it is absent."""
+    found = inputs.get(name)
+    if found is None:
+        return None
+    whole = found.dtype in (torch.int64, torch.int32)
+    if not whole or found.ndim != len(axes) or found.numel() == 0:
+        raise ConversionError(
+            f"{name} must be int64 or int32 [{', '.join(axes)}] and not empty; found "
+            f"{found.dtype} {list(found.shape)}"
+        )
+    return found.long()
 
 
 def _settle(config: RunConfig, expanded: Expanded) -> None:
@@ -203,6 +224,8 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
             f"placeholder and one for each row without; found "
             f"{'none' if images is None else f'{images.dtype} {found}'}"
         )
+    if not images.float().isfinite().all():
+        raise ConversionError("images hold NaN or infinity")
     return Batch(
         tokens=expanded.tokens,
         labels=expanded.labels,
