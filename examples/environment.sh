@@ -37,7 +37,7 @@ make_environment() {
     [ -x "$VENV/bin/pip" ] || "$python" -m venv --clear "$VENV"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     install_torch || fail "torch could not be installed; see the message above"
-    "$VENV/bin/pip" install --constraint "$ROOT/constraints.txt" --editable "$ROOT[hf,report,test]" ||
+    "$VENV/bin/pip" install --constraint "$ROOT/constraints.txt" --editable "$ROOT[report,test]" ||
         fail "the packages could not be installed; see the message above"
     echo "$wanted" >"$VENV/.complete"
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hf_dirs import (
     CLIP,
     DATA,
@@ -287,7 +288,6 @@ def test_what_the_modalities_share_is_written_to_both_branches(tmp_path):
 
 
 def test_exports_load_in_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
     model = from_parts(LLAMA, CLIP, config=parts_config()).build()
     reference = load_file(DATA / "hf_tiny" / "reference.safetensors")
     for layout in ("llama", "clip"):

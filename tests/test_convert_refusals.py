@@ -29,11 +29,13 @@ from hf_dirs import (
 from safetensors.torch import load_file, save_file
 
 from megatron_owl2 import mcore
+from megatron_owl2.config import ConfigError
 from megatron_owl2.config import save as save_config
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
 from megatron_owl2.convert.hf import export_hf
 from megatron_owl2.convert.stream import write_checkpoint
+from megatron_owl2.convert.verify import Proof
 from megatron_owl2.convert.weights import ConversionError, TensorReader
 from megatron_owl2.training import checkpoint
 from megatron_owl2.training.checkpoint import CheckpointError
@@ -368,6 +370,15 @@ def test_a_checkpoint_of_another_model_is_refused_with_all_differences(converted
         refusal.value
     )
     assert "unexpected: vision_model.layers.1.linear_fc1.bias (192,)" in str(refusal.value)
+
+
+def test_settings_that_no_model_has_are_refused_in_a_checkpoint(converted):
+    config = checkpoint.read_config(converted)
+    config.model.vision.patch_size = 0
+    save_config(config, converted / "run.yaml")
+    for read in (from_checkpoint, Proof):
+        with pytest.raises(ConfigError, match="model.vision.patch_size is 0"):
+            read(converted)
 
 
 def test_an_existing_output_is_refused(converted):

@@ -69,6 +69,7 @@ _CLASSES = {
     "config.json": {
         "AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config",
         "AutoModelForCausalLM": "modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM",
+        "AutoModelForImageTextToText": "modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM",
     },
     "preprocessor_config.json": {
         "AutoImageProcessor": "image_processing_mplug_owl2.MPLUGOwl2ImageProcessor"

@@ -64,6 +64,7 @@ class Proof:
     def __init__(self, directory: str | Path, overrides: list[str] = ()):
         self.directory = checkpoint.resolve(directory)
         self.config = configuration.load(self.directory / "run.yaml", [*_ONE_PROCESS, *overrides])
+        checks.check_model(self.config.model)
         parallel, world = self.config.parallel, _processes()
         if world != parallel.tensor * parallel.pipeline:
             raise ConfigError(

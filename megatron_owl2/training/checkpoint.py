@@ -26,6 +26,7 @@ from megatron.core.utils import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_owl2 import config as configuration
+from megatron_owl2.checks import check_model
 from megatron_owl2.config import RunConfig
 from megatron_owl2.files import put
 from megatron_owl2.mcore import allocate_optimizer_state, load_optimizer_state
@@ -191,9 +192,10 @@ def latest(run: Path) -> Path | None:
 
 def read_config(directory: str | Path) -> RunConfig:
     """The resolved configuration of the run that wrote the checkpoint, with its own tokenizer,
-    or "" if it was converted without one."""
+    or "" if it was converted without one. Raises ConfigError for sizes that no model has."""
     directory = resolve(directory)
     config = configuration.load(directory / "run.yaml")
+    check_model(config.model)
     tokenizer = directory / "tokenizer.model"
     config.data.tokenizer = str(tokenizer) if tokenizer.is_file() else ""
     return config

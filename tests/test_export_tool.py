@@ -1,0 +1,64 @@
+"""What a user does with an export: from the tool to transformers, as the README says."""
+
+import numpy as np
+import pytest
+import torch
+from exported import offline
+from hf_dirs import OWL2, run_tool, small_tokenizer
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
+
+from megatron_owl2 import mcore
+from megatron_owl2.inference.engine import Generator, load_model
+
+PROMPT = "USER: <|image|>What is this? ASSISTANT:"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_network(tmp_path_factory):
+    yield from offline(tmp_path_factory.mktemp("modules"))
+    mcore.shutdown()
+
+
+@pytest.fixture(scope="module")
+def picture():
+    pixels = np.random.default_rng(5).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_answers_in_transformers_as_here(tmp_path, capsys, picture, dtype):
+    ckpt, out = tmp_path / "ckpt", tmp_path / "model"
+    tokenizer = small_tokenizer(tmp_path)
+    arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)
+    assert run_tool("convert_from_hf", *arguments, capsys=capsys)[0] == 0
+    arguments = ("--checkpoint", ckpt, "--output", out, "--dtype", dtype)
+    assert run_tool("convert_to_hf", *arguments, capsys=capsys)[0] == 0
+
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    inputs = processor(text=[PROMPT], images=[picture], return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=8)
+    new = answer[0, inputs["input_ids"].shape[1] :]
+    generator = Generator(load_model(out, {"float32": "fp32", "bfloat16": "bf16"}[dtype]))
+    ids = [[1, *generator.tokenizer.encode("USER: "), -200]]
+    ids[0] += generator.tokenizer.encode("What is this? ASSISTANT:")
+    wanted = generator.generate_ids(ids, [[inputs["pixel_values"][0]]], 8)[0]
+    if dtype == "float32":
+        assert new.tolist()[: len(wanted)] == wanted
+    assert 0 < len(new) <= 8
+
+
+def test_an_export_serves_a_pipeline(tmp_path, capsys, picture):
+    ckpt, out = tmp_path / "ckpt", tmp_path / "model"
+    tokenizer = small_tokenizer(tmp_path)
+    arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)
+    assert run_tool("convert_from_hf", *arguments, capsys=capsys)[0] == 0
+    arguments = ("--checkpoint", ckpt, "--output", out)
+    assert run_tool("convert_to_hf", *arguments, capsys=capsys)[0] == 0
+    answering = pipeline("image-text-to-text", model=str(out), trust_remote_code=True)
+    beyond = list(range(320, 512))  # ids that the tiny model has and its tokenizer has not
+    options = {"max_new_tokens": 3, "suppress_tokens": beyond}
+    found = answering(text=PROMPT, images=[picture], generate_kwargs=options)
+    assert isinstance(found[0]["generated_text"], str)
