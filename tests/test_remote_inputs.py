@@ -119,6 +119,8 @@ def test_ids_are_those_of_prompt_ids(processor, tokenizer):
     for n in range(4):
         for parts in itertools.product(pieces, repeat=n + 1):
             text = "<|image|>".join(parts)
+            if not text:
+                continue  # refused, as test_mistakes_are_named has it
             inputs = processor(text=text, images=[image] * n)
             ids, modality = expected_row(text, tokenizer)
             assert inputs["input_ids"].tolist() == [ids], text
