@@ -16,7 +16,7 @@ PROMPT = "USER: <|image|>What is this? ASSISTANT:"
 
 @pytest.fixture(scope="module", autouse=True)
 def no_network(tmp_path_factory):
-    yield from offline(tmp_path_factory.mktemp("modules"))
+    yield from offline(tmp_path_factory.getbasetemp() / "modules")
     mcore.shutdown()
 
 

@@ -58,15 +58,15 @@ class MPLUGOwl2Processor(ProcessorMixin):
         and so do several pictures of a text with one placeholder when there is a list per text.
         Returns input_ids (0 at image rows and padding), attention_mask, modality (1 at image
         rows, else 0), all int64 [b, s], and pixel_values [n, 3, H, W] if there are any. Raises
-        ValueError if placeholders and images differ in number, or for text that is absent or empty.
+        ValueError if placeholders and images differ in number, or without text.
         """
         if videos is not None or audio is not None:
             raise ValueError("this model reads neither videos nor audio; give frames as images")
         if padding not in (True, "longest") or padding_side not in ("left", "right"):
             raise ValueError("rows are padded to the longest, on the left or on the right")
-        texts = [text] if isinstance(text, str) else list(text or [])
-        if not texts or not all(texts):
-            raise ValueError("give text: one string or several, none of them empty")
+        texts = [text] if isinstance(text, str) else list(text or ())
+        if not texts:
+            raise ValueError("give text: one string or several")
         frames = _frames(images, [t.count(IMAGE) for t in texts])
         sizes = iter([len(group) * self.tokens_per_image for group in frames])
         rows = [self._row(t, sizes) for t in texts]
