@@ -54,7 +54,8 @@ def from_owl2(
     """A directory in the released layout.
 
     `config` supplies everything but the weights; its model section must agree with the directory,
-    save for the image size, to which the position table is resized, and a smaller max_positions.
+    save for the image size, to which the position table is resized, a smaller max_positions, and
+    modality_split, if the branches that it shares are equal.
     The tokenizer is `tokenizer` or the directory's own, if any. Raises ConversionError.
     """
     stored = hf_config.read_owl2(directory)

@@ -29,7 +29,7 @@ class TensorReader:
     Accepts `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index file.
     Files are mapped into memory and let go soon, so that little of them stays resident.
     Raises ConversionError for files that are missing, damaged or outside the directory, and for
-    an index that names tensors its files do not have.
+    an index that does not name exactly the tensors of its files.
     """
 
     def __init__(self, directory: str | Path):
