@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import hf_dirs
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,8 +16,6 @@ from megatron_owl2.config import (
     RunConfig,
     VisionConfig,
 )
-from megatron_owl2.convert import hf
-from megatron_owl2.convert.weights import LazyTensor
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.inference.inputs import left_padded
 from megatron_owl2.model.owl2 import Owl2
@@ -57,8 +56,7 @@ def grouped_model() -> Owl2:
 
 
 def export(model: Owl2, directory: Path, tokenizer: Path | None = None) -> Path:
-    tensors = {n: LazyTensor.of(p.detach()) for n, p in model.named_parameters()}
-    hf.export_hf(tensors, model.model, directory, tokenizer=tokenizer)
+    hf_dirs.export(model, directory, tokenizer=tokenizer)
     return directory
 
 
