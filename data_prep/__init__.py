@@ -1,1 +1,1 @@
-"""One file per corpus: reads the published files and yields records, or renders one."""
+"""Readers of published corpora: `plan` cuts an input into parts, `read` turns one into records."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_owl2.data.preprocess import Part, PreprocessError, Skipped
 from megatron_owl2.data.records import (
     IMAGE_PLACEHOLDER,
     BadSampleError,
@@ -16,6 +15,7 @@ from megatron_owl2.data.records import (
     Turn,
     image_extension,
 )
+from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
 
 _TAGS = ("<image>", IMAGE_PLACEHOLDER)  # LLaVA's and mPLUG-Owl2's way to write the picture
 
@@ -24,8 +24,8 @@ class _SkipError(Exception):
     """Why an entry is left out."""
 
 
-def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part]:
-    """One part for every `samples_per_shard` entries of the JSON list.
+def plan(source: Path, options: ReadOptions) -> list[Part]:
+    """One part for every `options.samples_per_part` entries of the JSON list.
 
     Raises PreprocessError if the file is not such a list, or names pictures without `images`.
     """
@@ -38,6 +38,7 @@ def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part
         raise PreprocessError(f"{source} is not JSON: {error}") from None
     if not isinstance(entries, list):
         raise PreprocessError(f"{source} must hold a list of conversations")
+    images = options.images
     if images is None and any(isinstance(e, dict) and e.get("image") for e in entries):
         raise PreprocessError(f"{source} names pictures; say where they are with --images DIR")
     if images is not None and not images.is_dir():
@@ -46,11 +47,11 @@ def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part
     name = re.sub(r"[^A-Za-z0-9_-]", "_", source.stem)
     return [
         Part(
-            f"{name}-{start // samples_per_shard:05d}",
+            f"{name}-{start // options.samples_per_part:05d}",
             f"{digest} from {start}",
-            (start, entries[start : start + samples_per_shard], images, source.stem),
+            (start, entries[start : start + options.samples_per_part], images, source.stem),
         )
-        for start in range(0, len(entries), samples_per_shard)
+        for start in range(0, len(entries), options.samples_per_part)
     ]
 
 

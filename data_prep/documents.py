@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from megatron_owl2.data.preprocess import Part, PreprocessError, Skipped
 from megatron_owl2.data.records import BadSampleError, Record
+from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
 
 
-def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part]:
-    """One part for every `samples_per_shard` lines.
+def plan(source: Path, options: ReadOptions) -> list[Part]:
+    """One part for every `options.samples_per_part` lines.
 
     Raises PreprocessError if `source` is not a file.
     """
-    if images is not None:
+    if options.images is not None:
         raise PreprocessError("documents have no pictures; leave out --images")
     if not source.is_file():
         raise PreprocessError(f"{source} is not a file; name the JSON lines file")
@@ -27,11 +27,11 @@ def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part
     name = re.sub(r"[^A-Za-z0-9_-]", "_", source.stem)
     return [
         Part(
-            f"{name}-{start // samples_per_shard:05d}",
+            f"{name}-{start // options.samples_per_part:05d}",
             f"{digest} from {start}",
-            (source, start, samples_per_shard),
+            (source, start, options.samples_per_part),
         )
-        for start in range(0, lines, samples_per_shard)
+        for start in range(0, lines, options.samples_per_part)
     ]
 
 

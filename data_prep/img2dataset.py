@@ -7,20 +7,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_owl2.data.preprocess import Part, PreprocessError, Skipped
 from megatron_owl2.data.records import BadSampleError, Record, image_extension
 from megatron_owl2.data.tar import split_name
+from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _KEPT_METADATA = ("url", "sha256", "original_width", "original_height")
 
 
-def plan(source: Path, images: Path | None, samples_per_shard: int) -> list[Part]:
+def plan(source: Path, options: ReadOptions) -> list[Part]:
     """One part for each tar file or numbered folder of an img2dataset output folder.
 
     Raises PreprocessError if there is none, or both kinds.
     """
-    if images is not None:
+    if options.images is not None:
         raise PreprocessError("img2dataset keeps pictures with their texts; leave out --images")
     if not source.is_dir():
         raise PreprocessError(f"{source} is not a folder; name the output folder of img2dataset")

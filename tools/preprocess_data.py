@@ -10,10 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep import conversations, documents, img2dataset
-from megatron_owl2.data.preprocess import PreprocessError, preprocess
-
-FORMATS = {"conversations": conversations, "documents": documents, "img2dataset": img2dataset}
+from data_prep.formats import FORMATS
+from megatron_owl2.preprocess.job import preprocess
+from megatron_owl2.preprocess.parts import PreprocessError, ReadOptions
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +43,7 @@ def _preprocess(options: argparse.Namespace) -> int:
     if not options.input.exists():
         raise PreprocessError(f"--input {options.input} does not exist")
     reader = FORMATS[options.format]
-    parts = reader.plan(options.input, options.images, options.shard_size)
+    parts = reader.plan(options.input, ReadOptions(options.images, options.shard_size))
     outcome = preprocess(
         parts,
         reader.read,

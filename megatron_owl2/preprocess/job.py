@@ -23,36 +23,12 @@ from tqdm import tqdm
 
 from megatron_owl2.data.records import BadSampleError, Record
 from megatron_owl2.data.shards import MANIFEST, ShardWriter, write_atomically, write_manifest
+from megatron_owl2.preprocess.parts import Part, PreprocessError, Skipped
 
 REPORT = "report.json"
 _WORK = "preprocess"  # holds job.json and one result file per part
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EXAMPLES = 5  # kept for each reason to skip
-
-
-class PreprocessError(Exception):
-    """The input or the output folder cannot be used; the message names it and the fix."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of the input that one process turns into shards.
-
-    `name` goes into shard names, `identity` changes when the input does, `payload` is what the
-    reader needs and can be pickled.
-    """
-
-    name: str
-    identity: str
-    payload: Any
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A sample that was left out: why (a category, to be counted) and which."""
-
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)
