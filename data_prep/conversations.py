@@ -2,26 +2,15 @@
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from megatron_owl2.data.records import (
-    IMAGE_PLACEHOLDER,
-    BadSampleError,
-    Record,
-    Turn,
-    image_extension,
-)
+from data_prep.inputs import SkipError, images_folder, part_name, picture
+from megatron_owl2.data.records import IMAGE_PLACEHOLDER, BadSampleError, Record, Turn
 from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
 
 _TAGS = ("<image>", IMAGE_PLACEHOLDER)  # LLaVA's and mPLUG-Owl2's way to write the picture
-
-
-class _SkipError(Exception):
-    """Why an entry is left out."""
 
 
 def plan(source: Path, options: ReadOptions) -> list[Part]:
@@ -39,12 +28,10 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
     if not isinstance(entries, list):
         raise PreprocessError(f"{source} must hold a list of conversations")
     images = options.images
-    if images is None and any(isinstance(e, dict) and e.get("image") for e in entries):
-        raise PreprocessError(f"{source} names pictures; say where they are with --images DIR")
-    if images is not None and not images.is_dir():
-        raise PreprocessError(f"--images {images} is not a folder")
+    if images or any(isinstance(entry, dict) and entry.get("image") for entry in entries):
+        images = images_folder(source, options)
     digest = hashlib.sha256(data).hexdigest()
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", source.stem)
+    name = part_name(source.stem)
     return [
         Part(
             f"{name}-{start // options.samples_per_part:05d}",
@@ -59,37 +46,36 @@ def read(payload: tuple[int, list, Path | None, str]) -> Iterator[Record | Skipp
     """The records of a run of entries; the key is the entry's number in the file.
 
     The picture's tag must be in the first question; it goes to the front of it, and the newlines
-    around it go. Picture paths are relative to the images folder and cannot climb out of it;
-    symbolic links in it are followed.
+    around it go.
     """
     start, entries, images, source = payload
     for index, entry in enumerate(entries, start):
         try:
             yield _record(index, entry, images, source)
-        except (_SkipError, BadSampleError) as error:
+        except (SkipError, BadSampleError) as error:
             name = entry.get("id") if isinstance(entry, dict) else None
             yield Skipped(str(error), f"entry {index}, id {name}")
 
 
 def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
     if not isinstance(entry, dict):
-        raise _SkipError("entry is not an object")
+        raise SkipError("entry is not an object")
     texts = _texts(entry.get("conversations"))
     tags = [sum(text.count(tag) for tag in _TAGS) for text in texts]
     image = None
     if entry.get("image") is not None:
         if sum(tags) > 1:
-            raise _SkipError("more than one image tag")
+            raise SkipError("more than one image tag")
         if any(tags[1:]):
-            raise _SkipError("image tag outside the first question")
+            raise SkipError("image tag outside the first question")
         for tag in _TAGS:
             texts[0] = texts[0].replace(tag, "")
-        image = _picture(entry["image"], images)
+        image = picture(images, entry["image"])
     elif any(tags):
-        raise _SkipError("image tag without an image")
+        raise SkipError("image tag without an image")
     texts = [text.strip() for text in texts]
     if not all(texts[1:]) or not (texts[0] or image):
-        raise _SkipError("empty turn")
+        raise SkipError("empty turn")
     if image is not None:
         texts[0] = IMAGE_PLACEHOLDER + texts[0]
     return Record(
@@ -104,35 +90,19 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
 def _texts(messages: Any) -> list[str]:
     """What was said, question and answer in turn."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise _SkipError("conversations is not a list of messages")
+        raise SkipError("conversations is not a list of messages")
     if not messages:
-        raise _SkipError("no turns")
+        raise SkipError("no turns")
     speakers = [message.get("from") for message in messages]
     texts = [message.get("value") for message in messages]
     if not all(speaker in ("human", "gpt") for speaker in speakers):
-        raise _SkipError("a speaker is neither human nor gpt")
+        raise SkipError("a speaker is neither human nor gpt")
     if not all(isinstance(text, str) for text in texts):
-        raise _SkipError("a message has no text")
+        raise SkipError("a message has no text")
     if speakers[0] == "gpt":
-        raise _SkipError("conversation starts with gpt")
+        raise SkipError("conversation starts with gpt")
     if speakers != ["human", "gpt"] * (len(speakers) // 2) + ["human"] * (len(speakers) % 2):
-        raise _SkipError("human and gpt do not take turns")
+        raise SkipError("human and gpt do not take turns")
     if speakers[-1] == "human":
-        raise _SkipError("last question has no answer")
+        raise SkipError("last question has no answer")
     return texts
-
-
-def _picture(name: Any, images: Path) -> bytes:
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise _SkipError("image is not one path")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise _SkipError("image path leaves the images folder")
-    try:
-        data = (images / path).read_bytes()
-    except FileNotFoundError:
-        raise _SkipError("image file is missing") from None
-    except OSError as error:
-        raise _SkipError(f"image file cannot be read ({os.strerror(error.errno)})") from None
-    image_extension(data)  # its message is the reason
-    return data

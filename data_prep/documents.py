@@ -1,12 +1,14 @@
 """Reads plain texts: JSON lines {"text": ...}, as text corpora from the web are published."""
 
-import hashlib
 import json
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import xxhash
+
+from data_prep.inputs import part_name, refuse_images
+from data_prep.tables import cut_lines
 from megatron_owl2.data.records import BadSampleError, Record
 from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
 
@@ -16,30 +18,29 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
 
     Raises PreprocessError if `source` is not a file.
     """
-    if options.images is not None:
-        raise PreprocessError("documents have no pictures; leave out --images")
+    refuse_images(options, "documents have no pictures")
     if not source.is_file():
         raise PreprocessError(f"{source} is not a file; name the JSON lines file")
+    digest, rows = xxhash.xxh3_128(), options.samples_per_part
     with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        lines = sum(1 for _ in file)
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", source.stem)
+        starts, _ = cut_lines(file, rows, digest)
+    name = part_name(source.stem)
     return [
         Part(
-            f"{name}-{start // options.samples_per_part:05d}",
-            f"{digest} from {start}",
-            (source, start, options.samples_per_part),
+            f"{name}-{index:05d}",
+            f"{digest.hexdigest()} from {index * rows}",
+            (source, start, index * rows, rows),
         )
-        for start in range(0, lines, options.samples_per_part)
+        for index, start in enumerate(starts)
     ]
 
 
-def read(payload: tuple[Path, int, int]) -> Iterator[Record | Skipped]:
+def read(payload: tuple[Path, int, int, int]) -> Iterator[Record | Skipped]:
     """The records of a run of lines; the key is the line's number in the file, from 0."""
-    source, start, count = payload
+    source, start, first, count = payload
     with source.open("rb") as file:
-        for number, line in enumerate(islice(file, start, start + count), start):
+        file.seek(start)
+        for number, line in enumerate(islice(file, count), first):
             where = f"line {number + 1}"
             try:
                 text = json.loads(line)["text"]

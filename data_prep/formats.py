@@ -1,5 +1,15 @@
 """The formats that tools/preprocess_data.py reads, by name."""
 
-from data_prep import conversations, documents, img2dataset
+from types import SimpleNamespace
 
-FORMATS = {"conversations": conversations, "documents": documents, "img2dataset": img2dataset}
+from data_prep import coco, conversations, documents, img2dataset, table, webdataset
+
+FORMATS = {
+    "coco": coco,
+    "coco-one-caption": SimpleNamespace(plan=coco.plan_one_caption, read=coco.read),
+    "conversations": conversations,
+    "documents": documents,
+    "img2dataset": img2dataset,
+    "table": table,
+    "webdataset": webdataset,
+}

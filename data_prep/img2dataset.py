@@ -1,113 +1,152 @@
-"""Reads what img2dataset wrote: NNNNN.tar (webdataset) or NNNNN/ (files) of image, text, JSON."""
+"""Reads what img2dataset wrote: NNNNN.tar (webdataset), NNNNN/ (files) or NNNNN.parquet (parquet).
+
+Whatever the form, NNNNN_stats.json says how many addresses gave no picture; they are counted.
+"""
 
 import json
-import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_owl2.data.records import BadSampleError, Record, image_extension
+from data_prep import tables
+from data_prep.inputs import IMAGE_EXTENSIONS, SkipError, caption, refuse_images, scalars
+from data_prep.tars import DAMAGED, Sample, read_tar
+from megatron_owl2.data.records import BadSampleError, Record
 from megatron_owl2.data.tar import split_name
 from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_KEPT_METADATA = ("url", "sha256", "original_width", "original_height")
+# What img2dataset keeps for itself: the same for every picture that arrived, or long.
+_BOOKKEEPING = ("key", "caption", "status", "error_message", "exif")
+_FAILURES = ("failed_to_download", "failed_to_resize")
 
 
 def plan(source: Path, options: ReadOptions) -> list[Part]:
-    """One part for each tar file or numbered folder of an img2dataset output folder.
+    """One part for each shard of an img2dataset output folder.
 
-    Raises PreprocessError if there is none, or both kinds.
+    Raises PreprocessError if there is none, several forms, or a shard that is not finished.
     """
-    if options.images is not None:
-        raise PreprocessError("img2dataset keeps pictures with their texts; leave out --images")
+    refuse_images(options, "img2dataset keeps pictures with their texts")
     if not source.is_dir():
         raise PreprocessError(f"{source} is not a folder; name the output folder of img2dataset")
     tars = sorted(source.glob("*.tar"))
     folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name.isdigit())
     if tars and folders:
         raise PreprocessError(f"{source} holds both tar files and numbered folders; separate them")
-    if not tars and not folders:
-        raise PreprocessError(f"{source} holds neither NNNNN.tar nor NNNNN/: not from img2dataset")
-    parts = [Part(path.stem, f"{path.stat().st_size} bytes", path) for path in tars]
-    parts += [Part(path.name, f"changed {path.stat().st_mtime_ns}", path) for path in folders]
-    return parts
+    shards = tars or folders
+    if not shards:  # beside tars and folders, the same names hold the metadata
+        shards = sorted(source.glob("*.parquet"))
+        if shards and not any(name in IMAGE_EXTENSIONS for name in _columns(shards[0])):
+            shards = []
+    if not shards:
+        raise PreprocessError(
+            f"{source} holds neither NNNNN.tar nor NNNNN/ nor NNNNN.parquet with pictures: not "
+            "from img2dataset"
+        )
+    unfinished = [path.name for path in shards if not _stats_file(path).exists()]
+    if 0 < len(unfinished) < len(shards):
+        raise PreprocessError(
+            f"img2dataset has not finished {', '.join(unfinished[:3])} in {source} (no "
+            "_stats.json); start the download again, it continues"
+        )
+    return [Part(path.stem, _identity(path), path) for path in shards]
 
 
 def read(path: Path) -> Iterator[Record | Skipped]:
-    """The samples of one tar file or folder.
+    """The samples of one shard.
 
-    Rows whose status is not "success" are skipped. The rest of a damaged tar file is skipped as
-    one, since its number of samples is unknown.
+    Rows whose status is not "success" are skipped, and so is every row of the statistics that is
+    not in the shard. The metadata are all columns but those img2dataset uses itself.
     """
-    samples = _read_folder(path) if path.is_dir() else _read_tar(path)
+    found = 0
+    if path.suffix == ".parquet":
+        samples = _read_parquet(path)
+    elif path.is_dir():
+        samples = map(_sample, _read_folder(path))
+    else:
+        samples = map(_sample, read_tar(path))
     for item in samples:
+        found += item != Skipped(DAMAGED, str(path))
         yield item if isinstance(item, Skipped) else _record(*item, source=path.parent.name)
+    yield from _not_there(path, found)
 
 
-def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]] | Skipped]:
-    with path.open("rb") as file:
-        position = 0
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                files = (member for member in tar if member.isreg())
-                for key, members in groupby(files, lambda member: split_name(member.name)[0]):
-                    yield key, {split_name(m.name)[1]: tar.extractfile(m).read() for m in members}
-                position = tar.offset
-            intact = _ends_here(file, position)
-        except tarfile.TarError:
-            intact = False
-        if not intact:
-            yield Skipped("rest of a damaged tar file", str(path))
+def _columns(path: Path) -> list[str]:
+    with tables.open_parquet(path) as file:
+        return file.schema_arrow.names
 
 
-def _ends_here(file, position: int) -> bool:
-    """Whether only zeros follow; tarfile takes a damaged or missing header for the end."""
-    file.seek(position)
-    empty = True
-    while chunk := file.read(1 << 20):
-        if chunk.strip(b"\0"):
-            return False
-        empty = False
-    return not empty
+def _stats_file(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_stats.json")
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _identity(path: Path) -> str:
+    status = path.stat()
+    return f"changed {status.st_mtime_ns}" if path.is_dir() else f"{status.st_size} bytes"
+
+
+def _read_folder(folder: Path) -> Iterator[Sample]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     for key, group in groupby(names, lambda name: split_name(name)[0]):
         yield key, {split_name(name)[1]: (folder / name).read_bytes() for name in group}
 
 
-def _record(key: str, parts: dict[str, bytes], source: str) -> Record | Skipped:
-    row = _row(parts.get("json"))
-    if row is None:
+def _read_parquet(path: Path) -> Iterator[tuple[str, bytes | None, dict] | Skipped]:
+    try:
+        for piece in tables.cut(path, rows=1 << 40):
+            image = next(name for name in piece.columns if name in IMAGE_EXTENSIONS)
+            for _, row in tables.read(piece):
+                data = row.pop(image)
+                yield str(row.get("key")), data, row
+    except PreprocessError:
+        yield Skipped(DAMAGED, str(path))
+
+
+def _sample(item: Sample | Skipped) -> tuple[str, bytes | None, dict] | Skipped:
+    """Key, image and row of a sample in files."""
+    if isinstance(item, Skipped):
+        return item
+    key, parts = item
+    try:
+        row = json.loads(parts.get("json", b""))
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
         return Skipped("no readable .json part", key)
+    if "txt" in parts:
+        row["caption"] = parts["txt"].decode(errors="replace")
+    return key, next((parts[name] for name in IMAGE_EXTENSIONS if name in parts), None), row
+
+
+def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> Record | Skipped:
     if row.get("status") != "success":
         return Skipped(f"status {row.get('status')}", key)
-    image = next((parts[extension] for extension in _IMAGES if extension in parts), None)
-    if image is None:
+    if not image:
         return Skipped("no image", key)
-    if "txt" in parts:
-        caption = parts["txt"].decode(errors="replace").strip()
-    else:
-        caption = str(row.get("caption") or "").strip()
-    if not caption:
-        return Skipped("empty caption", key)
+    metadata = scalars(row, without=_BOOKKEEPING)
     try:
-        image_extension(image)
-    except BadSampleError as error:
+        return Record(key, image, caption(row.get("caption")), source=source, metadata=metadata)
+    except (SkipError, BadSampleError) as error:
         return Skipped(str(error), key)
-    metadata = {name: row[name] for name in _KEPT_METADATA if name in row}
-    try:
-        return Record(key, image=image, caption=caption, source=source, metadata=metadata)
-    except BadSampleError as error:
-        return Skipped("unusable record", f"{key}: {error}")
 
 
-def _row(data: bytes | None) -> dict[str, Any] | None:
+def _not_there(path: Path, found: int) -> Iterator[Skipped]:
+    """What the statistics count and the shard does not hold: failures are in Parquet only."""
     try:
-        row = json.loads(data or b"")
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        stats = json.loads(_stats_file(path).read_bytes())
+        counts = {name: int(stats.get(name, 0)) for name in (*_FAILURES, "count")}
+        messages = {k: int(v) for k, v in stats.get("status_dict", {}).items() if k != "success"}
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, AttributeError):
+        yield Skipped("unreadable _stats.json", path.stem)
+        return
+    failures = 0
+    if path.suffix != ".parquet":
+        reason = max(messages, key=messages.get, default="no message")
+        for name in _FAILURES:
+            failures += counts[name]
+            skipped = Skipped(f"status {name}", f"shard {path.stem}, mostly: {reason}")
+            yield from [skipped] * counts[name]
+    lost = max(0, counts["count"] - failures - found)
+    yield from [Skipped("counted in the statistics but not there", f"shard {path.stem}")] * lost

@@ -1,0 +1,99 @@
+"""Reads COCO captions as published: a JSON file with images: [{id, file_name}], and annotations:
+[{id, image_id, caption}].
+
+A picture has about five captions. `coco` makes a record of each, as pre-training pairs are made;
+`coco-one-caption` draws one for each picture, as the paper's tuning data have it.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_prep.inputs import SkipError, caption, images_folder, part_name, picture
+from megatron_owl2.data.hashing import combine
+from megatron_owl2.data.records import BadSampleError, Record
+from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
+
+_Row = tuple[Any, Any, Any, Any]  # picture's id and file, caption's id and text; None: not there
+
+
+def plan(source: Path, options: ReadOptions) -> list[Part]:
+    """One part for every `options.samples_per_part` captions, those of a picture one by one.
+
+    Raises PreprocessError if the file is not of this form, or without a folder of pictures.
+    """
+    return _plan(source, options, one_caption=False)
+
+
+def plan_one_caption(source: Path, options: ReadOptions) -> list[Part]:
+    """As `plan`, with one caption of each picture, drawn by the picture's id."""
+    return _plan(source, options, one_caption=True)
+
+
+def read(payload: tuple[list[_Row], Path, str]) -> Iterator[Record | Skipped]:
+    """The records of a run of captions; the key is the ids of the picture and of the caption."""
+    rows, images, source = payload
+    name, image = None, b""
+    for image_id, file_name, caption_id, text in rows:
+        try:
+            if file_name is None:
+                raise SkipError("caption of an unknown picture")
+            if caption_id is None:
+                raise SkipError("picture without a caption")
+            if file_name != name:  # the captions of a picture follow one another
+                name, image = None, picture(images, file_name)
+                name = file_name
+            yield Record(
+                f"{image_id}_{caption_id}",
+                image=image,
+                caption=caption(text),
+                source=source,
+                metadata={"image_id": image_id, "file_name": file_name},
+            )
+        except (SkipError, BadSampleError) as error:
+            yield Skipped(str(error), f"picture {image_id}, caption {caption_id}")
+
+
+def _plan(source: Path, options: ReadOptions, one_caption: bool) -> list[Part]:
+    if not source.is_file():
+        raise PreprocessError(f"{source} is not a file; name the JSON file of the captions")
+    data = source.read_bytes()
+    try:
+        content = json.loads(data)
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        captions: dict[Any, list] = {image_id: [] for image_id in files}
+        for entry in content["annotations"]:
+            captions.setdefault(entry["image_id"], []).append((entry["id"], entry["caption"]))
+    except (ValueError, RecursionError) as error:
+        raise PreprocessError(f"{source} is not JSON: {error}") from None
+    except (TypeError, KeyError):
+        raise PreprocessError(
+            f"{source} does not hold COCO captions: images with id and file_name, annotations with "
+            "id, image_id and caption"
+        ) from None
+    images = images_folder(source, options)
+    if one_caption:
+        captions = {image_id: _draw(image_id, found) for image_id, found in captions.items()}
+    rows = [
+        (image_id, files.get(image_id), *entry)
+        for image_id, found in captions.items()
+        for entry in found or [(None, None)]
+    ]
+    identity = f"{xxhash.xxh3_128_hexdigest(data)} one caption: {one_caption}"
+    size, name = options.samples_per_part, part_name(source.stem)
+    return [
+        Part(
+            f"{name}-{start // size:05d}",
+            f"{identity} from {start}",
+            (rows[start : start + size], images, source.stem),
+        )
+        for start in range(0, len(rows), size)
+    ]
+
+
+def _draw(image_id: Any, found: list) -> list:
+    key = combine(xxhash.xxh3_64_intdigest(str(image_id)))
+    return [found[key % len(found)]] if found else []

@@ -1,0 +1,101 @@
+"""Reads plain webdataset tars: an image with a caption in .txt or .json; our own shards too."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.inputs import (
+    CAPTION_COLUMNS,
+    IMAGE_EXTENSIONS,
+    SkipError,
+    caption,
+    part_name,
+    refuse_images,
+    scalars,
+)
+from data_prep.tars import read_tar
+from megatron_owl2.data.records import BadSampleError, Record
+from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
+
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
+_OURS = {"source", "metadata"}  # with a caption or turns, what the .json part of our shards holds
+
+
+def plan(source: Path, options: ReadOptions) -> list[Part]:
+    """One part for the tar file, or for each in the folder and the folders in it.
+
+    Raises PreprocessError if there is none.
+    """
+    refuse_images(options, "webdataset keeps pictures with their texts")
+    if source.is_file():
+        paths, root = [source], source.parent
+    else:
+        paths, root = sorted(source.rglob("*.tar")), source
+    if not paths:
+        raise PreprocessError(f"{source} holds no .tar file (compressed ones must be unpacked)")
+    return [
+        Part(
+            part_name(str(path.relative_to(root).with_suffix(""))),
+            f"{path.stat().st_size} bytes, changed {path.stat().st_mtime_ns}",
+            (path, options.caption_column),
+        )
+        for path in paths
+    ]
+
+
+def read(payload: tuple[Path, str | None]) -> Iterator[Record | Skipped]:
+    """The samples of one tar file.
+
+    The caption is the .txt part or, without one or with `caption_column`, a value of the .json
+    part. A key that a record cannot have gives way to the sample's number; `metadata["key"]` is the
+    key as it was.
+    """
+    path, caption_column = payload
+    for number, item in enumerate(read_tar(path)):
+        if isinstance(item, Skipped):
+            yield item
+            continue
+        key, parts = item
+        try:
+            yield _record(number, key, parts, caption_column, path)
+        except (SkipError, BadSampleError) as error:
+            yield Skipped(str(error), f"{path.name}, {key}")
+
+
+def _record(
+    number: int, key: str, parts: dict[str, bytes], caption_column: str | None, path: Path
+) -> Record:
+    row = _row(parts.get("json", b"{}"))
+    if row.keys() - {"caption", "turns"} == _OURS:
+        return Record.from_members(key, parts)
+    images = [name for name in parts if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    if len(images) != 1:
+        raise SkipError("more than one image" if images else "no image")
+    name = caption_column or next((c for c in CAPTION_COLUMNS if c in row), None)
+    if "txt" in parts and caption_column is None:
+        text = parts["txt"].decode(errors="surrogateescape")
+    else:
+        text = row.get(name)
+    metadata = scalars(row, without=(name,))
+    if not _KEY.fullmatch(key):
+        metadata["key"] = key
+        key = f"{number:09d}"
+    return Record(
+        key,
+        image=parts[images[0]],
+        caption=caption(text),
+        source=path.parent.name,
+        metadata=metadata,
+    )
+
+
+def _row(data: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError):
+        raise SkipError("the .json part is not JSON") from None
+    if not isinstance(row, dict):
+        raise SkipError("the .json part is not an object")
+    return row
