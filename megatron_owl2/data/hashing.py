@@ -28,13 +28,17 @@ def combine(*parts: int) -> int:
     return key
 
 
-def permutation(n: int, key: int) -> np.ndarray:
-    """A permutation of range(n), int64 [n]: the stable order of splitmix64(i ^ key)."""
-    value = np.arange(n, dtype=np.uint64) ^ np.uint64(key)
-    value += np.uint64(_GOLDEN)
+def splitmix64_array(value: np.ndarray) -> np.ndarray:
+    """splitmix64 of every number, uint64 [n] to uint64 [n]."""
+    value = value + np.uint64(_GOLDEN)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(_MIX1)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(_MIX2)
-    value ^= value >> np.uint64(31)
+    return value ^ (value >> np.uint64(31))
+
+
+def permutation(n: int, key: int) -> np.ndarray:
+    """A permutation of range(n), int64 [n]: the stable order of splitmix64(i ^ key)."""
+    value = splitmix64_array(np.arange(n, dtype=np.uint64) ^ np.uint64(key))
     return np.argsort(value, kind="stable")
 
 
