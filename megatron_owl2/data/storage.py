@@ -1,0 +1,313 @@
+"""Where the bytes of shards come from: folders, shared file systems, object stores, web servers.
+
+Every read ends: with all of its bytes, or after a bounded number of attempts with a StorageError.
+"""
+
+import errno
+import os
+import random
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import unquote, urlsplit
+
+MAX_OPEN = 128  # descriptors of a LocalStorage
+MAX_BACKOFF = 30.0  # seconds between two attempts
+LASTING_ATTEMPTS = 2  # for a missing file, a refusal: shared file systems and proxies blink
+COUNTERS = (
+    "reads",
+    "bytes_read",  # handed to the caller
+    "requests",  # attempts on the network or the file system
+    "retries",
+    "bytes_fetched",  # over the network
+    "cache_hits",
+    "cache_misses",  # reads that had to wait for the network
+    "cache_failures",  # fetches that a full or broken cache disk did not take
+    "prefetch_failures",
+    "seconds_waited",  # inside reads
+)
+_LASTING_ERRNO = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+_T = TypeVar("_T")
+
+
+class StorageError(RuntimeError):
+    """Bytes that could not be had; names the place, the range, the attempts and the last cause."""
+
+
+class StorageMissing(StorageError):
+    """There is no such file."""
+
+
+class ShortReadError(OSError):
+    """Fewer bytes than asked for; `lasting` if the file itself ends there."""
+
+    def __init__(self, message: str, lasting: bool = False):
+        super().__init__(message)
+        self.lasting = lasting
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How shards are fetched; raises ValueError for a value that cannot work.
+
+    `cache` is a folder on a disk of this node, of which `cache_bytes` are used at most; without one
+    every remote sample is a request of its own. `timeout` is in seconds for one request, `backoff`
+    in seconds before the second attempt and doubles from then on.
+    """
+
+    cache: str = ""
+    cache_bytes: int = 50 * 2**30
+    attempts: int = 6
+    timeout: float = 60.0
+    backoff: float = 0.5
+    prefetch_threads: int = 4
+
+    def __post_init__(self):
+        for name in ("cache_bytes", "attempts", "timeout", "prefetch_threads"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not self.backoff >= 0:
+            raise ValueError(f"backoff is {self.backoff}; it cannot be negative")
+
+    @property
+    def patience(self) -> float:
+        """The most seconds that all attempts of one request take together."""
+        delays = (self.delay(attempt) for attempt in range(1, self.attempts))
+        return self.attempts * self.timeout + sum(delays)
+
+    def delay(self, attempt: int) -> float:
+        """Seconds after attempt number `attempt` (from 1), before jitter shortens them."""
+        return min(self.backoff * 2.0 ** min(attempt - 1, 32), MAX_BACKOFF)
+
+
+class Storage:
+    """One folder of shards; safe to pickle and to use in forked processes and several threads.
+
+    A subclass says what an attempt is; every public method raises StorageError when attempts do
+    not help and StorageMissing when there is no such file. A read also waits for the process that
+    fetches the same range already, so it ends after at most thrice `options.patience`.
+    """
+
+    def __init__(self, location: str, options: StorageOptions):
+        self.location = location
+        self.options = options
+        self._processes: dict[int, _Process] = {}
+
+    def read_file(self, name: str) -> bytes:
+        """A whole small file, such as a manifest or an index."""
+        raise NotImplementedError
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        raise NotImplementedError
+
+    def read(
+        self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None
+    ) -> bytes:
+        """Exactly the bytes from `start` up to `stop`.
+
+        A remote storage with a cache fetches and keeps the whole `extent` around them at once.
+        """
+        raise NotImplementedError
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Start to bring an extent into the cache; returns at once and never raises."""
+
+    def drop(self, name: str, start: int, stop: int) -> None:
+        """Forget a cached extent that proved damaged, so that the next read fetches it again."""
+
+    def close(self) -> None:
+        """Let go of files and threads; the storage can be used again afterwards."""
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What this process did so far, by the names of COUNTERS."""
+        return self._here().counters
+
+    def __getstate__(self) -> dict:
+        return {"location": self.location, "options": self.options}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def _here(self) -> "_Process":
+        """What must not be shared with a forked child: counts, locks, random numbers."""
+        here = self._processes.get(os.getpid())
+        return here or self._processes.setdefault(os.getpid(), self._new_process())
+
+    def _new_process(self) -> "_Process":
+        return _Process()
+
+    def _is_lasting(self, error: Exception) -> bool:
+        """Whether another attempt will hardly help."""
+        return getattr(error, "lasting", False) or (
+            isinstance(error, OSError) and error.errno in _LASTING_ERRNO
+        )
+
+    def _is_missing(self, error: Exception) -> bool:
+        return isinstance(error, FileNotFoundError)
+
+    def _persist(self, name: str, what: str, attempt: Callable[[], _T]) -> _T:
+        """The result of `attempt`, called again while that may help; StorageError then."""
+        here, began, number = self._here(), time.monotonic(), 0
+        check_name(self.location, name)
+        while True:
+            number += 1
+            here.add(requests=1)
+            try:
+                return attempt()
+            except Exception as error:  # the clients of object stores raise many types
+                lasting = self._is_lasting(error)
+                allowed = self.options.attempts
+                if number >= (min(LASTING_ATTEMPTS, allowed) if lasting else allowed):
+                    raise self._failure(name, what, number, began, error) from error
+            here.add(retries=1)
+            # Its own generator: a retry must not move the random state that training depends on.
+            time.sleep(self.options.delay(number) * here.random.uniform(0.5, 1.0))
+
+    def _failure(self, name, what, attempts, began, error: Exception) -> StorageError:
+        missing = self._is_missing(error)
+        if missing:
+            advice = "check the location, or copy the missing file there"
+        elif self._is_lasting(error):
+            advice = "check the file, the address and the permission to read it"
+        else:
+            advice = "check the disk, network or server behind it, or give it more attempts or time"
+        return (StorageMissing if missing else StorageError)(
+            f"{self.location}/{name}: {what} cannot be read; "
+            f"{attempts} attempts in {time.monotonic() - began:.1f} s, the last: "
+            f"{type(error).__name__}: {error}; {advice}"
+        )
+
+
+class LocalStorage(Storage):
+    """A folder of a local or shared file system, read with pread from at most 128 open files.
+
+    A fault of the file system is tried again on a newly opened file. A file system that blocks (a
+    hard NFS mount whose server is gone) blocks the reader: no time limit reaches into the kernel.
+    """
+
+    def __init__(self, location: str, options: StorageOptions):
+        super().__init__(location, options)
+        self._files: OrderedDict[str, _Descriptor] = OrderedDict()
+
+    def read_file(self, name: str) -> bytes:
+        def attempt() -> bytes:
+            with open(self._path(name), "rb") as file:
+                return file.read()
+
+        return self._persist(name, "the file", attempt)
+
+    def size(self, name: str) -> int:
+        return self._persist(name, "its size", lambda: os.stat(self._path(name)).st_size)
+
+    def read(
+        self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None
+    ) -> bytes:
+        began = time.perf_counter()
+        here = self._here()
+        try:
+            self._files.move_to_end(name)
+            data = os.pread(self._files[name].number, stop - start, start)
+        except (KeyError, OSError):
+            data = b""
+        if len(data) == stop - start:
+            here.add_read(len(data), 1, time.perf_counter() - began)
+            return data
+        data = self._persist(
+            name, f"bytes {start} to {stop}", lambda: self._read(name, start, stop)
+        )
+        here.add_read(len(data), 0, time.perf_counter() - began)
+        return data
+
+    def _read(self, name: str, start: int, stop: int) -> bytes:
+        self._files.pop(name, None)  # a handle that failed may be stale
+        file = self._files[name] = _Descriptor(self._path(name))
+        while len(self._files) > MAX_OPEN:
+            with suppress(KeyError):  # another thread was faster
+                self._files.popitem(last=False)
+        parts, position = [], start
+        while position < stop:
+            part = os.pread(file.number, stop - position, position)
+            if not part:
+                raise ShortReadError(f"the file ended at byte {position}", lasting=True)
+            parts.append(part)
+            position += len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        self._files.clear()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.location, name)
+
+
+class _Descriptor:
+    """An open file that is closed once no thread reads from it any more."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        with suppress(AttributeError, OSError):
+            os.close(self.number)
+
+
+class _Process:
+    """The part of a storage that belongs to one process."""
+
+    def __init__(self):
+        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.random = random.Random()
+        self.lock = threading.Lock()
+
+    def add(self, **amounts: float) -> None:
+        with self.lock:
+            for name, amount in amounts.items():
+                self.counters[name] += amount
+
+    def add_read(self, size: int, requests: int, seconds: float) -> None:
+        counters = self.counters
+        with self.lock:
+            counters["reads"] += 1
+            counters["bytes_read"] += size
+            counters["requests"] += requests
+            counters["seconds_waited"] += seconds
+
+
+def open_storage(location: str | os.PathLike, options: StorageOptions | None = None) -> Storage:
+    """The storage of a folder's path, a file:// URL, or a URL that fsspec knows (http, s3, gs).
+
+    Nothing is read yet. Raises StorageError for a URL whose client is unknown or not installed.
+    Credentials and endpoints come from where the client looks for them (such as AWS_ENDPOINT_URL).
+    """
+    location, options = os.fspath(location), options or StorageOptions()
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location):
+        return LocalStorage(location, options)
+    if location.startswith("file://"):
+        return LocalStorage(unquote(urlsplit(location).path), options)
+    # The clients take seconds to import and come with an extra; folders need none of them.
+    from megatron_owl2.data.remote import RemoteStorage
+
+    return RemoteStorage(location.rstrip("/"), options)
+
+
+def check_name(location: str, name: str) -> None:
+    """Raise StorageError for a name that could lead out of its folder or out of the cache."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise StorageError(f"{location}: {name!r} is not a plain file name; mend the manifest")
