@@ -50,6 +50,13 @@ def check(config: RunConfig, world_size: int) -> None:
         f"model.decoder.max_positions ({config.model.decoder.max_positions})",
     )
 
+    storage = config.data.storage
+    _require(
+        storage.cache_gib > 0 and storage.timeout > 0,
+        f"data.storage.cache_gib ({storage.cache_gib}) and data.storage.timeout "
+        f"({storage.timeout}) must be positive",
+    )
+
 
 def check_model(model: ModelConfig) -> None:
     """Refuse numbers that no model has and sizes that do not fit together; raises ConfigError."""
@@ -188,6 +195,13 @@ def _check_files(config: RunConfig) -> None:
     _require(len(config.data.sources) > 0, "data.sources is empty; name at least one data set")
     for index, source in enumerate(config.data.sources):
         _require(source.weight > 0, f"data.sources[{index}].weight must be positive")
+        if "://" in source.path:
+            _require(
+                config.data.storage.cache != "",
+                f"data.sources[{index}] is read over a network; set data.storage.cache to a folder "
+                "on a local disk of the nodes",
+            )
+            continue
         _require(
             (Path(source.path) / "manifest.json").is_file(),
             f"data.sources[{index}]: {source.path or '(empty path)'} holds no manifest.json; "

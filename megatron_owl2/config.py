@@ -98,21 +98,37 @@ class ParallelConfig:
 
 @dataclass
 class SourceConfig:
-    """One sharded data set and its share of the mixture."""
+    """One sharded data set, a folder or a URL, and its share of the mixture."""
 
     path: str = ""
     weight: float = 1.0
 
 
 @dataclass
+class StorageConfig:
+    """Shards behind a network: the cache on the node that they go through, and when to give up."""
+
+    cache: str = ""  # folder on a local disk; needed if a source is a URL
+    cache_gib: float = 50.0
+    attempts: int = 6  # of a read, with growing pauses
+    timeout: float = 60.0  # seconds of one request
+
+
+@dataclass
 class DataConfig:
+    """What is read and how; `phase` is raised by one to go on with other sources or weights."""
+
     sources: list[SourceConfig] = field(default_factory=list)
+    phase: int = 1
     tokenizer: str = ""
     sequence_length: int = 256  # after the placeholders are expanded into visual tokens
     workers: int = 2
+    prefetch: int = 2  # micro-batches that every worker keeps ready
     seed: int = 1234
     augment: bool = False  # random resized crop and flip; plain resize otherwise
     max_bad_fraction: float = 0.01
+    max_bad_in_a_row: int = 100
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass

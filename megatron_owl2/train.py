@@ -19,15 +19,16 @@ def main() -> int:
         config = configuration.load(arguments.config, arguments.overrides)
         checks.check(config, int(os.environ.get("WORLD_SIZE", "1")))
 
-        from megatron_owl2.data.shards import ShardError
-        from megatron_owl2.data.stream import DataError
+        from megatron_owl2.data.ledger import DataError
+        from megatron_owl2.data.manifest import ShardError
+        from megatron_owl2.data.storage import StorageError
         from megatron_owl2.training.checkpoint import CheckpointError
         from megatron_owl2.training.loop import train
 
         received = train(config)
     except configuration.ConfigError as error:  # the same on every rank
         return _refuse(str(error)) if rank == "0" else 2
-    except (CheckpointError, DataError, ShardError, FloatingPointError) as error:
+    except (CheckpointError, DataError, FloatingPointError, ShardError, StorageError) as error:
         return _refuse(f"rank {rank}: {error}")
     return 128 + received if received else 0
 

@@ -193,7 +193,7 @@ def test_text_only_batch_has_one_black_image_without_rows():
 
 def test_moving_a_batch_keeps_what_is_not_a_tensor():
     _, batch = batch_of(Record("a", image=IMAGE, caption="x"))
-    batch.bad_samples = [BadSample(100, None, "d", "s", 0, r) for r in ("one", "two")]
+    batch.bad_samples = [BadSample(100, None, 0, "d", "s", 0, r) for r in ("one", "two")]
     moved = batch.to("meta")
     assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}
     assert moved.keys == ["a"] and moved.bad == 1 and moved.shortened == 0

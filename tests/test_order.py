@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_owl2.data.hashing import KeyedRandom, combine, permutation, splitmix64
 from megatron_owl2.data.order import MAX_CHUNKS, Order
-from megatron_owl2.data.stream import MicroBatches
+from megatron_owl2.data.loader import MicroBatches
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 small = dict(lanes=st.integers(1, 7), chunk=st.integers(1, 20), window=st.integers(1, 50))

@@ -7,13 +7,15 @@ import pytest
 import torch
 from tiny_data import LetterTokenizer, encoded, picture, record, write
 
-from megatron_owl2.config import DataConfig, SourceConfig
-from megatron_owl2.data import stream
+from megatron_owl2.config import DataConfig, SourceConfig, StorageConfig
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.dataset import Dataset
 from megatron_owl2.data.images import decode, resize_square
+from megatron_owl2.data.ledger import DataError
+from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.phases import first_phase
 from megatron_owl2.data.records import Record
-from megatron_owl2.data.shards import Dataset, ShardError
-from megatron_owl2.data.stream import DataError, build_loader, fingerprint
+from megatron_owl2.data.storage import StorageError
 
 ROWS, SIZE = 3, 14
 BROKEN = encoded(picture(9, 200, 100))[:-300]
@@ -43,9 +45,12 @@ def config(*folders, weights=(0.6, 0.4), **changes) -> DataConfig:
     return DataConfig(**{**values, "max_bad_fraction": 0.9, **changes})
 
 
-def loader(data: DataConfig, start=0, rank=0, ranks=1, micro=4, tokenizer=None, **options):
+def loader(
+    data: DataConfig, start=0, rank=0, ranks=1, micro=4, tokenizer=None, phase=None, **options
+):
     return build_loader(
         data,
+        phase or first_phase(data),
         tokenizer=tokenizer or LetterTokenizer(),
         tokens_per_image=ROWS,
         image_size=SIZE,
@@ -59,7 +64,7 @@ def loader(data: DataConfig, start=0, rank=0, ranks=1, micro=4, tokenizer=None, 
 
 def assert_equal(a: Batch, b: Batch, ignore=()) -> None:
     for name, value in vars(a).items():
-        if name in ignore:
+        if name in ("cost", *ignore):
             continue
         other = getattr(b, name)
         same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
@@ -182,7 +187,7 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
                 ranks=ranks,
                 micro=2,
                 limit_slots=100,
-                bad_samples_path=ledgers[-1],
+                ledger=ledgers[-1],
                 **options,
             )
         lines = [json.loads(line) for path in ledgers for line in path.open()]
@@ -205,20 +210,20 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
     slots = {line["slot"] for line in ledger}
     assert len(slots) == sum(batch.bad for batch in batches) == 20
     first = next(line for line in ledger if line["key"] == "k005")
-    place = Dataset(damaged).location(0, 5)
+    place = Dataset(damaged).location_of(0, 5)
     assert (first["dataset"], first["shard"], first["offset"]) == (str(damaged), *place)
     assert "cannot be decoded" in first["reason"]
 
 
 def test_damage_in_a_shard_is_a_bad_sample(folders, tmp_path):
     folder = write(tmp_path / "set", (record(i, "a") for i in range(20)))
-    name, offset = Dataset(folder).location(1, 3)
+    name, offset = Dataset(folder).location_of(1, 3)
     path = folder / name
     data = bytearray(path.read_bytes())
     data[offset + 1] ^= 1
     path.write_bytes(data)
     ledger = tmp_path / "bad.jsonl"
-    batches = list(loader(config(folder), limit_slots=20, bad_samples_path=ledger))
+    batches = list(loader(config(folder), limit_slots=20, ledger=ledger))
     assert sum(batch.bad for batch in batches) == 1
     entry = json.loads(ledger.read_text().splitlines()[0])
     assert entry["key"] is None and (entry["shard"], entry["offset"]) == (name, offset)
@@ -242,7 +247,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
     folder = write(tmp_path / "s", records(), 100)
     ledger = tmp_path / "bad.jsonl"
-    batches = loader(config(folder, max_bad_fraction=0.04), micro=50, bad_samples_path=ledger)
+    batches = loader(config(folder, max_bad_fraction=0.04), micro=50, ledger=ledger)
     seen = 0
     with pytest.raises(DataError, match=r"50 of 1000 slots \(5.00%\).*bad.jsonl"):
         for batch in batches:
@@ -253,7 +258,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     assert sum(batch.bad for batch in fine) == 100
 
 
-def test_a_long_row_of_bad_slots_stops_the_run(tmp_path, monkeypatch):
+def test_a_long_row_of_bad_slots_stops_the_run(tmp_path):
     items = (
         Record(f"k{i:03d}", image=BROKEN if i % 2 else encoded(picture(0)), caption="x")
         for i in range(60)
@@ -266,10 +271,10 @@ def test_a_long_row_of_bad_slots_stops_the_run(tmp_path, monkeypatch):
             row = row + 1 if slot in bad else 0
             rows.append(row)
     longest = max(rows)
-    assert stream.MAX_BAD_IN_A_ROW == 100 and 3 < longest < 100
-    monkeypatch.setattr(stream, "MAX_BAD_IN_A_ROW", longest + 1)
+    assert data.max_bad_in_a_row == 100 and 3 < longest < 100
+    data.max_bad_in_a_row = longest + 1
     assert len(list(loader(data, micro=2, limit_slots=60))) == 30
-    monkeypatch.setattr(stream, "MAX_BAD_IN_A_ROW", longest)
+    data.max_bad_in_a_row = longest
     batches = []
     with pytest.raises(DataError, match=f"{longest} slots in a row"):
         for batch in loader(data, micro=2, limit_slots=60):
@@ -296,11 +301,15 @@ def test_errors_that_are_not_the_datas_reach_the_trainer(folders, workers):
 def test_a_shard_that_vanishes_stops_the_run(tmp_path, workers):
     folder = write(tmp_path / "s", (record(i) for i in range(30)))
     os.unlink(folder / "shard-000002.tar")
-    with pytest.raises(ShardError, match="shard-000002.tar"):
-        list(loader(config(folder, workers=workers), limit_slots=28))
+    data = config(folder, workers=workers, storage=StorageConfig(attempts=2))
+    with pytest.raises(StorageError, match="shard-000002.tar"):
+        list(loader(data, limit_slots=28))
 
 
 def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp_path):
+    def fingerprint(data):
+        return first_phase(data).fingerprint
+
     base = fingerprint(config(*folders))
     assert fingerprint(config(*folders, weights=(6, 4), workers=5, augment=False)) == base
     copy = write(tmp_path / "copy", (record(i, "b") for i in range(25)), samples_per_shard=10)
@@ -312,5 +321,6 @@ def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp
         config(*folders[::-1]),
         config(folders[0]),
         config(folders[0], other),
+        config(*folders, phase=2),
     ]
-    assert len({base, *map(fingerprint, changed)}) == 6
+    assert len({base, *map(fingerprint, changed)}) == 7

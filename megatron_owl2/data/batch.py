@@ -15,10 +15,20 @@ class BadSample:
 
     slot: int
     key: str | None  # None if the sample could not even be read
+    source: int  # number of the data set
     dataset: str
     shard: str
     offset: int
     reason: str
+
+
+@dataclass
+class Cost:
+    """What a batch took to make: bytes of its pictures, seconds of reading and of decoding."""
+
+    bytes: int = 0
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 @dataclass
@@ -31,7 +41,7 @@ class Batch:
     parameter in the graph. Where pictures are not wanted H and W are 0. vision_rows, int64
     [images * tokens_per_image], are the rows of the images in the flattened sequence-first [s * b]
     hidden states: position * b + row, image after image. lengths, int64 [b], are the positions that
-    are not padding; slots is int64 [b].
+    are not padding; slots and sources (which of the data sets each row is from) are int64 [b].
     """
 
     tokens: torch.Tensor
@@ -43,9 +53,11 @@ class Batch:
     vision_rows: torch.Tensor
     lengths: torch.Tensor
     slots: torch.Tensor
+    sources: torch.Tensor
     keys: list[str]
     shortened: int = 0  # samples that lost turns or the end of an answer
     bad_samples: list[BadSample] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
 
     @property
     def bad(self) -> int:
@@ -85,6 +97,7 @@ def collate(samples: Sequence[Sample], image_size: int) -> Batch:
         vision_rows=torch.from_numpy(np.concatenate(vision_rows)),
         lengths=torch.tensor([sample.length for sample in samples]),
         slots=torch.tensor([sample.slot for sample in samples]),
+        sources=torch.tensor([sample.source for sample in samples]),
         keys=[sample.key for sample in samples],
         shortened=sum(sample.shortened for sample in samples),
     )

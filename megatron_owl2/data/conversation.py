@@ -25,7 +25,8 @@ class Sample:
 
     tokens, labels and modality are int64 [s]; `image_positions` int64 [tokens_per_image or 0] are
     the rows that the image fills; `length` positions are not padding. `shortened`: turns or the
-    end of an answer did not fit. The stream adds image (uint8 [3, H, W] or None), slot and key.
+    end of an answer did not fit. The stream adds image (uint8 [3, H, W] or None), slot, key and
+    source (the number of the data set).
     """
 
     tokens: np.ndarray
@@ -37,6 +38,7 @@ class Sample:
     image: torch.Tensor | None = None
     slot: int = -1
     key: str = ""
+    source: int = 0
 
 
 def prompt(question: str) -> str:

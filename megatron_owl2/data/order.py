@@ -9,6 +9,7 @@ windows. Neighbouring slots come from different lanes, a lane reads few chunks a
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Order:
         self.slots_per_epoch = sum(copies)
         self.lanes = max(1, min(lanes, self.slots_per_epoch // window))
         self._epoch_cache: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._window_cache: dict[int, tuple[int, int, np.ndarray]] = {}  # one per lane
+        self._window_cache: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # one per lane
 
     def locate(self, slot: int, attempt: int = 0) -> tuple[int, int, int]:
         """(data set, shard, sample) of a slot.
@@ -77,6 +78,38 @@ class Order:
         `attempt` k > 0 names the k-th substitute for a slot whose sample cannot be used: another
         position of the same window, the same on every rank and in every run.
         """
+        place = self._place(slot)
+        index = place.index
+        if attempt and place.length > 1:
+            key = combine(self.seed, _SUBSTITUTE, slot, attempt)
+            index = (index + 1 + key % (place.length - 1)) % place.length
+        return self._sample(place.epoch, place.start + int(self._window_order(place)[index]))
+
+    def window(self, slot: int) -> tuple[int, int, int]:
+        """(epoch, lane, number) of the window that a slot is drawn from."""
+        place = self._place(slot)
+        return place.epoch, place.lane, place.window
+
+    def chunks(self, slot: int, ahead: int = 0) -> list[tuple[int, int, int]]:
+        """(data set, shard, a sample) of every chunk that a slot's window reads.
+
+        `ahead` asks for the windows after it of the same lane; there is none after the last one of
+        an epoch.
+        """
+        place = self._place(slot)
+        start = place.start + ahead * self._window
+        number = place.window + ahead
+        if ahead and number >= place.windows:
+            return []
+        stop = place.lane_stop if number == place.windows - 1 else start + self._window
+        _, chunks, ends = self._permuted(place.epoch)
+        first, last = ends.searchsorted([start, stop - 1], side="right").tolist()
+        return [
+            (int(self._dataset[c]), int(self._shard[c]), int(self._start[c]))
+            for c in chunks[first : last + 1]
+        ]
+
+    def _place(self, slot: int) -> "_Place":
         epoch, position = divmod(slot, self.slots_per_epoch)
         number, lane = divmod(position, self.lanes)
         base, extra = divmod(self.slots_per_epoch, self.lanes)
@@ -84,33 +117,56 @@ class Order:
         lane_length = base + (lane < extra)
         windows = max(1, lane_length // self._window)
         window = min(number // self._window, windows - 1)
-        window_start = window * self._window
-        place = number - window_start
-        length = self._window if window < windows - 1 else lane_length - window_start
-        if attempt and length > 1:
-            key = combine(self.seed, _SUBSTITUTE, slot, attempt)
-            place = (place + 1 + key % (length - 1)) % length
-        place = int(self._window_order(epoch, lane, window, length)[place])
-        return self._sample(epoch, lane_start + window_start + place)
+        begin = window * self._window
+        length = self._window if window < windows - 1 else lane_length - begin
+        return _Place(
+            epoch=epoch,
+            lane=lane,
+            window=window,
+            windows=windows,
+            start=lane_start + begin,
+            length=length,
+            index=number - begin,
+            lane_stop=lane_start + lane_length,
+        )
 
     def _sample(self, epoch: int, position: int) -> tuple[int, int, int]:
         """The sample at a position of the epoch's sequence of permuted chunks."""
-        if self._epoch_cache is None or self._epoch_cache[0] != epoch:
-            chunks = permutation(len(self._count), combine(self.seed, _EPOCH, epoch))
-            ends = np.cumsum(self._count[chunks], dtype=np.int64)
-            self._epoch_cache = (epoch, chunks, ends)
-        _, chunks, ends = self._epoch_cache
+        _, chunks, ends = self._permuted(epoch)
         index = int(ends.searchsorted(position, side="right"))
         chunk = chunks[index]
         offset = position - (int(ends[index - 1]) if index else 0)
         return int(self._dataset[chunk]), int(self._shard[chunk]), int(self._start[chunk]) + offset
 
-    def _window_order(self, epoch: int, lane: int, window: int, length: int) -> np.ndarray:
-        cached = self._window_cache.get(lane)
-        if cached is None or cached[:2] != (epoch, window):
-            order = permutation(length, combine(self.seed, _WINDOW, epoch, lane, window))
-            cached = self._window_cache[lane] = (epoch, window, order.astype(np.int32))
-        return cached[2]
+    def _permuted(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The epoch, its order of the chunks and where each of them ends in its sequence."""
+        if self._epoch_cache is None or self._epoch_cache[0] != epoch:
+            chunks = permutation(len(self._count), combine(self.seed, _EPOCH, epoch))
+            ends = np.cumsum(self._count[chunks], dtype=np.int64)
+            self._epoch_cache = (epoch, chunks, ends)
+        return self._epoch_cache
+
+    def _window_order(self, place: "_Place") -> np.ndarray:
+        identity = (place.epoch, place.window)
+        cached = self._window_cache.get(place.lane)
+        if cached is None or cached[0] != identity:
+            key = combine(self.seed, _WINDOW, place.epoch, place.lane, place.window)
+            order = permutation(place.length, key).astype(np.int32)
+            cached = self._window_cache[place.lane] = (identity, order)
+        return cached[1]
+
+
+class _Place(NamedTuple):
+    """Where a slot is drawn from: the window [start, start + length) of the epoch's sequence."""
+
+    epoch: int
+    lane: int
+    window: int
+    windows: int  # of the lane
+    start: int
+    length: int
+    index: int  # of the slot among the window's
+    lane_stop: int
 
 
 def _mixture(samples: list[int], weights: Sequence[float], chunk: int) -> list[int]:

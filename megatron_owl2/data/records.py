@@ -93,36 +93,50 @@ class Record:
 
     @classmethod
     def from_members(cls, key: str, members: Mapping[str, bytes]) -> "Record":
-        """Rebuild a record from its parts, extension to bytes; raises BadSampleError if one is
-        missing, unknown or malformed."""
+        """Rebuild a record from its parts, extension to bytes.
+
+        Reads what to_members made, and image-text pairs as webdataset corpora are published: an
+        image with its caption in .txt or in the `caption` of .json (img2dataset writes both).
+        Raises BadSampleError if a part is missing, unknown or malformed.
+        """
         images = [extension for extension in members if extension in _IMAGE_EXTENSIONS]
-        unknown = members.keys() - {"json", *images}
-        if "json" not in members:
-            raise BadSampleError(f"sample {key!r} has no .json part")
-        if unknown or len(images) > 1:
+        if members.keys() - {"json", "txt", *images} or len(images) > 1:
             raise BadSampleError(
-                f"sample {key!r} has the parts {sorted(members)}; "
-                "expected one .json and at most one .jpg, .png or .webp"
+                f"sample {key!r} has the parts {sorted(members)}; expected one .json or .txt and "
+                "at most one .jpg, .png or .webp"
             )
+        image = members[images[0]] if images else None
+        body = _json(key, members["json"]) if "json" in members else {}
         try:
-            body = json.loads(members["json"])
-        except (ValueError, RecursionError) as error:
-            raise BadSampleError(f"sample {key!r}: its .json part is not JSON: {error}") from None
-        if not isinstance(body, dict) or not body.keys() <= _FIELDS:
-            raise BadSampleError(f"sample {key!r}: its .json part must hold only {sorted(_FIELDS)}")
-        try:
+            if "txt" in members or not body.keys() <= _FIELDS:
+                if image is None:
+                    raise BadSampleError(f"sample {key!r} has no image")
+                text = members["txt"].decode() if "txt" in members else body["caption"]
+                return cls(key=key, image=image, caption=text.strip(), metadata=body)
             return cls(
                 key=key,
-                image=members[images[0]] if images else None,
+                image=image,
                 caption=body.get("caption"),
                 turns=tuple(Turn(t["question"], t["answer"]) for t in body.get("turns", ())),
                 source=body.get("source", ""),
                 metadata=body.get("metadata", {}),
             )
+        except UnicodeDecodeError:
+            raise BadSampleError(f"sample {key!r}: its .txt part is not UTF-8") from None
         except (TypeError, KeyError, AttributeError):
             raise BadSampleError(
-                f"sample {key!r}: a value in its .json part has the wrong type"
+                f"sample {key!r}: its .json part lacks a value or has one of the wrong type"
             ) from None
+
+
+def _json(key: str, data: bytes) -> dict:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"sample {key!r}: its .json part is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadSampleError(f"sample {key!r}: its .json part is not an object")
+    return body
 
 
 def image_extension(data: bytes) -> str:

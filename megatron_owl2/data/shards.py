@@ -1,38 +1,30 @@
-"""Shards: tar files of records with an index, and the manifest that makes them a data set.
+"""Shards: tar files of samples, each with an index and with checksums.
 
 A shard is a plain ustar archive with modification time 0, so the same records give the same
-bytes; webdataset reads it. `<name>.tar.idx` is Energon's index: the byte offset of every sample
-and, last, the end of the last sample, as little-endian u64. `manifest.json` is written last, so
-a folder without it was never finished.
+bytes; webdataset and Energon read it. `<name>.tar.idx` is Energon's index: the byte offset of
+every sample and, last, the end of the last sample, as little-endian u64. `<name>.tar.sums` holds
+the XXH3-64 of every sample's bytes, headers included, as little-endian u64.
 """
 
 import hashlib
-import json
 import os
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64_intdigest as checksum
 
-from megatron_owl2.data.records import BadSampleError, Record
-from megatron_owl2.data.tar import (
-    BLOCK,
-    pack_member,
-    padding,
-    parse_header,
-    split_name,
-    unpack_sample,
+from megatron_owl2.data.manifest import (
+    MANIFEST,
+    ShardError,
+    temporary_name,
+    write_atomically,
+    write_manifest,
 )
+from megatron_owl2.data.records import BadSampleError, Record
+from megatron_owl2.data.tar import BLOCK, END, members, pack_member, padding, split_name
 
-MANIFEST = "manifest.json"
-FORMAT = "megatron_owl2 shards 1"
-_END = bytes(2 * BLOCK)
-_ROW_TYPES = {"name": str, "samples": int, "bytes": int, "tar_sha256": str, "index_sha256": str}
-
-
-class ShardError(RuntimeError):
-    """A data set that is unfinished, damaged or unreadable; the message names the file."""
+INDEX, SUMS = ".idx", ".sums"
 
 
 class ShardWriter:
@@ -40,8 +32,9 @@ class ShardWriter:
 
     After an exception inside `with` the manifest is not written. With `manifest=False` the caller
     collects `rows` of several writers and calls write_manifest. Raises FileExistsError if the
-    folder already holds a manifest, BadSampleError for a record that cannot be stored (nothing of
-    it is written), and ValueError if no record came.
+    folder already holds a manifest, BadSampleError for a record that cannot be stored, such as
+    one whose key the shard already holds (nothing of it is written), and ValueError if no record
+    came.
     """
 
     def __init__(
@@ -67,11 +60,11 @@ class ShardWriter:
 
     def write(self, record: Record) -> None:
         """Append one record, in a new shard if the current one is full."""
-        members = record.to_members()
+        parts = record.to_members()
         if self._shard is None:
             name = f"{self._prefix}-{len(self.rows):06d}.tar"
             self._shard = _ShardFile(self.directory / name)
-        self._shard.add(members)
+        self._shard.add(record.key, parts)
         if len(self._shard.offsets) == self._samples_per_shard:
             self._finish_shard()
 
@@ -83,13 +76,13 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
+        try:
+            if kind is None and self._shard is not None:
+                self._finish_shard()
+        finally:
             if self._shard is not None:
                 self._shard.discard()
-            return
-        if self._shard is not None:
-            self._finish_shard()
-        if self._manifest:
+        if kind is None and self._manifest:
             write_manifest(self.directory, self.rows)
 
 
@@ -99,242 +92,128 @@ class _ShardFile:
     def __init__(self, path: Path):
         self.path = path
         self.offsets: list[int] = []
+        self._sums: list[int] = []
+        self._keys: set[str] = set()
         self._position = 0
-        self._digest = hashlib.sha256()
-        self._temporary = _temporary(path)
+        self._temporary = temporary_name(path)
         self._file = self._temporary.open("wb")
 
-    def add(self, members: list[tuple[str, bytes]]) -> None:
-        blocks = b"".join(pack_member(name, data) for name, data in members)
+    def add(self, key: str, parts: list[tuple[str, bytes]]) -> None:
+        if key in self._keys:
+            raise BadSampleError(f"key {key!r} is already in {self.path.name}")
+        blocks = b"".join([pack_member(name, data) for name, data in parts])
+        self._file.write(blocks)
+        self._keys.add(key)
         self.offsets.append(self._position)
-        self._put(blocks)
-
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._position += len(data)
+        self._sums.append(checksum(blocks))
+        self._position += len(blocks)
 
     def finish(self) -> dict:
-        self.offsets.append(self._position)
-        self._put(_END)
+        self._file.write(END)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
-        return _write_index(self.path, self.offsets, self._position, self._digest.hexdigest())
+        size = self._position + len(END)
+        return _write_sidecars(self.path, [*self.offsets, self._position], self._sums, size)
 
     def discard(self) -> None:
-        self._file.close()
-        with suppress(FileNotFoundError):
-            self._temporary.unlink()
+        with suppress(OSError):  # a full disk fails again when the buffer is flushed
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def index_shard(path: str | os.PathLike) -> dict:
-    """Index a tar file written by another tool: writes `<path>.idx`, returns its manifest row.
+    """Index a tar file written by another tool: writes `.idx` and `.sums`, returns its row.
 
-    Checks the checksum of every header, every size and the end marker. Raises ShardError if the
-    file is damaged, cut, or holds extended (PAX, GNU) headers or anything but files.
+    A sample is a run of files with one key and different extensions. Checks the checksum of every
+    header, every size and the end marker. Raises ShardError if the file is damaged or cut, holds
+    anything but files and directories, or a file that belongs to no sample.
     """
     path = Path(path)
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    offsets, last_key, position = [], None, 0
-    with path.open("rb") as file:
-        while True:
-            header = file.read(BLOCK)
-            digest.update(header)
-            if header == bytes(BLOCK):
-                break
-            try:
-                name, length = parse_header(header)
-            except BadSampleError as error:
-                raise ShardError(f"{path} at byte {position}: {error}") from None
-            key, _ = split_name(name)
-            if key != last_key:
-                offsets.append(position)
-                last_key = key
-            padded = length + padding(length)
-            position += BLOCK + padded
-            if position + BLOCK > size:
-                raise ShardError(f"{path} is cut inside or right after {name}")
-            digest.update(file.read(padded))
-        rest = file.read()
-        digest.update(rest)
-    if rest.strip(b"\0"):
-        raise ShardError(f"{path} has data after the end marker at byte {position}")
+    offsets: list[int] = []
+    sums: list[int] = []
+    buffer = memoryview(bytearray(1 << 16))
+    with path.open("rb", buffering=0) as file:
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+
+        def read(start: int, stop: int) -> bytes:
+            return os.pread(descriptor, stop - start, start)
+
+        def close_sample(stop: int) -> None:
+            nonlocal buffer
+            if offsets:
+                length = stop - offsets[-1]
+                if length > len(buffer):
+                    buffer = memoryview(bytearray(2 * length))
+                if os.preadv(descriptor, [buffer[:length]], offsets[-1]) != length:
+                    raise BadSampleError("cut while it was read")
+                sums.append(checksum(buffer[:length]))
+
+        position, last_key, extensions = 0, None, set()
+        try:
+            for start, name, data, length in members(read, 0, size):
+                key, extension = split_name(name)
+                if key in ("", "/") or not extension or key.endswith("/"):
+                    raise BadSampleError(f"{name!r} belongs to no sample; remove it")
+                if key != last_key or extension in extensions:
+                    close_sample(start)
+                    offsets.append(start)
+                    last_key, extensions = key, set()
+                extensions.add(extension)
+                position = data + length + padding(length)
+            close_sample(position)
+        except BadSampleError as error:
+            raise ShardError(f"{path} behind byte {position}: {error}") from None
+        _check_end(path, read, position, size)
     if not offsets:
         raise ShardError(f"{path} holds no sample")
-    return _write_index(path, [*offsets, position], size, digest.hexdigest())
+    return _write_sidecars(path, [*offsets, position], sums, size)
 
 
-def write_manifest(directory: str | os.PathLike, rows: list[dict]) -> None:
-    """Finish a data set: write `manifest.json` over the shard rows, atomically.
+def _check_end(path: Path, read, position: int, size: int) -> None:
+    """The end marker is the only proof that a tar was not cut between two samples."""
+    if size - position < BLOCK:
+        raise ShardError(f"{path} is cut: it has no end marker after byte {position}")
+    while position < size:
+        data = read(position, position + 2**20)
+        if data.strip(b"\0"):
+            raise ShardError(f"{path} has data after the end marker at byte {position}")
+        position += len(data) or size
 
-    Raises ValueError if the rows hold no sample.
+
+def load_index(path: str, row: dict, index: bytes, sums: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets, u64 [samples + 1], and checksums, u64 [samples], of a shard from its sidecars.
+
+    Raises ShardError naming `path` if they are not those of the manifest's row.
     """
-    if not rows:
-        raise ValueError(f"{directory}: a data set needs at least one sample")
-    manifest = {
-        "format": FORMAT,
-        "samples": sum(row["samples"] for row in rows),
-        "bytes": sum(row["bytes"] for row in rows),
-        "fingerprint": _fingerprint(rows),
-        "shards": rows,
-    }
-    write_atomically(Path(directory) / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
-
-
-def read_manifest(directory: str | os.PathLike) -> dict:
-    """The checked manifest of a data set; raises ShardError if it is missing or inconsistent."""
-    path = Path(directory) / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ShardError(
-            f"{directory} holds no {MANIFEST}: not a data set, or its writing did not finish; "
-            "make it with tools/preprocess_data.py"
-        ) from None
-    except ValueError as error:
-        raise ShardError(f"{path} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ShardError(f"{path} is not of the format {FORMAT!r}")
-    rows = manifest.get("shards")
-    if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):
-        raise ShardError(f"{path}: its shard rows are missing or malformed")
-    if manifest.get("fingerprint") != _fingerprint(rows):
-        raise ShardError(f"{path}: its shard rows do not match its fingerprint; it was edited")
-    return manifest
-
-
-class Dataset:
-    """Random access to the records of a finished data set, with at most `max_open` open files.
-
-    Raises ShardError if the manifest is missing or damaged. Safe to copy into forked workers.
-    """
-
-    def __init__(self, directory: str | os.PathLike, max_open: int = 128):
-        self.directory = Path(directory)
-        manifest = read_manifest(directory)
-        self.fingerprint: str = manifest["fingerprint"]
-        self.shards: list[dict] = manifest["shards"]
-        self.sizes: list[int] = [row["samples"] for row in self.shards]
-        self._max_open = max_open
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return sum(self.sizes)
-
-    def read(self, shard_index: int, sample_index: int) -> Record:
-        """One record. Raises BadSampleError if this sample is damaged, ShardError if its shard
-        differs from the manifest or cannot be read; both name the file."""
-        file, offsets = self._handle(shard_index)
-        if not 0 <= sample_index < len(offsets) - 1:
-            raise IndexError(f"sample {sample_index} of {len(offsets) - 1} in shard {shard_index}")
-        start, stop = int(offsets[sample_index]), int(offsets[sample_index + 1])
-        path = self._path(shard_index)
-        try:
-            data = os.pread(file, stop - start, start)
-        except OSError as error:
-            raise ShardError(f"{path} at byte {start}: {error}") from error
-        if len(data) != stop - start:
-            raise ShardError(f"{path} ended at byte {start + len(data)}: cut while in use")
-        try:
-            return Record.from_members(*unpack_sample(data))
-        except BadSampleError as error:
-            raise BadSampleError(f"{path} at byte {start}: {error}") from None
-
-    def location(self, shard_index: int, sample_index: int) -> tuple[str, int]:
-        """The shard's file name and the byte offset of a sample in it."""
-        _, offsets = self._handle(shard_index)
-        return self.shards[shard_index]["name"], int(offsets[sample_index])
-
-    def close(self) -> None:
-        """Close every file; reading opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1][0])
-
-    def __del__(self):
-        with suppress(AttributeError):
-            self.close()
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}  # descriptors stay in their process
-
-    def _path(self, shard_index: int) -> Path:
-        return self.directory / self.shards[shard_index]["name"]
-
-    def _handle(self, shard_index: int) -> tuple[int, np.ndarray]:
-        handle = self._open.get(shard_index)
-        if handle is not None:
-            self._open.move_to_end(shard_index)
-            return handle
-        row, path = self.shards[shard_index], self._path(shard_index)
-        try:
-            index = Path(f"{path}.idx").read_bytes()
-            file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"cannot open the shard: {error}") from error
-        try:
-            offsets = _check_shard(path, row, os.fstat(file).st_size, index)
-        except ShardError:
-            os.close(file)
-            raise
-        while len(self._open) >= self._max_open:
-            os.close(self._open.popitem(last=False)[1][0])
-        self._open[shard_index] = (file, offsets)
-        return file, offsets
-
-
-def _check_shard(path: Path, row: dict, size: int, index: bytes) -> np.ndarray:
-    if size != row["bytes"]:
-        raise ShardError(
-            f"{path} has {size} bytes, its manifest says {row['bytes']}: cut or replaced; "
-            "copy or preprocess it again"
-        )
-    if hashlib.sha256(index).hexdigest() != row["index_sha256"]:
-        raise ShardError(f"{path}.idx does not match the manifest; copy or preprocess it again")
+    for data, suffix, digest in (
+        (index, INDEX, row["index_sha256"]),
+        (sums, SUMS, row["sums_sha256"]),
+    ):
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ShardError(
+                f"{path}{suffix} does not match the manifest; copy or preprocess the shard again"
+            )
     offsets = np.frombuffer(index, dtype="<u8")
-    if len(offsets) != row["samples"] + 1 or offsets[-1] > size or (np.diff(offsets) <= 0).any():
-        raise ShardError(f"{path}.idx does not hold {row['samples']} samples in order")
-    return offsets
+    if (
+        len(offsets) != row["samples"] + 1
+        or len(sums) != 8 * row["samples"]
+        or offsets[-1] > row["bytes"]
+        or (offsets[1:] <= offsets[:-1]).any()
+    ):
+        raise ShardError(f"{path}{INDEX} does not hold {row['samples']} samples in order")
+    return offsets, np.frombuffer(sums, dtype="<u8")
 
 
-def _write_index(path: Path, offsets: list[int], size: int, tar_sha256: str) -> dict:
-    index = np.asarray(offsets, dtype="<u8").tobytes()
-    write_atomically(Path(f"{path}.idx"), index)
-    return {
-        "name": path.name,
-        "samples": len(offsets) - 1,
-        "bytes": size,
-        "tar_sha256": tar_sha256,
-        "index_sha256": hashlib.sha256(index).hexdigest(),
-    }
-
-
-def _is_row(row) -> bool:
-    return (
-        isinstance(row, dict)
-        and row.keys() == _ROW_TYPES.keys()
-        and all(type(row[name]) is kind for name, kind in _ROW_TYPES.items())
-        and row["name"] == os.path.basename(row["name"])
-        and row["name"].endswith(".tar")
-        and row["samples"] > 0
-    )
-
-
-def _fingerprint(rows: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there completely or not at all."""
-    temporary = _temporary(path)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write_sidecars(path: Path, offsets: list[int], sums: list[int], size: int) -> dict:
+    row = {"name": path.name, "samples": len(sums), "bytes": size}
+    for suffix, values, digest in (
+        (INDEX, offsets, "index_sha256"),
+        (SUMS, sums, "sums_sha256"),
+    ):
+        data = np.asarray(values, dtype="<u8").tobytes()
+        write_atomically(Path(f"{path}{suffix}"), data)
+        row[digest] = hashlib.sha256(data).hexdigest()
+    return row

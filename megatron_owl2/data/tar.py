@@ -1,11 +1,26 @@
-"""Plain ustar members as bytes: the part of the tar format that shards use, checked strictly.
+"""The part of the tar format that shards use, checked strictly: members to bytes and back.
 
 The tarfile module takes a damaged header for the end of the archive and stops without an error.
+Written are plain ustar members; read are also the extended headers (PAX, GNU long names) that
+webdataset, img2dataset and tar itself write before a member.
 """
+
+import re
+import zlib
+from collections.abc import Callable, Iterator
 
 from megatron_owl2.data.records import BadSampleError
 
 BLOCK = 512
+END = bytes(2 * BLOCK)  # closes an archive
+
+_FILE, _DIRECTORY = (b"0", b"\0"), b"5"
+_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
+_MAX_EXTENDED = 2**20  # bytes of an extended header; a larger one is damage
+_TRAILER = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
+_CHECKSUM_BASE = sum(_TRAILER) + 8 * ord(" ")
+_ADLER = 65521
+_PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
 
 
 def pack_member(name: str, data: bytes) -> bytes:
@@ -13,41 +28,17 @@ def pack_member(name: str, data: bytes) -> bytes:
     header_name = name.encode()
     if len(header_name) > 100 or len(data) >= 8**11:
         raise BadSampleError(f"member {name!r} of {len(data)} bytes does not fit a ustar header")
-    start = header_name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2
-    start += b"%011o\0" % len(data) + b"00000000000\0"
-    end = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
-    checksum = sum(start) + 8 * ord(" ") + sum(end)
-    return start + b"%06o\0 " % checksum + end + data + bytes(padding(len(data)))
+    start = b"%b0000644\x000000000\x000000000\x00%011o\x0000000000000\x00" % (
+        header_name.ljust(100, b"\0"),
+        len(data),
+    )
+    checksum = sum(start) + _CHECKSUM_BASE
+    return b"".join((start, b"%06o\0 " % checksum, _TRAILER, data, bytes(padding(len(data)))))
 
 
 def padding(size: int) -> int:
     """Zero bytes after `size` bytes of data up to the next block."""
     return -size % BLOCK
-
-
-def parse_header(header: bytes) -> tuple[str, int]:
-    """Name and data size of a member from its block of 512 bytes.
-
-    Raises BadSampleError if the checksum is wrong or the member is not a plain file with a plain
-    header.
-    """
-    if len(header) != BLOCK:
-        raise BadSampleError("tar header is cut")
-    try:
-        checksum = int(header[148:156].strip(b"\0 "), 8)
-        size = int(header[124:136].strip(b"\0 "), 8)
-        name = _text(header[:100])
-        folder = _text(header[345:500]) if header[257:262] == b"ustar" else ""
-    except ValueError:
-        raise BadSampleError("damaged tar header") from None
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum or size < 0:
-        raise BadSampleError("damaged tar header (checksum)")
-    if header[156:157] not in (b"0", b"\0"):
-        raise BadSampleError(
-            f"member {name!r} is not a plain ustar file (type {header[156:157]!r}); write shards "
-            "with short names and webdataset.ShardWriter(mtime=0)"
-        )
-    return (f"{folder}/{name}" if folder else name), size
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -57,24 +48,105 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def members(
+    read: Callable[[int, int], bytes], position: int, stop: int
+) -> Iterator[tuple[int, str, int, int]]:
+    """The files of an archive between two byte offsets, until `stop` or the end marker.
+
+    `read(start, stop)` gives bytes of the archive. Yields (offset of the file's first header,
+    name, offset of its data, size). Directories are passed over. Raises BadSampleError if a header
+    is damaged, or a member is neither file nor directory or reaches beyond `stop`.
+    """
+    first, long_name, long_size = position, None, None
+    while position < stop:
+        header = read(position, position + BLOCK)
+        if header == END[:BLOCK] and first == position:
+            return
+        name, size, kind = _parse_header(header)
+        data = position + BLOCK
+        if kind in _FILE:
+            name = long_name if long_name is not None else name
+            size = long_size if long_size is not None else size
+        position = data + size + padding(size)
+        if position > stop:
+            raise BadSampleError(f"member {name!r} is cut")
+        if kind in _FILE:
+            yield first, name, data, size
+        elif kind in (_PAX, _LONG_NAME):
+            if size > _MAX_EXTENDED:
+                raise BadSampleError(f"damaged tar header (extended header of {size} bytes)")
+            body = read(data, data + size)
+            if kind == _PAX:
+                fields = _parse_pax(body)
+                long_name, long_size = fields
+            else:
+                long_name = _text(body)
+            continue
+        elif kind in (_PAX_GLOBAL, _LONG_LINK):
+            continue
+        elif kind != _DIRECTORY:
+            raise BadSampleError(
+                f"member {name!r} is neither a file nor a directory (type {kind!r})"
+            )
+        first, long_name, long_size = position, None, None
+
+
 def unpack_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
     """Key and parts (extension to bytes) of the members of one sample.
 
     Raises BadSampleError if a header is damaged or a member belongs to another sample.
     """
-    members, sample_key, position = {}, None, 0
-    while position < len(data):
-        name, size = parse_header(data[position : position + BLOCK])
+    parts: dict[str, bytes] = {}
+    sample_key = None
+    for _, name, start, size in members(lambda a, b: data[a:b], 0, len(data)):
         key, extension = split_name(name)
-        position += BLOCK
-        if position + size > len(data):
-            raise BadSampleError(f"member {name!r} reaches beyond its sample")
-        if extension in members or key != (sample_key or key):
+        if extension in parts or key != (sample_key or key):
             raise BadSampleError(f"member {name!r} does not belong to sample {sample_key!r}")
-        members[extension] = data[position : position + size]
+        parts[extension] = data[start : start + size]
         sample_key = key
-        position += size + padding(size)
-    return sample_key, members
+    if sample_key is None:
+        raise BadSampleError("no member")
+    return sample_key, parts
+
+
+def _parse_header(header: bytes) -> tuple[str, int, bytes]:
+    """Name, data size and type of a member from its block of 512 bytes."""
+    if len(header) != BLOCK:
+        raise BadSampleError("tar header is cut")
+    try:
+        stored = header[148:156]
+        checksum = int(stored.strip(b"\0 "), 8)
+        size = int(header[124:136].strip(b"\0 "), 8)
+        name = _text(header[:100])
+        # Old GNU headers ("ustar  ") keep times where ustar keeps the folder.
+        folder = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    except ValueError:
+        raise BadSampleError("damaged tar header") from None
+    # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, in C.
+    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(stored) + 8 * ord(" ")
+    if (total - checksum) % _ADLER or size < 0:
+        raise BadSampleError("damaged tar header (checksum)")
+    return (f"{folder}/{name}" if folder else name), size, header[156:157]
+
+
+def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
+    """The `path` and `size` of an extended header: records "LENGTH KEY=VALUE\\n"."""
+    path, size, position = None, None, 0
+    try:
+        while position < len(body):
+            length = int(_PAX_LENGTH.match(body, position)[1])
+            record = body[position : position + length]
+            if length < 5 or len(record) != length or record[-1:] != b"\n":
+                raise ValueError
+            key, _, value = record[:-1].split(b" ", 1)[1].partition(b"=")
+            if key == b"path":
+                path = value.decode()
+            elif key == b"size":
+                size = int(value)
+            position += length
+    except (ValueError, TypeError, IndexError):
+        raise BadSampleError("damaged tar header (extended header)") from None
+    return path, size
 
 
 def _text(field: bytes) -> str:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ import torch
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
 from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.data import ledger, phases
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.stream import build_loader, fingerprint
+from megatron_owl2.data.loader import BatchLoader, build_loader
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import checkpoint, metrics, optim, stages
@@ -53,36 +55,38 @@ def train(config: RunConfig) -> int:
     wrapped = optim.wrap(model)
     optimizer, scheduler = optim.build(config, wrapped)
 
-    data, trained = fingerprint(config.data), stages.fingerprint(plan)
+    trained = stages.fingerprint(plan)
     step = slots = 0
     counts = {}
-    if resumed is not None:
+    if resumed is None:
+        data = [phases.first_phase(config.data)]
+    else:
         progress = checkpoint.read_progress(resumed)
-        for what, stored, now in (
-            ("data.sources or data.seed", progress["data_fingerprint"], data),
-            (
-                "stage.trainable, stage.rates or optimizer.vision_layer_decay",
-                progress["stage_fingerprint"],
-                trained,
-            ),
-        ):
-            if stored != now:
-                raise ConfigError(
-                    f"{what} is not what {resumed} was made with; go on with the same, or start "
-                    "another run from it with stage.initial_checkpoint"
-                )
-        checkpoint.load_training(resumed, model, optimizer, scheduler)
+        if progress["stage_fingerprint"] != trained:
+            raise ConfigError(
+                "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "
+                f"{resumed} was made with; go on with the same, or start another run from it with "
+                "stage.initial_checkpoint"
+            )
         step, slots, counts = progress["step"], progress["slots"], progress["counts"]
+        data = phases.go_on(progress["phases"], config.data, slots, str(resumed))
+        if len(data) > len(progress["phases"]):
+            counts = metrics.without_sources(counts)
+        checkpoint.load_training(resumed, model, optimizer, scheduler)
         say(f"continuing from {resumed} at step {step}", flush=True)
+    say(data[-1].describe(), flush=True)
     if main:
         output.mkdir(parents=True, exist_ok=True)
         configuration.save(config, output / "run.yaml")
         metrics.drop_after(output, step)
+        ledger.drop_after(output, slots)
+    torch.distributed.barrier()  # no rank writes its ledger before it was cut
 
     per_rank = config.train.global_batch_size // groups.dp.size()
     micro_batches = per_rank // config.train.micro_batch_size
     loader = build_loader(
         config.data,
+        data[-1],
         tokenizer=tokenizer,
         tokens_per_image=config.model.tokens_per_image,
         image_size=config.model.vision.image_size,
@@ -91,10 +95,10 @@ def train(config: RunConfig) -> int:
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
         decode_images=model.pre_process,
-        bad_samples_path=output / f"bad_samples.rank{torch.distributed.get_rank()}.jsonl",
+        ledger=ledger.path_of(output, torch.distributed.get_rank()),
     )
     feed = Feed(loader, mcore.device())
-    log = metrics.Metrics(config, mcore.device(), step, counts)
+    log = metrics.Metrics(config, mcore.device(), step, counts, data[-1].sources)
     received = 0
 
     while step < config.train.steps and not received:
@@ -128,23 +132,25 @@ def train(config: RunConfig) -> int:
                 progress={
                     "step": step,
                     "slots": slots,
-                    "data_fingerprint": data,
+                    "phases": phases.to_json(data),
                     "stage_fingerprint": trained,
                     "counts": log.counts,
                 },
             )
             say(f"saved {where}", flush=True)
+    feed.close()
     log.close()
     mcore.shutdown()
     return received
 
 
 class Feed(Iterator[Batch]):
-    """Micro-batches on the device; counts their tokens, bad samples and the seconds waited."""
+    """Micro-batches on the device; counts what they hold and what they cost."""
 
-    def __init__(self, loader: Iterable[Batch], device: torch.device):
-        self._batches, self._device = iter(loader), device
-        self._counts = dict.fromkeys(metrics.DATA_COUNTS, 0)
+    def __init__(self, loader: BatchLoader, device: torch.device):
+        self._loader, self._batches, self._device = loader, iter(loader), device
+        self._restarts = 0
+        self._counts = Counter()
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
@@ -153,12 +159,25 @@ class Feed(Iterator[Batch]):
         self._counts["tokens"] += int(batch.lengths.sum())
         self._counts["bad_samples"] += batch.bad
         self._counts["shortened_samples"] += batch.shortened
+        self._counts["bytes"] += batch.cost.bytes
+        self._counts["read_seconds"] += batch.cost.read_seconds
+        self._counts["decode_seconds"] += batch.cost.decode_seconds
+        for source in batch.sources.tolist():
+            self._counts[metrics.seen(source)] += 1
+        for sample in batch.bad_samples:
+            self._counts[metrics.bad(sample.source)] += 1
         return batch.to(self._device)
 
-    def take_counts(self) -> dict:
+    def take_counts(self) -> Counter:
         """The counts since the last call, as `Metrics.add` takes them."""
-        counts, self._counts = self._counts, dict.fromkeys(metrics.DATA_COUNTS, 0)
+        self._counts["worker_restarts"] = self._loader.restarts - self._restarts
+        self._restarts = self._loader.restarts
+        counts, self._counts = self._counts, Counter()
         return counts
+
+    def close(self) -> None:
+        """End the data workers."""
+        self._batches.close()
 
 
 def _silent(*args, **kwargs) -> None:

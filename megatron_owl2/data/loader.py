@@ -1,0 +1,160 @@
+"""Batches of one data-parallel rank: worker processes, what happens when one dies, the ledger."""
+
+import copy
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from megatron_owl2.config import DataConfig
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.ledger import DataError, Ledger
+from megatron_owl2.data.phases import Phase
+from megatron_owl2.data.stream import SampleStream
+from megatron_owl2.data.tokenizer import Tokenizer
+
+MAX_RESTARTS = 3  # of the workers, without CALM batches in between
+CALM = 1000
+
+
+class MicroBatches:
+    """The slots of every micro-batch of one data-parallel rank, from `start_slot` on."""
+
+    def __init__(self, start_slot: int, rank: int, ranks: int, size: int, limit: int | None):
+        if not 0 <= rank < ranks:
+            raise ValueError(f"data-parallel rank {rank} of {ranks}")
+        if limit is not None and limit % (ranks * size):
+            raise ValueError(
+                f"limit_slots {limit} is not a multiple of {size} micro-batch rows x {ranks} "
+                "data-parallel ranks, so the ranks would end at different times"
+            )
+        self._first = start_slot + (rank - start_slot) % ranks
+        self._ranks = ranks
+        self._size = size
+        self._end = None if limit is None else start_slot + limit
+
+    def after(self, done: int) -> "MicroBatches":
+        """The same without the first `done` micro-batches."""
+        rest = copy.copy(self)
+        rest._first += done * self._ranks * self._size
+        return rest
+
+    def __iter__(self) -> Iterator[list[int]]:
+        slot, step = self._first, self._ranks * self._size
+        while self._end is None or slot < self._end:
+            yield list(range(slot, slot + step, self._ranks))
+            slot += step
+
+
+class BatchLoader:
+    """Iterates over batches in order and keeps the ledger; every iteration starts at the same slot.
+
+    A worker that the system kills is replaced: the batches are a function of the slot, so nothing
+    is lost. Raises DataError when the ledger stops the run or workers are killed again and again.
+    """
+
+    def __init__(
+        self, stream: SampleStream, batches: MicroBatches, config: DataConfig, ledger: Path | None
+    ):
+        self.slots_per_epoch = stream.order.slots_per_epoch
+        self.restarts = 0  # of the workers, over all iterations
+        self._stream = stream
+        self._batches = batches
+        self._config = config
+        self._ledger = ledger
+
+    def __iter__(self) -> Iterator[Batch]:
+        config = self._config
+        ledger = Ledger(self._ledger, config.max_bad_fraction, config.max_bad_in_a_row)
+        for batch in self._survive():
+            ledger.add(batch)
+            yield batch
+
+    def _survive(self) -> Iterator[Batch]:
+        """The batches, from new workers where the old ones were killed."""
+        done = calm_at = deaths = 0
+        while True:
+            try:
+                for batch in self._open(self._batches.after(done)):
+                    yield batch
+                    done += 1
+                return
+            except RuntimeError as error:
+                # Errors of the stream come as "Caught ..."; this is torch's word for a death.
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                deaths = deaths + 1 if done < calm_at else 1
+                calm_at = done + CALM
+                what = f"a data worker ended unexpectedly after {done} micro-batches ({error})"
+                if deaths > MAX_RESTARTS:
+                    raise DataError(
+                        f"{what}, {deaths} times in short order; if memory is short, lower "
+                        "data.workers or data.prefetch. The run can go on from its last checkpoint"
+                    ) from error
+                self.restarts += 1
+                print(
+                    f"{what}; starting the workers again ({deaths} of {MAX_RESTARTS} times)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _open(self, batches: MicroBatches) -> Iterator[Batch]:
+        workers = self._config.workers
+        loader = DataLoader(
+            self._stream,
+            batch_size=None,
+            sampler=batches,
+            num_workers=workers,
+            prefetch_factor=self._config.prefetch if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the global random state belongs to the model
+            worker_init_fn=_leave_signals_to_the_trainer,
+        )
+        # torch reports a death from a signal handler, that is anywhere in a training step; without
+        # it the death shows when a batch is asked for, where it can be mended.
+        handler = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(loader)
+        if workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        return iterator
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the trainer ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def build_loader(
+    config: DataConfig,
+    phase: Phase,
+    *,
+    tokenizer: Tokenizer,
+    tokens_per_image: int,
+    image_size: int,
+    micro_batch_size: int,
+    start_slot: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    decode_images: bool = True,
+    ledger: str | Path | None = None,
+    limit_slots: int | None = None,
+) -> BatchLoader:
+    """The batches of one data-parallel rank from global slot `start_slot` on, in a phase.
+
+    Rank r of R gets the slots s with s % R == r in increasing order: if R divides the global batch
+    size, every global batch holds the same samples for any R. Batches do not depend on
+    `config.workers` (0: no worker processes). `limit_slots` ends after that many slots of all ranks
+    together. `ledger` is the file that gets one JSON line for every unusable sample of a batch that
+    was handed out. Raises ShardError for a data set that is not whole, StorageError for one that
+    cannot be read and ValueError for a rank or limit that does not fit.
+    """
+    stream = SampleStream(config, tokenizer, tokens_per_image, image_size, phase, decode_images)
+    batches = MicroBatches(
+        start_slot, data_parallel_rank, data_parallel_size, micro_batch_size, limit_slots
+    )
+    return BatchLoader(stream, batches, config, None if ledger is None else Path(ledger))

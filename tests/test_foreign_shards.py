@@ -1,0 +1,142 @@
+"""Shards of other programs: indexed where they lie and read like our own."""
+
+import io
+import os
+import subprocess
+import tarfile
+
+import pytest
+import webdataset
+from tiny_data import encoded, picture, record
+
+from megatron_owl2.data.dataset import Dataset
+from megatron_owl2.data.manifest import ShardError, write_manifest
+from megatron_owl2.data.records import Record
+from megatron_owl2.data.shards import index_shard
+from megatron_owl2.data.tar import members
+
+RECORDS = [record(i) for i in range(25)]
+IMAGE = encoded(picture(0))
+
+
+def everything(folder) -> list[Record]:
+    dataset = Dataset(folder)
+    return [dataset.read(s, i) for s, size in enumerate(dataset.sizes) for i in range(size)]
+
+
+def adopt(folder) -> list[Record]:
+    write_manifest(folder, [index_shard(path) for path in sorted(folder.glob("*.tar"))])
+    return everything(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"mtime": 0}])
+def test_webdatasets_writer(tmp_path, options):
+    """By default its modification times have fractions, so that every member has a PAX header."""
+    pattern = str(tmp_path / "w-%03d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=10, verbose=0, **options) as out:
+        for item in RECORDS:
+            parts = {name.split(".")[1]: data for name, data in item.to_members()}
+            out.write({"__key__": item.key, **parts})
+    assert adopt(tmp_path) == RECORDS
+    index = (tmp_path / "w-000.tar.idx").read_bytes()
+    with tarfile.open(tmp_path / "w-000.tar") as tar:
+        offsets = {}
+        for member in tar:
+            offsets.setdefault(member.name.split(".")[0], member.offset)
+    assert [int.from_bytes(index[i : i + 8], "little") for i in range(0, 80, 8)] == list(
+        offsets.values()
+    )
+
+
+def test_pairs_as_webdataset_corpora_are_published(tmp_path):
+    with webdataset.ShardWriter(str(tmp_path / "p-%d.tar"), verbose=0) as out:
+        out.write({"__key__": "0", "jpg": IMAGE, "txt": " an owl\n"})
+        out.write({"__key__": "1", "jpg": IMAGE, "json": {"caption": "a cat", "url": "u"}})
+        both = {"caption": "ignored", "status": "success", "similarity": 0.3}
+        out.write({"__key__": "2", "jpg": IMAGE, "txt": "a dog", "json": both})
+    found = adopt(tmp_path)
+    assert [r.caption for r in found] == ["an owl", "a cat", "a dog"]
+    assert all(r.image == IMAGE for r in found)
+    assert found[2].metadata == both
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax", "ustar"])
+def test_archives_of_tar_with_folders_and_long_names(tmp_path, format):
+    names = ["a/0", "a/1", "b/" + "x" * (90 if format == "ustar" else 180)]
+    files = tmp_path / "files"
+    for name in names:
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / f"{name}.jpg").write_bytes(IMAGE)
+        (files / f"{name}.txt").write_text(f"caption of {name}")
+    data = tmp_path / "data"
+    data.mkdir()
+    command = ["tar", f"--format={format}", "--sort=name", "-cf", data / "t.tar", "-C", files]
+    subprocess.run([*command, "a", "b"], check=True)
+    assert [(r.key, r.caption) for r in adopt(data)] == [(n, f"caption of {n}") for n in names]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes, **fields) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_key_that_comes_twice_is_two_samples(tmp_path):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for text in (b"one", b"two"):
+            add(tar, "k.jpg", IMAGE)
+            add(tar, "k.txt", text)
+    assert [r.caption for r in adopt(tmp_path)] == ["one", "two"]
+
+
+def test_names_that_lead_elsewhere_are_only_names(tmp_path):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for name in ("../../up", "/etc/root", "snö/猫"):
+            add(tar, f"{name}.jpg", IMAGE)
+            add(tar, f"{name}.txt", b"text")
+    before = sorted(os.listdir(tmp_path))
+    assert [r.key for r in adopt(tmp_path)] == ["../../up", "/etc/root", "snö/猫"]
+    new = {"d.tar.idx", "d.tar.sums", "manifest.json"}
+    assert sorted(os.listdir(tmp_path)) == sorted({*before, *new})
+
+
+@pytest.mark.parametrize(
+    "name, fields, reason",
+    [
+        ("README", {}, "belongs to no sample"),
+        ("a/.hidden", {}, "belongs to no sample"),
+        ("link.jpg", {"type": tarfile.SYMTYPE, "linkname": "x", "size": 0}, "neither a file"),
+    ],
+)
+def test_what_is_no_sample_is_refused(tmp_path, name, fields, reason):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        add(tar, "k.txt", b"x")
+        add(tar, name, b"", **fields)
+    with pytest.raises(ShardError, match=f"d.tar behind byte 1024: .*{reason}"):
+        index_shard(tmp_path / "d.tar")
+
+
+def test_damaged_extended_headers_are_noticed(tmp_path):
+    with tarfile.open(tmp_path / "d.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "k.txt", b"x", mtime=1.5)
+    path = tmp_path / "d.tar"
+    whole = path.read_bytes()
+    assert b"mtime=1.5" in whole
+    body = whole.index(b" mtime=1.5") - 2
+    for change in (b"99 mtime=1.5", b"xx mtime=1.5"):
+        path.write_bytes(whole[:body] + change + whole[body + len(change) :])
+        with pytest.raises(ShardError, match="extended header"):
+            index_shard(path)
+
+
+def test_members_are_where_tarfile_finds_them(tmp_path):
+    path = tmp_path / "m.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(20):
+            add(tar, f"{'n' * (i * 12)}{i}.bin", bytes(i * 100), mtime=i / 3)
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        expected = [(m.offset, m.name, m.offset_data, m.size) for m in tar]
+    assert list(members(lambda a, b: data[a:b], 0, len(data))) == expected
