@@ -3,73 +3,191 @@
     python tools/preprocess_data.py --input PATH --format NAME --output DIR
 
 Repeatable: a finished output is left alone, an interrupted one continued. Several machines share
-the work by --partition 0/N ... (N-1)/N into one folder; whichever ends last finishes the data set.
+the work: each runs --partition I/N into one folder, then one of them --merge; --deduplicate and
+--sample N take both twice. slurm/preprocess.sh submits that chain. DIR/report.html shows what came
+of the corpus.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from data_prep.formats import FORMATS
-from megatron_owl2.preprocess.job import preprocess
+from megatron_owl2.preprocess.filters import Filters
+from megatron_owl2.preprocess.job import PAGE, Outcome, preprocess
 from megatron_owl2.preprocess.parts import PreprocessError, ReadOptions
+from megatron_owl2.preprocess.steps import Settings
+from megatron_owl2.preprocess.transform import DEFAULT_QUALITY, Reencoding
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", type=Path, required=True, help="folder or JSON file to read")
-    parser.add_argument("--format", choices=sorted(FORMATS), required=True)
-    parser.add_argument("--images", type=Path, help="folder of the pictures (conversations)")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes")
-    parser.add_argument(
-        "--partition", type=_partition, default=(0, 1), metavar="I/N", help="0/N to (N-1)/N"
-    )
-    parser.add_argument(
-        "--shard-size", type=_positive, default=10_000, metavar="N", help="samples in a shard"
-    )
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _preprocess(options)
     except (PreprocessError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; finished parts are kept, start again to continue", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("input").add_argument
+    add("--input", type=Path, required=True, help="folder or file to read")
+    add("--format", choices=sorted(FORMATS), required=True)
+    add("--images", type=Path, metavar="DIR", help="folder that picture paths are relative to")
+    add("--image-column", metavar="NAME", help="column of a table with the picture's path")
+    add("--caption-column", metavar="NAME", help="column of a table with the caption")
+
+    add = parser.add_argument_group("which samples stay").add_argument
+    add("--min-side", type=_positive, metavar="PIXELS", help="of the smaller side")
+    add("--max-aspect", type=_ratio, metavar="RATIO", help="of the longer to the shorter side")
+    add("--min-caption", type=_positive, metavar="CHARACTERS")
+    add("--max-caption", type=_positive, metavar="CHARACTERS")
+    for name, text in (("--min-score", "least"), ("--max-score", "largest")):
+        add(
+            name,
+            type=_score,
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help=f"{text} value of a column such as clip_similarity_vitb32; may be repeated",
+        )
+    add("--no-decode", action="store_true", help="trust pictures whose header can be read")
+    add(
+        "--deduplicate",
+        choices=("image", "pair"),
+        help="keep the first of samples with the same picture, or the same picture and text",
+    )
+    add("--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1")
+    add("--seed", type=int, default=0, help="of the sample")
+
+    add = parser.add_argument_group("how pictures are stored").add_argument
+    add("--max-side", type=_positive, metavar="PIXELS", help="make larger pictures smaller")
+    add(
+        "--jpeg-quality",
+        type=_quality,
+        metavar="Q",
+        help=f"store every picture as JPEG ({DEFAULT_QUALITY} for those that --max-side changes)",
+    )
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, required=True, help="folder of the data set")
+    add("--shard-size", type=_positive, default=10_000, metavar="N", help="samples in a shard")
+    add("--workers", type=_positive, default=1, metavar="N", help="processes")
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument(
+        "--partition", type=_partition, default=(0, 1), metavar="I/N", help="0/N to (N-1)/N"
+    )
+    share.add_argument("--merge", action="store_true", help="do what all partitions must precede")
+    share.add_argument("--plan", action="store_true", help="say how many parts and readings")
+    return parser
 
 
 def _preprocess(options: argparse.Namespace) -> int:
     if not options.input.exists():
         raise PreprocessError(f"--input {options.input} does not exist")
     reader = FORMATS[options.format]
-    parts = reader.plan(options.input, ReadOptions(options.images, options.shard_size))
+    settings = Settings(
+        reader.read,
+        Filters(
+            options.min_side,
+            options.max_aspect,
+            options.min_caption,
+            options.max_caption,
+            dict(options.min_score),
+            dict(options.max_score),
+            decode=not options.no_decode,
+        ),
+        Reencoding(options.max_side, options.jpeg_quality),
+        options.deduplicate,
+        options.sample,
+        options.seed,
+        options.shard_size,
+    )
+    parts = reader.plan(
+        options.input,
+        ReadOptions(
+            options.images, options.shard_size, options.image_column, options.caption_column
+        ),
+    )
+    if options.plan:
+        print(f"{len(parts)} parts, {2 if settings.two_readings else 1} readings")
+        return 0
+    arguments = {
+        "format": options.format,
+        "input": str(options.input.resolve()),
+        "images": options.images and str(options.images.resolve()),
+        "image_column": options.image_column,
+        "caption_column": options.caption_column,
+    }
     outcome = preprocess(
         parts,
-        reader.read,
+        settings,
         options.output,
-        arguments={
-            "format": options.format,
-            "input": str(options.input.resolve()),
-            "images": options.images and str(options.images.resolve()),
-        },
-        samples_per_shard=options.shard_size,
-        workers=options.workers,
-        partition=options.partition,
+        arguments,
+        options.workers,
+        options.partition,
+        options.merge,
     )
-    if outcome.report is None:
-        print(f"{options.output}: {outcome.written} parts written, {outcome.missing} parts missing")
-        print("the data set is finished by the last partition to end")
-    else:
-        state = "finished" if outcome.written else "already complete, nothing to do"
-        print(f"{options.output}: {state}; {outcome.report}")
+    print(f"{options.output}: {_summary(outcome, options.output)}")
     return 0
+
+
+def _summary(outcome: Outcome, output: Path) -> str:
+    if outcome.report is not None:
+        state = "finished" if outcome.written else "complete, nothing to read"
+        return f"{state}; {outcome.report}\nlook at {output / PAGE}"
+    if outcome.selected:
+        return "selected; now run the partitions again, then --merge"
+    verb = "scanned" if outcome.scanned else "written"
+    count = outcome.scanned + outcome.written
+    return f"{count} parts {verb}; when all partitions are through, run --merge"
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _quality(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
+    return value
+
+
+def _ratio(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _score(text: str) -> tuple[str, float]:
+    name, equals, value = text.rpartition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not name or not equals or not abs(number) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER")
+    return name, number
+
+
+def _sample(text: str) -> int | float:
+    value = float(text) if "." in text else int(text)
+    if value <= 0 or (isinstance(value, float) and value >= 1):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of samples nor below 1")
     return value
 
 

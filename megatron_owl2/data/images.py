@@ -17,7 +17,7 @@ from megatron_owl2.data.hashing import KeyedRandom
 from megatron_owl2.data.records import BadSampleError
 
 MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger picture is refused before it is decoded
-_FORMATS = ("PNG", "WEBP", "GIF", "BMP")
+_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def decode(data: bytes) -> torch.Tensor:
@@ -42,6 +42,24 @@ def decode(data: bytes) -> torch.Tensor:
     except Exception as error:  # Pillow's readers raise many types on damaged files
         raise BadSampleError(f"image cannot be decoded: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels from the header alone; raises BadSampleError if it cannot be read.
+
+    The orientation that EXIF may ask for is not applied, as in decode.
+    """
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        else:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                width, height = image.size
+    except Exception as error:  # Pillow's readers raise many types on damaged files
+        raise BadSampleError(f"image header cannot be read: {error}") from None
+    if width < 1 or height < 1:
+        raise BadSampleError(f"image of {width} x {height} pixels")
+    return width, height
 
 
 def resize_square(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,174 +1,144 @@
 """From a published corpus to a data set: many processes, repeatable, nothing lost uncounted.
 
-A reader (data_prep/) cuts its input into parts. Every part becomes its own shards and a small
-result file, written last; the manifest is made when all results are there. So an interrupted run
-continues where it stopped, partitions on several machines share a folder, and the bytes depend on
-neither.
+A reader (data_prep/) cuts its input into parts. Every part becomes its own shards and a result
+that is written last; report and manifest are made when all results are there. What depends on the
+whole corpus (duplicates, a sample of n) takes two readings: the first leaves a table of every part,
+one process selects from the tables, the second writes. So an interrupted run continues where it
+stopped, partitions on several machines share a folder, and the bytes depend on neither.
 """
 
-import json
-import multiprocessing
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from megatron_owl2.data.records import BadSampleError, Record
-from megatron_owl2.data.shards import MANIFEST, ShardWriter, write_atomically, write_manifest
-from megatron_owl2.preprocess.parts import Part, PreprocessError, Skipped
+from megatron_owl2.data.manifest import MANIFEST, write_atomically, write_manifest
+from megatron_owl2.preprocess.folder import Folder
+from megatron_owl2.preprocess.page import write_page
+from megatron_owl2.preprocess.parts import Part, PreprocessError
+from megatron_owl2.preprocess.pool import Pool
+from megatron_owl2.preprocess.report import Report, Tally
+from megatron_owl2.preprocess.selection import select
+from megatron_owl2.preprocess.steps import Settings, scan_part, write_part
 
-REPORT = "report.json"
-_WORK = "preprocess"  # holds job.json and one result file per part
+REPORT, PAGE = "report.json", "report.html"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_EXAMPLES = 5  # kept for each reason to skip
-
-
-@dataclass(frozen=True)
-class Report:
-    """What came of a corpus: samples kept, samples skipped by reason, examples of each reason."""
-
-    kept: int
-    skipped: dict[str, int]
-    examples: dict[str, list[str]]
-
-    def __str__(self) -> str:
-        lines = [f"kept {self.kept}, skipped {sum(self.skipped.values())}"]
-        for reason, count in sorted(self.skipped.items(), key=lambda item: (-item[1], item[0])):
-            lines.append(f"  {count} x {reason} (such as {self.examples[reason][0]})")
-        return "\n".join(lines)
+_NAMED = 5  # missing parts in a message
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The report, or None while `missing` parts of other partitions are not there; `written` counts
-    the parts that this run made."""
+    """The report, or None while the data set is not finished; how many parts this run scanned and
+    wrote, and whether it made the selection between the two."""
 
     report: Report | None
-    written: int
-    missing: int
+    scanned: int = 0
+    written: int = 0
+    selected: bool = False
 
 
 def preprocess(
     parts: Sequence[Part],
-    read: Callable[[Any], Iterator[Record | Skipped]],
+    settings: Settings,
     output: Path,
     arguments: dict[str, Any],
-    samples_per_shard: int = 10_000,
     workers: int = 1,
     partition: tuple[int, int] = (0, 1),
+    merge: bool = False,
 ) -> Outcome:
-    """Write the parts i with i % n == partition index as shards of `output`.
+    """Make `output` a data set of the parts, or do a share of it.
 
-    The run that finds the parts of all partitions there writes the report and the manifest.
-    `arguments` (JSON) describes the job: an output folder made with the same arguments is
-    continued, or left alone if finished. Raises PreprocessError if the folder holds anything else,
-    if no sample at all was kept, or if a process was killed.
+    Partition (i, n) scans its parts i, i + n, ... or, once the selection is there, writes them.
+    With n > 1 it leaves the selection and the end to a run with `merge`, which does those two and
+    no more. `arguments` (JSON) say, with `settings`, what the job is: a folder made by the same job
+    is continued, or left alone if finished. Raises PreprocessError if the folder holds anything
+    else, if `merge` finds parts missing, if no sample was kept, or if a part cannot be done.
     """
-    job = arguments | {
-        "samples_per_shard": samples_per_shard,
-        "parts": [[part.name, part.identity] for part in parts],
-    }
     names = [part.name for part in parts]
     if len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)):
         raise PreprocessError(
             f"parts of the input need different names of letters, digits, '_', '-': {names[:5]}"
         )
-    _claim(output, job)
-    todo: list[Part] = []
-    if not (output / MANIFEST).exists():
-        index, count = partition
-        todo = [part for part in parts[index::count] if not _result(output, part).exists()]
-        _run(partial(_write_part, read, output, samples_per_shard), todo, workers)
-        missing = sum(not _result(output, part).exists() for part in parts)
-        if missing:
-            return Outcome(None, len(todo), missing)
-        _finish(output, parts)
-    return Outcome(Report(**json.loads((output / REPORT).read_bytes())), len(todo), 0)
+    folder = Folder(output)
+    folder.claim(_describe(parts, settings, arguments))
+    if (output / MANIFEST).exists():
+        return Outcome(Report.from_json((output / REPORT).read_bytes()))
+    folder.remove_leftovers()
+    index, count = partition
+    mine = [] if merge else parts[index::count]
+    scanned = written = 0
+    selected = False
+    with Pool(workers) as pool:
+        if settings.two_readings and not folder.selection.exists():
+            todo = [part for part in mine if folder.scan_result(part) is None]
+            pool.run(partial(scan_part, settings, folder), todo, "scan")
+            scanned = len(todo)
+            if count > 1:
+                return Outcome(None, scanned)
+            _select(folder, parts, settings)
+            selected = True
+            if merge:
+                return Outcome(None, selected=True)
+        todo = [part for part in mine if folder.result(part) is None]
+        pool.run(partial(write_part, settings, folder), todo, "write")
+        written = len(todo)
+    if count > 1:
+        return Outcome(None, written=written)
+    return Outcome(_finish(folder, parts, settings), scanned, written, selected)
 
 
-def _claim(output: Path, job: dict) -> None:
-    """Mark an empty folder as this job's, or check that it is."""
-    path = output / _WORK / "job.json"
-    if output.exists() and not output.is_dir():
-        raise PreprocessError(f"{output} is not a folder; choose another --output")
-    if not path.exists():
-        if output.exists() and any(entry.name != _WORK for entry in output.iterdir()):
-            raise PreprocessError(
-                f"{output} is not empty and was not made by this program; choose another --output"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(job, indent=1, sort_keys=True).encode())
-    found = json.loads(path.read_bytes())
-    if found != json.loads(json.dumps(job)):
-        different = sorted(key for key in found.keys() | job if found.get(key) != job.get(key))
-        raise PreprocessError(
-            f"{output} holds the output of another job (different: {', '.join(different)}); "
-            "choose another --output or delete it"
-        )
+def _describe(parts: Sequence[Part], settings: Settings, arguments: dict) -> dict[str, Any]:
+    """What must be the same for a job to be continued."""
+    flat = asdict(settings)
+    del flat["read"]  # named by the format among the arguments
+    flat |= flat.pop("filters") | flat.pop("reencoding")
+    return arguments | flat | {"parts": [[part.name, part.identity] for part in parts]}
 
 
-def _run(write: Callable[[Part], None], parts: list[Part], workers: int) -> None:
-    with ExitStack() as stack:
-        results: Iterable[None] = map(write, parts)
-        if min(workers, len(parts)) > 1:
-            # Forking a process that has threads can deadlock; spawning cannot.
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(min(workers, len(parts)), mp_context=context)
-            results = stack.enter_context(pool).map(write, parts)
-        try:
-            for _ in tqdm(results, total=len(parts), unit="part"):
-                pass
-        except BrokenProcessPool:
-            raise PreprocessError(
-                "a process was killed, probably for lack of memory; start again with fewer "
-                "--workers: finished parts are kept"
-            ) from None
+def _select(folder: Folder, parts: Sequence[Part], settings: Settings) -> None:
+    tally = Tally(settings.filters)
+    _add_all(tally, "scanned", {part.name: folder.scan_result(part) for part in parts})
+    tally.check_scores(settings.filters.score_names)
+    tables = [partial(np.load, folder.scan(part)) for part in parts]
+    with folder.unfinished("selection") as unfinished:
+        fates = unfinished / "fates"
+        fates.mkdir()
+        selection = select(tables, settings.deduplicate is not None, settings.sample)
+        for part, fate in zip(parts, selection, strict=True):
+            np.save(fates / f"{part.name}.npy", fate)
+        fates.rename(folder.selection)
 
 
-def _write_part(read: Callable, output: Path, samples_per_shard: int, part: Part) -> None:
-    skipped: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
-    writer = ShardWriter(output, samples_per_shard, prefix=part.name, manifest=False)
-    with writer:
-        for item in read(part.payload):
-            if isinstance(item, Record):
-                try:
-                    writer.write(item)
-                    continue
-                except BadSampleError as error:
-                    item = Skipped("record cannot be stored", f"{item.key}: {error}")
-            skipped[item.reason] += 1
-            if skipped[item.reason] <= _EXAMPLES:
-                examples.setdefault(item.reason, []).append(item.detail)
-    result = {"rows": writer.rows, "skipped": skipped, "examples": examples}
-    write_atomically(_result(output, part), json.dumps(result).encode())
-
-
-def _finish(output: Path, parts: Sequence[Part]) -> None:
-    rows: list[dict] = []
-    skipped: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
-    for part in parts:
-        result = json.loads(_result(output, part).read_bytes())
-        rows += result["rows"]
-        skipped += Counter(result["skipped"])
-        for reason, details in result["examples"].items():
-            known = examples.setdefault(reason, [])
-            known += details[: _EXAMPLES - len(known)]
-    report = Report(sum(row["samples"] for row in rows), dict(skipped), examples)
+def _finish(folder: Folder, parts: Sequence[Part], settings: Settings) -> Report:
+    """Write report and page and, last, the manifest."""
+    tally = Tally(settings.filters)
+    if settings.two_readings:
+        _add_all(tally, "scanned", {part.name: folder.scan_result(part) for part in parts})
+    results = {part.name: folder.result(part) for part in parts}
+    _add_all(tally, "written", results)
+    tally.check_scores(settings.filters.score_names)
+    rows = [row for result in results.values() for row in result["rows"]]
+    asked = settings.sample if isinstance(settings.sample, int) else None
+    report = Report.of(tally, rows, asked)
     if not rows:
-        raise PreprocessError(f"no sample was kept, so {output} is not a data set: {report}")
-    write_atomically(output / REPORT, json.dumps(vars(report), indent=1).encode() + b"\n")
-    write_manifest(output, rows)
+        raise PreprocessError(f"no sample was kept, so {folder.output} is not a data set: {report}")
+    write_atomically(folder.output / REPORT, report.to_json())
+    write_page(folder.output, folder.output / PAGE, report, rows, settings.filters)
+    write_manifest(folder.output, rows)
+    return report
 
 
-def _result(output: Path, part: Part) -> Path:
-    return output / _WORK / f"{part.name}.json"
+def _add_all(tally: Tally, verb: str, results: dict[str, dict | None]) -> None:
+    missing = [name for name, result in results.items() if result is None]
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise PreprocessError(
+            f"{len(missing)} of {len(results)} parts are not {verb} yet: "
+            f"{', '.join(missing[:_NAMED])}{more}; run their partitions (again)"
+        )
+    for result in results.values():
+        tally.add(result)
