@@ -97,3 +97,35 @@ def _plan(source: Path, options: ReadOptions, one_caption: bool) -> list[Part]:
 def _draw(image_id: Any, found: list) -> list:
     key = combine(xxhash.xxh3_64_intdigest(str(image_id)))
     return [found[key % len(found)]] if found else []
+
+
+def write_download(folder: Path) -> Path:
+    """Write the script that fetches the official archives; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "download.sh"
+    path.write_text(_DOWNLOAD)
+    return path
+
+
+_DOWNLOAD = """#!/usr/bin/env bash
+# Downloads the training pictures of COCO 2017 (118,287; 18 GB) and all captions:
+#   bash download.sh FOLDER
+# Then: tools/preprocess_data.py --format coco --input FOLDER/annotations/captions_train2017.json \\
+#     --images FOLDER/train2017
+set -euo pipefail
+
+folder=${1:?usage: bash download.sh FOLDER}
+mkdir -p "$folder"
+cd "$folder"
+for archive in annotations/annotations_trainval2017 zips/train2017; do
+    file=${archive##*/}.zip
+    unzip -tqq "$file" 2> /dev/null || curl --fail --location --continue-at - --remote-name \\
+        "http://images.cocodataset.org/$archive.zip"
+    unzip -n -q "$file"
+done
+found=$(find train2017 -name '*.jpg' | wc -l)
+if [ "$found" -ne 118287 ]; then
+    echo "error: $found of 118287 pictures are there; remove train2017.zip and start again" >&2
+    exit 1
+fi
+"""

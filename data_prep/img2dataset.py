@@ -143,10 +143,10 @@ def _not_there(path: Path, found: int) -> Iterator[Skipped]:
         return
     failures = 0
     if path.suffix != ".parquet":
-        reason = max(messages, key=messages.get, default="no message")
+        known = sorted(messages.items(), key=lambda item: -item[1])[:3]
+        where = f"shard {path.stem}: " + ", ".join(f"{n} x {message}" for message, n in known)
         for name in _FAILURES:
             failures += counts[name]
-            skipped = Skipped(f"status {name}", f"shard {path.stem}, mostly: {reason}")
-            yield from [skipped] * counts[name]
+            yield from [Skipped(f"status {name}", where)] * counts[name]
     lost = max(0, counts["count"] - failures - found)
     yield from [Skipped("counted in the statistics but not there", f"shard {path.stem}")] * lost

@@ -69,7 +69,10 @@ def _record(
 ) -> Record:
     row = _row(parts.get("json", b"{}"))
     if row.keys() - {"caption", "turns"} == _OURS:
-        return Record.from_members(key, parts)
+        try:
+            return Record.from_members(key, parts)
+        except BadSampleError as error:
+            raise SkipError("damaged sample of a shard") from error
     images = [name for name in parts if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
     if len(images) != 1:
         raise SkipError("more than one image" if images else "no image")
