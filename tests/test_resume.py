@@ -137,6 +137,21 @@ def test_other_data_is_refused_on_resume(uninterrupted, tmp_path):
         assert override.partition("=")[0] in line and "is not what" in line
 
 
+def test_other_data_start_a_recorded_phase(uninterrupted, tmp_path):
+    config, whole = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for more in (2, 3):  # the phase begins, and goes on
+        options = [f"train.steps={STEPS + more}", "data.seed=5", "data.phase=2"]
+        done = tiny_run.train(config, run, *options)
+        assert done.returncode == 0, done.stderr
+        assert f"data: phase 2 from slot {8 * STEPS}" in done.stdout
+        progress = checkpoint.read_progress(checkpoint.latest(run))
+        assert [phase["start_slot"] for phase in progress["phases"]] == [0, 8 * STEPS]
+        sources = tiny_run.rows(run)[-1]["sources"]
+        assert sum(source["seen"] for source in sources) == 8 * more  # of the new phase alone
+
+
 def test_rates_and_length_follow_the_configuration_of_the_resumed_run(uninterrupted, tmp_path):
     config, whole = uninterrupted
     run = tmp_path / "run"

@@ -2,18 +2,21 @@
 
 import json
 import os
+import signal
 
+import psutil
 import pytest
 import torch
 from tiny_data import LetterTokenizer, encoded, picture, record, write
 
-from megatron_owl2.config import DataConfig, SourceConfig, StorageConfig
+from megatron_owl2.config import ConfigError, DataConfig, SourceConfig, StorageConfig
+from megatron_owl2.data import loader as loading
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.dataset import Dataset
 from megatron_owl2.data.images import decode, resize_square
-from megatron_owl2.data.ledger import DataError
+from megatron_owl2.data.ledger import DataError, drop_after, path_of
 from megatron_owl2.data.loader import build_loader
-from megatron_owl2.data.phases import first_phase
+from megatron_owl2.data.phases import first_phase, go_on, to_json
 from megatron_owl2.data.records import Record
 from megatron_owl2.data.storage import StorageError
 
@@ -324,3 +327,90 @@ def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp
         config(*folders, phase=2),
     ]
     assert len({base, *map(fingerprint, changed)}) == 7
+
+
+class Deadly(LetterTokenizer):
+    """Kills its process, as the system does when memory is short, while a file is there."""
+
+    def __init__(self, fuse, once: bool):
+        self.fuse, self.once = fuse, once
+
+    def encode(self, text):
+        if "7" in text and self.fuse.exists():
+            if self.once:
+                self.fuse.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(folders, tmp_path, workers, capfd):
+    expected = list(loader(config(*folders), limit_slots=80))
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    batches = loader(
+        config(*folders, workers=workers), tokenizer=Deadly(fuse, once=True), limit_slots=80
+    )
+    for a, b in zip(expected, batches, strict=True):
+        assert_equal(a, b)
+    assert not fuse.exists() and batches.restarts == 1
+    assert "a data worker ended unexpectedly" in capfd.readouterr().err
+
+
+def test_workers_that_are_killed_again_and_again_stop_the_run(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "MAX_RESTARTS", 1)  # torch notices a death after five seconds
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    batches = loader(
+        config(*folders, workers=1), tokenizer=Deadly(fuse, once=False), limit_slots=80
+    )
+    with pytest.raises(DataError, match="2 times in short order.*lower data.workers"):
+        list(batches)
+    assert batches.restarts == 1
+
+
+def test_no_worker_outlives_its_loader(folders):
+    def children():
+        return {child.pid for child in psutil.Process().children()}
+
+    before = children()
+    batches = iter(loader(config(*folders, workers=3)))  # endless
+    next(batches)
+    workers = children() - before
+    assert len(workers) == 3
+    batches.close()
+    assert not workers & children()
+
+
+def test_batches_say_where_their_rows_come_from(folders):
+    for batch in loader(config(*folders), limit_slots=100):
+        assert [("a", "b")[i] for i in batch.sources.tolist()] == [key[0] for key in batch.keys]
+        assert batch.cost.bytes > 0 and batch.cost.read_seconds > 0
+
+
+def test_data_may_change_only_in_a_new_phase(folders):
+    data, other = config(*folders), config(*folders, weights=(0.5, 0.5))
+    recorded = to_json([first_phase(data)])
+    assert go_on(recorded, data, 96, "checkpoint") == [first_phase(data)]
+    with pytest.raises(ConfigError, match=r"data.sources .* data.phase=2 .* from slot 96 on"):
+        go_on(recorded, other, 96, "checkpoint")
+    other.phase = 2
+    first, second = go_on(recorded, other, 96, "checkpoint")
+    assert (first.start_slot, second.start_slot, second.number) == (0, 96, 2)
+    assert [source["weight"] for source in second.sources] == [0.5, 0.5]
+    assert [source["samples"] for source in second.sources] == [60, 25]
+    again = to_json([first, second])
+    assert go_on(json.loads(json.dumps(again)), other, 192, "checkpoint") == [first, second]
+    for phase in (1, 4):
+        other.phase = phase
+        with pytest.raises(ConfigError, match=f"data.phase is {phase}.*made in phase 2"):
+            go_on(again, other, 192, "checkpoint")
+
+
+def test_the_ledger_forgets_what_a_resumed_run_will_meet_again(tmp_path):
+    for rank, slots in ((0, (1, 5, 9)), (3, (2, 6))):
+        lines = [json.dumps({"slot": slot}) + "\n" for slot in slots]
+        path_of(tmp_path, rank).write_text("".join(lines) + '{"slot": 3')  # torn by a crash
+    drop_after(tmp_path, 6)
+    assert path_of(tmp_path, 0).read_text() == '{"slot": 1}\n{"slot": 5}\n'
+    assert path_of(tmp_path, 3).read_text() == '{"slot": 2}\n'
