@@ -4,6 +4,9 @@ import os
 import re
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -14,16 +17,22 @@ FOREVER = 10**9
 class HttpServer:
     """Serves the files of a folder at `url` while inside `with`.
 
-    `requests` lists what was asked: (method, file name, (start, stop) or None). A fault strikes the
-    next `times` GET requests (of the files whose name ends in `name`): "hang" answers nothing,
-    "slow" takes `seconds` before the answer, "reset" cuts the connection in the middle of the body,
-    "short" sends half of the bytes in an answer that is well-formed, "in full" ignores the range,
-    "elsewhere" sends another range, "flip" one wrong byte, and a number is sent as the status.
+    `requests` lists what was asked: (method, file name, (start, stop) or None), `sent` counts the
+    bytes of bodies by file name, `most_at_once` the answers in work at one time.
+
+    A fault strikes the next `times` GET requests (of the files whose name ends in `name`): "hang"
+    answers nothing, "slow" takes `seconds` before the answer, "reset" cuts the connection in the
+    middle of the body, "short" sends half of the bytes in an answer that is well-formed, "in full"
+    ignores the range, "elsewhere" sends another range, "flip" one wrong byte, and a number is sent
+    as the status.
     """
 
     def __init__(self, folder: os.PathLike):
         self.folder = Path(folder)
         self.requests: list[tuple[str, str, tuple[int, int] | None]] = []
+        self.sent: Counter[str] = Counter()
+        self.most_at_once = 0
+        self._at_once = 0
         self._faults: list[list] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -49,6 +58,17 @@ class HttpServer:
         self._closing.set()
         self._server.shutdown()
         self._server.server_close()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_once -= 1
 
     def _take_fault(self, name: str) -> tuple[str | int | None, float]:
         with self._lock:
@@ -77,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        with self.owner._at_work():
+            self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
         name = unquote(self.path).lstrip("/")
@@ -119,7 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data[: len(data) // 2] if cut else data)
+            rest = memoryview(data)[: len(data) // 2 if cut else None]
+            for start in range(0, len(rest), 1 << 20):
+                self.wfile.write(rest[start : start + (1 << 20)])
+                self.owner.sent[unquote(self.path).lstrip("/")] += len(rest[start:][: 1 << 20])
         self.close_connection = cut
 
     def log_message(self, *arguments) -> None:

@@ -189,7 +189,9 @@ class _RemoteProcess(_Process):
             self._jobs.put(job)
             jobs = self._jobs
         if starts:
-            threading.Thread(target=self._work, args=(jobs, fill), daemon=True).start()
+            threading.Thread(
+                target=self._work, args=(jobs, fill), name="look-ahead", daemon=True
+            ).start()
 
     def stop_prefetching(self) -> None:
         """Forget what waits; the threads end after what they do."""
