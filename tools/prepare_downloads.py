@@ -9,6 +9,7 @@ exact img2dataset command. For COCO there is only the script, which fetches the 
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -94,7 +95,9 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _score(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
+    name, _, value = text.rpartition("=")
+    if not name or not math.isfinite(float(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER")
     return name, float(value)
 
 
