@@ -172,8 +172,7 @@ def test_every_flipped_byte_is_noticed(folder):
     path = folder / "shard-000000.tar"
     whole = path.read_bytes()
     dataset = Dataset(folder)
-    name, offset = dataset.location_of(0, 4)
-    _, stop = dataset.location_of(0, 5)
+    name, (offset, stop) = "shard-000000.tar", dataset.range_of(0, 4)
     for byte in range(offset, stop, 7):
         changed = bytearray(whole)
         changed[byte] ^= 0x01
@@ -199,7 +198,7 @@ def test_a_data_set_survives_pickling_and_closing(folder):
 def test_a_shard_that_is_cut_while_in_use_is_an_error(folder):
     dataset = Dataset(folder, ONCE)
     dataset.read(0, 0)
-    end = dataset.location_of(0, 9)[1] + 100
+    end = dataset.range_of(0, 9)[0] + 100
     os.truncate(folder / "shard-000000.tar", end)
     with pytest.raises(StorageError, match=f"shard-000000.tar: .* ended at byte {end}"):
         dataset.read(0, 9)

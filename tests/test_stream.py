@@ -213,14 +213,15 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
     slots = {line["slot"] for line in ledger}
     assert len(slots) == sum(batch.bad for batch in batches) == 20
     first = next(line for line in ledger if line["key"] == "k005")
-    place = Dataset(damaged).location_of(0, 5)
-    assert (first["dataset"], first["shard"], first["offset"]) == (str(damaged), *place)
+    start, _ = Dataset(damaged).range_of(0, 5)
+    place = (str(damaged), "shard-000000.tar", start)
+    assert (first["dataset"], first["shard"], first["offset"]) == place
     assert "cannot be decoded" in first["reason"]
 
 
 def test_damage_in_a_shard_is_a_bad_sample(folders, tmp_path):
     folder = write(tmp_path / "set", (record(i, "a") for i in range(20)))
-    name, offset = Dataset(folder).location_of(1, 3)
+    name, (offset, _) = "shard-000001.tar", Dataset(folder).range_of(1, 3)
     path = folder / name
     data = bytearray(path.read_bytes())
     data[offset + 1] ^= 1

@@ -71,11 +71,11 @@ class Dataset:
         chunk = self._chunk(shard_index, sample_index)
         self.storage.prefetch(self.shards[shard_index]["name"], *chunk.extent)
 
-    def location_of(self, shard_index: int, sample_index: int) -> tuple[str, int]:
-        """The shard's file name and the byte offset of a sample in it."""
+    def range_of(self, shard_index: int, sample_index: int) -> tuple[int, int]:
+        """The byte offsets in its shard at which a sample starts and ends."""
         chunk = self._chunk(shard_index, sample_index)
-        offset = int(chunk.offsets[sample_index - chunk.first])
-        return self.shards[shard_index]["name"], offset
+        number = sample_index - chunk.first
+        return int(chunk.offsets[number]), int(chunk.offsets[number + 1])
 
     def close(self) -> None:
         """Close every file; reading opens them again."""

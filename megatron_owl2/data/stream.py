@@ -93,7 +93,7 @@ class SampleStream(TorchDataset):
                     sample.image = self._picture(record.image, slot)
                     cost.decode_seconds += time.perf_counter() - started
             except BadSampleError as error:
-                name, offset = dataset.location_of(shard, index)
+                name, (offset, _) = dataset.shards[shard]["name"], dataset.range_of(shard, index)
                 bad.append(BadSample(slot, key, source, dataset.location, name, offset, str(error)))
             except Exception as error:
                 error.add_note(f"slot {slot}: sample {index} of {dataset.shards[shard]['name']}")

@@ -150,4 +150,5 @@ def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode()
+    # A long name is cut here, perhaps inside a character; its extended header has all of it.
+    return field.split(b"\0", 1)[0].decode(errors="backslashreplace")

@@ -1,0 +1,174 @@
+"""Checking a whole data set, and indexing one that another program wrote: shard after shard in
+several processes, with progress."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from megatron_owl2.data import images
+from megatron_owl2.data.dataset import Dataset
+from megatron_owl2.data.hashing import KeyedRandom
+from megatron_owl2.data.manifest import MANIFEST, ShardError, write_manifest
+from megatron_owl2.data.records import BadSampleError
+from megatron_owl2.data.shards import index_shard
+from megatron_owl2.data.storage import StorageError, StorageOptions
+from megatron_owl2.data.tar import END
+
+_DECODE = 64  # keeps the choice of samples apart from the order's keys
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class ShardCheck:
+    """What was found in one shard: `good` + `len(bad)` + `unreadable` samples are all it should
+    hold. `decoded` pictures were looked at; `faults` are of the shard as a whole."""
+
+    name: str
+    good: int = 0
+    decoded: int = 0
+    bad: list[str] = field(default_factory=list)
+    unreadable: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def check(
+    location: str,
+    decode: float = 0.0,
+    workers: int = 1,
+    options: StorageOptions | None = None,
+) -> Iterator[ShardCheck]:
+    """Read every sample of a data set against its checksum; shards come in the order they end.
+
+    A fraction `decode` of the pictures is decoded as well: the same ones in every run. Raises
+    ShardError if the manifest is missing or damaged.
+    """
+    dataset = Dataset(location, options)
+    work = partial(check_shard, dataset, decode)
+    progress = tqdm(
+        total=sum(row["bytes"] for row in dataset.shards), unit="B", unit_scale=True, desc="check"
+    )
+    with progress:
+        for index, result in each(work, range(len(dataset.shards)), workers):
+            progress.update(dataset.shards[index]["bytes"])
+            yield result
+
+
+def check_shard(dataset: Dataset, decode: float, index: int) -> ShardCheck:
+    """One shard: size, index, checksum and record of every sample, keys, end marker."""
+    row = dataset.shards[index]
+    result = ShardCheck(row["name"])
+    keys: set[str] = set()
+    for number in range(row["samples"]):
+        try:
+            record = dataset.read(index, number)
+            chosen = KeyedRandom(_DECODE, index, number).uniform() < decode
+            if chosen and record.image is not None:
+                images.decode(record.image)
+                result.decoded += 1
+            result.good += 1
+            if record.key in keys:
+                result.faults.append(f"{row['name']}: key {record.key!r} comes twice")
+            keys.add(record.key)
+        except BadSampleError as error:
+            result.bad.append(str(error))
+        except (ShardError, StorageError) as error:
+            # Of the shard: what was read so far was right, the rest cannot be had.
+            result.unreadable = row["samples"] - number
+            result.faults.append(str(error))
+            return result
+    result.faults += _faults_around(dataset, index)
+    return result
+
+
+def _faults_around(dataset: Dataset, index: int) -> Iterator[str]:
+    """What no sample covers: the start and the end of the archive."""
+    row = dataset.shards[index]
+    first, _ = dataset.range_of(index, 0)
+    if first != 0:
+        yield f"{row['name']}: its first sample starts at byte {first}"
+    _, end = dataset.range_of(index, row["samples"] - 1)
+    try:
+        tail = dataset.storage.read(row["name"], end, row["bytes"], (end, row["bytes"]))
+    except StorageError as error:
+        yield str(error)
+        return
+    if len(tail) < len(END) // 2 or tail.strip(b"\0"):
+        yield f"{row['name']}: no end marker after its last sample, at byte {end}"
+
+
+def unlisted(directory: Path) -> list[str]:
+    """Shards in a folder that its manifest does not name, and so are never read."""
+    named = {row["name"] for row in Dataset(str(directory)).shards}
+    return sorted(path.name for path in directory.glob("*.tar") if path.name not in named)
+
+
+def index_directory(directory: Path, workers: int = 1) -> tuple[list[dict], list[str]]:
+    """Make the tar files of a folder a data set where they lie.
+
+    Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Returns its rows
+    and the failures. Raises ShardError if the folder holds no tar file or is a data set already.
+    """
+    if (directory / MANIFEST).exists():
+        raise ShardError(
+            f"{directory} holds a {MANIFEST} already; check it with tools/check_data.py, or remove "
+            "the manifest to index its shards again"
+        )
+    paths = sorted(directory.glob("*.tar"))
+    if not paths:
+        raise ShardError(f"{directory} holds no .tar file")
+    rows: dict[str, dict] = {}
+    failures: list[str] = []
+    with tqdm(
+        total=sum(p.stat().st_size for p in paths), unit="B", unit_scale=True, desc="index"
+    ) as progress:
+        for path, (row, failure) in each(_index, paths, workers):
+            progress.update(path.stat().st_size)
+            if row is not None:
+                rows[path.name] = row
+            else:
+                failures.append(failure)
+    ordered = [rows[path.name] for path in paths if path.name in rows]
+    if not failures:
+        write_manifest(directory, ordered)
+    return ordered, sorted(failures)
+
+
+def _index(path: Path) -> tuple[dict | None, str]:
+    try:
+        return index_shard(path), ""
+    except ShardError as error:
+        return None, str(error)
+
+
+def each(
+    work: Callable[[_Item], _Result], items: Sequence[_Item], workers: int
+) -> Iterator[tuple[_Item, _Result]]:
+    """Items with what came of them, as they end, from `workers` processes.
+
+    Raises ShardError if the system killed a process.
+    """
+    if min(workers, len(items)) <= 1:
+        for item in items:
+            yield item, work(item)
+        return
+    # Forking a process that has threads can deadlock; spawning cannot.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+        futures = {pool.submit(work, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise ShardError(
+                "a process was killed, probably for lack of memory; use fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,47 @@
+"""Make the tar files of another program a data set where they lie, without copying them.
+
+    python tools/index_data.py DIR [--workers N]
+
+DIR holds shards as webdataset.ShardWriter or img2dataset write them (an image with .txt or .json)
+or our own without their manifest. Every file is read once and gets an index and checksums beside
+it; the manifest is written if all are sound. What must be filtered, or rescued from damaged files,
+goes through tools/preprocess_data.py instead. Exits 1 if a file is damaged.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_owl2.data.check import index_directory
+from megatron_owl2.data.manifest import ShardError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
+    options = parser.parse_args(arguments)
+    try:
+        rows, failures = index_directory(options.directory, options.workers)
+    except (OSError, ShardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for failure in failures:
+        print(f"damaged: {failure}", file=sys.stderr)
+    samples = sum(row["samples"] for row in rows)
+    print(f"{options.directory}: {samples:,} samples in {len(rows):,} sound shards")
+    if failures:
+        print(
+            f"{len(failures)} damaged shards, so there is no manifest: remove them, or keep what "
+            "is whole with tools/preprocess_data.py --format webdataset",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
