@@ -95,7 +95,7 @@ def _plan(source: Path, options: ReadOptions, one_caption: bool) -> list[Part]:
 
 
 def _draw(image_id: Any, found: list) -> list:
-    key = combine(xxhash.xxh3_64_intdigest(str(image_id)))
+    key = combine(xxhash.xxh3_64_intdigest(str(image_id).encode()))
     return [found[key % len(found)]] if found else []
 
 

@@ -5,6 +5,7 @@ Whatever the form, NNNNN_stats.json says how many addresses gave no picture; the
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,7 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
     shards = tars or folders
     if not shards:  # beside tars and folders, the same names hold the metadata
         shards = sorted(source.glob("*.parquet"))
-        if shards and not any(name in IMAGE_EXTENSIONS for name in _columns(shards[0])):
-            shards = []
+        shards = shards if _hold_pictures(shards) else []
     if not shards:
         raise PreprocessError(
             f"{source} holds neither NNNNN.tar nor NNNNN/ nor NNNNN.parquet with pictures: not "
@@ -71,9 +71,14 @@ def read(path: Path) -> Iterator[Record | Skipped]:
     yield from _not_there(path, found)
 
 
-def _columns(path: Path) -> list[str]:
-    with tables.open_parquet(path) as file:
-        return file.schema_arrow.names
+def _hold_pictures(paths: list[Path]) -> bool:
+    """Whether the first Parquet file that can be read has a column of pictures."""
+    if paths:
+        tables.parquet()  # without pyarrow no file could be read
+    for path in paths:
+        with suppress(PreprocessError), tables.open_parquet(path) as file:
+            return any(name in IMAGE_EXTENSIONS for name in file.schema_arrow.names)
+    return False
 
 
 def _stats_file(path: Path) -> Path:
