@@ -3,56 +3,15 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from preprocess_run import failed, records, report, succeeded, tool, tree
 from tiny_data import encoded, picture
 
+from megatron_owl2.data.dataset import Dataset
 from megatron_owl2.data.records import Turn
-from megatron_owl2.data.shards import Dataset
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def preprocess(source, kind, output, *more) -> subprocess.CompletedProcess:
-    return run("--input", source, "--format", kind, "--output", output, *more)
-
-
-def succeeded(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def failed(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode != 0, result.stdout
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stderr
-
-
-def records(folder: Path) -> list:
-    data = Dataset(folder)
-    return [data.read(s, i) for s, size in enumerate(data.sizes) for i in range(size)]
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def img2dataset_rows(shard: int) -> dict[str, bytes]:
@@ -119,7 +78,7 @@ def check_pairs(folder: Path, shards: int = 3) -> None:
 
 
 def test_img2dataset_tars(tars, tmp_path):
-    out = succeeded(preprocess(tars, "img2dataset", tmp_path / "set", "--workers", 2))
+    out = succeeded(tool(tars, "img2dataset", tmp_path / "set", "--workers", 2))
     check_pairs(tmp_path / "set")
     assert report(tmp_path / "set")["skipped"] == {k: 3 * n for k, n in SKIPPED.items()}
     assert "kept 15, skipped 15" in out and "3 x empty caption (such as 000000006)" in out
@@ -132,54 +91,14 @@ def test_img2dataset_files(tmp_path):
         folder.mkdir(parents=True)
         for name, data in img2dataset_rows(shard).items():
             (folder / name).write_bytes(data)
-    succeeded(preprocess(source, "img2dataset", tmp_path / "set"))
+    succeeded(tool(source, "img2dataset", tmp_path / "set"))
     check_pairs(tmp_path / "set", shards=2)
     assert report(tmp_path / "set")["skipped"] == {k: 2 * n for k, n in SKIPPED.items()}
 
 
-def test_bytes_do_not_depend_on_workers_or_partitions(tars, tmp_path):
-    options = ["--shard-size", 2]
-    succeeded(preprocess(tars, "img2dataset", tmp_path / "one", *options))
-    expected = tree(tmp_path / "one")
-    assert sum(name.endswith(".tar") for name in expected) == 9
-    for index in (2, 0, 1):
-        assert not (tmp_path / "parts/manifest.json").exists()
-        out = succeeded(
-            preprocess(
-                tars, "img2dataset", tmp_path / "parts", *options, "--partition", f"{index}/3"
-            )
-        )
-        assert ("parts missing" in out) == (index != 1)
-    assert tree(tmp_path / "parts") == expected
-
-
-def test_finished_output_is_left_alone_and_another_job_refused(tars, tmp_path):
-    target = tmp_path / "set"
-    succeeded(preprocess(tars, "img2dataset", target))
-    before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
-    assert "already complete" in succeeded(preprocess(tars, "img2dataset", target))
-    assert before == {path: path.stat().st_mtime_ns for path in target.rglob("*")}
-    error = failed(preprocess(tars, "img2dataset", target, "--shard-size", 3))
-    assert "another job (different: samples_per_shard)" in error
-    assert before == {path: path.stat().st_mtime_ns for path in target.rglob("*")}
-
-
-def test_an_interrupted_run_continues(tars, tmp_path):
-    target = tmp_path / "set"
-    succeeded(preprocess(tars, "img2dataset", target))
-    expected = tree(target)
-    (target / "manifest.json").unlink()
-    (target / "preprocess/00001.json").unlink()
-    (target / "00001-000000.tar").write_bytes(b"half")
-    kept = (target / "00000-000000.tar").stat().st_mtime_ns
-    assert "finished" in succeeded(preprocess(tars, "img2dataset", target))
-    assert tree(target) == expected
-    assert (target / "00000-000000.tar").stat().st_mtime_ns == kept
-
-
 def test_a_folder_with_other_files_is_not_touched(tars, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    error = failed(preprocess(tars, "img2dataset", tmp_path))
+    error = failed(tool(tars, "img2dataset", tmp_path))
     assert "is not empty" in error and list(tree(tmp_path)) == ["thesis.txt"]
 
 
@@ -198,9 +117,9 @@ def test_the_rest_of_a_damaged_tar_is_reported(tmp_path, damage):
         path.write_bytes(data)
     else:
         os.truncate(path, third + (1800 if damage == "cut in a picture" else 0))
-    out = succeeded(preprocess(source, "img2dataset", tmp_path / "set"))
+    out = succeeded(tool(source, "img2dataset", tmp_path / "set"))
     assert [r.key for r in records(tmp_path / "set")] == ["000000000", "000000001"]
-    assert "1 x rest of a damaged tar file" in out and "00000.tar" in out
+    assert "1 x rest of a damaged file" in out and "00000.tar" in out
 
 
 def message(speaker: str, text: str) -> dict:
@@ -238,7 +157,7 @@ def test_conversations(images, tmp_path):
     ]
     source = write_json(tmp_path / "llava v1.json", entries)
     options = ["--images", images, "--workers", 2, "--shard-size", 2]
-    succeeded(preprocess(source, "conversations", tmp_path / "set", *options))
+    succeeded(tool(source, "conversations", tmp_path / "set", *options))
     found = records(tmp_path / "set")
     assert [r.turns for r in found] == [
         (Turn("<|image|>What?", "A dog."), Turn("Sure?", "Yes")),
@@ -287,7 +206,7 @@ def test_unusable_conversations_are_counted(images, tmp_path):
     entries = [*bad.values(), *({"image": path, "conversations": fine} for path in escapes)]
     entries.append({"id": "good", "image": "2.png", "conversations": fine})
     source = write_json(tmp_path / "llava.json", entries)
-    succeeded(preprocess(source, "conversations", tmp_path / "set", "--images", images))
+    succeeded(tool(source, "conversations", tmp_path / "set", "--images", images))
     assert [r.metadata["id"] for r in records(tmp_path / "set")] == ["good"]
     expected = dict.fromkeys(bad, 1) | {"image path leaves the images folder": 3}
     assert report(tmp_path / "set")["skipped"] == expected
@@ -298,45 +217,41 @@ def test_documents(tmp_path):
     bad = [b"no JSON", b'["text"]', b'{"txt": "a"}', b'{"text": 3}', b'{"text": " "}']
     good = [json.dumps({"text": f"text {number}"}).encode() for number in range(25)]
     source.write_bytes(b"\n".join([*good[:10], *bad, *good[10:]]))
-    succeeded(preprocess(source, "documents", tmp_path / "set", "--shard-size", "10"))
+    succeeded(tool(source, "documents", tmp_path / "set", "--shard-size", "10"))
     found = records(tmp_path / "set")
     assert [record.caption for record in found] == [f"text {number}" for number in range(25)]
     assert found[10].key == "000000015"
     assert all(record.image is None and record.source == "web" for record in found)
     assert sum(report(tmp_path / "set")["skipped"].values()) == len(bad)
     assert "leave out --images" in failed(
-        preprocess(source, "documents", tmp_path / "other", "--images", tmp_path)
+        tool(source, "documents", tmp_path / "other", "--images", tmp_path)
     )
 
 
 def test_wrong_use_is_a_clear_error(tars, images, tmp_path):
     out = tmp_path / "set"
-    assert "does not exist" in failed(preprocess(tmp_path / "no", "img2dataset", out))
-    assert "invalid choice: 'parquet'" in failed(preprocess(tars, "parquet", out))
-    assert "is not a file" in failed(preprocess(tars, "conversations", out))
-    assert "not from img2dataset" in failed(preprocess(tmp_path, "img2dataset", out))
-    assert "leave out --images" in failed(
-        preprocess(tars, "img2dataset", out, "--images", tmp_path)
-    )
+    assert "does not exist" in failed(tool(tmp_path / "no", "img2dataset", out))
+    assert "invalid choice: 'parquet'" in failed(tool(tars, "parquet", out))
+    assert "is not a file" in failed(tool(tars, "conversations", out))
+    assert "not from img2dataset" in failed(tool(tmp_path, "img2dataset", out))
+    assert "leave out --images" in failed(tool(tars, "img2dataset", out, "--images", tmp_path))
     for partition in ("3/3", "1", "-1/3", "a/b"):
-        assert "--partition" in failed(
-            preprocess(tars, "img2dataset", out, f"--partition={partition}")
-        )
-    assert "--workers" in failed(preprocess(tars, "img2dataset", out, "--workers", 0))
+        assert "--partition" in failed(tool(tars, "img2dataset", out, f"--partition={partition}"))
+    assert "--workers" in failed(tool(tars, "img2dataset", out, "--workers", 0))
     text = tmp_path / "t.json"
     text.write_text("{")
-    assert "is not JSON" in failed(preprocess(text, "conversations", out))
+    assert "is not JSON" in failed(tool(text, "conversations", out))
     write_json(text, {"a": 1})
-    assert "must hold a list" in failed(preprocess(text, "conversations", out))
+    assert "must hold a list" in failed(tool(text, "conversations", out))
     write_json(text, [{"image": "2.png", "conversations": []}])
-    assert "--images DIR" in failed(preprocess(text, "conversations", out))
+    assert "--images DIR" in failed(tool(text, "conversations", out))
     assert not out.exists()
 
 
 def test_a_corpus_without_a_usable_sample_is_an_error(tmp_path):
     source = write_json(tmp_path / "t.json", [{"conversations": []}, {"conversations": []}])
-    error = failed(preprocess(source, "conversations", tmp_path / "set"))
+    error = failed(tool(source, "conversations", tmp_path / "set"))
     assert "no sample was kept" in error and "2 x no turns" in error
     assert not (tmp_path / "set/manifest.json").exists()
     write_json(source, [])
-    assert "no sample was kept" in failed(preprocess(source, "conversations", tmp_path / "other"))
+    assert "no sample was kept" in failed(tool(source, "conversations", tmp_path / "other"))

@@ -112,11 +112,10 @@ class Filters:
 
 
 def _number(value: object) -> float | None:
-    """A finite number, also from a text such as a CSV file holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:  # an integer, such as a long identifier
         return None
     return number if math.isfinite(number) else None

@@ -22,6 +22,7 @@ _THUMBNAILS = 24
 _THUMBNAIL_SIDE = 320  # pixels, shown at half of that
 _TEXT = 240  # characters below a thumbnail
 _WIDTH, _HEIGHT, _AXIS = 520, 170, 34  # of a histogram, in SVG units
+_WIDEST = 65  # of a bar
 _STYLE = """
 :root { --ink: #1c2330; --dim: #667085; --line: #e4e7ec; --read: #cfd8e6; --kept: #2f6fde;
   --limit: #d1493f; --card: #fff; --page: #f6f7f9; color-scheme: light dark }
@@ -48,9 +49,9 @@ ul { margin: 0; padding: 0; list-style: none } td ul { overflow-wrap: anywhere; 
 svg { display: block; width: 100%; height: auto } svg text { fill: var(--dim); font-size: 12px }
 .read { fill: var(--read) } .kept { fill: var(--kept) }
 .limit { stroke: var(--limit); stroke-width: 2; stroke-dasharray: 4 3 }
-.key i { display: inline-block; width: 11px; height: 11px; margin: 0 5px 0 14px;
+.key i { display: inline-block; width: 11px; height: 11px; margin: 0 6px 0 14px;
   border-radius: 2px }
-figure { margin: 0; padding: 0 } figure img, figure .none { display: block; width: 100%;
+figure.card { margin: 0; padding: 0 } figure img, figure .none { display: block; width: 100%;
   height: 160px; object-fit: contain; background: var(--line) }
 .none { padding-top: 68px; text-align: center; color: var(--dim) }
 figcaption { padding: 9px 11px; font-size: 13px; overflow-wrap: anywhere }
@@ -79,9 +80,9 @@ def write_page(
 <h2>Left out</h2>
 {_reasons(report)}
 <h2>Distributions</h2>
-<p class="dim key"><i class="card" style="background: var(--read)"></i>read, as found
-<i class="card" style="background: var(--kept)"></i>kept, as stored
-<i class="card" style="background: var(--limit)"></i>limit</p>
+<p class="dim key"><i style="background: var(--read)"></i>read, as found
+<i style="background: var(--kept)"></i>kept, as stored
+<i style="background: var(--limit)"></i>limit</p>
 <div class="grid">
 {_histograms(report, filters)}
 </div>
@@ -156,7 +157,7 @@ def _chart(name: str, histogram: dict, limits: list[float]) -> str:
     used = np.flatnonzero(np.maximum(read, kept))
     first, last = int(used[0]), int(used[-1])
     bars, most = last - first + 1, max(*read, *kept)
-    step = _WIDTH / bars
+    step = min(_WIDTH / bars, _WIDEST)
 
     def box(kind: str, place: int, count: int, inset: float) -> str:
         height = count / most * _HEIGHT

@@ -123,6 +123,8 @@ def _judge(
 ) -> _Candidate | Skipped:
     """What is cheap to know comes first, so that few pictures are decoded in vain."""
     tally.columns.update(number_columns(record))
+    if record.image is not None and not settings.reencoding.accepts(record.image):
+        return Skipped("image is not JPEG, PNG or WebP", record.key)
     try:
         facts = measure(record, settings.filters.score_names)
     except BadSampleError as error:

@@ -1,5 +1,6 @@
 """Pictures made smaller or encoded anew before they are stored."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +22,17 @@ class Reencoding:
     max_side: int | None = None
     jpeg_quality: int | None = None
 
+    def accepts(self, image: bytes) -> bool:
+        """Whether a picture can be stored, judged by its kind alone."""
+        return self.max_side is not None or self.jpeg_quality is not None or _storable(image)
+
     def needed(self, image: bytes, size: tuple[int, int]) -> bool:
         """Whether a picture of (width, height) pixels is stored in another way than it came.
 
-        Raises BadSampleError if it cannot be stored: "image is not JPEG, PNG or WebP" where
-        nothing was asked for, or a picture too long for JPEG.
+        Raises BadSampleError if it is too long for JPEG.
         """
-        if self.max_side is None and self.jpeg_quality is None:
-            image_extension(image)
-            return False
-        if self.jpeg_quality is None and max(size) <= self.max_side and _storable(image):
+        small = max(size) <= (self.max_side or math.inf)
+        if self.jpeg_quality is None and small and _storable(image):
             return False
         if max(self._target(*size)) > _LONGEST:
             raise BadSampleError("image is too long for JPEG")
