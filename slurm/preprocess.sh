@@ -48,17 +48,20 @@ read -r parts _ readings _ <<< "$plan"
 ((partitions <= parts)) || partitions=$parts
 
 call=$(printf '%q ' "$python" -u "$tool" "$@")
+# submit COMMAND [SBATCH OPTION ...] prints the job's number.
 submit() {
+    local command=$1
+    shift
     sbatch --parsable --job-name=preprocess --chdir="$PWD" --kill-on-invalid-dep=yes \
-        "${sbatch_options[@]}" "$@" | cut -d ';' -f 1
+        "${sbatch_options[@]}" "$@" <<< $'#!/bin/bash\nexec '"$command" | cut -d ';' -f 1
 }
 
+# shellcheck disable=SC2016 # the job expands these
+share='--partition "$SLURM_ARRAY_TASK_ID"/'"$partitions"' --workers "${SLURM_CPUS_PER_TASK:-1}"'
 after=()
 for ((reading = 1; reading <= readings; reading++)); do
-    # shellcheck disable=SC2016 # the job expands these
-    share='--partition "$SLURM_ARRAY_TASK_ID"/'"$partitions"' --workers "${SLURM_CPUS_PER_TASK:-1}"'
-    array=$(submit "${after[@]}" --array="0-$((partitions - 1))" --wrap="exec $call $share")
-    merge=$(submit --dependency="afterok:$array" --wrap="exec $call --merge")
+    array=$(submit "$call $share" --array="0-$((partitions - 1))" "${after[@]}")
+    merge=$(submit "$call --merge" --dependency="afterok:$array")
     after=(--dependency="afterok:$merge")
-    echo "reading $reading of $readings: partitions $array (0 to $((partitions - 1))), merge $merge"
+    echo "reading $reading of $readings: array $array of $partitions partitions, merge $merge"
 done

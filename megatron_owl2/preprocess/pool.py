@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -142,7 +143,10 @@ def _work(work: Work, part: Part) -> None:
 
 def _attempt(work: Work, part: Part, tick: Tick) -> None:
     try:
-        work(part, tick)
+        with warnings.catch_warnings():
+            # What Pillow finds odd in one picture of millions; what it cannot read it refuses.
+            warnings.filterwarnings("ignore", module="PIL")
+            work(part, tick)
     except OSError as error:
         raise PreprocessError(
             f"part {part.name}: {error}; finished parts are kept: put it right and start again"

@@ -1,0 +1,213 @@
+"""Which samples preprocessing keeps and how it stores their pictures."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from preprocess_run import job, keys, pair, records, report
+from tiny_data import encoded, picture
+
+from megatron_owl2.data.images import decode, image_size
+from megatron_owl2.data.records import BadSampleError, Record, Turn
+from megatron_owl2.preprocess.filters import Filters
+from megatron_owl2.preprocess.parts import PreprocessError
+from megatron_owl2.preprocess.transform import Reencoding
+
+
+def sized(key: str, width: int, height: int, **more) -> Record:
+    return pair(key, encoded(picture(1, width, height), "PNG"), **more)
+
+
+def broken(image: bytes) -> bytes:
+    return image[: len(image) // 2]
+
+
+def skipped(folder) -> dict:
+    return report(folder)["skipped"]
+
+
+def test_every_filter_counts_by_its_own_reason(tmp_path):
+    text = Record("text", caption="plain text")
+    talk = Record("talk", image=encoded(picture(2)), turns=(Turn("a" * 99, "b"),))
+    good = [sized("exact", 40, 20), sized("tall", 20, 40), text, talk]
+    content = [
+        *good,
+        sized("small", 40, 19),
+        sized("long", 41, 20),
+        sized("short-text", 40, 20, caption="four"),
+        sized("long-text", 40, 20, caption="x" * 13),
+    ]
+    limits = Filters(min_side=20, max_aspect=2.0, min_caption=5, max_caption=12)
+    job([content], tmp_path, filters=limits)
+    assert keys(tmp_path) == [record.key for record in good]
+    assert skipped(tmp_path) == {
+        "smaller side below 20 pixels": 1,
+        "aspect ratio above 2": 1,
+        "caption below 5 characters": 1,
+        "caption above 12 characters": 1,
+    }
+    assert report(tmp_path)["examples"]["smaller side below 20 pixels"] == ["small: 40 x 19 pixels"]
+
+
+def test_scores_have_limits_on_both_sides(tmp_path):
+    values = [0.1, 0.3, 0.30001, 0.5, 0.50001, 1, 0.9999, None, float("nan"), "0.4", True]
+    content = [pair(str(i), clip=value) for i, value in enumerate(values)] + [pair("without")]
+    for record in content[8:9]:
+        record.metadata.clear()  # what readers do with NaN
+    job(
+        [content[:6], content[6:]],
+        tmp_path,
+        filters=Filters(min_score={"clip": 0.3}, max_score={"clip": 0.5}),
+    )
+    assert keys(tmp_path) == ["1", "2", "3"]
+    assert skipped(tmp_path) == {"clip below 0.3": 1, "clip above 0.5": 3, "no score clip": 5}
+    histogram = report(tmp_path)["histograms"]["score clip"]
+    assert sum(histogram["read"]) == 7 and sum(histogram["kept"]) == 3
+    edge = histogram["edges"].index(0.3)
+    assert sum(histogram["kept"][: edge + 1]) == 0 and sum(histogram["read"][: edge + 1]) == 1
+
+
+@pytest.mark.parametrize("two_readings", [False, True])
+def test_a_score_that_no_record_has_is_an_error_that_names_those_there_are(tmp_path, two_readings):
+    content = [[pair(f"{i}", clip=0.5, width=3, name="x", good=True)] for i in range(2)]
+    limits = Filters(max_score={"watermark": 0.5})
+    with pytest.raises(PreprocessError, match="'watermark'.* hold numbers are: clip, width$"):
+        job(content, tmp_path, filters=limits, sample=1 if two_readings else None)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_broken_pictures(tmp_path):
+    noise = bytearray(encoded(picture(1, 400, 300)))
+    noise[700:1500] = np.random.default_rng(0).integers(0, 255, 800, dtype=np.uint8).tobytes()
+    content = [
+        pair("good"),
+        pair("cut", broken(encoded(picture(1, 200, 100)))),
+        pair("cut-png", broken(encoded(picture(1, 200, 100), "PNG"))),
+        pair("noise", bytes(noise)),
+        pair("header", b"\xff\xd8\xff" + b"nothing" * 9),
+        pair("gif", encoded(picture(1), "GIF")),
+        pair("empty", b""),
+        pair("page", b"<html>404</html>"),
+    ]
+    job([content], tmp_path / "decoded")
+    assert keys(tmp_path / "decoded") == ["good"]
+    assert skipped(tmp_path / "decoded") == {
+        "image cannot be decoded": 3,
+        "image is not JPEG, PNG or WebP": 3,
+        "image cannot be read": 1,
+    }
+    job([content], tmp_path / "trusted", filters=Filters(decode=False))
+    assert keys(tmp_path / "trusted") == ["good", "cut", "cut-png", "noise"]
+    page = (tmp_path / "trusted/report.html").read_text()
+    assert page.count("cannot be decoded") == 3 and page.count("data:image/jpeg") == 1
+
+
+def test_more_pixels_than_can_be_decoded(tmp_path):
+    job([[pair("big", encoded(Image.new("1", (9001, 9001)), "PNG")), pair("good")]], tmp_path)
+    assert keys(tmp_path) == ["good"] and skipped(tmp_path) == {"more than 80000000 pixels": 1}
+
+
+def test_records_that_cannot_be_stored_are_counted(tmp_path):
+    content = [
+        pair("twice"),
+        pair("twice"),
+        pair("a.b"),
+        pair("nan", value=math.nan),
+        pair("odd", value=object()),
+        pair("\ud800", encoded(picture(0))),
+    ]
+    for name, options in (("one", {}), ("two", {"sample": 5})):
+        job([content], tmp_path / name, **options)
+        assert keys(tmp_path / name) == ["twice"]
+        assert skipped(tmp_path / name) == {"key occurs twice": 1, "record cannot be stored": 4}
+
+
+def shape(image: bytes) -> tuple[str, tuple[int, int]]:
+    with Image.open(io.BytesIO(image)) as found:
+        return found.format, found.size
+
+
+def test_large_pictures_become_smaller_and_keep_their_shape(tmp_path):
+    smooth = picture(5, 300, 201)
+    images = {
+        "jpeg": encoded(smooth, quality=95),
+        "png": encoded(smooth, "PNG"),
+        "tall": encoded(smooth.rotate(90, expand=True), "PNG"),
+        "gif": encoded(picture(6), "GIF"),
+        "small": encoded(picture(7, 100, 50)),
+        "small-png": encoded(picture(7, 100, 50), "PNG"),
+        "thin": encoded(picture(8, 900, 2), "PNG"),
+    }
+    job(
+        [[pair(key, image) for key, image in images.items()]],
+        tmp_path,
+        reencoding=Reencoding(max_side=100),
+    )
+    found = {record.key: record.image for record in records(tmp_path)}
+    assert {key: shape(image) for key, image in found.items()} == {
+        "jpeg": ("JPEG", (100, 67)),
+        "png": ("JPEG", (100, 67)),
+        "tall": ("JPEG", (67, 100)),
+        "gif": ("JPEG", (40, 30)),
+        "small": ("JPEG", (100, 50)),
+        "small-png": ("PNG", (100, 50)),
+        "thin": ("JPEG", (100, 1)),
+    }
+    assert found["small"] == images["small"] and found["small-png"] == images["small-png"]
+    expected = np.asarray(smooth.resize((100, 67), Image.BICUBIC)).astype(int)
+    for key in ("jpeg", "png"):
+        error = np.abs(decode(found[key]).permute(1, 2, 0).numpy().astype(int) - expected)
+        assert error.mean() < 3, key
+    histogram = report(tmp_path)["histograms"]["smaller side"]
+    assert sum(histogram["read"]) == sum(histogram["kept"]) == 7
+    edge = histogram["edges"].index(192) + 1
+    assert sum(histogram["read"][edge:]) == 3 and sum(histogram["kept"][edge:]) == 0
+
+
+def test_quality_encodes_everything_anew(tmp_path):
+    transparent = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    turned = picture(3, 60, 40)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees to look at it
+    images = {
+        "jpeg": encoded(picture(1, 60, 40), quality=100),
+        "png": encoded(transparent, "PNG"),
+        "bmp": encoded(picture(2), "BMP"),
+        "tiff": encoded(picture(2), "TIFF"),
+        "webp": encoded(picture(2), "WEBP"),
+        "cmyk": encoded(picture(2).convert("CMYK")),
+        "exif": encoded(turned, exif=exif),
+    }
+    content = [[pair(key, image) for key, image in images.items()]]
+    job(content, tmp_path / "low", reencoding=Reencoding(jpeg_quality=30))
+    job(content, tmp_path / "high", reencoding=Reencoding(jpeg_quality=95))
+    low, high = (
+        {record.key: record.image for record in records(tmp_path / name)}
+        for name in ("low", "high")
+    )
+    assert low.keys() == high.keys() == images.keys()
+    for key, image in images.items():
+        assert shape(high[key]) == ("JPEG", image_size(image)) and len(low[key]) < len(high[key])
+        error = (decode(high[key]).int() - decode(image).int()).abs().float().mean()
+        assert error < 3, key
+    assert decode(high["png"]).min() > 250
+
+
+def test_what_is_too_long_for_jpeg_is_skipped(tmp_path):
+    line = pair("line", encoded(Image.new("L", (65_501, 2)), "PNG"))
+    job([[line, pair("good")]], tmp_path / "all", reencoding=Reencoding(jpeg_quality=90))
+    assert skipped(tmp_path / "all") == {"image is too long for JPEG": 1}
+    job([[line]], tmp_path / "small", reencoding=Reencoding(max_side=1000))
+    assert image_size(records(tmp_path / "small")[0].image) == (1000, 1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_image_size_is_the_one_of_decoding(kind):
+    data = encoded(picture(3, 37, 23), kind)
+    assert image_size(data) == (37, 23)
+    assert decode(data).shape == torch.Size([3, 23, 37])
+    with pytest.raises(BadSampleError, match="header cannot be read"):
+        image_size(data[:12])

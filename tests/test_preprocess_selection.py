@@ -1,0 +1,165 @@
+"""Duplicates and samples: decisions that need the whole corpus."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from preprocess_run import as_parts, job, keys, pair, pairs, records, report
+from tiny_data import encoded, picture
+
+from megatron_owl2.data.records import Record, Turn
+from megatron_owl2.preprocess import selection
+from megatron_owl2.preprocess.filters import Filters
+from megatron_owl2.preprocess.transform import Reencoding
+
+A, B = (encoded(picture(seed)) for seed in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def doubled():
+    """Pictures and texts that occur again, in the same part and in others."""
+    return [
+        [
+            pair("first", A, "one"),
+            pair("same", A, "one"),
+            pair("other-text", A, "two"),
+            Record("text", caption="one"),
+        ],
+        [
+            pair("later", A, "one"),
+            pair("b", B, "one"),
+            pair("as-png", encoded(picture(1), "PNG"), "one"),
+            Record("talk", image=B, turns=(Turn("q", "a"),)),
+        ],
+        [
+            Record("text-again", caption="one"),
+            Record("talk-again", image=B, turns=(Turn("q", "a"),)),
+            Record("other-talk", image=B, turns=(Turn("q", "b"),)),
+        ],
+    ]
+
+
+def test_duplicate_pictures_keep_the_first(doubled, tmp_path):
+    job(doubled, tmp_path, deduplicate="image")
+    assert keys(tmp_path) == ["first", "text", "b", "as-png", "text-again"]
+    assert report(tmp_path)["skipped"] == {"duplicate image": 6}
+    assert report(tmp_path)["examples"]["duplicate image"][:2] == ["same", "other-text"]
+
+
+def test_duplicate_pairs_need_the_same_text_too(doubled, tmp_path):
+    job(doubled, tmp_path, deduplicate="pair")
+    expected = ["first", "other-text", "text", "b", "as-png", "talk", "other-talk"]
+    assert keys(tmp_path) == expected
+    assert report(tmp_path)["skipped"] == {"duplicate image and text": 4}
+
+
+def test_what_a_filter_removes_is_nobodys_original(doubled, tmp_path):
+    doubled = [[pair("short", B, "a"), *doubled[0]], *doubled[1:]]
+    job(doubled, tmp_path, deduplicate="image", filters=Filters(min_caption=2))
+    assert "b" in keys(tmp_path) and "short" not in keys(tmp_path)
+
+
+def test_duplicates_are_found_before_pictures_change(tmp_path):
+    content = [[pair("a", A)], [pair("b", B)], [pair("again", A)]]
+    job(content, tmp_path, deduplicate="image", reencoding=Reencoding(max_side=10))
+    assert keys(tmp_path) == ["a", "b"]
+    assert all(record.image not in (A, B) for record in records(tmp_path))
+
+
+@pytest.mark.parametrize("number", [1, 17, 60])
+def test_a_sample_of_n_is_exact_and_deterministic(tmp_path, number):
+    corpus = pairs(parts=6, size=10)
+    job(corpus, tmp_path / "a", sample=number)
+    chosen = keys(tmp_path / "a")
+    assert len(chosen) == number == report(tmp_path / "a")["kept"]
+    assert chosen == [key for key in (r.key for part in corpus for r in part) if key in chosen]
+    job(corpus, tmp_path / "b", sample=number, samples_per_shard=3, workers=2)
+    assert keys(tmp_path / "b") == chosen
+    job(corpus, tmp_path / "c", sample=number, seed=1)
+    assert (keys(tmp_path / "c") == chosen) == (number == 60)
+
+
+def test_a_larger_sample_contains_a_smaller_one(tmp_path):
+    corpus = pairs(parts=4, size=10)
+    sizes = (5, 20, 0.2, 0.7)
+    chosen = {}
+    for size in sizes:
+        job(corpus, tmp_path / str(size), sample=size)
+        chosen[size] = set(keys(tmp_path / str(size)))
+    assert chosen[5] < chosen[20] and chosen[0.2] < chosen[0.7]
+    assert len(chosen[0.2]) < 16 and len(chosen[0.7]) > 20
+
+
+def test_a_fraction_keeps_its_share():
+    part = as_parts([[]])[0]
+    numbers = [selection.priority(pair(str(i), A), part, seed=4) for i in range(4000)]
+    for fraction in (0.01, 0.3, 0.9):
+        kept = sum(selection.below_fraction(number, fraction) for number in numbers)
+        deviation = (4000 * fraction * (1 - fraction)) ** 0.5
+        assert abs(kept - 4000 * fraction) < 4 * deviation
+
+
+def test_a_fraction_of_what_is_left_without_duplicates(tmp_path):
+    corpus = pairs(parts=4, size=10)
+    job(corpus, tmp_path / "once", sample=0.5)
+    twice = [[*part, *(replace(r, key=f"{r.key}-again") for r in part)] for part in corpus]
+    job(twice, tmp_path / "twice", sample=0.5, deduplicate="pair")
+    assert keys(tmp_path / "twice") == keys(tmp_path / "once")
+    assert report(tmp_path / "twice")["skipped"]["duplicate image and text"] == 40
+
+
+def test_fewer_than_asked_for_is_said(tmp_path):
+    outcome = job(pairs(parts=2, size=3), tmp_path, sample=100)
+    assert report(tmp_path)["kept"] == 6
+    assert "fewer than the 100 that were asked for" in str(outcome.report)
+
+
+def brute_force(tables, deduplicate, sample):
+    """The definition: one loop over all rows."""
+    rows = np.concatenate(tables)
+    seen, fates = set(), []
+    for row in rows:
+        again = deduplicate and tuple(row["identity"]) in seen
+        seen.add(tuple(row["identity"]))
+        fates.append(selection.DUPLICATE if again else selection.KEEP)
+    left = [i for i, fate in enumerate(fates) if fate == selection.KEEP]
+    if isinstance(sample, int):
+        chosen = set(sorted(left, key=lambda i: (int(rows["priority"][i]), i))[:sample])
+    elif sample is not None:
+        chosen = {i for i in left if int(rows["priority"][i]) < sample * 2**64}
+    else:
+        chosen = set(left)
+    return [
+        selection.NOT_SAMPLED if fate == selection.KEEP and i not in chosen else fate
+        for i, fate in enumerate(fates)
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    identities=st.integers(1, 40),
+    priorities=st.sampled_from([3, 2**49, 2**64 - 1]),
+    deduplicate=st.booleans(),
+    sample=st.one_of(st.none(), st.integers(1, 60), st.floats(0.01, 0.99)),
+    rows_at_once=st.integers(1, 80),
+    seed=st.integers(0, 2**32),
+)
+def test_selection_is_what_it_is_defined_to_be(
+    sizes, identities, priorities, deduplicate, sample, rows_at_once, seed
+):
+    random = np.random.default_rng(seed)
+    tables = []
+    for size in sizes:
+        table = np.zeros(size, dtype=selection.ROW)
+        values = random.integers(0, identities, size).astype(np.uint64)
+        # Equal first halves with other second ones, and the other way round.
+        table["identity"] = np.stack([values // 3, values % 5], axis=1)
+        table["priority"] = random.integers(0, priorities, size, dtype=np.uint64, endpoint=True)
+        tables.append(table)
+    loaders = [lambda table=table: table for table in tables]
+    fates = list(selection.select(loaders, deduplicate, sample, rows_at_once))
+    assert [len(fate) for fate in fates] == sizes
+    assert np.concatenate(fates).tolist() == brute_force(tables, deduplicate, sample)
