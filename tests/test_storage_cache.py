@@ -259,6 +259,7 @@ def test_an_extent_larger_than_the_cache_is_read_past(server, cache):
 
 def test_other_files_in_the_folder_are_never_touched(server, cache):
     strange = ["thesis.pdf", "0-10000", "photos/2020-2021", "photos/a.tar/0-10000", "a/b/5-6.part"]
+    strange += [f"{'0' * 32}/a.tar/notes.part", f"{'0' * 32}/a.tar/0-notes", f"{'0' * 32}/0-5"]
     for name in strange:
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_bytes(bytes(SIZE))
@@ -284,6 +285,7 @@ def test_two_locations_share_a_cache_without_mixing(server, cache, tmp_path):
 @pytest.mark.parametrize("name", ["..", "../../b", "x/y", "", "/tmp"])
 def test_names_do_not_lead_out_of_the_cache(server, cache, tmp_path, name):
     storage = opened(server, cache)
+    read(storage, 0)  # the folders that the names climb from are there
     victim = tmp_path / "b" / "0-10"
     victim.parent.mkdir()
     victim.write_bytes(b"precious")
@@ -293,7 +295,26 @@ def test_names_do_not_lead_out_of_the_cache(server, cache, tmp_path, name):
     ):
         with pytest.raises(StorageError, match="not a plain file name"):
             call()
-    assert victim.read_bytes() == b"precious" and server.requests == []
+    assert victim.read_bytes() == b"precious" and len(server.requests) == 1
+
+
+def test_a_part_that_was_finished_and_evicted_before_it_was_locked_is_not_written_to(cache):
+    first, second = (RangeCache(str(cache), "x", 10 * SIZE) for _ in range(2))
+    first.fill("b.tar", (0, 1), lambda: b"1", patience=5)
+    second.fill("b.tar", (0, 1), lambda: b"1", patience=5)
+    real = fcntl.flock
+    with pytest.MonkeyPatch.context() as patch:
+
+        def slow_flock(file, operation):
+            patch.setattr(fcntl, "flock", real)
+            assert os.readlink(f"/proc/self/fd/{file}").endswith("/a.tar/0-10000.part")
+            assert second.fill("a.tar", (0, SIZE), lambda: DATA[:SIZE], patience=5) == DATA[:SIZE]
+            second.drop("a.tar", (0, SIZE))
+            real(file, operation)
+
+        patch.setattr(fcntl, "flock", slow_flock)
+        assert first.fill("a.tar", (0, SIZE), lambda: DATA[:SIZE], patience=5) == DATA[:SIZE]
+    assert first.read("a.tar", (0, SIZE), 5, 50) == DATA[5:50]
 
 
 def test_a_child_forked_under_a_lock_does_not_keep_it(cache):
