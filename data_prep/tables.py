@@ -146,7 +146,7 @@ def open_parquet(path: Path):
     """A ParquetFile that reads its column chunks piece by piece; raises PreprocessError."""
     module = parquet()
     try:
-        return module.ParquetFile(path, buffer_size=1 << 20)
+        return module.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise PreprocessError(f"{path} is not Parquet: {error}") from None
 

@@ -8,12 +8,18 @@ import tarfile
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_data import encoded, picture, record, write
 
 from data_prep import tables
@@ -240,16 +246,43 @@ def test_a_changed_table_is_another_job(images, tmp_path):
         before = [part.identity for part in FORMATS["table"].plan(path, options)]
         assert len(set(before)) == 2
         assert before == [part.identity for part in FORMATS["table"].plan(path, options)]
-        write_table(path, [*rows(3), rows(4)[3] | {"TEXT": "x"}])
+        changed = rows(4)
+        changed[3]["TEXT"] = changed[3]["TEXT"].replace("3", "x")
+        size = path.stat().st_size
+        assert write_table(path, changed).stat().st_size == size
         after = [part.identity for part in FORMATS["table"].plan(path, options)]
         assert not set(before) & set(after)
 
 
+@given(
+    lines=st.lists(st.text(alphabet="ab\r", max_size=6), max_size=30),
+    ends=st.booleans(),
+    size=st.integers(1, 9),
+    chunk=st.integers(1, 11),
+)
+def test_lines_are_cut_where_they_begin(lines, ends, size, chunk):
+    data = "\n".join(lines).encode() + b"\n" * ends
+    expected = io.BytesIO(data).readlines()
+    digest = xxhash.xxh3_128()
+    with patch.object(tables, "_CHUNK", chunk):
+        starts, count = tables.cut_lines(io.BytesIO(data), size, digest)
+    offsets = [0, *accumulate(map(len, expected))]
+    assert count == len(expected) and starts == offsets[:-1:size]
+    assert digest.digest() == xxhash.xxh3_128_digest(data)
+
+
 def test_a_large_row_group_is_read_in_little_memory(tmp_path):
     path = tmp_path / "a.parquet"
-    blob = [bytes(100_000)] * 500
+    blob = [np.random.default_rng(i).bytes(100_000) for i in range(500)]
     table = pa.table({"n": range(500), "jpg": blob})
-    pq.write_table(table, path, row_group_size=500, use_dictionary=False, write_batch_size=8)
+    pq.write_table(
+        table,
+        path,
+        row_group_size=500,
+        use_dictionary=False,
+        write_batch_size=8,
+        compression="none",
+    )
     assert pq.ParquetFile(path).num_row_groups == 1
     pool = pa.default_memory_pool()
     del table, blob
@@ -320,6 +353,11 @@ def test_webdataset_damage_is_counted(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     assert "must be unpacked" in refused("webdataset", tmp_path / "empty")
+    with tarfile.open(path, mode="w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("one.txt"))
+    records, skipped = collect("webdataset", folder)
+    assert records == [] and skipped == {"a part of the sample occurs twice": 1}
     assert "leave out --images" in refused("webdataset", folder, images=tmp_path)
 
 
