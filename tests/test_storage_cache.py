@@ -227,6 +227,22 @@ def test_a_full_disk_is_read_past_with_one_warning(server, cache, monkeypatch):
     assert used(cache) == 0
 
 
+def test_a_disk_smaller_than_the_cache_holds_what_it_can(server, cache, monkeypatch):
+    real = os.posix_fallocate
+
+    def small_disk(file, offset, size):
+        if used(cache) + size > 5 * SIZE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", small_disk)
+    storage = opened(server, cache)
+    for index in range(12):
+        read(storage, index)
+        assert index in cached(cache) and used(cache) <= 5 * SIZE
+    assert storage.counters["cache_failures"] == 0 and len(cached(cache)) >= 4
+
+
 def test_a_disk_that_fails_while_written_to_costs_one_more_request(server, cache, monkeypatch):
     storage = opened(server, cache)
     read(storage, 1)

@@ -7,6 +7,7 @@ over. A part has its full size from the start: the disk is full before a fetch, 
 and `<cache>/.usage`, the sum of all sizes, is never too small.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -115,7 +116,13 @@ class RangeCache:
                 total = self._sweep(self._max_bytes * _KEEP - size)
             if total + size > self._max_bytes:
                 raise OSError(f"{size} bytes do not fit into its {self._max_bytes} bytes")
-            os.posix_fallocate(file, 0, size)
+            try:
+                os.posix_fallocate(file, 0, size)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                total = self._sweep(total * _KEEP - size)  # the disk is smaller than the cache
+                os.posix_fallocate(file, 0, size)
             _write_total(usage, total + size)
 
     def _remove_leftovers(self, deadline: float) -> None:

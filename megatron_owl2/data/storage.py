@@ -221,7 +221,8 @@ class LocalStorage(Storage):
         here = self._here()
         try:
             self._files.move_to_end(name)
-            data = os.pread(self._files[name].number, stop - start, start)
+            file = self._files[name]  # held until the end, or another thread may close it
+            data = os.pread(file.number, stop - start, start)
         except (KeyError, OSError):
             data = b""
         if len(data) == stop - start:
