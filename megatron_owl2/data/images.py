@@ -78,13 +78,13 @@ def augment(image: torch.Tensor, size: int, random: KeyedRandom) -> torch.Tensor
 
     uint8 [3, H, W] to [3, size, size]; the paper's stage-1 augmentation, after BLIP-2.
     """
-    top, left, height, width = _crop(image.shape[1], image.shape[2], random)
+    top, left, height, width = random_crop(image.shape[1], image.shape[2], random)
     flip = random.uniform() < 0.5
     cropped = resize_square(image[:, top : top + height, left : left + width], size)
     return cropped.flip(-1) if flip else cropped
 
 
-def _crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int, int, int]:
+def random_crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random crop."""
     for _ in range(10):
         area = height * width * random.uniform(0.5, 1.0)

@@ -133,54 +133,72 @@ def index_shard(path: str | os.PathLike) -> dict:
     path = Path(path)
     offsets: list[int] = []
     sums: list[int] = []
-    buffer = memoryview(bytearray(1 << 16))
+    last_key, extensions, position = None, set(), 0
     with path.open("rb", buffering=0) as file:
-        descriptor = file.fileno()
-        size = os.fstat(descriptor).st_size
-
-        def read(start: int, stop: int) -> bytes:
-            return os.pread(descriptor, stop - start, start)
-
-        def close_sample(stop: int) -> None:
-            nonlocal buffer
-            if offsets:
-                length = stop - offsets[-1]
-                if length > len(buffer):
-                    buffer = memoryview(bytearray(2 * length))
-                if os.preadv(descriptor, [buffer[:length]], offsets[-1]) != length:
-                    raise BadSampleError("cut while it was read")
-                sums.append(checksum(buffer[:length]))
-
-        position, last_key, extensions = 0, None, set()
+        size = os.fstat(file.fileno()).st_size
+        window = _Window(file.fileno())
         try:
-            for start, name, data, length in members(read, 0, size):
+            for start, name, data, length in members(window.read, 0, size):
                 key, extension = split_name(name)
                 if key in ("", "/") or not extension or key.endswith("/"):
                     raise BadSampleError(f"{name!r} belongs to no sample; remove it")
                 if key != last_key or extension in extensions:
-                    close_sample(start)
-                    offsets.append(start)
+                    if offsets:
+                        sums.append(checksum(window.read(offsets[-1], start)))
+                    offsets.append(window.keep(start))
                     last_key, extensions = key, set()
                 extensions.add(extension)
                 position = data + length + padding(length)
-            close_sample(position)
+            if offsets:
+                sums.append(checksum(window.read(offsets[-1], position)))
         except BadSampleError as error:
             raise ShardError(f"{path} behind byte {position}: {error}") from None
-        _check_end(path, read, position, size)
-    if not offsets:
-        raise ShardError(f"{path} holds no sample")
+        if not offsets:
+            raise ShardError(f"{path} holds no sample")
+        _check_end(path, window, position, size)
     return _write_sidecars(path, [*offsets, position], sums, size)
 
 
-def _check_end(path: Path, read, position: int, size: int) -> None:
+class _Window:
+    """Reads a file forwards in large blocks; what lies before `keep` is not asked for again."""
+
+    _BLOCK = 2**22
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._memory = bytearray(self._BLOCK)
+        self._start = self._stop = self._kept = 0
+
+    def keep(self, start: int) -> int:
+        self._kept = start
+        return start
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """The bytes from start to stop, fewer at the end of the file; valid until the next call."""
+        if stop > self._stop:
+            needed = stop - self._kept
+            if needed > len(self._memory):
+                self._memory = bytearray(2 * needed)
+            self._start = self._stop = self._kept
+            view = memoryview(self._memory)
+            while count := os.preadv(
+                self._descriptor, [view[self._stop - self._start :]], self._stop
+            ):
+                self._stop += count
+                if self._stop >= stop:
+                    break
+        return memoryview(self._memory)[start - self._start : min(stop, self._stop) - self._start]
+
+
+def _check_end(path: Path, window: _Window, position: int, size: int) -> None:
     """The end marker is the only proof that a tar was not cut between two samples."""
     if size - position < BLOCK:
         raise ShardError(f"{path} is cut: it has no end marker after byte {position}")
     while position < size:
-        data = read(position, position + 2**20)
-        if data.strip(b"\0"):
+        data = bytes(window.read(window.keep(position), min(size, position + 2**20)))
+        if not data or data.strip(b"\0"):
             raise ShardError(f"{path} has data after the end marker at byte {position}")
-        position += len(data) or size
+        position += len(data)
 
 
 def load_index(path: str, row: dict, index: bytes, sums: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def members(
-    read: Callable[[int, int], bytes], position: int, stop: int
+    read: Callable[[int, int], bytes | memoryview], position: int, stop: int
 ) -> Iterator[tuple[int, str, int, int]]:
     """The files of an archive between two byte offsets, until `stop` or the end marker.
 
@@ -59,7 +59,7 @@ def members(
     """
     first, long_name, long_size = position, None, None
     while position < stop:
-        header = read(position, position + BLOCK)
+        header = bytes(read(position, position + BLOCK))
         if header == END[:BLOCK] and first == position:
             return
         name, size, kind = _parse_header(header)
@@ -75,7 +75,7 @@ def members(
         elif kind in (_PAX, _LONG_NAME):
             if size > _MAX_EXTENDED:
                 raise BadSampleError(f"damaged tar header (extended header of {size} bytes)")
-            body = read(data, data + size)
+            body = bytes(read(data, data + size))
             if kind == _PAX:
                 fields = _parse_pax(body)
                 long_name, long_size = fields
@@ -113,20 +113,21 @@ def _parse_header(header: bytes) -> tuple[str, int, bytes]:
     """Name, data size and type of a member from its block of 512 bytes."""
     if len(header) != BLOCK:
         raise BadSampleError("tar header is cut")
+    stored = header[148:156]
     try:
-        stored = header[148:156]
         checksum = int(stored.strip(b"\0 "), 8)
         size = int(header[124:136].strip(b"\0 "), 8)
-        name = _text(header[:100])
-        # Old GNU headers ("ustar  ") keep times where ustar keeps the folder.
-        folder = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
     except ValueError:
         raise BadSampleError("damaged tar header") from None
     # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, in C.
     total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(stored) + 8 * ord(" ")
     if (total - checksum) % _ADLER or size < 0:
         raise BadSampleError("damaged tar header (checksum)")
-    return (f"{folder}/{name}" if folder else name), size, header[156:157]
+    name = _text(header[:100])
+    # Old GNU headers ("ustar  ") keep times where ustar keeps the folder.
+    if header[345] and header[257:263] == b"ustar\0":
+        name = f"{_text(header[345:500])}/{name}"
+    return name, size, header[156:157]
 
 
 def _parse_pax(body: bytes) -> tuple[str | None, int | None]:

@@ -1,0 +1,311 @@
+"""The data engine against webdataset, in one run on this machine.
+
+Makes shards of random pictures in DIRECTORY and measures, in interleaved rounds on one thread,
+
+* reading: this project's stream (order, checksums, tokens and labels included), webdataset with
+  Pillow, and webdataset with the same fast decoder; all end in uint8 batches of random crops,
+* writing: ShardWriter with index and checksums against webdataset.ShardWriter,
+* indexing shards as webdataset writes them by default (jpg, txt, json and PAX headers), and plain
+  ones; checksums of every sample included, against a scan of the headers with tarfile,
+* the order of 400 million samples in 40,000 shards, in a process of its own,
+* with --memory N, the resident memory of a data worker over N samples.
+
+Ratios are medians over the rounds of processor time per sample; figures hold for this machine.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import sentencepiece
+import torch
+import webdataset
+from PIL import Image
+
+from megatron_owl2.config import DataConfig, SourceConfig
+from megatron_owl2.data import images
+from megatron_owl2.data.hashing import KeyedRandom
+from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.phases import first_phase
+from megatron_owl2.data.records import Record
+from megatron_owl2.data.shards import ShardWriter, index_shard
+from megatron_owl2.data.tokenizer import Tokenizer
+
+BATCH, SIZE, SHARD = 32, 224, 500
+OURS, PILLOW, FAST = "this project", "webdataset + Pillow", "webdataset + fast decoder"
+CONTESTS = ("read", "write", "index, webdataset's", "index, plain")
+WORDS = ["a", "the", "owl", "on", "red", "blue", "tree", "sky", "two", "big", "small", "photo"]
+ORDER = """
+import json, time
+from megatron_owl2.data.order import Order
+start = time.perf_counter()
+order = Order([[10_000] * 40_000], [1.0], 1)
+order.locate(0)
+ready = time.perf_counter() - start
+seeks = []
+for slot in (123_456_789, 399_999_999, 5, 200_000_000):
+    start = time.perf_counter()
+    order.locate(slot)
+    seeks.append(time.perf_counter() - start)
+peak = next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM"))
+print(json.dumps({"samples": order.slots_per_epoch, "ready_seconds": ready,
+                  "seek_milliseconds": max(seeks) * 1e3, "peak_megabytes": int(peak) / 1e3}))
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="must not exist")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=int, default=0, metavar="N", help="samples of a worker")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    if options.directory.exists():
+        parser.error(f"{options.directory} exists already")
+    torch.set_num_threads(1)
+    options.directory.mkdir(parents=True)
+    try:
+        figures = measure(options.directory, options.samples, options.rounds, options.memory)
+    finally:
+        shutil.rmtree(options.directory)
+    print(table(figures))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
+    """Processor seconds per sample of every contender in every round, and the rest."""
+    records = list(make_records(samples, 512, 384))
+    with ShardWriter(folder / "shards", SHARD) as writer:
+        for record in records:
+            writer.write(record)
+    tokenizer = make_tokenizer(folder)
+    urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
+    foreign = write_foreign(folder / "foreign", records)
+    contenders = {
+        "read": {
+            OURS: lambda: read_ours(folder / "shards", tokenizer, samples),
+            PILLOW: lambda: read_webdataset(urls, pillow_crop),
+            FAST: lambda: read_webdataset(urls, fast_crop),
+        },
+        "write": {
+            OURS: lambda: write_ours(folder / "w", records),
+            "webdataset.ShardWriter": lambda: write_webdataset(folder / "w", records),
+            "webdataset.ShardWriter(mtime=0)": lambda: write_webdataset(
+                folder / "w", records, mtime=0
+            ),
+        },
+        "index, webdataset's": index_contenders(foreign),
+        "index, plain": index_contenders(urls),
+    }
+    figures = {
+        "picture_bytes": statistics.mean(len(record.image) for record in records),
+        "samples": samples,
+        "versions": {"torch": torch.__version__, "webdataset": webdataset.__version__},
+    }
+    for what, runs in contenders.items():
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range(rounds + 1):  # the first warms up
+            for name, run in runs.items():
+                print(f"{what}, round {number}: {name} ...", file=sys.stderr)
+                shutil.rmtree(folder / "w", ignore_errors=True)
+                (folder / "w").mkdir()
+                start = time.process_time()
+                run()
+                if number:
+                    seconds[name].append((time.process_time() - start) / samples)
+        figures[what] = seconds
+    done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, check=True)
+    figures["order"] = json.loads(done.stdout)
+    if memory:
+        figures["memory"] = worker_memory(folder, tokenizer, memory)
+    return figures
+
+
+def make_records(count: int, width: int, height: int) -> Iterator[Record]:
+    """Pictures like photographs in size as JPEG and in smoothness: coloured noise and edges."""
+    chance = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    frequency[0, 0] = np.inf
+    for index in range(count):
+        noise = np.fft.rfft2(chance.standard_normal((4, height, width))) / frequency**1.4
+        grey, *colour = np.fft.irfft2(noise, s=(height, width))
+        picture = 128 + 40 * grey / grey.std() + 8 * np.stack(colour) / np.std(colour)
+        top, left = chance.integers(0, height // 2), chance.integers(0, width // 2)
+        picture[:, top : top + height // 3, left : left + width // 3] += 60
+        pixels = picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        caption = " ".join(chance.choice(WORDS, 12))
+        yield Record(f"{index:09d}", image=buffer.getvalue(), caption=caption, source="bench")
+
+
+def make_tokenizer(folder: Path) -> Tokenizer:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 20),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return Tokenizer(folder / "tokenizer.model")
+
+
+def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, workers: int):
+    config = DataConfig(
+        sources=[SourceConfig(str(shards))], workers=workers, augment=True, sequence_length=128
+    )
+    return build_loader(
+        config,
+        first_phase(config),
+        tokenizer=tokenizer,
+        tokens_per_image=65,
+        image_size=SIZE,
+        micro_batch_size=BATCH,
+        start_slot=0,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        limit_slots=None if samples is None else samples // BATCH * BATCH,
+    )
+
+
+def read_ours(shards: Path, tokenizer: Tokenizer, samples: int) -> None:
+    for batch in open_ours(shards, tokenizer, samples, workers=0):
+        assert batch.image.shape == (BATCH, 3, SIZE, SIZE)
+
+
+def read_webdataset(urls: list[str], crop: Callable[[bytes, KeyedRandom], torch.Tensor]) -> None:
+    """The pipeline of webdataset's manual: shards, a shuffle buffer, decoding, batches."""
+    chance = KeyedRandom(1)
+
+    def decode(sample: dict) -> tuple[torch.Tensor, str]:
+        return crop(sample["jpg"], chance), json.loads(sample["json"])["caption"]
+
+    data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).map(decode)
+    for batch in data.batched(BATCH, collation_fn=None, partial=False):
+        stacked = torch.stack([image for image, _ in batch])
+        assert stacked.shape == (BATCH, 3, SIZE, SIZE)
+
+
+def pillow_crop(data: bytes, chance: KeyedRandom) -> torch.Tensor:
+    """Random resized crop and flip, all in Pillow, as torchvision does it."""
+    with Image.open(io.BytesIO(data)) as image:
+        image = image.convert("RGB")
+        top, left, height, width = images.random_crop(image.height, image.width, chance)
+        box = (left, top, left + width, top + height)
+        image = image.resize((SIZE, SIZE), Image.BICUBIC, box=box)
+        if chance.uniform() < 0.5:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def fast_crop(data: bytes, chance: KeyedRandom) -> torch.Tensor:
+    return images.augment(images.decode(data), SIZE, chance)
+
+
+def write_ours(folder: Path, records: list[Record]) -> None:
+    with ShardWriter(folder / "set", SHARD) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def write_webdataset(folder: Path, records: list[Record], **options) -> None:
+    pattern = str(folder / "%06d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=SHARD, verbose=0, **options) as writer:
+        for record in records:
+            body = {"caption": record.caption, "source": record.source, "metadata": {}}
+            writer.write({"__key__": record.key, "jpg": record.image, "json": body})
+
+
+def write_foreign(folder: Path, records: list[Record]) -> list[str]:
+    """Shards as webdataset.ShardWriter makes them unless told otherwise."""
+    folder.mkdir()
+    with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=SHARD, verbose=0) as writer:
+        for record in records:
+            body = {"caption": record.caption, "url": "https://example.org", "status": "success"}
+            parts = {"jpg": record.image, "txt": record.caption, "json": body}
+            writer.write({"__key__": record.key, **parts})
+    return sorted(map(str, folder.glob("*.tar")))
+
+
+def index_contenders(urls: list[str]) -> dict[str, Callable[[], object]]:
+    return {
+        OURS: lambda: [index_shard(url) for url in urls],
+        "tarfile scan": lambda: [scan(url) for url in urls],
+    }
+
+
+def scan(url: str) -> int:
+    with tarfile.open(url, "r:") as tar:
+        return sum(member.isreg() for member in tar)
+
+
+def worker_memory(folder: Path, tokenizer: Tokenizer, samples: int) -> dict:
+    """Unique memory of one data worker in MB, at 20 points of `samples` small pictures."""
+    with ShardWriter(folder / "small", SHARD) as writer:
+        for record in make_records(20_000, 96, 72):
+            writer.write(record)
+    before = {child.pid for child in psutil.Process().children()}
+    batches = iter(open_ours(folder / "small", tokenizer, None, workers=1))
+    next(batches)
+    (worker,) = [c for c in psutil.Process().children() if c.pid not in before]
+    points: list[float] = []
+    steps = samples // BATCH
+    for step in range(1, steps + 1):
+        next(batches)
+        if step % max(1, steps // 20) == 0:
+            points.append(worker.memory_full_info().uss / 1e6)
+            print(f"{step * BATCH:,} samples: {points[-1]:.1f} MB", file=sys.stderr)
+    batches.close()
+    return {"samples": steps * BATCH, "worker_megabytes": points}
+
+
+def table(figures: dict) -> str:
+    """The figures in Markdown."""
+    lines = [
+        f"{figures['samples']:,} pictures of 512 x 384, {figures['picture_bytes'] / 1e3:.1f} kB; "
+        + ", ".join(f"{name} {version}" for name, version in figures["versions"].items()),
+        "",
+        "| | contender | us per sample | samples/s on one core | times as long as this project |",
+        "|---|---|---|---|---|",
+    ]
+    for what in CONTESTS:
+        ours = figures[what][OURS]
+        for name, seconds in figures[what].items():
+            median = statistics.median(seconds)
+            ratio = statistics.median(a / b for a, b in zip(seconds, ours, strict=True))
+            lines.append(
+                f"| {what} | {name} | {median * 1e6:.0f} | {1 / median:,.0f} | {ratio:.2f} |"
+            )
+    order = figures["order"]
+    lines += [
+        "",
+        f"order of {order['samples']:,} samples: ready in {order['ready_seconds']:.2f} s, seek "
+        f"{order['seek_milliseconds']:.2f} ms, {order['peak_megabytes']:.0f} MB resident",
+    ]
+    if "memory" in figures:
+        points = figures["memory"]["worker_megabytes"]
+        lines.append(
+            f"a worker over {figures['memory']['samples']:,} samples: {points[0]:.0f} MB after "
+            f"the first twentieth, {max(points):.0f} MB at most, {points[-1]:.0f} MB at the end"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
