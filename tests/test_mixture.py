@@ -235,13 +235,13 @@ def test_a_recipe_needs_a_target(tmp_path):
 
 
 def test_the_recipe_of_the_paper():
-    recipe = read_recipe(ROOT / "examples/7b/mixture.yaml")
+    recipe = read_recipe(ROOT / "examples/mixture.yaml")
     assert list(recipe.sources) == ["cc3m", "cc12m", "coco", "laion", "coyo", "datacomp"]
     assert sum(source.target for source in recipe.sources.values()) == 400_000_000
     rows = {"cc3m": 3_318_333, "cc12m": 12_423_374, "coyo": 746_972_269}
     for name, count in rows.items():
         assert recipe.sources[name].target / recipe.sources[name].expected < count
-    assert (ROOT / "examples/7b" / recipe.extends).is_file()
+    assert (ROOT / "examples" / recipe.extends).is_file()
 
 
 def test_steps_hold_every_option_of_the_recipe(tmp_path):

@@ -1,7 +1,7 @@
 """Make the data of a recipe: lists of addresses, downloads, shards, and the sources for training.
 
-    python tools/build_mixture.py --recipe examples/7b/mixture.yaml --folder DIR          # look
-    python tools/build_mixture.py --recipe examples/7b/mixture.yaml --folder DIR --run    # work
+    python tools/build_mixture.py --recipe examples/mixture.yaml --folder DIR          # look
+    python tools/build_mixture.py --recipe examples/mixture.yaml --folder DIR --run    # work
 
 Looking shows how far every source is and the commands of the next steps; --run runs them. When all
 sources are ready DIR/config.yaml holds the mixture for `python -m megatron_owl2.train --config`.
