@@ -43,17 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = parser.add_argument_group("pictures, as they are downloaded")
     defaults = download.Options()
     pictures.add_argument(
-        "--image-size", type=int, default=defaults.image_size, metavar="PIXELS",
+        "--image-size",
+        type=int,
+        default=defaults.image_size,
+        metavar="PIXELS",
         help="smaller side of pictures that are bigger (default: %(default)s)",
-    )  # fmt: skip
+    )
     pictures.add_argument("--quality", type=int, default=defaults.quality, help="of JPEG")
     pictures.add_argument(
         "--output-format", choices=["webdataset", "files", "parquet"], default="webdataset"
     )
     pictures.add_argument(
-        "--shard-size", type=int, default=defaults.samples_per_shard, metavar="N",
+        "--shard-size",
+        type=int,
+        default=defaults.samples_per_shard,
+        metavar="N",
         help="addresses of a shard",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     try:
         return _list(options)
