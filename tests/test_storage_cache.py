@@ -266,6 +266,17 @@ def test_a_cache_that_cannot_be_written_is_read_past(server, cache):
     assert cache.read_text() == "a file where the folder should be"
 
 
+def test_a_range_that_can_be_neither_read_nor_removed_is_read_past(server, cache):
+    storage = opened(server, cache)
+    read(storage, 0)
+    (path,) = cache.glob("*/a.tar/*")
+    path.unlink()
+    path.mkdir()
+    began = time.monotonic()
+    read(storage, 0)
+    assert time.monotonic() - began < 1 and server.ranges()[-1] == (100, 200)
+
+
 def test_an_extent_larger_than_the_cache_is_read_past(server, cache):
     storage = opened(server, cache, cache_bytes=SIZE - 1)
     with pytest.warns(UserWarning, match="do not fit"):

@@ -97,12 +97,11 @@ class RemoteStorage(Storage):
         self._here().stop_prefetching()
 
     def _read_and_keep(self, name: str, start: int, stop: int, extent: tuple[int, int]) -> bytes:
-        deadline = time.monotonic() + self.options.patience
-        while self._uses_cache() and time.monotonic() < deadline:
+        for _ in range(2 if self._uses_cache() else 0):
             data = self._fill(name, *extent)
             if data is not None:
                 return data[start - extent[0] : stop - extent[0]]
-            # Another process or thread brought it; under memory pressure it may be gone again.
+            # Another process or thread brought it; where the cache is tight it may be gone again.
             data = self._cache.read(name, extent, start, stop)
             if data is not None:
                 return data
