@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.selection import Selection
+from megatron_owl2.preprocess.parts import PreprocessError
 
 SCRIPT = "download.sh"
 
@@ -22,12 +23,19 @@ class Options:
     parquet) with this many addresses a shard.
 
     Random crops keep half of the area or more, so a smaller side of 320 leaves 224 pixels sharp.
+    Raises PreprocessError for sizes and qualities that cannot be.
     """
 
     image_size: int = 320
     quality: int = 95
     output_format: str = "webdataset"
     samples_per_shard: int = 10_000
+
+    def __post_init__(self):
+        if min(self.image_size, self.samples_per_shard, self.quality) < 1 or self.quality > 100:
+            raise PreprocessError(
+                "image size and shard size must be positive, the quality from 1 to 100"
+            )
 
 
 def script(

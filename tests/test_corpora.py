@@ -305,6 +305,9 @@ def test_command_line(tmp_path):
     assert "--input is missing" in run("--corpus", "coyo", "--output", tmp_path / "x").stderr
     for wrong in ("similarity", "=1", "similarity=nan"):
         assert run(*arguments, "--min-score", wrong).returncode == 2
+    for wrong in (["--shard-size", 0], ["--image-size", -1], ["--quality", 101]):
+        result = run(*arguments, *wrong)
+        assert result.returncode == 1 and "must be positive" in result.stderr
     assert "clip_similarity_vitb32: cosine" in run("--help").stdout
 
 

@@ -1,62 +1,24 @@
 """The readers of data_prep: published formats to records, and what is left out with its reason."""
 
-import csv
 import io
 import json
 import shutil
 import tarfile
-import tracemalloc
 from collections import Counter
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
-from unittest.mock import patch
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import webdataset
-import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
+from read_corpus import collect, refused, write_pictures
 from tiny_data import encoded, picture, record, write
-
-from data_prep import tables
-from data_prep.formats import FORMATS
-from megatron_owl2.data.records import Record
-from megatron_owl2.preprocess.parts import PreprocessError, ReadOptions, Skipped
 
 REAL = Path(__file__).parent / "data/img2dataset"
 
 
-def collect(kind: str, source: Path, **options) -> tuple[list[Record], Counter]:
-    """All records of all parts, and the reasons why others were left out."""
-    reader = FORMATS[kind]
-    parts = reader.plan(source, ReadOptions(**options))
-    assert len({part.name for part in parts}) == len(parts)
-    items = [item for part in parts for item in reader.read(part.payload)]
-    records = [item for item in items if isinstance(item, Record)]
-    assert all(item.detail for item in items if isinstance(item, Skipped))
-    return records, Counter(item.reason for item in items if isinstance(item, Skipped))
-
-
-def refused(kind: str, source: Path, **options) -> str:
-    with pytest.raises(PreprocessError) as error:
-        collect(kind, source, **options)
-    return str(error.value)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Pictures 0.jpg to 9.jpg, and one outside of their folder."""
-    folder = tmp_path_factory.mktemp("pictures") / "images"
-    (folder / "deep").mkdir(parents=True)
-    for number in range(10):
-        (folder / f"{number}.jpg").write_bytes(encoded(picture(number)))
-    (folder / "deep/a.gif").write_bytes(encoded(picture(0), "GIF"))
-    (folder.parent / "secret.jpg").write_bytes(encoded(picture(3)))
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "images")
 
 
 @pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])
@@ -108,195 +70,6 @@ def test_img2dataset_damaged_parquet(tmp_path):
     records, skipped = collect("img2dataset", folder)
     assert skipped["rest of a damaged file"] == 1
     assert len(records) + sum(skipped.values()) == 9 + 1
-
-
-def rows(count: int) -> list[dict]:
-    """Rows that are a trial for a table: commas, quotes, line breaks; scores of every kind."""
-    return [
-        {
-            "image_path": f"{i}.jpg",
-            "TEXT": f'a "quoted", picture\nof {i} é',
-            "score": i / 10,
-            "words": i,
-            "id": f"00{i}",
-            "nothing": None,
-        }
-        for i in range(count)
-    ]
-
-
-def write_table(path: Path, table: list[dict]) -> Path:
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(row) + "\n" for row in table)
-        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(table), path, row_group_size=3)
-    else:
-        with path.open("w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
-    return path
-
-
-@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
-@pytest.mark.parametrize("size", [4, 10, 100])
-def test_tables(images, tmp_path, kind, size):
-    path = write_table(tmp_path / f"my corpus{kind}", rows(10))
-    records, skipped = collect("table", path, images=images, samples_per_part=size)
-    assert skipped == {}
-    for number, item in enumerate(records):
-        assert item.key == f"{number:012d}" and item.source == "my corpus"
-        assert item.caption == f'a "quoted", picture\nof {number} é'
-        assert item.image == encoded(picture(number))
-        expected = {"score": number / 10, "words": number, "id": f"00{number}"}
-        assert item.metadata == expected and type(item.metadata["words"]) is int
-    assert len(records) == 10
-    parts = FORMATS["table"].plan(path, ReadOptions(images, size))
-    assert [part.name for part in parts] == [f"my_corpus-{i:05d}" for i in range(-(-10 // size))]
-
-
-def test_tsv_takes_quotes_as_they_are(images, tmp_path):
-    path = tmp_path / "a.tsv"
-    path.write_bytes(
-        b'file\tcaption\tn\n0.jpg\t5" screen\t1\r\n1.jpg\t"open\t2\n2.jpg\ttoo\tmany\tcells\n'
-        b"3.jpg\tbad \xff byte\t3\n4.jpg\tno end\t4"
-    )
-    records, skipped = collect("table", path, images=images, samples_per_part=2)
-    assert [(r.caption, r.metadata) for r in records] == [
-        ('5" screen', {"n": 1}),
-        ('"open', {"n": 2}),
-        ("no end", {"n": 4}),
-    ]
-    assert skipped == {
-        "row has another number of columns": 1,
-        "caption is not valid Unicode": 1,
-    }
-
-
-def test_table_rows_that_are_left_out(images, tmp_path):
-    table = [
-        {"image": None, "caption": "a"},
-        {"caption": "a"},
-        {"image": "", "caption": "a"},
-        {"image": "1.jpg", "caption": " \n"},
-        {"image": "1.jpg"},
-        {"image": "1.jpg", "caption": 7},
-        {"image": ["1.jpg"], "caption": "a"},
-        {"image": "99.jpg", "caption": "a"},
-        {"image": "https://example.com/1.jpg", "caption": "a"},
-        {"image": "../secret.jpg", "caption": "a"},
-        {"image": "deep/../../secret.jpg", "caption": "a"},
-        {"image": str(images.parent / "secret.jpg"), "caption": "a"},
-        {"image": "deep", "caption": "a"},
-        {"image": "deep/a.gif", "caption": " as found ", "score": float("nan"), "boxes": [1]},
-    ]
-    path = write_table(tmp_path / "a.jsonl", table)
-    path.write_bytes(path.read_bytes() + b"[1]\nnot json\n\n")
-    records, skipped = collect("table", path, images=images)
-    assert [(r.caption, r.metadata) for r in records] == [("as found", {})]
-    assert records[0].image == (images / "deep/a.gif").read_bytes()
-    assert skipped == {
-        "row names no image": 3,
-        "empty caption": 2,
-        "caption is not a text": 1,
-        "image is not one path": 1,
-        "image file is missing": 1,
-        "image is an address, not a file": 1,
-        "image path leaves the images folder": 3,
-        "image file cannot be read (Is a directory)": 1,
-        "row is not a JSON object": 3,
-    }
-
-
-def test_table_columns_and_wrong_use(images, tmp_path):
-    table = [{"picture": "1.jpg", "text": "usual", "alt": "named"}]
-    path = write_table(tmp_path / "a.csv", table)
-    error = refused("table", path, images=images)
-    assert "--image-column" in error and "picture, text, alt" in error
-    records, _ = collect("table", path, images=images, image_column="picture")
-    assert records[0].caption == "usual" and records[0].metadata == {"alt": "named"}
-    records, _ = collect("table", path, images=images, image_column="picture", caption_column="alt")
-    assert records[0].caption == "named"
-    wrong = {"image_column": "picture", "caption_column": "ALT"}
-    assert "no column ALT" in refused("table", path, images=images, **wrong)
-    assert "--images DIR" in refused("table", path)
-    assert "is not a table" in refused("table", images / "1.jpg", images=images)
-    assert "holds no table" in refused("table", images, images=images)
-    broken = tmp_path / "broken.csv"
-    broken.write_bytes(b"image,caption\n" + b'1.jpg,"never closed ' + b"x" * (1 << 24) + b"\n")
-    assert "a quote left open" in refused("table", broken, images=images)
-    broken = tmp_path / "b.parquet"
-    broken.write_bytes(b"PAR1")
-    assert "is not Parquet" in refused("table", broken, images=images)
-    assert "several kinds (.csv, .parquet)" in refused("table", tmp_path, images=images)
-
-
-def test_table_of_several_files(images, tmp_path):
-    for name in ("b", "a"):
-        write_table(tmp_path / f"{name}.parquet", rows(3))
-    records, _ = collect("table", tmp_path, images=images)
-    assert [r.source for r in records] == ["a"] * 3 + ["b"] * 3
-
-
-def test_a_changed_table_is_another_job(images, tmp_path):
-    for kind in (".jsonl", ".csv", ".parquet"):
-        path = write_table(tmp_path / f"a{kind}", rows(4))
-        options = ReadOptions(images, 2)
-        before = [part.identity for part in FORMATS["table"].plan(path, options)]
-        assert len(set(before)) == 2
-        assert before == [part.identity for part in FORMATS["table"].plan(path, options)]
-        changed = rows(4)
-        changed[3]["TEXT"] = changed[3]["TEXT"].replace("3", "x")
-        size = path.stat().st_size
-        assert write_table(path, changed).stat().st_size == size
-        after = [part.identity for part in FORMATS["table"].plan(path, options)]
-        assert not set(before) & set(after)
-
-
-@given(
-    lines=st.lists(st.text(alphabet="ab\r", max_size=6), max_size=30),
-    ends=st.booleans(),
-    size=st.integers(1, 9),
-    chunk=st.integers(1, 11),
-)
-def test_lines_are_cut_where_they_begin(lines, ends, size, chunk):
-    data = "\n".join(lines).encode() + b"\n" * ends
-    expected = io.BytesIO(data).readlines()
-    digest = xxhash.xxh3_128()
-    with patch.object(tables, "_CHUNK", chunk):
-        starts, count = tables.cut_lines(io.BytesIO(data), size, digest)
-    offsets = [0, *accumulate(map(len, expected))]
-    assert count == len(expected) and starts == offsets[:-1:size]
-    assert digest.digest() == xxhash.xxh3_128_digest(data)
-
-
-def test_a_large_row_group_is_read_in_little_memory(tmp_path):
-    path = tmp_path / "a.parquet"
-    blob = [np.random.default_rng(i).bytes(100_000) for i in range(500)]
-    table = pa.table({"n": range(500), "jpg": blob})
-    pq.write_table(
-        table,
-        path,
-        row_group_size=500,
-        use_dictionary=False,
-        write_batch_size=8,
-        compression="none",
-    )
-    assert pq.ParquetFile(path).num_row_groups == 1
-    pool = pa.default_memory_pool()
-    del table, blob
-    start, peak, numbers = pool.bytes_allocated(), 0, []
-    tracemalloc.start()
-    for piece in tables.cut(path, 200):
-        for number, row in tables.read(piece):
-            assert row["n"] == number
-            numbers.append(number)
-            peak = max(peak, pool.bytes_allocated() - start)
-    python = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert numbers == list(range(500))
-    assert peak < 40e6 and python < 40e6, (peak, python)  # of 50 MB
 
 
 def test_webdataset_tars_of_other_tools(tmp_path):

@@ -1,0 +1,38 @@
+"""Runs the readers of data_prep without the job behind them."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny_data import encoded, picture
+
+from data_prep.formats import FORMATS
+from megatron_owl2.data.records import Record
+from megatron_owl2.preprocess.parts import PreprocessError, ReadOptions, Skipped
+
+
+def collect(kind: str, source: Path, **options) -> tuple[list[Record], Counter]:
+    """All records of all parts, and the reasons why others were left out."""
+    reader = FORMATS[kind]
+    parts = reader.plan(source, ReadOptions(**options))
+    assert len({part.name for part in parts}) == len(parts)
+    items = [item for part in parts for item in reader.read(part.payload)]
+    records = [item for item in items if isinstance(item, Record)]
+    assert all(item.detail for item in items if isinstance(item, Skipped))
+    return records, Counter(item.reason for item in items if isinstance(item, Skipped))
+
+
+def refused(kind: str, source: Path, **options) -> str:
+    with pytest.raises(PreprocessError) as error:
+        collect(kind, source, **options)
+    return str(error.value)
+
+
+def write_pictures(folder: Path) -> Path:
+    """Pictures 0.jpg to 9.jpg and a GIF, and one outside of their folder."""
+    (folder / "deep").mkdir(parents=True)
+    for number in range(10):
+        (folder / f"{number}.jpg").write_bytes(encoded(picture(number)))
+    (folder / "deep/a.gif").write_bytes(encoded(picture(0), "GIF"))
+    (folder.parent / "secret.jpg").write_bytes(encoded(picture(3)))
+    return folder
