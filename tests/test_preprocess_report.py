@@ -103,6 +103,7 @@ def test_the_page_shows_samples_from_everywhere(tmp_path):
     places = [order.index(key) for key in shown]
     assert len(shown) == 24 and places == sorted(set(places))
     assert all(56 * i // 24 <= place < 56 * (i + 1) // 24 for i, place in enumerate(places))
+    assert places != [56 * i // 24 for i in range(24)]
     pictures = [attributes["src"] for tag, attributes in found.elements if tag == "img"]
     assert len(pictures) == 24
     for source in pictures:

@@ -164,6 +164,28 @@ def test_a_killed_worker_is_a_clear_error_and_leaves_nothing(corpus, tmp_path):
     assert not list((output / UNFINISHED).iterdir())
 
 
+def read_badly_or_slowly(items: list) -> Iterator:
+    """A reader that fails in part0; part1 would take two minutes."""
+    for item in items:
+        if item.key == "0-0004":
+            time.sleep(1)
+            raise ValueError("a mistake in the reader")
+        if item.key == "1-0000":
+            for _ in range(1200):
+                time.sleep(0.1)
+                yield item
+        yield item
+
+
+def test_an_error_in_one_part_names_it_and_stops_the_others(corpus, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="a mistake in the reader") as caught:
+        job(corpus[:2], tmp_path / "set", read=read_badly_or_slowly, workers=2)
+    assert caught.value.__notes__ == ["while working on part part0"]
+    assert time.monotonic() - start < 60
+    assert not list((tmp_path / "set" / UNFINISHED).iterdir())
+
+
 def test_leftovers_of_the_living_stay(corpus, tmp_path):
     output = tmp_path / "set"
     job(corpus, output, partition=(0, 2))

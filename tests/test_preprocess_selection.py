@@ -137,18 +137,19 @@ def brute_force(tables, deduplicate, sample):
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=6),
     identities=st.integers(1, 40),
-    priorities=st.sampled_from([3, 2**49, 2**64 - 1]),
+    classes=st.sampled_from([1, 4, 1 << 16]),
+    members=st.sampled_from([2, 1 << 48]),
     deduplicate=st.booleans(),
     sample=st.one_of(st.none(), st.integers(1, 60), st.floats(0.01, 0.99)),
     rows_at_once=st.integers(1, 80),
     seed=st.integers(0, 2**32),
 )
 def test_selection_is_what_it_is_defined_to_be(
-    sizes, identities, priorities, deduplicate, sample, rows_at_once, seed
+    sizes, identities, classes, members, deduplicate, sample, rows_at_once, seed
 ):
     random = np.random.default_rng(seed)
     tables = []
@@ -157,7 +158,9 @@ def test_selection_is_what_it_is_defined_to_be(
         values = random.integers(0, identities, size).astype(np.uint64)
         # Equal first halves with other second ones, and the other way round.
         table["identity"] = np.stack([values // 3, values % 5], axis=1)
-        table["priority"] = random.integers(0, priorities, size, dtype=np.uint64, endpoint=True)
+        # Many or few share the upper bits, and all of them.
+        upper, lower = (random.integers(0, n, size, dtype=np.uint64) for n in (classes, members))
+        table["priority"] = (upper << np.uint64(48)) + lower
         tables.append(table)
     loaders = [lambda table=table: table for table in tables]
     fates = list(selection.select(loaders, deduplicate, sample, rows_at_once))
