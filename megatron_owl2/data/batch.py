@@ -24,11 +24,13 @@ class BadSample:
 
 @dataclass
 class Cost:
-    """What a batch took to make: bytes of its pictures, seconds of reading and of decoding."""
+    """What a batch took to make: bytes of its pictures, seconds of reading and of decoding, reads
+    that had to be tried again."""
 
     bytes: int = 0
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
+    retries: int = 0
 
 
 @dataclass

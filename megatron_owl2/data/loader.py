@@ -1,6 +1,7 @@
 """Batches of one data-parallel rank: worker processes, what happens when one dies, the ledger."""
 
 import copy
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from megatron_owl2.config import DataConfig
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.ledger import DataError, Ledger
+from megatron_owl2.data.lookahead import working_set
 from megatron_owl2.data.phases import Phase
 from megatron_owl2.data.stream import SampleStream
 from megatron_owl2.data.tokenizer import Tokenizer
@@ -154,6 +156,16 @@ def build_loader(
     cannot be read and ValueError for a rank or limit that does not fit.
     """
     stream = SampleStream(config, tokenizer, tokens_per_image, image_size, phase, decode_images)
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = working_set(stream.datasets, stream.order, data_parallel_size, on_node) / 2**30
+    if needed > config.storage.cache_gib and data_parallel_rank == 0:
+        print(
+            f"warning: data.storage.cache_gib is {config.storage.cache_gib:g}, but the ranks of a "
+            f"node read about {needed:.1f} GiB of shards side by side; with a smaller cache they "
+            "are fetched more than once",
+            file=sys.stderr,
+            flush=True,
+        )
     batches = MicroBatches(
         start_slot, data_parallel_rank, data_parallel_size, micro_batch_size, limit_slots
     )

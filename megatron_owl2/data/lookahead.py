@@ -5,6 +5,7 @@ queued. Only storage behind a network needs it.
 """
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from threading import Thread
 
 from megatron_owl2.data.dataset import Dataset
 from megatron_owl2.data.manifest import ShardError
-from megatron_owl2.data.order import Order
+from megatron_owl2.data.order import CHUNK, WINDOW, Order
 from megatron_owl2.data.storage import LocalStorage, StorageError
 
 
@@ -54,6 +55,19 @@ class LookAhead:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_queue": None, "_process": 0}
+
+
+def working_set(datasets: Sequence[Dataset], order: Order, ranks: int, ranks_on_node: int) -> int:
+    """About how many bytes of remote shards a node holds at a time: two windows of every lane that
+    one of its data-parallel ranks reads. A smaller cache fetches chunks again and again."""
+    remote = [dataset for dataset in datasets if not isinstance(dataset.storage, LocalStorage)]
+    if not remote:
+        return 0
+    size = sum(row["bytes"] for dataset in remote for row in dataset.shards)
+    chunk = size / sum(map(len, remote)) * CHUNK
+    of_a_rank = order.lanes // math.gcd(order.lanes, ranks)
+    lanes = min(order.lanes, of_a_rank * min(ranks, ranks_on_node))
+    return round(min(size, lanes * 2 * (WINDOW // CHUNK + 1) * chunk))
 
 
 def _fetch(queue: SimpleQueue, datasets: Sequence[Dataset]) -> None:

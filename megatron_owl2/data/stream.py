@@ -63,11 +63,11 @@ class SampleStream(TorchDataset):
         """The batch of these slots. Raises DataError if a slot and all substitutes are bad,
         ShardError if a shard is not what its manifest says, StorageError if it cannot be read."""
         bad: list[BadSample] = []
-        cost = Cost()
+        cost = Cost(retries=-self._retries())
         samples = [self.sample(slot, bad, cost) for slot in slots]
         batch = collate(samples, self._image_size if self._decode_images else 0)
-        batch.bad_samples = bad
-        batch.cost = cost
+        cost.retries += self._retries()
+        batch.bad_samples, batch.cost = bad, cost
         return batch
 
     def sample(self, slot: int, bad: list[BadSample], cost: Cost) -> Sample:
@@ -105,6 +105,9 @@ class SampleStream(TorchDataset):
             f"slot {slot}: its sample and {SUBSTITUTES} substitutes are all unusable, the last is "
             f"{key or name} of {dataset.location}: {bad[-1].reason}"
         )
+
+    def _retries(self) -> int:
+        return int(sum(dataset.storage.counters["retries"] for dataset in self.datasets))
 
     def _picture(self, data: bytes, slot: int) -> torch.Tensor:
         image = images.decode(data)

@@ -159,6 +159,7 @@ class Feed(Iterator[Batch]):
         self._counts["tokens"] += int(batch.lengths.sum())
         self._counts["bad_samples"] += batch.bad
         self._counts["shortened_samples"] += batch.shortened
+        self._counts["read_retries"] += batch.cost.retries
         self._counts["bytes"] += batch.cost.bytes
         self._counts["read_seconds"] += batch.cost.read_seconds
         self._counts["decode_seconds"] += batch.cost.decode_seconds

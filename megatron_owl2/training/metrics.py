@@ -23,9 +23,10 @@ _DATA_COUNTS = (
     "decode_seconds",
     "bad_samples",
     "shortened_samples",
+    "read_retries",
     "worker_restarts",
 )
-_OF_THE_RUN = ("bad_samples", "shortened_samples", "worker_restarts")
+_OF_THE_RUN = ("bad_samples", "shortened_samples", "read_retries", "worker_restarts")
 
 
 def seen(source: int) -> str:

@@ -1,0 +1,103 @@
+"""Training from a web server: the same batches as from a folder, fetched ahead, once per node."""
+
+import random
+import time
+
+import pytest
+from http_server import HttpServer
+from test_exactness import pairs
+from test_stream import config, loader, rows_of
+from tiny_data import write
+
+from megatron_owl2.config import StorageConfig
+from megatron_owl2.data import order
+from megatron_owl2.data.storage import StorageError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("remote") / "set", pairs("r", 400), samples_per_shard=100)
+
+
+@pytest.fixture
+def server(folder):
+    with HttpServer(folder) as server:
+        yield server
+
+
+def over(server, cache, workers=0, **storage):
+    values = dict(cache=str(cache), attempts=4, timeout=5.0) | storage
+    return config(server.url, weights=(1,), workers=workers, storage=StorageConfig(**values))
+
+
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 2), (2, 1)])
+def test_batches_over_http_are_those_of_the_folder(folder, server, tmp_path, ranks, workers):
+    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_slots=800))
+    found = {}
+    for rank in range(ranks):
+        data = over(server, tmp_path / "cache", workers)
+        found |= rows_of(loader(data, rank=rank, ranks=ranks, micro=20, limit_slots=800))
+    assert found == expected
+    # Two epochs, and every chunk crossed the wire once for all processes of the node.
+    chunks = [r for name in range(4) for r in server.ranges(f"shard-{name:06d}.tar")]
+    assert len(chunks) == 4
+
+
+def test_a_server_that_misbehaves_costs_retries_and_no_sample(folder, server, tmp_path):
+    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_slots=400))
+    for kind in (503, "reset", "short", "flip"):
+        server.fail(kind, times=1, name=".tar")
+    batches = list(loader(over(server, tmp_path / "cache"), micro=20, limit_slots=400))
+    assert rows_of(batches) == expected
+    assert sum(batch.bad for batch in batches) == 0
+    assert sum(batch.cost.retries for batch in batches) >= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [500, 404, "hang", "in full"])
+def test_a_server_that_stays_broken_stops_the_run(server, tmp_path, kind, workers):
+    server.fail(kind, name="shard-000002.tar")
+    data = over(server, tmp_path / "cache", workers, attempts=2, timeout=1.0)
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="shard-000002.tar"):
+        list(loader(data, micro=20, limit_slots=400))
+    assert time.monotonic() - start < 30
+
+
+def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypatch):
+    """When a lane enters a window, all of it and of the next is asked for."""
+    for name, value in (("LANES", 2), ("CHUNK", 10), ("WINDOW", 50)):
+        monkeypatch.setattr(order, name, value)
+    monkeypatch.setattr("megatron_owl2.data.dataset.CHUNK", 10)
+    monkeypatch.setattr(order.Order.__init__, "__defaults__", (2, 10, 50))
+    with HttpServer(folder) as server:
+        stream = loader(over(server, tmp_path / "cache"), micro=1)._stream
+        wanted = {
+            chunk
+            for slot in (0, 1)
+            for ahead in (0, 1)
+            for chunk in stream.order.chunks(slot, ahead)
+        }
+        stream[[0, 1]]
+        deadline = time.monotonic() + 20
+        tars = [f"shard-{i:06d}.tar" for i in range(4)]
+        while time.monotonic() < deadline:
+            fetched = sum(len(set(server.ranges(name))) for name in tars)
+            if fetched == len(wanted):
+                break
+            time.sleep(0.05)
+        assert fetched == len(wanted) >= 20
+        # Reading on within these windows waits for nothing: the server may be gone.
+        server.fail(500)
+        slots = list(range(2, 200))
+        random.Random(0).shuffle(slots)
+        near = [s for s in slots if stream.order.window(s)[2] == 0]
+        assert len(near) > 90
+        stream[near]
+
+
+def test_a_cache_that_is_too_small_is_said(folder, server, tmp_path, capsys):
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    for gib, said in ((1.0, False), (size / 2**31, True)):
+        loader(over(server, tmp_path / "cache", cache_gib=gib))
+        assert ("data.storage.cache_gib" in capsys.readouterr().err) == said
