@@ -1,9 +1,12 @@
 """Pictures: close to Pillow, strict about damage, crops that depend on seed and slot alone."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny_data import encoded, picture
 
 from megatron_owl2.data import images
@@ -115,7 +118,7 @@ def test_crops_depend_on_the_key_alone():
 def test_crops_have_the_papers_area_and_ratio():
     areas, ratios = [], []
     for slot in range(2000):
-        top, left, height, width = images._crop(300, 400, KeyedRandom(2, slot))
+        top, left, height, width = images.random_crop(300, 400, KeyedRandom(2, slot))
         assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
         areas.append(height * width / (300 * 400))
         ratios.append(width / height)
@@ -139,3 +142,40 @@ def test_odd_shapes_can_be_augmented(shape):
         assert torch.equal(
             augment(image, 8, KeyedRandom(4, slot)), torch.full((3, 8, 8), 77, dtype=torch.uint8)
         )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_not_applied(kind):
+    """Neither do the official code and its CLIP processor: a picture is what its pixels are."""
+    image = picture(4, 40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to look at it
+    plain, turned = (encoded(image, kind, **more) for more in ({}, {"exif": exif}))
+    assert len(turned) > len(plain)
+    assert decode(turned).shape == (3, 20, 40)
+    assert torch.equal(decode(turned), decode(plain))
+
+
+@pytest.mark.parametrize("kind, options", [("GIF", {}), ("WEBP", {"lossless": True})])
+def test_an_animation_is_its_first_frame(kind, options):
+    frames = [Image.new("RGB", (12, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 2
+    assert torch.equal(decode(data), pixels(frames[0]))
+
+
+def test_palette_pictures_become_rgb():
+    image = picture(5).quantize(17)
+    assert image.mode == "P"
+    assert torch.equal(decode(encoded(image, "PNG")), pixels(image.convert("RGB")))
+
+
+def test_bombs_in_the_metadata_are_refused():
+    """A PNG whose compressed text grows a thousandfold, as Pillow's own limit sees it."""
+    text = PngInfo()
+    text.add_text("comment", "a" * (64 * 2**20), zip=True)
+    data = encoded(picture(6), "PNG", pnginfo=text)
+    assert len(data) < 2**18
+    with pytest.raises(BadSampleError, match="cannot be decoded"):
+        decode(data)
