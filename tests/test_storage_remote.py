@@ -235,7 +235,8 @@ class _Ranges(Dataset):
 
     def __getitem__(self, index: int) -> bytes:
         extent = (index // 8 * 8000, index // 8 * 8000 + 8000)
-        self.storage.prefetch("a.tar", *(place + 8000 for place in extent))
+        if extent[1] < 40_000:  # a look-ahead that nobody waits for may end with its process
+            self.storage.prefetch("a.tar", *(place + 8000 for place in extent))
         return self.storage.read("a.tar", index * 1000, index * 1000 + 1000, extent)
 
 
@@ -248,7 +249,7 @@ def test_data_workers_use_what_their_parent_opened(server, tmp_path, context):
     )
     assert b"".join(loader) == DATA[:40_000]
     ranges = [r for r in server.ranges() if r]
-    assert sorted(ranges) == [(i * 8000, i * 8000 + 8000) for i in range(6)]
+    assert sorted(ranges) == [(i * 8000, i * 8000 + 8000) for i in range(5)]
     assert multiprocessing.active_children() == []
 
 
