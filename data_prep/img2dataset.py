@@ -87,7 +87,7 @@ def _stats_file(path: Path) -> Path:
 
 def _identity(path: Path) -> str:
     status = path.stat()
-    return f"changed {status.st_mtime_ns}" if path.is_dir() else f"{status.st_size} bytes"
+    return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
 
 
 def _read_folder(folder: Path) -> Iterator[Sample]:

@@ -1,11 +1,11 @@
 """Samples from tar files of other tools: PAX and GNU headers are fine, damage never goes unseen."""
 
-import tarfile
+import os
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
-from megatron_owl2.data.tar import split_name
+from megatron_owl2.data.records import BadSampleError
+from megatron_owl2.data.tar import BLOCK, members, padding, split_name
 from megatron_owl2.preprocess.parts import Skipped
 
 DAMAGED = "rest of a damaged file"
@@ -17,31 +17,42 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
 
     The rest of a damaged archive is skipped as one, since its number of samples is unknown.
     """
-    with path.open("rb") as file:
-        position = 0
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+
+        def read(start: int, stop: int) -> bytes:
+            return os.pread(file.fileno(), stop - start, start)
+
+        sample_key, parts, repeated, end = None, {}, False, 0
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                files = (member for member in tar if member.isreg())
-                for key, members in groupby(files, lambda member: split_name(member.name)[0]):
-                    parts = [(split_name(m.name)[1], tar.extractfile(m).read()) for m in members]
-                    if len(dict(parts)) == len(parts):
-                        yield key, dict(parts)
-                    else:
-                        yield Skipped("a part of the sample occurs twice", key)
-                position = tar.offset
-            intact = _ends_here(file, position)
-        except (tarfile.TarError, UnicodeError):
+            for _, name, start, length in members(read, 0, size):
+                key, extension = split_name(name)
+                if key != sample_key:
+                    if parts:
+                        yield _sample(sample_key, parts, repeated)
+                    sample_key, parts, repeated = key, {}, False
+                repeated |= extension in parts
+                parts[extension] = read(start, start + length)
+                end = start + length + padding(length)
+            intact = _ends_here(file, end)
+        except BadSampleError:
             intact = False
+        if parts:
+            yield _sample(sample_key, parts, repeated)
         if not intact:
             yield Skipped(DAMAGED, str(path))
 
 
+def _sample(key: str, parts: dict[str, bytes], repeated: bool) -> Sample | Skipped:
+    return Skipped("a part of the sample occurs twice", key) if repeated else (key, parts)
+
+
 def _ends_here(file, position: int) -> bool:
-    """Whether only zeros follow; tarfile takes a damaged or missing header for the end."""
+    """Whether the end marker follows and nothing after it; without it the file may be cut."""
     file.seek(position)
-    empty = True
+    length = 0
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             return False
-        empty = False
-    return not empty
+        length += len(chunk)
+    return length >= BLOCK

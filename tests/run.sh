@@ -6,4 +6,4 @@ cd "$ROOT"
 export OMP_NUM_THREADS=1 # multi-rank tests run one thread per rank
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-exec "$VENV/bin/pytest" "$@"
+exec "$VENV/bin/pytest" --numprocesses 2 --dist loadfile "$@"

@@ -127,8 +127,8 @@ def index_shard(path: str | os.PathLike) -> dict:
     """Index a tar file written by another tool: writes `.idx` and `.sums`, returns its row.
 
     A sample is a run of files with one key and different extensions. Checks the checksum of every
-    header, every size and the end marker. Raises ShardError if the file is damaged or cut, holds
-    anything but files and directories, or a file that belongs to no sample.
+    header, every size and the end marker. Raises ShardError if the file is damaged or cut or holds
+    a file that belongs to no sample.
     """
     path = Path(path)
     offsets: list[int] = []

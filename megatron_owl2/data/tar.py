@@ -14,7 +14,8 @@ from megatron_owl2.data.records import BadSampleError
 BLOCK = 512
 END = bytes(2 * BLOCK)  # closes an archive
 
-_FILE, _DIRECTORY = (b"0", b"\0"), b"5"
+_FILE = (b"0", b"\0")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
 _MAX_EXTENDED = 2**20  # bytes of an extended header; a larger one is damage
 _TRAILER = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
@@ -54,8 +55,8 @@ def members(
     """The files of an archive between two byte offsets, until `stop` or the end marker.
 
     `read(start, stop)` gives bytes of the archive. Yields (offset of the file's first header,
-    name, offset of its data, size). Directories are passed over. Raises BadSampleError if a header
-    is damaged, or a member is neither file nor directory or reaches beyond `stop`.
+    name, offset of its data, size). Directories and links are passed over. Raises BadSampleError if
+    a header is damaged, or a member is of an unknown type or reaches beyond `stop`.
     """
     first, long_name, long_size = position, None, None
     while position < stop:
@@ -84,10 +85,8 @@ def members(
             continue
         elif kind in (_PAX_GLOBAL, _LONG_LINK):
             continue
-        elif kind != _DIRECTORY:
-            raise BadSampleError(
-                f"member {name!r} is neither a file nor a directory (type {kind!r})"
-            )
+        elif kind not in _WITHOUT_DATA:
+            raise BadSampleError(f"member {name!r} is of the unknown type {kind!r}")
         first, long_name, long_size = position, None, None
 
 
