@@ -220,8 +220,9 @@ class LocalStorage(Storage):
         began = time.perf_counter()
         here = self._here()
         try:
-            self._files.move_to_end(name)
-            file = self._files[name]  # held until the end, or another thread may close it
+            with here.lock:
+                file = self._files[name]  # held until the end, or another thread may close it
+                self._files.move_to_end(name)
             data = os.pread(file.number, stop - start, start)
         except (KeyError, OSError):
             data = b""
@@ -235,10 +236,13 @@ class LocalStorage(Storage):
         return data
 
     def _read(self, name: str, start: int, stop: int) -> bytes:
-        self._files.pop(name, None)  # a handle that failed may be stale
-        file = self._files[name] = _Descriptor(self._path(name))
-        while len(self._files) > MAX_OPEN:
-            with suppress(KeyError):  # another thread was faster
+        lock = self._here().lock
+        with lock:
+            self._files.pop(name, None)  # a handle that failed may be stale
+        file = _Descriptor(self._path(name))
+        with lock:
+            self._files[name] = file
+            while len(self._files) > MAX_OPEN:
                 self._files.popitem(last=False)
         parts, position = [], start
         while position < stop:
@@ -250,7 +254,8 @@ class LocalStorage(Storage):
         return b"".join(parts)
 
     def close(self) -> None:
-        self._files.clear()
+        with self._here().lock:
+            self._files.clear()
 
     def _path(self, name: str) -> str:
         return os.path.join(self.location, name)
