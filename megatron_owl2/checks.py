@@ -1,6 +1,7 @@
 """What a configuration must satisfy before work starts; every refusal names the fix."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,11 +51,15 @@ def check(config: RunConfig, world_size: int) -> None:
         f"model.decoder.max_positions ({config.model.decoder.max_positions})",
     )
 
+    _require(
+        0 <= config.data.max_bad_fraction <= 1,
+        f"data.max_bad_fraction ({config.data.max_bad_fraction}) must be from 0 to 1",
+    )
     storage = config.data.storage
     _require(
-        storage.cache_gib > 0 and storage.timeout > 0,
-        f"data.storage.cache_gib ({storage.cache_gib}) and data.storage.timeout "
-        f"({storage.timeout}) must be positive",
+        min(storage.cache_gib, storage.timeout, config.data.stall_timeout) > 0,
+        f"data.storage.cache_gib ({storage.cache_gib}), data.storage.timeout ({storage.timeout}) "
+        f"and data.stall_timeout ({config.data.stall_timeout}) must be positive",
     )
 
 
@@ -194,7 +199,10 @@ def _check_files(config: RunConfig) -> None:
     )
     _require(len(config.data.sources) > 0, "data.sources is empty; name at least one data set")
     for index, source in enumerate(config.data.sources):
-        _require(source.weight > 0, f"data.sources[{index}].weight must be positive")
+        _require(
+            0 < source.weight < math.inf,
+            f"data.sources[{index}].weight ({source.weight}) must be positive and finite",
+        )
         if "://" in source.path:
             _require(
                 config.data.storage.cache != "",

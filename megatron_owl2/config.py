@@ -124,6 +124,7 @@ class DataConfig:
     sequence_length: int = 256  # after the placeholders are expanded into visual tokens
     workers: int = 2
     prefetch: int = 2  # micro-batches that every worker keeps ready
+    stall_timeout: float = 1800.0  # seconds without a batch from the workers that end a run
     seed: int = 1234
     augment: bool = False  # random resized crop and flip; plain resize otherwise
     max_bad_fraction: float = 0.01

@@ -1,11 +1,13 @@
-"""Directories that appear when they are complete, whatever stops the work before."""
+"""Directories that appear when they are complete, and logs that survive a crash."""
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _GIB = 1024**3
@@ -39,6 +41,25 @@ def new_directory(output: Path, needed: int = 0) -> Iterator[Path]:
             put(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def keep_lines(path: Path, wanted: Callable[[dict], bool]) -> None:
+    """Keep the JSON lines of a file that are wanted; what a crash has torn is dropped and said."""
+    kept, torn = [], 0
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            whole = line.endswith("\n") and isinstance(row, dict)
+        except ValueError:
+            whole = False
+        torn += not whole
+        if whole and wanted(row):
+            kept.append(line)
+    if torn:
+        print(f"{path}: dropped {torn} lines that a crash has torn", file=sys.stderr, flush=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
 
 
 def put(partial: Path, output: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_stream import config, loader, rows_of
 from tiny_data import encoded, picture, write
 
+from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.phases import first_phase
 from megatron_owl2.data.records import Record
 
@@ -121,7 +122,7 @@ def test_a_fresh_process_continues_from_any_step(data, expected, step):
 
 def test_a_later_phase_starts_its_own_order_at_its_slot(data, expected):
     """Slot 100 of a phase that starts there is drawn like slot 0 of one that starts at 0."""
-    phase = first_phase(data)
+    phase = first_phase(data, open_datasets(data))
     phase.start_slot = 100
     rows = rows_of(loader(data, start=100, micro=10, limit_slots=200, phase=phase))
     for slot in range(200):

@@ -125,7 +125,7 @@ def test_damaged_extended_headers_are_noticed(tmp_path):
     whole = path.read_bytes()
     assert b"mtime=1.5" in whole
     body = whole.index(b" mtime=1.5") - 2
-    for change in (b"99 mtime=1.5", b"xx mtime=1.5"):
+    for change in (b"99 mtime=1.5", b"xx mtime=1.5", b"13 size=-512\n", b"13 size=1_02\n"):
         path.write_bytes(whole[:body] + change + whole[body + len(change) :])
         with pytest.raises(ShardError, match="extended header"):
             index_shard(path)
@@ -140,3 +140,12 @@ def test_members_are_where_tarfile_finds_them(tmp_path):
     with tarfile.open(path) as tar:
         expected = [(m.offset, m.name, m.offset_data, m.size) for m in tar]
     assert list(members(lambda a, b: data[a:b], 0, len(data))) == expected
+
+
+def test_files_that_do_not_lie_together_are_no_samples(tmp_path):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for extension, data in (("jpg", IMAGE), ("txt", b"text")):
+            for i in range(10):
+                add(tar, f"{i}.{extension}", data)
+    with pytest.raises(ShardError, match="20 of 20 samples are not .* lie together"):
+        index_shard(tmp_path / "d.tar")

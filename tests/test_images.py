@@ -171,6 +171,36 @@ def test_palette_pictures_become_rgb():
     assert torch.equal(decode(encoded(image, "PNG")), pixels(image.convert("RGB")))
 
 
+@pytest.mark.parametrize("width, height", [(1, 5_000_000), (5_000_000, 1)])
+def test_a_line_of_pixels_is_refused(width, height):
+    """Its area is small, but resizing it would take gigabytes."""
+    data = encoded(Image.new("L", (width, height)), "PNG")
+    with pytest.raises(BadSampleError, match=f"{width} x {height} pixels exceeds"):
+        decode(data)
+
+
+def test_a_jpeg_of_endless_scans_is_refused():
+    data = encoded(picture(7), "JPEG", progressive=True)
+    scan = data.index(b"\xff\xda")
+    assert decode(data).shape == (3, 30, 40)
+    with pytest.raises(BadSampleError, match="more than 100 scans"):
+        decode(data[:-2] + data[scan : scan + 20] * 100 + data[-2:])
+
+
+def test_transparent_sixteen_bit_grey_is_white():
+    image = Image.fromarray(np.array([[300, 40_000]], dtype=np.uint16))
+    plain, clear = (encoded(image, "PNG", **more) for more in ({}, {"transparency": 300}))
+    assert decode(plain)[0].tolist() == [[1, 156]]
+    assert decode(clear)[0].tolist() == [[255, 156]]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_without_a_white_are_refused(kind):
+    image = Image.fromarray(np.array([[0, 70_000]], dtype=kind))
+    with pytest.raises(BadSampleError, match="32-bit"):
+        decode(encoded(image, "TIFF"))
+
+
 def test_bombs_in_the_metadata_are_refused():
     """A PNG whose compressed text grows a thousandfold, as Pillow's own limit sees it."""
     text = PngInfo()

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_owl2.data.hashing import KeyedRandom, combine, permutation, splitmix64
-from megatron_owl2.data.order import MAX_CHUNKS, Order
 from megatron_owl2.data.loader import MicroBatches
+from megatron_owl2.data.order import Order
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 small = dict(lanes=st.integers(1, 7), chunk=st.integers(1, 20), window=st.integers(1, 50))
@@ -159,5 +159,26 @@ def test_impossible_mixtures_are_refused():
         Order([[1], []], [1, 1], 0)
     with pytest.raises(ValueError, match="weights must be positive"):
         Order([[1], [1]], [1, 0], 0)
-    with pytest.raises(ValueError, match="raise its weight"):
-        Order([[256 * MAX_CHUNKS // 1000], [5]], [1, 2000], 0)
+    with pytest.raises(
+        ValueError, match="data set 1 of 10 samples in 1 shards would come 4e.07 times"
+    ):
+        Order([[10_000] * 40_000, [10]], [1, 1], 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shards=sizes, seed=st.integers(0, 2**32), slot=st.integers(0, 1000), **small)
+def test_windows_say_which_chunks_they_read_and_which_window_is_next(
+    shards, seed, slot, lanes, chunk, window
+):
+    order = Order([shards], [1], seed, lanes, chunk, window)
+    here, following = order.window(slot), order.next_window(slot)
+    number = slot
+    while order.window(number) == here:
+        number += order.lanes
+        if number // order.slots_per_epoch > slot // order.slots_per_epoch:
+            number = (slot // order.slots_per_epoch + 1) * order.slots_per_epoch + here[1]
+    assert following == number and order.window(following)[1] == here[1]
+    chunks = {(s, first - first % chunk) for _, s, first in order.chunks(slot)}
+    slots = [s for s in range(slot // order.slots_per_epoch * order.slots_per_epoch, following)]
+    read = {order.locate(s)[1:] for s in slots if order.window(s) == here}
+    assert {(s, sample - sample % chunk) for s, sample in read} == chunks

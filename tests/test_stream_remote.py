@@ -1,6 +1,8 @@
 """Training from a web server: the same batches as from a folder, fetched ahead, once per node."""
 
 import random
+import shutil
+import threading
 import time
 
 import pytest
@@ -75,8 +77,8 @@ def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypa
         wanted = {
             chunk
             for slot in (0, 1)
-            for ahead in (0, 1)
-            for chunk in stream.order.chunks(slot, ahead)
+            for first in (slot, stream.order.next_window(slot))
+            for chunk in stream.order.chunks(first)
         }
         stream[[0, 1]]
         deadline = time.monotonic() + 20
@@ -101,3 +103,35 @@ def test_a_cache_that_is_too_small_is_said(folder, server, tmp_path, capsys):
     for gib, said in ((1.0, False), (size / 2**31, True)):
         loader(over(server, tmp_path / "cache", cache_gib=gib))
         assert ("data.storage.cache_gib" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".sums"])
+def test_a_sidecar_that_is_damaged_on_the_way_is_fetched_again(server, tmp_path, suffix):
+    server.fail("flip", times=1, name=suffix)
+    batches = loader(over(server, tmp_path / "cache"), micro=20, limit_slots=400)
+    assert sum(batch.bad for batch in batches) == 0
+
+
+def test_a_data_set_made_anew_replaces_what_the_cache_holds(tmp_path):
+    """The same names and sizes of sidecars, other bytes."""
+    place = tmp_path / "set"
+    write(place, pairs("old", 100), samples_per_shard=50)
+    with HttpServer(place) as server:
+        data = over(server, tmp_path / "cache")
+        assert all(row[0][:3] == "old" for row in rows_of(loader(data, limit_slots=100)).values())
+        shutil.rmtree(place)
+        write(place, pairs("new", 100), samples_per_shard=50)
+        rows = rows_of(loader(data, limit_slots=100))
+        assert sorted(row[0] for row in rows.values()) == [f"new{i:04d}" for i in range(100)]
+
+
+def test_looking_ahead_ends_with_the_loader(server, tmp_path):
+    before = threading.active_count()
+    batches = iter(loader(over(server, tmp_path / "cache")))
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before

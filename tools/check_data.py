@@ -8,7 +8,6 @@ anything is wrong and 2 if DIR is no data set.
 
 import argparse
 import sys
-from pathlib import Path
 
 from megatron_owl2.data.check import check, unlisted
 from megatron_owl2.data.manifest import ShardError
@@ -53,8 +52,7 @@ def _check(options: argparse.Namespace) -> int:
         shown += len(result.bad)
     if shown > options.show:
         print(f"... and {shown - options.show} more bad samples (--show {shown} prints all)")
-    folder = Path(options.directory)
-    extra = unlisted(folder) if folder.is_dir() else []
+    extra = unlisted(options.directory)
     for name in extra:
         print(f"shard: {name} is not in the manifest, so it is never read")
     print(

@@ -18,7 +18,7 @@ from megatron_owl2.data.hashing import KeyedRandom
 from megatron_owl2.data.manifest import MANIFEST, ShardError, write_manifest
 from megatron_owl2.data.records import BadSampleError
 from megatron_owl2.data.shards import index_shard
-from megatron_owl2.data.storage import StorageError, StorageOptions
+from megatron_owl2.data.storage import LocalStorage, StorageError, StorageOptions
 from megatron_owl2.data.tar import END
 
 _DECODE = 64  # keeps the choice of samples apart from the order's keys
@@ -104,10 +104,14 @@ def _faults_around(dataset: Dataset, index: int) -> Iterator[str]:
         yield f"{row['name']}: no end marker after its last sample, at byte {end}"
 
 
-def unlisted(directory: Path) -> list[str]:
+def unlisted(location: str) -> list[str]:
     """Shards in a folder that its manifest does not name, and so are never read."""
-    named = {row["name"] for row in Dataset(str(directory)).shards}
-    return sorted(path.name for path in directory.glob("*.tar") if path.name not in named)
+    dataset = Dataset(location)
+    if not isinstance(dataset.storage, LocalStorage):
+        return []  # a web server does not list its files
+    named = {row["name"] for row in dataset.shards}
+    tars = Path(dataset.storage.location).glob("*.tar")
+    return sorted(path.name for path in tars if path.name not in named)
 
 
 def index_directory(directory: Path, workers: int = 1) -> tuple[list[dict], list[str]]:

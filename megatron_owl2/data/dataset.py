@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_owl2.config import DataConfig
 from megatron_owl2.data.manifest import MANIFEST, ShardError, parse_manifest
 from megatron_owl2.data.order import CHUNK
 from megatron_owl2.data.records import BadSampleError, Record
@@ -13,6 +14,9 @@ from megatron_owl2.data.storage import StorageMissing, StorageOptions, open_stor
 from megatron_owl2.data.tar import unpack_sample
 
 _MAX_CHUNKS = 4096  # whose part of the index is kept: 4 kB each
+
+
+_GIB = 2**30
 
 
 class _Chunk(NamedTuple):
@@ -37,7 +41,7 @@ class Dataset:
     def __init__(self, location: str, options: StorageOptions | None = None):
         self.location = str(location)
         self.storage = open_storage(self.location, options or StorageOptions())
-        manifest = read_manifest(self.location, self.storage)
+        manifest = self._read_manifest()
         self.fingerprint: str = manifest["fingerprint"]
         self.shards: list[dict] = manifest["shards"]
         self.sizes: list[int] = [row["samples"] for row in self.shards]
@@ -94,22 +98,29 @@ class Dataset:
             self._chunks.move_to_end((shard_index, first))
             return chunk
         self._check_size(shard_index)
-        name, samples = row["name"], row["samples"]
-        offsets, sums = load_index(
-            self._path(shard_index),
-            row,
-            self._sidecar(name + INDEX, 8 * (samples + 1)),
-            self._sidecar(name + SUMS, 8 * samples),
-        )
-        stop = min(first + CHUNK, samples)
+        offsets, sums = self._load_index(shard_index)
+        stop = min(first + CHUNK, row["samples"])
         chunk = _Chunk(first, offsets[first : stop + 1].copy(), sums[first:stop].copy())
         while len(self._chunks) >= _MAX_CHUNKS:
             self._chunks.popitem(last=False)
         self._chunks[shard_index, first] = chunk
         return chunk
 
-    def _sidecar(self, name: str, size: int) -> bytes:
-        return self.storage.read(name, 0, size, (0, size))
+    def _load_index(self, shard_index: int) -> tuple[np.ndarray, np.ndarray]:
+        row, path = self.shards[shard_index], self._path(shard_index)
+        name, samples = row["name"], row["samples"]
+        sizes = {name + INDEX: 8 * (samples + 1), name + SUMS: 8 * samples}
+
+        def read() -> list[bytes]:
+            return [self.storage.read(name, 0, size, (0, size)) for name, size in sizes.items()]
+
+        try:
+            return load_index(path, row, *read())
+        except ShardError:
+            # A cache may hold those of an older data set, or damaged ones.
+            for name, size in sizes.items():
+                self.storage.drop(name, 0, size)
+            return load_index(path, row, *read())
 
     def _check_size(self, shard_index: int) -> None:
         if shard_index in self._checked:
@@ -123,18 +134,24 @@ class Dataset:
             )
         self._checked.add(shard_index)
 
+    def _read_manifest(self) -> dict:
+        try:
+            data = self.storage.read_file(MANIFEST)
+        except StorageMissing:
+            raise ShardError(
+                f"{self.location} holds no {MANIFEST}: not a data set, or its writing did not "
+                "finish; make it with tools/preprocess_data.py"
+            ) from None
+        return parse_manifest(data, f"{self.location.rstrip('/')}/{MANIFEST}")
 
-def read_manifest(location: str, storage=None) -> dict:
-    """The checked manifest of a data set.
 
-    Raises ShardError if it is missing or inconsistent, StorageError if it cannot be read.
-    """
-    storage = storage or open_storage(str(location), StorageOptions())
-    try:
-        data = storage.read_file(MANIFEST)
-    except StorageMissing:
-        raise ShardError(
-            f"{location} holds no {MANIFEST}: not a data set, or its writing did not finish; "
-            "make it with tools/preprocess_data.py"
-        ) from None
-    return parse_manifest(data, f"{str(location).rstrip('/')}/{MANIFEST}")
+def open_datasets(config: DataConfig) -> list[Dataset]:
+    """The data sets of `config.sources`; raises what Dataset does."""
+    storage = config.storage
+    options = StorageOptions(
+        cache=storage.cache,
+        cache_bytes=round(storage.cache_gib * _GIB),
+        attempts=storage.attempts,
+        timeout=storage.timeout,
+    )
+    return [Dataset(source.path, options) for source in config.sources]

@@ -17,6 +17,8 @@ from megatron_owl2.data.hashing import KeyedRandom
 from megatron_owl2.data.records import BadSampleError
 
 MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger picture is refused before it is decoded
+MAX_SIDE = 65_535  # JPEG's; resizing a longer line of pixels would take gigabytes
+MAX_SCANS = 100  # of a progressive JPEG; every one decodes the whole picture again
 _FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -26,16 +28,18 @@ def decode(data: bytes) -> torch.Tensor:
     Grey, palette and CMYK pictures become RGB, 16-bit ones keep the upper 8 bits, transparency is
     laid over white, an animation gives its first frame. The EXIF orientation is not applied, as
     in the official code. Raises BadSampleError for anything damaged (strictly: Pillow accepts a
-    JPEG whose body is noise), of an unknown format, or above MAX_PIXELS.
+    JPEG whose body is noise), of an unknown format, or above MAX_PIXELS, MAX_SIDE or MAX_SCANS.
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(width, height)
+            check_size(width, height)
+            if data.count(b"\xff\xda") > MAX_SCANS:  # no other bytes of a JPEG look like it
+                raise BadSampleError(f"JPEG of more than {MAX_SCANS} scans")
             pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
         else:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_size(*image.size)
+                check_size(*image.size)
                 pixels = np.array(_to_rgb(image))
     except BadSampleError:
         raise
@@ -101,14 +105,22 @@ def random_crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int,
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadSampleError(f"image of {width} x {height} pixels exceeds {MAX_PIXELS} pixels")
+def check_size(width: int, height: int) -> None:
+    """Raise BadSampleError for a picture that is too large to decode and resize."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise BadSampleError(
+            f"image of {width} x {height} pixels exceeds {MAX_PIXELS} pixels or a side of "
+            f"{MAX_SIDE}"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadSampleError("image of 32-bit numbers, whose white is unknown")
+    if image.mode.startswith("I;16"):  # convert() would clip instead of scale
+        grey = np.asarray(image)
+        white = grey == image.info.get("transparency", -1)
+        return Image.fromarray(np.where(white, 255, grey >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))

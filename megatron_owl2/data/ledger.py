@@ -3,10 +3,10 @@ much."""
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.files import keep_lines
 
 FRACTION_AFTER = 1000  # slots of a rank before max_bad_fraction is applied
 _PATTERN = "bad_samples.rank*.jsonl"
@@ -78,8 +78,4 @@ def path_of(output: Path, rank: int) -> Path:
 def drop_after(output: Path, slots: int) -> None:
     """Forget what a resumed run, standing at `slots`, will meet again."""
     for path in output.glob(_PATTERN):
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a crash may have torn the last
-        kept = path.with_name(f".{path.name}.partial")
-        kept.write_text("".join(line for line in whole if json.loads(line)["slot"] < slots))
-        os.replace(kept, path)
+        keep_lines(path, lambda row: row["slot"] < slots)

@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from megatron_owl2.config import DataConfig
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.dataset import Dataset
 from megatron_owl2.data.ledger import DataError, Ledger
 from megatron_owl2.data.lookahead import working_set
 from megatron_owl2.data.phases import Phase
@@ -21,6 +23,7 @@ from megatron_owl2.data.tokenizer import Tokenizer
 
 MAX_RESTARTS = 3  # of the workers, without CALM batches in between
 CALM = 1000
+_LOOK = 1.0  # seconds between two looks at workers that give nothing
 
 
 class MicroBatches:
@@ -72,30 +75,40 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         config = self._config
         ledger = Ledger(self._ledger, config.max_bad_fraction, config.max_bad_in_a_row)
-        for batch in self._survive():
-            ledger.add(batch)
-            yield batch
+        try:
+            for batch in self._survive():
+                ledger.add(batch)
+                yield batch
+        finally:
+            self._stream.close()
 
     def _survive(self) -> Iterator[Batch]:
         """The batches, from new workers where the old ones were killed."""
         done = calm_at = deaths = 0
         while True:
+            rest = self._batches.after(done)
             try:
-                for batch in self._open(self._batches.after(done)):
+                batches = self._open(rest)
+                while (batch := self._wait(batches, rest)) is not None:
                     yield batch
                     done += 1
+                    rest = self._batches.after(done)
                 return
-            except RuntimeError as error:
-                # Errors of the stream come as "Caught ..."; this is torch's word for a death.
-                if not str(error).startswith("DataLoader worker"):
+            except (RuntimeError, OSError, EOFError) as error:
+                # A death shows in many ways, such as a broken pipe; what the stream itself raises
+                # comes as "Caught ...".
+                own = isinstance(error, DataError)
+                known = str(error).startswith(("Caught", "Too many open files"))
+                if own or known or not self._config.workers:
                     raise
                 deaths = deaths + 1 if done < calm_at else 1
                 calm_at = done + CALM
                 what = f"a data worker ended unexpectedly after {done} micro-batches ({error})"
                 if deaths > MAX_RESTARTS:
                     raise DataError(
-                        f"{what}, {deaths} times in short order; if memory is short, lower "
-                        "data.workers or data.prefetch. The run can go on from its last checkpoint"
+                        f"{what}, {deaths} times in short order; if memory or /dev/shm is short, "
+                        "lower data.workers or data.prefetch. The run can go on from its last "
+                        "checkpoint"
                     ) from error
                 self.restarts += 1
                 print(
@@ -103,6 +116,24 @@ class BatchLoader:
                     file=sys.stderr,
                     flush=True,
                 )
+
+    def _wait(self, batches: Iterator[Batch], rest: MicroBatches) -> Batch | None:
+        """The next batch, or None at the end; the slots of `rest` are still to come."""
+        limit = self._config.stall_timeout
+        started = time.monotonic()
+        while True:
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if time.monotonic() - started > limit:
+                    slots = next(iter(rest))
+                    raise DataError(
+                        f"the data workers gave nothing for {limit:g} seconds (data.stall_timeout);"
+                        f" next are the slots {slots[0]} to {slots[-1]}. A file system may hang; "
+                        "the run can go on from its last checkpoint"
+                    ) from error
 
     def _open(self, batches: MicroBatches) -> Iterator[Batch]:
         workers = self._config.workers
@@ -112,6 +143,7 @@ class BatchLoader:
             sampler=batches,
             num_workers=workers,
             prefetch_factor=self._config.prefetch if workers else None,
+            timeout=_LOOK if workers else 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the global random state belongs to the model
             worker_init_fn=_leave_signals_to_the_trainer,
@@ -133,6 +165,7 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 def build_loader(
     config: DataConfig,
+    datasets: Sequence[Dataset],
     phase: Phase,
     *,
     tokenizer: Tokenizer,
@@ -148,16 +181,20 @@ def build_loader(
 ) -> BatchLoader:
     """The batches of one data-parallel rank from global slot `start_slot` on, in a phase.
 
+    `datasets` are those of `config.sources` (open_datasets).
+
     Rank r of R gets the slots s with s % R == r in increasing order: if R divides the global batch
     size, every global batch holds the same samples for any R. Batches do not depend on
     `config.workers` (0: no worker processes). `limit_slots` ends after that many slots of all ranks
     together. `ledger` is the file that gets one JSON line for every unusable sample of a batch that
-    was handed out. Raises ShardError for a data set that is not whole, StorageError for one that
-    cannot be read and ValueError for a rank or limit that does not fit.
+    was handed out. Raises ConfigError for an impossible mixture and ValueError for a rank or limit
+    that does not fit.
     """
-    stream = SampleStream(config, tokenizer, tokens_per_image, image_size, phase, decode_images)
+    stream = SampleStream(
+        config, datasets, phase, tokenizer, tokens_per_image, image_size, decode_images
+    )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = working_set(stream.datasets, stream.order, data_parallel_size, on_node) / 2**30
+    needed = working_set(datasets, stream.order, data_parallel_size, on_node) / 2**30
     if needed > config.storage.cache_gib and data_parallel_rank == 0:
         print(
             f"warning: data.storage.cache_gib is {config.storage.cache_gib:g}, but the ranks of a "

@@ -43,10 +43,16 @@ class LookAhead:
         if self._windows.get(lane) == (epoch, window):
             return
         self._windows[lane] = (epoch, window)
-        for ahead in (0, 1):
-            for source, shard, sample in self._order.chunks(slot, ahead):
+        for first in (slot, self._order.next_window(slot)):
+            for source, shard, sample in self._order.chunks(first):
                 if self._remote[source]:
                     self._queue.put((source, shard, sample))
+
+    def close(self) -> None:
+        """End the thread after what it does; `at` starts another."""
+        if self._process == os.getpid():
+            self._queue.put(None)
+        self._process, self._queue = 0, None
 
     def _start(self) -> None:
         self._process, self._windows, self._queue = os.getpid(), {}, SimpleQueue()
@@ -71,7 +77,9 @@ def working_set(datasets: Sequence[Dataset], order: Order, ranks: int, ranks_on_
 
 
 def _fetch(queue: SimpleQueue, datasets: Sequence[Dataset]) -> None:
-    while True:
-        source, shard, sample = queue.get()
+    while (chunk := queue.get()) is not None:
+        source, shard, sample = chunk
         with suppress(StorageError, ShardError):
             datasets[source].prefetch(shard, sample)
+    for dataset in datasets:
+        dataset.close()

@@ -49,6 +49,9 @@ def parse_manifest(data: bytes, where: str) -> dict:
         raise ShardError(f"{where}: its shard rows are missing or malformed")
     if manifest.get("fingerprint") != _fingerprint(rows):
         raise ShardError(f"{where}: its shard rows do not match its fingerprint; it was edited")
+    for total in ("samples", "bytes"):
+        if manifest.get(total) != sum(row[total] for row in rows):
+            raise ShardError(f"{where}: its {total} are not the sum of its rows; it was edited")
     if len({row["name"] for row in rows}) < len(rows):
         raise ShardError(f"{where} names a shard twice")
     return manifest

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_owl2.data.hashing import combine, permutation
 
 LANES, CHUNK, WINDOW = 256, 256, 4096  # another value makes another order
-MAX_CHUNKS = 2**26
+MAX_CHUNKS = 2**24  # 4 billion samples in full chunks; 0.8 GB in every process
 _EPOCH, _WINDOW, _MIXTURE, _SUBSTITUTE = range(4)  # what a key is for
 
 
@@ -55,7 +55,8 @@ class Order:
             raise ValueError("lanes, chunk and window must be positive")
         self.seed = seed
         self._window = window
-        copies = _mixture([sum(sizes) for sizes in shard_sizes], weights, chunk)
+        copies = _mixture([sum(sizes) for sizes in shard_sizes], weights)
+        _check_table(shard_sizes, copies, chunk)
         tables = [
             _repeat(_chunks(np.asarray(sizes), chunk), samples, combine(seed, _MIXTURE, index))
             for index, (sizes, samples) in enumerate(zip(shard_sizes, copies, strict=True))
@@ -69,7 +70,7 @@ class Order:
         self.samples_per_epoch: list[int] = copies
         self.slots_per_epoch = sum(copies)
         self.lanes = max(1, min(lanes, self.slots_per_epoch // window))
-        self._epoch_cache: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # the last two
         self._window_cache: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # one per lane
 
     def locate(self, slot: int, attempt: int = 0) -> tuple[int, int, int]:
@@ -90,20 +91,19 @@ class Order:
         place = self._place(slot)
         return place.epoch, place.lane, place.window
 
-    def chunks(self, slot: int, ahead: int = 0) -> list[tuple[int, int, int]]:
-        """(data set, shard, a sample) of every chunk that a slot's window reads.
-
-        `ahead` asks for the windows after it of the same lane; there is none after the last one of
-        an epoch.
-        """
+    def next_window(self, slot: int) -> int:
+        """The first slot of the window after a slot's, in the same lane."""
         place = self._place(slot)
-        start = place.start + ahead * self._window
-        number = place.window + ahead
-        if ahead and number >= place.windows:
-            return []
-        stop = place.lane_stop if number == place.windows - 1 else start + self._window
-        _, chunks, ends = self._permuted(place.epoch)
-        first, last = ends.searchsorted([start, stop - 1], side="right").tolist()
+        if place.last:
+            return (place.epoch + 1) * self.slots_per_epoch + place.lane
+        return slot + (place.length - place.index) * self.lanes
+
+    def chunks(self, slot: int) -> list[tuple[int, int, int]]:
+        """(data set, shard, a sample) of every chunk that a slot's window reads."""
+        place = self._place(slot)
+        chunks, ends = self._permuted(place.epoch)
+        around = [place.start, place.start + place.length - 1]
+        first, last = ends.searchsorted(around, side="right").tolist()
         return [
             (int(self._dataset[c]), int(self._shard[c]), int(self._start[c]))
             for c in chunks[first : last + 1]
@@ -123,28 +123,29 @@ class Order:
             epoch=epoch,
             lane=lane,
             window=window,
-            windows=windows,
+            last=window == windows - 1,
             start=lane_start + begin,
             length=length,
             index=number - begin,
-            lane_stop=lane_start + lane_length,
         )
 
     def _sample(self, epoch: int, position: int) -> tuple[int, int, int]:
         """The sample at a position of the epoch's sequence of permuted chunks."""
-        _, chunks, ends = self._permuted(epoch)
+        chunks, ends = self._permuted(epoch)
         index = int(ends.searchsorted(position, side="right"))
         chunk = chunks[index]
         offset = position - (int(ends[index - 1]) if index else 0)
         return int(self._dataset[chunk]), int(self._shard[chunk]), int(self._start[chunk]) + offset
 
-    def _permuted(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The epoch, its order of the chunks and where each of them ends in its sequence."""
-        if self._epoch_cache is None or self._epoch_cache[0] != epoch:
+    def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's order of the chunks and where each of them ends in its sequence."""
+        if epoch not in self._epochs:
+            if len(self._epochs) == 2:  # where one ends, the next is looked ahead at
+                del self._epochs[min(self._epochs)]
             chunks = permutation(len(self._count), combine(self.seed, _EPOCH, epoch))
-            ends = np.cumsum(self._count[chunks], dtype=np.int64)
-            self._epoch_cache = (epoch, chunks, ends)
-        return self._epoch_cache
+            chunks = chunks.astype(np.int32)
+            self._epochs[epoch] = (chunks, np.cumsum(self._count[chunks], dtype=np.int64))
+        return self._epochs[epoch]
 
     def _window_order(self, place: "_Place") -> np.ndarray:
         identity = (place.epoch, place.window)
@@ -162,27 +163,36 @@ class _Place(NamedTuple):
     epoch: int
     lane: int
     window: int
-    windows: int  # of the lane
+    last: bool  # of the lane's windows
     start: int
     length: int
     index: int  # of the slot among the window's
-    lane_stop: int
 
 
-def _mixture(samples: list[int], weights: Sequence[float], chunk: int) -> list[int]:
+def _mixture(samples: list[int], weights: Sequence[float]) -> list[int]:
     """How many samples of each data set one epoch holds; at least all of it."""
     if min(samples) < 1:
         raise ValueError(f"data set {samples.index(min(samples))} is empty")
     shares = [weight / sum(weights) for weight in weights]
     needs = [count / share for count, share in zip(samples, shares, strict=True)]
     length = max(needs)
-    if length / chunk > MAX_CHUNKS:
-        largest = needs.index(length)
-        raise ValueError(
-            f"data set {largest} has {samples[largest]} samples but only {shares[largest]:.2g} of "
-            f"the mixture, so one epoch would take {length:.2g} slots; raise its weight"
-        )
     return [max(count, round(share * length)) for count, share in zip(samples, shares, strict=True)]
+
+
+def _check_table(shard_sizes: Sequence[Sequence[int]], copies: list[int], chunk: int) -> None:
+    """Refuse a mixture that repeats data sets until the table of chunks fills the memory."""
+    needed = [
+        copy / sum(sizes) * int(np.ceil(np.asarray(sizes) / chunk).sum())
+        for sizes, copy in zip(shard_sizes, copies, strict=True)
+    ]
+    if sum(needed) > MAX_CHUNKS:
+        most = needed.index(max(needed))
+        samples = sum(shard_sizes[most])
+        raise ValueError(
+            f"data set {most} of {samples} samples in {len(shard_sizes[most])} shards would come "
+            f"{copies[most] / samples:.3g} times in one epoch, as {needed[most]:.2g} pieces; lower "
+            "its weight, raise that of the largest data set, or write it in fewer shards"
+        )
 
 
 def _chunks(sizes: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

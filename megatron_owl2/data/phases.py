@@ -8,10 +8,11 @@ slot where the run stands, and the checkpoint keeps the list of what was trained
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_owl2.config import ConfigError, DataConfig
-from megatron_owl2.data.dataset import read_manifest
+from megatron_owl2.data.dataset import Dataset
 from megatron_owl2.data.hashing import combine
 from megatron_owl2.data.order import CHUNK, LANES, WINDOW
 
@@ -36,12 +37,14 @@ class Phase:
         return "\n".join(lines)
 
 
-def first_phase(config: DataConfig) -> Phase:
+def first_phase(config: DataConfig, datasets: Sequence[Dataset]) -> Phase:
     """The phase of a run that starts now, from slot 0."""
-    return _phase(config, 0)
+    return _phase(config, datasets, 0)
 
 
-def go_on(recorded: list[dict], config: DataConfig, slot: int, where: str) -> list[Phase]:
+def go_on(
+    recorded: list[dict], config: DataConfig, datasets: Sequence[Dataset], slot: int, where: str
+) -> list[Phase]:
     """The phases of a run that goes on at `slot`, given those in its checkpoint `where`.
 
     The last one is in force: the recorded one, or a new one if `data.phase` is one more than its
@@ -50,13 +53,13 @@ def go_on(recorded: list[dict], config: DataConfig, slot: int, where: str) -> li
     phases = [Phase(**phase) for phase in recorded]
     last = phases[-1]
     if config.phase == last.number + 1:
-        return [*phases, _phase(config, slot)]
+        return [*phases, _phase(config, datasets, slot)]
     if config.phase != last.number:
         raise ConfigError(
             f"data.phase is {config.phase}, but {where} was made in phase {last.number}; use "
             f"{last.number} to go on with the same data or {last.number + 1} to change it"
         )
-    if _phase(config, last.start_slot).fingerprint != last.fingerprint:
+    if _phase(config, datasets, last.start_slot).fingerprint != last.fingerprint:
         raise ConfigError(
             f"data.sources or data.seed is not what {where} was made with; go on with the same, "
             f"or say data.phase={last.number + 1} to go on with other data from slot {slot} on, or "
@@ -75,19 +78,18 @@ def to_json(phases: list[Phase]) -> list[dict]:
     return [dataclasses.asdict(phase) for phase in phases]
 
 
-def _phase(config: DataConfig, start_slot: int) -> Phase:
+def _phase(config: DataConfig, datasets: Sequence[Dataset], start_slot: int) -> Phase:
     """SHA-256 over everything that decides which sample a slot holds: the manifests' fingerprints
     in order, the weights, the seed, the phase and the order's constants."""
     total = sum(source.weight for source in config.sources)
     sources = []
-    for source in config.sources:
-        manifest = read_manifest(source.path)
+    for source, dataset in zip(config.sources, datasets, strict=True):
         sources.append(
             {
                 "path": source.path,
                 "weight": source.weight / total,
-                "samples": manifest["samples"],
-                "fingerprint": manifest["fingerprint"],
+                "samples": len(dataset),
+                "fingerprint": dataset.fingerprint,
             }
         )
     identity = [

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 IMAGE_PLACEHOLDER = "<|image|>"  # stands for the picture in a question; the official spelling
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # webdataset ends a key at the first dot, ustar at 100
-_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_IMAGES, _TEXTS = {"jpg", "jpeg", "png", "webp"}, {"json", "txt"}
 _FIELDS = {"caption", "turns", "source", "metadata"}
 
 
@@ -99,11 +99,11 @@ class Record:
         image with its caption in .txt or in the `caption` of .json (img2dataset writes both).
         Raises BadSampleError if a part is missing, unknown or malformed.
         """
-        images = [extension for extension in members if extension in _IMAGE_EXTENSIONS]
-        if members.keys() - {"json", "txt", *images} or len(images) > 1:
+        images = [extension for extension in members if extension in _IMAGES]
+        if not are_usable(members.keys()):
             raise BadSampleError(
-                f"sample {key!r} has the parts {sorted(members)}; expected one .json or .txt and "
-                "at most one .jpg, .png or .webp"
+                f"sample {key!r} has the parts {sorted(members)}; expected an image (jpg, png or "
+                "webp) with txt or json, or json alone"
             )
         image = members[images[0]] if images else None
         body = _json(key, members["json"]) if "json" in members else {}
@@ -137,6 +137,14 @@ def _json(key: str, data: bytes) -> dict:
     if not isinstance(body, dict):
         raise BadSampleError(f"sample {key!r}: its .json part is not an object")
     return body
+
+
+def are_usable(extensions: Set[str]) -> bool:
+    """Whether parts with these extensions can be a record."""
+    images, texts = extensions & _IMAGES, extensions & _TEXTS
+    if len(images) + len(texts) < len(extensions):
+        return False
+    return len(texts) > 0 if len(images) == 1 else extensions == {"json"}
 
 
 def image_extension(data: bytes) -> str:

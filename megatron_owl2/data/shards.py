@@ -21,7 +21,7 @@ from megatron_owl2.data.manifest import (
     write_atomically,
     write_manifest,
 )
-from megatron_owl2.data.records import BadSampleError, Record
+from megatron_owl2.data.records import BadSampleError, Record, are_usable
 from megatron_owl2.data.tar import BLOCK, END, members, pack_member, padding, split_name
 
 INDEX, SUMS = ".idx", ".sums"
@@ -127,13 +127,13 @@ def index_shard(path: str | os.PathLike) -> dict:
     """Index a tar file written by another tool: writes `.idx` and `.sums`, returns its row.
 
     A sample is a run of files with one key and different extensions. Checks the checksum of every
-    header, every size and the end marker. Raises ShardError if the file is damaged or cut or holds
-    a file that belongs to no sample.
+    header, every size and the end marker. Raises ShardError if the file is damaged or cut, holds a
+    file that belongs to no sample, or if most samples are not of parts that training can use.
     """
     path = Path(path)
     offsets: list[int] = []
     sums: list[int] = []
-    last_key, extensions, position = None, set(), 0
+    last_key, extensions, position, usable = None, set(), 0, 0
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         window = _Window(file.fileno())
@@ -145,16 +145,23 @@ def index_shard(path: str | os.PathLike) -> dict:
                 if key != last_key or extension in extensions:
                     if offsets:
                         sums.append(checksum(window.read(offsets[-1], start)))
+                        usable += are_usable(extensions)
                     offsets.append(window.keep(start))
                     last_key, extensions = key, set()
                 extensions.add(extension)
                 position = data + length + padding(length)
             if offsets:
                 sums.append(checksum(window.read(offsets[-1], position)))
+                usable += are_usable(extensions)
         except BadSampleError as error:
             raise ShardError(f"{path} behind byte {position}: {error}") from None
         if not offsets:
             raise ShardError(f"{path} holds no sample")
+        if 2 * usable < len(offsets):
+            raise ShardError(
+                f"{path}: {len(offsets) - usable} of {len(offsets)} samples are not an image with "
+                ".txt or .json; the files of a sample must have one name and lie together"
+            )
         _check_end(path, window, position, size)
     return _write_sidecars(path, [*offsets, position], sums, size)
 

@@ -5,11 +5,12 @@ micro-batch, ranks that share a data-parallel index build equal ones, and resumi
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from megatron_owl2.config import DataConfig
+from megatron_owl2.config import ConfigError, DataConfig
 from megatron_owl2.data import images
 from megatron_owl2.data.batch import BadSample, Batch, Cost, collate
 from megatron_owl2.data.conversation import Sample, build_sample
@@ -20,12 +21,10 @@ from megatron_owl2.data.lookahead import LookAhead
 from megatron_owl2.data.order import Order
 from megatron_owl2.data.phases import Phase, order_seed
 from megatron_owl2.data.records import BadSampleError
-from megatron_owl2.data.storage import StorageOptions
 from megatron_owl2.data.tokenizer import Tokenizer
 
 SUBSTITUTES = 8  # how many other samples are tried for a slot
 _AUGMENT = 16  # keeps the crops' keys apart from the order's
-_GIB = 2**30
 
 
 class SampleStream(TorchDataset):
@@ -33,24 +32,26 @@ class SampleStream(TorchDataset):
 
     `phase` says where the order of these data sets starts. With `decode_images=False` pictures are
     decoded and thrown away: a rank that needs no pixels must substitute exactly what the ranks with
-    pixels substitute, and only decoding tells. Raises ShardError if a data set is unfinished or
-    damaged and StorageError if one cannot be reached.
+    pixels substitute, and only decoding tells. Raises ConfigError for an impossible mixture.
     """
 
     def __init__(
         self,
         config: DataConfig,
+        datasets: Sequence[Dataset],
+        phase: Phase,
         tokenizer: Tokenizer,
         tokens_per_image: int,
         image_size: int,
-        phase: Phase,
         decode_images: bool = True,
     ):
-        storage = storage_options(config)
-        self.datasets = [Dataset(source.path, storage) for source in config.sources]
+        self.datasets = datasets
         weights = [source.weight for source in config.sources]
-        sizes = [dataset.sizes for dataset in self.datasets]
-        self.order = Order(sizes, weights, order_seed(config.seed, phase.number))
+        sizes = [dataset.sizes for dataset in datasets]
+        try:
+            self.order = Order(sizes, weights, order_seed(config.seed, phase.number))
+        except ValueError as error:
+            raise ConfigError(f"data.sources: {error}") from None
         self._first_slot = phase.start_slot
         self._config = config
         self._tokenizer = tokenizer
@@ -101,10 +102,14 @@ class SampleStream(TorchDataset):
             else:
                 sample.slot, sample.key, sample.source = slot, record.key, source
                 return sample
+        tried = "".join(f"\n  {entry.reason}" for entry in bad if entry.slot == slot)
         raise DataError(
-            f"slot {slot}: its sample and {SUBSTITUTES} substitutes are all unusable, the last is "
-            f"{key or name} of {dataset.location}: {bad[-1].reason}"
+            f"slot {slot}: its sample and {SUBSTITUTES} substitutes are all unusable:{tried}"
         )
+
+    def close(self) -> None:
+        """End what looks ahead; the stream can be used again."""
+        self._look_ahead.close()
 
     def _retries(self) -> int:
         return int(sum(dataset.storage.counters["retries"] for dataset in self.datasets))
@@ -117,14 +122,3 @@ class SampleStream(TorchDataset):
             return images.resize_square(image, self._image_size)
         random = KeyedRandom(self._config.seed, _AUGMENT, slot)
         return images.augment(image, self._image_size, random)
-
-
-def storage_options(config: DataConfig) -> StorageOptions:
-    """How the shards of a run are read."""
-    storage = config.storage
-    return StorageOptions(
-        cache=storage.cache,
-        cache_bytes=round(storage.cache_gib * _GIB),
-        attempts=storage.attempts,
-        timeout=storage.timeout,
-    )

@@ -142,6 +142,8 @@ def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
             if key == b"path":
                 path = value.decode()
             elif key == b"size":
+                if not value.isdigit():
+                    raise ValueError
                 size = int(value)
             position += length
     except (ValueError, TypeError, IndexError):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_owl2.data.images import MAX_PIXELS, image_size
+from megatron_owl2.data.images import MAX_PIXELS, MAX_SIDE, image_size
 from megatron_owl2.data.records import Record
 from megatron_owl2.preprocess.parts import Skipped
 
@@ -89,8 +89,8 @@ class Filters:
     def _broken_limits(self, record: Record, facts: Facts) -> Iterator[tuple[str, object]]:
         if facts.size is not None:
             shape = "{} x {} pixels".format(*facts.size)
-            if math.prod(facts.size) > MAX_PIXELS:
-                yield f"more than {MAX_PIXELS} pixels", shape
+            if math.prod(facts.size) > MAX_PIXELS or max(facts.size) > MAX_SIDE:
+                yield f"more than {MAX_PIXELS} pixels, or a side above {MAX_SIDE}", shape
             if self.min_side is not None and min(facts.size) < self.min_side:
                 yield f"smaller side below {self.min_side} pixels", shape
             if self.max_aspect is not None and facts.aspect > self.max_aspect:

@@ -13,10 +13,12 @@ from megatron_owl2 import mcore
 from megatron_owl2.config import ConfigError, RunConfig
 from megatron_owl2.data import ledger, phases
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.loader import BatchLoader, build_loader
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import checkpoint, metrics, optim, stages
+from megatron_owl2.training.agreement import Agreement
 from megatron_owl2.training.signals import StopRequest
 from megatron_owl2.training.step import forward_backward
 
@@ -56,10 +58,11 @@ def train(config: RunConfig) -> int:
     optimizer, scheduler = optim.build(config, wrapped)
 
     trained = stages.fingerprint(plan)
+    datasets = open_datasets(config.data)
     step = slots = 0
     counts = {}
     if resumed is None:
-        data = [phases.first_phase(config.data)]
+        data = [phases.first_phase(config.data, datasets)]
     else:
         progress = checkpoint.read_progress(resumed)
         if progress["stage_fingerprint"] != trained:
@@ -69,7 +72,7 @@ def train(config: RunConfig) -> int:
                 "stage.initial_checkpoint"
             )
         step, slots, counts = progress["step"], progress["slots"], progress["counts"]
-        data = phases.go_on(progress["phases"], config.data, slots, str(resumed))
+        data = phases.go_on(progress["phases"], config.data, datasets, slots, str(resumed))
         if len(data) > len(progress["phases"]):
             counts = metrics.without_sources(counts)
         checkpoint.load_training(resumed, model, optimizer, scheduler)
@@ -82,10 +85,12 @@ def train(config: RunConfig) -> int:
         ledger.drop_after(output, slots)
     torch.distributed.barrier()  # no rank writes its ledger before it was cut
 
+    first = groups.mp.rank() == 0  # of the ranks that read the same samples
     per_rank = config.train.global_batch_size // groups.dp.size()
     micro_batches = per_rank // config.train.micro_batch_size
     loader = build_loader(
         config.data,
+        datasets,
         data[-1],
         tokenizer=tokenizer,
         tokens_per_image=config.model.tokens_per_image,
@@ -95,9 +100,10 @@ def train(config: RunConfig) -> int:
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
         decode_images=model.pre_process,
-        ledger=ledger.path_of(output, torch.distributed.get_rank()),
+        ledger=ledger.path_of(output, torch.distributed.get_rank()) if first else None,
     )
-    feed = Feed(loader, mcore.device())
+    agreement = Agreement(groups.mp, mcore.device())
+    feed = Feed(loader, mcore.device(), agreement)
     log = metrics.Metrics(config, mcore.device(), step, counts, data[-1].sources)
     received = 0
 
@@ -120,6 +126,7 @@ def train(config: RunConfig) -> int:
         ending = step == config.train.steps or received
         saving = ending or step % config.train.save_interval == 0
         if saving or step % config.train.log_interval == 0:  # a checkpoint carries full counts
+            agreement.check(step)
             log.write(step, float(grad_norm), lr)
         if saving:
             where = checkpoint.save_step(
@@ -147,14 +154,16 @@ def train(config: RunConfig) -> int:
 class Feed(Iterator[Batch]):
     """Micro-batches on the device; counts what they hold and what they cost."""
 
-    def __init__(self, loader: BatchLoader, device: torch.device):
+    def __init__(self, loader: BatchLoader, device: torch.device, agreement: Agreement):
         self._loader, self._batches, self._device = loader, iter(loader), device
+        self._agreement = agreement
         self._restarts = 0
         self._counts = Counter()
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
         batch = next(self._batches)
+        self._agreement.add(batch)
         self._counts["wait_seconds"] += time.perf_counter() - started
         self._counts["tokens"] += int(batch.lengths.sum())
         self._counts["bad_samples"] += batch.bad

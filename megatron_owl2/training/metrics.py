@@ -4,7 +4,6 @@ Numbers are gathered on the device and summed over the ranks once per interval.
 """
 
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_owl2.config import RunConfig, to_dict
+from megatron_owl2.files import keep_lines
 from megatron_owl2.training.step import SUMS
 
 # Of one step on one rank; seen(i) and bad(i) for every data set beside them.
@@ -27,6 +27,7 @@ _DATA_COUNTS = (
     "worker_restarts",
 )
 _OF_THE_RUN = ("bad_samples", "shortened_samples", "read_retries", "worker_restarts")
+_OF_A_PROCESS = ("read_retries", "worker_restarts")
 
 
 def seen(source: int) -> str:
@@ -85,8 +86,9 @@ class Metrics:
         now = time.perf_counter()
         seconds, steps = now - self.interval_started, step - self.step
         self.interval_started, self.step = now, step
-        for name in self.counts:
-            self.counts[name] += round(sums[name] / self.model_ranks)
+        for name in self.counts:  # every model-parallel rank reads the same data by itself
+            alike = 1 if name in _OF_A_PROCESS else self.model_ranks
+            self.counts[name] += round(sums[name] / alike)
         samples = steps * self.config.train.global_batch_size
         read = samples * self.model_ranks  # every rank reads for itself
         text = {k: sums[k] - sums[f"image_{k}"] for k in ("loss", "targets")}
@@ -165,11 +167,7 @@ def drop_after(output: Path, step: int) -> None:
     """Forget rows of steps that a resumed run will do again."""
     path = Path(output) / "metrics.jsonl"
     if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a crash may have torn the last
-        kept = path.with_name(".metrics.partial")
-        kept.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        os.replace(kept, path)
+        keep_lines(path, lambda row: row["step"] <= step)
 
 
 def _ratio(total: float, count: float) -> float | None:

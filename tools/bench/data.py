@@ -7,7 +7,7 @@ Makes shards of random pictures in DIRECTORY and measures, in interleaved rounds
 * writing: ShardWriter with index and checksums against webdataset.ShardWriter,
 * indexing shards as webdataset writes them by default (jpg, txt, json and PAX headers), and plain
   ones; checksums of every sample included, against a scan of the headers with tarfile,
-* the order of 400 million samples in 40,000 shards, in a process of its own,
+* manifest and order of 400 million samples in 40,000 shards, in a process of its own,
 * with --memory N, the resident memory of a data worker over N samples.
 
 Ratios are medians over the rounds of processor time per sample; figures hold for this machine.
@@ -34,8 +34,10 @@ from PIL import Image
 
 from megatron_owl2.config import DataConfig, SourceConfig
 from megatron_owl2.data import images
+from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.hashing import KeyedRandom
 from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.manifest import write_manifest
 from megatron_owl2.data.phases import first_phase
 from megatron_owl2.data.records import Record
 from megatron_owl2.data.shards import ShardWriter, index_shard
@@ -46,20 +48,28 @@ OURS, PILLOW, FAST = "this project", "webdataset + Pillow", "webdataset + fast d
 CONTESTS = ("read", "write", "index, webdataset's", "index, plain")
 WORDS = ["a", "the", "owl", "on", "red", "blue", "tree", "sky", "two", "big", "small", "photo"]
 ORDER = """
-import json, time
+import json, sys, time
+from megatron_owl2.data.dataset import Dataset
 from megatron_owl2.data.order import Order
-start = time.perf_counter()
-order = Order([[10_000] * 40_000], [1.0], 1)
-order.locate(0)
-ready = time.perf_counter() - start
-seeks = []
-for slot in (123_456_789, 399_999_999, 5, 200_000_000):
+
+def timed(work):
     start = time.perf_counter()
-    order.locate(slot)
-    seeks.append(time.perf_counter() - start)
+    work()
+    return (time.perf_counter() - start) * 1e3
+
+start = time.perf_counter()
+dataset = Dataset(sys.argv[1])
+opened = time.perf_counter()
+order = Order([dataset.sizes], [1.0], 1)
+order.locate(0)
+ready = time.perf_counter()
+epoch = order.slots_per_epoch
+seeks = [timed(lambda: order.locate(s)) for s in (123_456_789, 399_999_999, 5, 200_000_000)]
+other = timed(lambda: order.locate(3 * epoch + 7))
 peak = next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM"))
-print(json.dumps({"samples": order.slots_per_epoch, "ready_seconds": ready,
-                  "seek_milliseconds": max(seeks) * 1e3, "peak_megabytes": int(peak) / 1e3}))
+print(json.dumps({"samples": epoch, "open_seconds": opened - start, "ready_seconds": ready - opened,
+                  "seek_milliseconds": max(seeks), "other_epoch_milliseconds": other,
+                  "peak_megabytes": int(peak) / 1e3}))
 """
 
 
@@ -129,7 +139,9 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
                 if number:
                     seconds[name].append((time.process_time() - start) / samples)
         figures[what] = seconds
-    done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, check=True)
+    write_synthetic_manifest(folder / "synthetic")
+    command = [sys.executable, "-c", ORDER, folder / "synthetic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     figures["order"] = json.loads(done.stdout)
     if memory:
         figures["memory"] = worker_memory(folder, tokenizer, memory)
@@ -170,9 +182,11 @@ def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, workers: 
     config = DataConfig(
         sources=[SourceConfig(str(shards))], workers=workers, augment=True, sequence_length=128
     )
+    datasets = open_datasets(config)
     return build_loader(
         config,
-        first_phase(config),
+        datasets,
+        first_phase(config, datasets),
         tokenizer=tokenizer,
         tokens_per_image=65,
         image_size=SIZE,
@@ -255,6 +269,17 @@ def scan(url: str) -> int:
         return sum(member.isreg() for member in tar)
 
 
+def write_synthetic_manifest(folder: Path) -> None:
+    """Of 400 million samples in 40,000 shards that are not there."""
+    folder.mkdir()
+    digests = {"index_sha256": "0" * 64, "sums_sha256": "0" * 64}
+    rows = [
+        {"name": f"shard-{i:06d}.tar", "samples": 10_000, "bytes": 580_000_000} | digests
+        for i in range(40_000)
+    ]
+    write_manifest(folder, rows)
+
+
 def worker_memory(folder: Path, tokenizer: Tokenizer, samples: int) -> dict:
     """Unique memory of one data worker in MB, at 20 points of `samples` small pictures."""
     with ShardWriter(folder / "small", SHARD) as writer:
@@ -295,8 +320,10 @@ def table(figures: dict) -> str:
     order = figures["order"]
     lines += [
         "",
-        f"order of {order['samples']:,} samples: ready in {order['ready_seconds']:.2f} s, seek "
-        f"{order['seek_milliseconds']:.2f} ms, {order['peak_megabytes']:.0f} MB resident",
+        f"{order['samples']:,} samples: manifest read in {order['open_seconds']:.2f} s, order "
+        f"ready in {order['ready_seconds']:.2f} s; seek {order['seek_milliseconds']:.2f} ms, the "
+        f"first one of another epoch {order['other_epoch_milliseconds']:.0f} ms; "
+        f"{order['peak_megabytes']:.0f} MB resident",
     ]
     if "memory" in figures:
         points = figures["memory"]["worker_megabytes"]

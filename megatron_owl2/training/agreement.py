@@ -1,0 +1,40 @@
+"""Proof that the ranks of one model-parallel group trained on the same samples.
+
+Every rank reads for itself. A copy of the data that is damaged on one node would make that rank
+substitute other samples than its peers, which nothing else would notice.
+"""
+
+import torch
+from xxhash import xxh3_64_intdigest
+
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.ledger import DataError
+
+
+class Agreement:
+    """Takes note of the keys of all micro-batches and compares them within a group."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup, device: torch.device):
+        self._group, self._device = group, device
+        self._digest = 0
+
+    def add(self, batch: Batch) -> None:
+        """Take note of a micro-batch."""
+        identity = f"{self._digest} {batch.slots.tolist()} {batch.keys}"
+        digest = xxh3_64_intdigest(identity.encode())
+        self._digest = digest >> 2  # fits a signed integer, negated too
+
+    def check(self, step: int) -> None:
+        """Compare since the start; all ranks together. Raises DataError if a rank differs."""
+        if self._group.size() == 1:
+            return
+        pair = torch.tensor([self._digest, -self._digest], device=self._device)
+        torch.distributed.all_reduce(pair, torch.distributed.ReduceOp.MAX, group=self._group)
+        largest, negated_least = pair.tolist()
+        if largest != -negated_least:
+            ranks = torch.distributed.get_process_group_ranks(self._group)
+            raise DataError(
+                f"the ranks {ranks} of one model did not read the same samples up to step {step}: "
+                "a copy of the data or a cache is damaged on one of their nodes; run "
+                "tools/check_data.py there"
+            )

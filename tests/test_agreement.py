@@ -1,0 +1,50 @@
+"""Ranks of one model that read different samples stop, and name each other."""
+
+import pytest
+import torch
+import torch.multiprocessing
+from test_stream import config, loader
+from tiny_data import record, write
+
+from megatron_owl2.data.ledger import DataError
+from megatron_owl2.training.agreement import Agreement
+
+
+def read(rank: int, folders: list[str], store: str, found: str) -> None:
+    """One of two ranks; what `check` said after every step goes into a file."""
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    agreement = Agreement(torch.distributed.group.WORLD, torch.device("cpu"))
+    said = []
+    for step, batch in enumerate(loader(config(folders[rank], weights=(1,)), limit_slots=40), 1):
+        agreement.add(batch)
+        try:
+            agreement.check(step)
+            said.append("")
+        except DataError as error:
+            said.append(str(error))
+    if rank == 1:
+        torch.save(said, found)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_damaged_copy_of_the_data_is_noticed(tmp_path, damaged):
+    folders = [write(tmp_path / name, map(record, range(40)), 40) for name in ("one", "two")]
+    if damaged:
+        path = folders[1] / "shard-000000.tar"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    arguments = (list(map(str, folders)), str(tmp_path / "store"), str(tmp_path / "found"))
+    torch.multiprocessing.spawn(read, arguments, nprocs=2)
+    said = torch.load(tmp_path / "found")
+    assert len(said) == 10
+    if damaged:
+        first = next(step for step, text in enumerate(said, 1) if text)
+        assert all(said[first - 1 :]) and not any(said[: first - 1])
+        assert (
+            f"ranks [0, 1] of one model did not read the same samples up to step {first}"
+            in (said[first - 1])
+        )
+    else:
+        assert not any(said)
