@@ -237,6 +237,7 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
         vision_rows=expanded.vision_rows,
         lengths=expanded.lengths,
         slots=torch.arange(len(expanded.tokens)),
+        sources=torch.zeros(len(expanded.tokens), dtype=torch.int64),
         keys=[str(row) for row in range(len(expanded.tokens))],
     )
 
