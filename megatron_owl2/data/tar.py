@@ -63,30 +63,28 @@ def members(
         header = bytes(read(position, position + BLOCK))
         if header == END[:BLOCK] and first == position:
             return
-        name, size, kind = _parse_header(header)
+        size, kind = _parse_header(header)
         data = position + BLOCK
-        if kind in _FILE:
-            name = long_name if long_name is not None else name
-            size = long_size if long_size is not None else size
+        if kind in _FILE and long_size is not None:
+            size = long_size
         position = data + size + padding(size)
         if position > stop:
-            raise BadSampleError(f"member {name!r} is cut")
+            raise BadSampleError(f"member {long_name or _name(header)!r} is cut")
         if kind in _FILE:
-            yield first, name, data, size
+            yield first, _name(header) if long_name is None else long_name, data, size
         elif kind in (_PAX, _LONG_NAME):
             if size > _MAX_EXTENDED:
                 raise BadSampleError(f"damaged tar header (extended header of {size} bytes)")
             body = bytes(read(data, data + size))
             if kind == _PAX:
-                fields = _parse_pax(body)
-                long_name, long_size = fields
+                long_name, long_size = _parse_pax(body)
             else:
                 long_name = _text(body)
             continue
         elif kind in (_PAX_GLOBAL, _LONG_LINK):
             continue
         elif kind not in _WITHOUT_DATA:
-            raise BadSampleError(f"member {name!r} is of the unknown type {kind!r}")
+            raise BadSampleError(f"member {_name(header)!r} is of the unknown type {kind!r}")
         first, long_name, long_size = position, None, None
 
 
@@ -108,8 +106,8 @@ def unpack_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
     return sample_key, parts
 
 
-def _parse_header(header: bytes) -> tuple[str, int, bytes]:
-    """Name, data size and type of a member from its block of 512 bytes."""
+def _parse_header(header: bytes) -> tuple[int, bytes]:
+    """Data size and type of a member from its block of 512 bytes."""
     if len(header) != BLOCK:
         raise BadSampleError("tar header is cut")
     stored = header[148:156]
@@ -122,11 +120,15 @@ def _parse_header(header: bytes) -> tuple[str, int, bytes]:
     total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(stored) + 8 * ord(" ")
     if (total - checksum) % _ADLER or size < 0:
         raise BadSampleError("damaged tar header (checksum)")
+    return size, header[156:157]
+
+
+def _name(header: bytes) -> str:
     name = _text(header[:100])
     # Old GNU headers ("ustar  ") keep times where ustar keeps the folder.
     if header[345] and header[257:263] == b"ustar\0":
         name = f"{_text(header[345:500])}/{name}"
-    return name, size, header[156:157]
+    return name
 
 
 def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
