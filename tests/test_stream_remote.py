@@ -59,11 +59,11 @@ def test_a_server_that_misbehaves_costs_retries_and_no_sample(folder, server, tm
 @pytest.mark.parametrize("kind", [500, 404, "hang", "in full"])
 def test_a_server_that_stays_broken_stops_the_run(server, tmp_path, kind, workers):
     server.fail(kind, name="shard-000002.tar")
-    data = over(server, tmp_path / "cache", workers, attempts=2, timeout=1.0)
+    data = over(server, tmp_path / "cache", workers, attempts=2, timeout=3.0)
     start = time.monotonic()
     with pytest.raises(StorageError, match="shard-000002.tar"):
         list(loader(data, micro=20, limit_slots=400))
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
 
 
 def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypatch):
@@ -126,12 +126,15 @@ def test_a_data_set_made_anew_replaces_what_the_cache_holds(tmp_path):
 
 
 def test_looking_ahead_ends_with_the_loader(server, tmp_path):
-    before = threading.active_count()
+    def threads() -> int:
+        return sum(thread.name == "look-ahead" for thread in threading.enumerate())
+
+    before = threads()
     batches = iter(loader(over(server, tmp_path / "cache")))
     next(batches)
-    assert threading.active_count() > before
+    assert threads() > before
     batches.close()
     deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while threads() > before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert threading.active_count() <= before
+    assert threads() <= before

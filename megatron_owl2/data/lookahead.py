@@ -31,6 +31,7 @@ class LookAhead:
         self._remote = [not isinstance(d.storage, LocalStorage) for d in datasets]
         self._windows: dict[int, tuple[int, int]] = {}  # lane -> its present epoch and window
         self._queue: SimpleQueue | None = None
+        self._copies: list[Dataset] = []
         self._process = 0
 
     def at(self, slot: int) -> None:
@@ -48,6 +49,11 @@ class LookAhead:
                 if self._remote[source]:
                     self._queue.put((source, shard, sample))
 
+    @property
+    def retries(self) -> int:
+        """Requests that this process had to repeat while looking ahead."""
+        return int(sum(copy.storage.counters["retries"] for copy in self._copies))
+
     def close(self) -> None:
         """End the thread after what it does; `at` starts another."""
         if self._process == os.getpid():
@@ -56,8 +62,9 @@ class LookAhead:
 
     def _start(self) -> None:
         self._process, self._windows, self._queue = os.getpid(), {}, SimpleQueue()
-        datasets = [copy.deepcopy(dataset) for dataset in self._datasets]
-        Thread(target=_fetch, args=(self._queue, datasets), daemon=True).start()
+        self._copies = [copy.deepcopy(dataset) for dataset in self._datasets]
+        work = (self._queue, self._copies)
+        Thread(target=_fetch, args=work, name="look-ahead", daemon=True).start()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_queue": None, "_process": 0}

@@ -112,7 +112,8 @@ class SampleStream(TorchDataset):
         self._look_ahead.close()
 
     def _retries(self) -> int:
-        return int(sum(dataset.storage.counters["retries"] for dataset in self.datasets))
+        own = sum(dataset.storage.counters["retries"] for dataset in self.datasets)
+        return int(own) + self._look_ahead.retries
 
     def _picture(self, data: bytes, slot: int) -> torch.Tensor:
         image = images.decode(data)
