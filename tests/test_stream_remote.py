@@ -1,5 +1,6 @@
 """Training from a web server: the same batches as from a folder, fetched ahead, once per node."""
 
+import multiprocessing
 import random
 import shutil
 import threading
@@ -64,6 +65,7 @@ def test_a_server_that_stays_broken_stops_the_run(server, tmp_path, kind, worker
     with pytest.raises(StorageError, match="shard-000002.tar"):
         list(loader(data, micro=20, limit_slots=400))
     assert time.monotonic() - start < 60
+    assert multiprocessing.active_children() == []  # nothing is left to wait for
 
 
 def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypatch):

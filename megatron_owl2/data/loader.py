@@ -1,6 +1,7 @@
 """Batches of one data-parallel rank: worker processes, what happens when one dies, the ledger."""
 
 import copy
+import multiprocessing
 import os
 import signal
 import sys
@@ -85,6 +86,7 @@ class BatchLoader:
     def _survive(self) -> Iterator[Batch]:
         """The batches, from new workers where the old ones were killed."""
         done = calm_at = deaths = 0
+        others = set(multiprocessing.active_children())
         while True:
             rest = self._batches.after(done)
             try:
@@ -116,6 +118,8 @@ class BatchLoader:
                     file=sys.stderr,
                     flush=True,
                 )
+            finally:
+                _end(set(multiprocessing.active_children()) - others)
 
     def _wait(self, batches: Iterator[Batch], rest: MicroBatches) -> Batch | None:
         """The next batch, or None at the end; the slots of `rest` are still to come."""
@@ -161,6 +165,18 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the trainer ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(workers: set[multiprocessing.Process]) -> None:
+    """End workers at once, whatever they wait for.
+
+    torch would wait for them when their iterator is collected. After an error that is at any later
+    moment and in any thread, such as the one that serves all network requests.
+    """
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join()
 
 
 def build_loader(
