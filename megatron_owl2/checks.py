@@ -16,6 +16,8 @@ _LEAST = {"image_mean": (-_LARGEST, "finite")} | dict.fromkeys(
     ("init_std", "position_init_std", "attention_init_std"), (0, "finite and not below 0")
 )
 
+_MAY_BE_ZERO = {"workers", "seed", "warmup_steps", "keep_last", "keep_every", "picture_interval"}
+
 
 def check(config: RunConfig, world_size: int) -> None:
     """Refuse a run that cannot work on `world_size` ranks, before any process group exists.
@@ -186,7 +188,7 @@ def _check_each(
 
 def _uncounted(field: dataclasses.Field, value: object) -> str | None:
     """Every whole number of a run counts something; a few may be 0."""
-    least = 0 if field.name in ("workers", "seed", "warmup_steps") else 1
+    least = 0 if field.name in _MAY_BE_ZERO else 1
     return f"at least {least}" if field.type is int and value < least else None
 
 

@@ -88,12 +88,24 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model is laid over ranks; data parallelism takes what tensor x pipeline leave."""
+    """How the model is laid over ranks; data parallelism takes what the others leave."""
 
     tensor: int = 1
     pipeline: int = 1
-    sequence: bool = False
-    recompute: bool = False  # every layer again in the backward pass
+    virtual_pipeline: int = 1  # parts of the decoder on every pipeline rank, interleaved
+    context: int = 1  # ranks that share a sequence
+    sequence: bool = False  # what tensor parallelism would hold twice is split along the sequence
+    layers: list[int] = field(default_factory=list)  # of the decoder, per stage; [] is evenly
+    recompute: str = "none"  # none | selective | full: again in the backward pass, not kept
+    overlap: bool = True  # reduce gradients and gather parameters while the GEMMs run
+
+
+@dataclass
+class KernelConfig:
+    """What computes the decoder's layers; ViT and abstractor stay on torch in `train.precision`."""
+
+    backend: str = "local"  # local (torch) | transformer_engine
+    fp8: str = "none"  # none | tensorwise | delayed | blockwise | mxfp8
 
 
 @dataclass
@@ -166,7 +178,30 @@ class TrainConfig:
     seed: int = 1234
     log_interval: int = 10
     save_interval: int = 1000
+    keep_last: int = 0  # newest checkpoints that stay; 0 keeps all
+    keep_every: int = 0  # checkpoints of steps divisible by it stay for good
+    async_save: bool = True  # write checkpoints while the training goes on
     output: str = ""
+
+
+@dataclass
+class HealthConfig:
+    """When a run that does not go well skips a step, and when it stops."""
+
+    step_timeout: float = 1800.0  # seconds of one step, after which stacks are dumped; 0: never
+    spike_factor: float = 0.0  # skip gradients so many times their running median norm; 0: never
+    max_skipped: int = 5  # steps skipped in a row (NaN or spike) after which the run stops
+
+
+@dataclass
+class WatchConfig:
+    """What a run shows beside its log line; intervals are steps, 0 is never."""
+
+    picture_interval: int = 0  # samples as the model gets them, as a picture
+    peak_tflops: float = 0.0  # of one device in bf16, for MFU; 0: by the device's name
+    profiler: str = "none"  # none | torch | nsys
+    profile_step: int = 10  # of this process, the first to be profiled
+    profile_steps: int = 3
 
 
 @dataclass
@@ -180,10 +215,13 @@ class WandbConfig:
 class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -118,7 +118,7 @@ class Layout:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
         self.groups = groups
         self.dtype = dtype
-        self.recompute = parallel.recompute
+        self.recompute = parallel.recompute == "full"
         self.transformer = TransformerConfig(
             num_layers=decoder.num_layers,
             hidden_size=decoder.hidden_size,

@@ -41,12 +41,12 @@ LAYOUTS = {  # processes, overrides
     "TP 2": (2, ["parallel.tensor=2"]),
     "TP 2 + SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "PP 2": (2, ["parallel.pipeline=2"]),
-    "recompute": (1, ["parallel.recompute=true"]),
+    "recompute": (1, ["parallel.recompute=full"]),
     "TP 2 + SP + recompute": (
         2,
-        ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=true"],
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=full"],
     ),
-    "PP 2 + recompute": (2, ["parallel.pipeline=2", "parallel.recompute=true"]),
+    "PP 2 + recompute": (2, ["parallel.pipeline=2", "parallel.recompute=full"]),
 }
 
 # The largest deviation from the recording that is allowed (absolute where nothing else is said),

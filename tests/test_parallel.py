@@ -54,12 +54,12 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_layout(start, tmp_path, 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_nor_on_recomputation_with_micro_batches_in_flight(start, tmp_path, name):
-    check(start, name, "everything", tmp_path, "parallel.recompute=true")
+    check(start, name, "everything", tmp_path, "parallel.recompute=full")
 
 
 @pytest.mark.parametrize("name", ["TP 2 SP", "PP 2", "DP 2"])
 def test_a_frozen_language_model_trains_alike_under_every_layout(start, tmp_path, name):
-    check(start, name, "stage 1", tmp_path, "parallel.recompute=true")
+    check(start, name, "stage 1", tmp_path, "parallel.recompute=full")
 
 
 def test_sequence_and_pipeline_parallelism_together(start, tmp_path):

@@ -48,7 +48,7 @@ def inputs(reference):
     "overrides",
     [
         ["parallel.tensor=2"],
-        ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=true"],
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=full"],
         ["parallel.pipeline=2"],
     ],
     ids=lambda overrides: " ".join(overrides),

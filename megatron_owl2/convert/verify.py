@@ -32,7 +32,7 @@ _ONE_PROCESS = [
     "parallel.tensor=1",
     "parallel.pipeline=1",
     "parallel.sequence=false",
-    "parallel.recompute=false",
+    "parallel.recompute=none",
 ]
 
 

@@ -1,9 +1,6 @@
 """A training run from start to end."""
 
 import math
-import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +9,13 @@ from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
 from megatron_owl2.config import ConfigError, RunConfig
 from megatron_owl2.data import ledger, phases
-from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.dataset import open_datasets
-from megatron_owl2.data.loader import BatchLoader, build_loader
+from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import checkpoint, metrics, optim, stages
 from megatron_owl2.training.agreement import Agreement
+from megatron_owl2.training.feed import Feed
 from megatron_owl2.training.signals import StopRequest
 from megatron_owl2.training.step import forward_backward
 
@@ -149,45 +146,6 @@ def train(config: RunConfig) -> int:
     log.close()
     mcore.shutdown()
     return received
-
-
-class Feed(Iterator[Batch]):
-    """Micro-batches on the device; counts what they hold and what they cost."""
-
-    def __init__(self, loader: BatchLoader, device: torch.device, agreement: Agreement):
-        self._loader, self._batches, self._device = loader, iter(loader), device
-        self._agreement = agreement
-        self._restarts = 0
-        self._counts = Counter()
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        batch = next(self._batches)
-        self._agreement.add(batch)
-        self._counts["wait_seconds"] += time.perf_counter() - started
-        self._counts["tokens"] += int(batch.lengths.sum())
-        self._counts["bad_samples"] += batch.bad
-        self._counts["shortened_samples"] += batch.shortened
-        self._counts["read_retries"] += batch.cost.retries
-        self._counts["bytes"] += batch.cost.bytes
-        self._counts["read_seconds"] += batch.cost.read_seconds
-        self._counts["decode_seconds"] += batch.cost.decode_seconds
-        for source in batch.sources.tolist():
-            self._counts[metrics.seen(source)] += 1
-        for sample in batch.bad_samples:
-            self._counts[metrics.bad(sample.source)] += 1
-        return batch.to(self._device)
-
-    def take_counts(self) -> Counter:
-        """The counts since the last call, as `Metrics.add` takes them."""
-        self._counts["worker_restarts"] = self._loader.restarts - self._restarts
-        self._restarts = self._loader.restarts
-        counts, self._counts = self._counts, Counter()
-        return counts
-
-    def close(self) -> None:
-        """End the data workers."""
-        self._batches.close()
 
 
 def _silent(*args, **kwargs) -> None:
