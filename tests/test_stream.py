@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from tiny_data import LetterTokenizer, encoded, picture, record, write
+from torch.utils.data._utils import signal_handling
 
 from megatron_owl2.config import ConfigError, DataConfig, SourceConfig, StorageConfig
 from megatron_owl2.data import loader as loading
@@ -378,6 +379,25 @@ def test_workers_killed_at_any_moment_cost_nothing(folders, seed, monkeypatch):
             time.sleep(chance.choice((0, 0.02, 0.2)))
             chance.choice(multiprocessing.active_children()).kill()
     assert number == 99 and batches.restarts >= 1
+
+
+def test_the_signal_handler_of_another_loader_does_no_harm(folders, monkeypatch):
+    """torch installs one handler per process, which raises wherever the training is."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        assert list(torch.utils.data.DataLoader([1, 2], num_workers=1)) == [1, 2]
+        assert signal.getsignal(signal.SIGCHLD) != before
+        batches = iter(loader(config(*folders, workers=2)))
+        next(batches)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        time.sleep(0.1)  # the death is noticed by the next batch, not here
+        next(batches)
+        batches.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_workers_that_give_nothing_stop_the_run(folders):

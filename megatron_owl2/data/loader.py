@@ -157,7 +157,8 @@ class BatchLoader:
         handler = signal.getsignal(signal.SIGCHLD)
         iterator = iter(loader)
         if workers and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
+            torchs = getattr(handler, "__module__", "").startswith("torch.")  # another loader's
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else handler)
         return iterator
 
 
