@@ -392,8 +392,7 @@ def test_the_signal_handler_of_another_loader_does_no_harm(folders, monkeypatch)
         next(batches)
         for worker in multiprocessing.active_children():
             worker.kill()
-            worker.join()
-        time.sleep(0.1)  # the death is noticed by the next batch, not here
+        time.sleep(0.2)  # the death is noticed by the next batch, not here
         next(batches)
         batches.close()
     finally:
