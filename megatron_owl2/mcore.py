@@ -6,6 +6,7 @@ A linear takes [..., in] and returns [..., out] (megatron-core's own return a bi
 """
 
 import copy
+import importlib.util
 import os
 import queue
 import warnings
@@ -13,7 +14,7 @@ from datetime import timedelta
 
 import torch
 
-from megatron_owl2 import cpu
+from megatron_owl2 import context, cpu
 
 ON_CPU = cpu.apply()  # before the first megatron.core import, see cpu.py
 
@@ -49,7 +50,7 @@ from megatron.core.tensor_parallel import (  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_owl2.config import RunConfig  # noqa: E402
+from megatron_owl2.config import ParallelConfig, RunConfig  # noqa: E402
 
 __all__ = [
     "ON_CPU",
@@ -61,6 +62,7 @@ __all__ = [
     "VocabEmbedding",
     "device",
     "initialize",
+    "normal",
     "vocab_parallel_cross_entropy",
 ]
 
@@ -70,7 +72,7 @@ def device() -> torch.device:
     return torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
 
 
-def initialize(tensor: int, pipeline: int, timeout_minutes: float = 30) -> ProcessGroupCollection:
+def initialize(parallel: ParallelConfig, timeout_minutes: float = 30) -> ProcessGroupCollection:
     """Join the process group torchrun describes (NCCL, or gloo on CPU) and lay out the ranks.
 
     Outside torchrun a group of one process is made. Returns megatron-core's process groups.
@@ -92,8 +94,12 @@ def initialize(tensor: int, pipeline: int, timeout_minutes: float = 30) -> Proce
             ),
         )
     if not parallel_state.model_parallel_is_initialized():
+        interleaved = parallel.virtual_pipeline > 1
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+            context_parallel_size=parallel.context,
         )
     return ProcessGroupCollection.use_mpu_process_groups()
 
@@ -105,34 +111,62 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
+def stage_layers(config: RunConfig) -> list[int]:
+    """How many decoder layers each stage has, in the order of the layers.
+
+    Stage n is chunk n // pipeline of pipeline rank n % pipeline.
+    """
+    if config.parallel.layers:
+        return list(config.parallel.layers)
+    stages = config.parallel.pipeline * config.parallel.virtual_pipeline
+    return [config.model.decoder.num_layers // stages] * stages
+
+
+def fused_gradients_found() -> bool:
+    """Whether apex's kernel is there that adds weight gradients to their buffer in the GEMM."""
+    return not ON_CPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 class Layout:
     """What a module must know to build its share: megatron-core's config and process groups.
 
     `transformer` is the TransformerConfig of the decoder, which the pipeline schedules and the
     gradient buffers read; ViT and abstractor run without sequence parallelism, so their linears
-    take the copy `replicated`.
+    take the copy `replicated`. `fuses_gradients` has the GEMMs of weight gradients add to the
+    buffers of the optimizer, where apex has the kernel for it.
     """
 
-    def __init__(self, config: RunConfig, groups: ProcessGroupCollection):
+    def __init__(
+        self, config: RunConfig, groups: ProcessGroupCollection, *, fuses_gradients: bool = False
+    ):
         decoder, parallel = config.model.decoder, config.parallel
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
         self.groups = groups
         self.dtype = dtype
-        self.recompute = parallel.recompute == "full"
+        self.recompute = parallel.recompute
+        self.backend, self.fp8 = config.kernels.backend, config.kernels.fp8
+        self._layers = stage_layers(config)
         self.transformer = TransformerConfig(
-            num_layers=decoder.num_layers,
+            num_layers=len(self._layers),  # for checks of even splits; ours need not be even
             hidden_size=decoder.hidden_size,
             num_attention_heads=decoder.num_heads,
             num_query_groups=decoder.num_kv_heads,
             ffn_hidden_size=decoder.ffn_size,
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
+            if parallel.virtual_pipeline > 1
+            else None,
+            context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,
+            fp8=None if self.fp8 == "none" else "hybrid",  # e4m3 forward, e5m2 backward
+            fp8_recipe="delayed" if self.fp8 == "none" else self.fp8,
             use_cpu_initialization=True,  # the same weights for every tensor-parallel size
             calculate_per_token_loss=True,  # micro-batches differ in their number of targets
+            gradient_accumulation_fusion=fuses_gradients and fused_gradients_found(),
             bias_activation_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
@@ -142,6 +176,16 @@ class Layout:
         )
         self.replicated = copy.copy(self.transformer)
         self.replicated.sequence_parallel = False
+
+    def stage(self, chunk: int) -> tuple[int, int, int]:
+        """The number of this rank's stage that `chunk` is, and its first and last + 1 layer."""
+        number = chunk * self.groups.pp.size() + self.groups.pp.rank()
+        return number, sum(self._layers[:number]), sum(self._layers[: number + 1])
+
+    @property
+    def stages(self) -> int:
+        """How many parts the decoder is cut into, over pipeline ranks and chunks."""
+        return len(self._layers)
 
     @property
     def tensor(self) -> int:
@@ -162,6 +206,20 @@ class Layout:
                 x, tensor_parallel_output_grad=True, group=self.groups.tp
             )
         return copy_to_tensor_model_parallel_region(x, group=self.groups.tp)
+
+    def split_context(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part [s/cp, b, h] of [s, b, h] under context parallelism; else x."""
+        size = self.groups.cp.size()
+        if size == 1:
+            return x
+        places = context.positions(len(x), self.groups.cp.rank(), size, x.device)
+        return x.index_select(0, places)
+
+    def gather_context(self, x: torch.Tensor) -> torch.Tensor:
+        """[s/cp, ...] of all context-parallel ranks one after the other; the backward pass sums."""
+        return gather_from_sequence_parallel_region(
+            x, tensor_parallel_output_grad=True, group=self.groups.cp
+        )
 
     def split_sequence(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's part [s/tp, b, h] of [s, b, h] under sequence parallelism; else x."""
@@ -215,7 +273,7 @@ class ColumnLinear(ColumnParallelLinear):
             config=layout.transformer
             if sequence_parallel and not share_input
             else layout.replicated,
-            init_method=_normal(init_std),
+            init_method=normal(init_std),
             bias=bias,
             stride=stride,
             disable_grad_reduce=share_input,
@@ -243,7 +301,7 @@ class RowLinear(RowParallelLinear):
             inputs,
             outputs,
             config=layout.transformer if sequence_parallel else layout.replicated,
-            init_method=_normal(init_std),
+            init_method=normal(init_std),
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
@@ -261,7 +319,7 @@ class VocabEmbedding(VocabParallelEmbedding):
         super().__init__(
             vocab_size,
             hidden_size,
-            init_method=_normal(init_std),
+            init_method=normal(init_std),
             config=layout.replicated,
             tp_group=layout.groups.tp,
         )
@@ -312,5 +370,6 @@ def load_optimizer_state(optimizer, state: dict) -> None:
                 parameter_state["step"] = parameter_state["step"].clone()
 
 
-def _normal(std: float):
+def normal(std: float):
+    """Fills a tensor from a normal distribution with mean 0, as megatron-core's linears ask."""
     return lambda weight: torch.nn.init.normal_(weight, mean=0.0, std=std)

@@ -13,6 +13,7 @@ from megatron_owl2.config import (
     AbstractorConfig,
     DecoderConfig,
     ModelConfig,
+    ParallelConfig,
     RunConfig,
     VisionConfig,
 )
@@ -34,7 +35,7 @@ def offline(folder: Path) -> Iterator[None]:
 def build(model: ModelConfig) -> Owl2:
     config = RunConfig(model=model)
     config.train.precision = "fp32"
-    return Owl2(mcore.Layout(config, mcore.initialize(1, 1)), model).eval()
+    return Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model).eval()
 
 
 def grouped_model() -> Owl2:

@@ -129,7 +129,7 @@ def micro_batch(case: str, config: RunConfig, multiple_of: int = 1) -> Batch:
 
 def build(config: RunConfig, directory: Path) -> Owl2:
     """This rank's part of the model with the weights of a Hugging Face directory."""
-    groups = mcore.initialize(config.parallel.tensor, config.parallel.pipeline)
+    groups = mcore.initialize(config.parallel)
     model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device())
     load_hf_weights(directory, model)
     return model
@@ -155,7 +155,7 @@ def _measure(folder: Path, overrides: list[str]) -> None:
     """Every rank's part of `run`."""
     config = configuration.load(folder / "run.yaml", overrides)
     model = build(config, OFFICIAL / "hf_ckpt")
-    checkpoint.save(folder / "checkpoint", model, config)
+    checkpoint.save(folder / "checkpoint", [model], config)
 
     def verify(inputs: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
         return proof.verify(folder / "checkpoint", inputs, overrides, **options)
@@ -285,8 +285,8 @@ def _adamw(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
     length = -(-REFERENCE["batch/logits"].shape[1] // tensor) * tensor
     batches = [micro_batch(case, config, multiple_of=length) for case in SINGLES]
     config.data.sequence_length, config.train.micro_batch_size = length, 1
-    stages.apply(config, model)
-    wrapped = optim.wrap(model)
+    stages.apply(config, [model])
+    wrapped = optim.wrap([model], overlap=False)
     optimizer, scheduler = optim.build(config, wrapped)
     # One-dimensional weights do not decay here. The recording spared only biases and LayerNorms
     # (`optimizer_no_decay_params`), so the decoder's RMSNorms have to decay for once.

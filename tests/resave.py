@@ -9,7 +9,7 @@ from megatron_owl2.training import checkpoint
 source, output, tensor, pipeline = sys.argv[1:]
 config = checkpoint.read_config(source)
 config.parallel.tensor, config.parallel.pipeline = int(tensor), int(pipeline)
-groups = mcore.initialize(config.parallel.tensor, config.parallel.pipeline)
+groups = mcore.initialize(config.parallel)
 model = Owl2(mcore.Layout(config, groups), config.model)
-checkpoint.load_weights(source, model)
-checkpoint.save(output, model, config)
+checkpoint.load_weights(source, [model])
+checkpoint.save(output, [model], config)

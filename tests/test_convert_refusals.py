@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_refused(converted):
         whole.build()
     model = from_owl2(OWL2).build()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load_weights(converted, model)
+        checkpoint.load_weights(converted, [model])
     largest.unlink()
     with pytest.raises(CheckpointError, match=f"{largest.name} is missing"):
         from_checkpoint(converted)
@@ -236,13 +236,13 @@ def test_a_checkpoint_runs_no_code(converted, tmp_path):
     model = from_owl2(OWL2).build()
     index = (converted / ".metadata").read_bytes()
     (converted / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    for read in (from_checkpoint, partial(checkpoint.load_weights, model=model)):
+    for read in (from_checkpoint, partial(checkpoint.load_weights, chunks=[model])):
         with pytest.raises(CheckpointError, match="which no index needs"):
             read(converted)
     (converted / ".metadata").write_bytes(index)
     torch.save({"hidden": Hostile()}, converted / "common.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load_weights(converted, model)
+        checkpoint.load_weights(converted, [model])
     assert not (tmp_path / "owned").exists()
 
 
@@ -251,7 +251,7 @@ def test_a_damaged_or_missing_companion_is_refused(converted, name):
     model = from_owl2(OWL2).build()
     (converted / name).write_bytes((converted / name).read_bytes()[:-20])
     with pytest.raises(CheckpointError, match="cannot be read|is damaged") as refusal:
-        checkpoint.load_weights(converted, model)
+        checkpoint.load_weights(converted, [model])
     assert "\n" not in str(refusal.value)
     (converted / name).unlink()
     with pytest.raises(CheckpointError, match=f"not a complete checkpoint: {name} missing"):

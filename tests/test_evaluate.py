@@ -17,6 +17,7 @@ from megatron_owl2.config import (
     AbstractorConfig,
     DecoderConfig,
     ModelConfig,
+    ParallelConfig,
     RunConfig,
     VisionConfig,
 )
@@ -51,7 +52,7 @@ def model(corpus, tmp_path_factory):
     config.data.tokenizer = str(tokenizer)
     config.train.precision = "fp32"
     torch.manual_seed(1)
-    owl = Owl2(mcore.Layout(config, mcore.initialize(1, 1)), model)
+    owl = Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model)
     run = tmp_path_factory.mktemp("run")
     checkpoint.save_step(run, 1, owl, config)
     return run
@@ -186,7 +187,7 @@ class NamesColors:
 def fake(monkeypatch):
     monkeypatch.setattr(runner, "Generator", NamesColors)
     monkeypatch.setattr(NamesColors, "seen", [])
-    mcore.initialize(1, 1)
+    mcore.initialize(ParallelConfig())
     config = ModelConfig(vision=VisionConfig(image_size=28))
     return type("Loaded", (), {"config": config})
 

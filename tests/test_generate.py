@@ -33,7 +33,7 @@ SIZE = 28
 def build(model: ModelConfig) -> Owl2:
     config = RunConfig(model=model, parallel=ParallelConfig())
     config.train.precision = "fp32"
-    return Owl2(mcore.Layout(config, mcore.initialize(1, 1)), model).eval()
+    return Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model).eval()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor.debug import CommDebugMode
 
-from megatron_owl2 import checks, mcore
+from megatron_owl2 import checks, kernels, mcore
 from megatron_owl2.config import (
     MODALITY_SPLIT,
     ConfigError,
@@ -30,7 +30,7 @@ EPS = 1e-6
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group():
-    yield mcore.initialize(1, 1)
+    yield mcore.initialize(ParallelConfig())
     mcore.shutdown()
 
 
@@ -43,7 +43,7 @@ def run_config(decoder=None, precision="fp32", **parallel) -> RunConfig:
 
 def layout(config: RunConfig) -> mcore.Layout:
     parallel = config.parallel
-    return mcore.Layout(config, mcore.initialize(parallel.tensor, parallel.pipeline))
+    return mcore.Layout(config, mcore.initialize(parallel))
 
 
 def modality_of(is_vision: torch.Tensor) -> Modality:
@@ -111,7 +111,8 @@ def test_keys_and_values_are_both_projections_everywhere_then_selected(
     torch.manual_seed(seed)
     heads, size = groups * sharing, groups * sharing * head_size
     config = run_config({"hidden_size": size, "num_heads": heads, "num_kv_heads": groups})
-    qkv = ModalityQKV(layout(config), config.model.decoder, config.model.init_std)
+    here = layout(config)
+    qkv = ModalityQKV(here, kernels.of(here), config.model.decoder, config.model.init_std)
     x = torch.randn(*is_vision.shape, size, requires_grad=True)
     inputs = (x, qkv.linear_qkv.weight, qkv.linear_kv_vision.weight)
 
@@ -176,7 +177,8 @@ def test_norm_keeps_no_tensor_but_its_input_for_the_backward_pass(precision, dty
 def layer_of(split) -> DecoderLayer:
     sizes = {"hidden_size": 24, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 40}
     config = run_config({**sizes, "modality_split": list(split)})
-    return DecoderLayer(layout(config), config.model)
+    here = layout(config)
+    return DecoderLayer(here, kernels.of(here), config.model, 0)
 
 
 VISION = {
@@ -257,7 +259,7 @@ def count_collectives():
     )
     here = layout(config)
     norm = ModalityNorm(here, 24, EPS, split=True)
-    qkv = ModalityQKV(here, config.model.decoder, 0.1)
+    qkv = ModalityQKV(here, kernels.of(here), config.model.decoder, 0.1)
     x = torch.randn(3, 2, 24, requires_grad=True)
     is_vision = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = is_vision.t().flatten().nonzero().flatten()

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
+from megatron_owl2.config import ParallelConfig
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import stages
 
@@ -18,8 +19,8 @@ LANGUAGE = {"embedding", "output layer", "decoder"}
 def plan_of():
     def build(recipe: str, *overrides: str):
         config = configuration.load(EXAMPLES / recipe, [*overrides, "parallel.tensor=1"])
-        model = Owl2(mcore.Layout(config, mcore.initialize(1, 1)), config.model)
-        return stages.apply(config, model), model, config
+        model = Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), config.model)
+        return stages.apply(config, [model]), model, config
 
     yield build
     mcore.shutdown()

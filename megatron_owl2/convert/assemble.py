@@ -161,13 +161,13 @@ def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: Mod
 
 
 def _layout(config: RunConfig) -> mcore.Layout:
-    return mcore.Layout(config, mcore.initialize(1, 1))
+    return mcore.Layout(config, mcore.initialize(ParallelConfig()))
 
 
 def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape, without memory for any."""
     with torch.device("meta"):
-        return checkpoint.global_shapes(Owl2(_layout(config), config.model))
+        return checkpoint.global_shapes([Owl2(_layout(config), config.model)])
 
 
 def _stored_grid(stored: ModelConfig, config: RunConfig) -> int | None:

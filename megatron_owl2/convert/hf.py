@@ -67,7 +67,7 @@ def load_hf_weights(directory: str | Path, model: Owl2) -> None:
     The numbers are cast to the model's dtype. Raises ConversionError as `read_hf` does; the model
     is untouched then.
     """
-    tensors = read_hf(directory, "owl2", model.model, global_shapes(model))
+    tensors = read_hf(directory, "owl2", model.model, global_shapes([model]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(share(tensors[name].read(), parameter, model.layout))

@@ -33,6 +33,11 @@ _ONE_PROCESS = [
     "parallel.pipeline=1",
     "parallel.sequence=false",
     "parallel.recompute=none",
+    "parallel.layers=[]",
+    "parallel.virtual_pipeline=1",
+    "parallel.context=1",
+    "kernels.backend=local",
+    "kernels.fp8=none",
 ]
 
 
@@ -71,6 +76,11 @@ class Proof:
                 f"{world} processes, but parallel.tensor ({parallel.tensor}) x parallel.pipeline "
                 f"({parallel.pipeline}) = {parallel.tensor * parallel.pipeline}; start that many"
             )
+        if parallel.virtual_pipeline > 1 or parallel.context > 1:
+            raise ConfigError(
+                "the proof is of one micro-batch with whole sequences; leave "
+                "parallel.virtual_pipeline and parallel.context at 1"
+            )
 
     @property
     def rank(self) -> int:
@@ -81,14 +91,15 @@ class Proof:
     def model(self) -> Owl2:
         """This rank's part."""
         parallel = self.config.parallel
-        groups = mcore.initialize(parallel.tensor, parallel.pipeline)
+        groups = mcore.initialize(parallel)
         model = Owl2(mcore.Layout(self.config, groups), self.config.model).to(mcore.device())
-        checkpoint.load_weights(self.directory, model)
+        checkpoint.load_weights(self.directory, [model])
         return model
 
     @cached_property
     def _wrapped(self) -> DistributedDataParallel:
-        return optim.wrap(self.model)
+        (wrapped,) = optim.wrap([self.model], overlap=False)
+        return wrapped
 
     def run(
         self, inputs: dict[str, torch.Tensor], *, gradients: bool = False
@@ -113,7 +124,7 @@ class Proof:
                 results["loss"] = mean.reshape(1)
         if gradients:
             self._wrapped.zero_grad_buffer()
-            forward_backward(config, self._wrapped, iter([batch]), 1)
+            forward_backward(config, [self._wrapped], iter([batch]), 1)
             results |= _gradients(self.model)
         return _collect(results, self.model)
 

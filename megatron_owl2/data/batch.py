@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
+from megatron_owl2 import context
 from megatron_owl2.data.conversation import IGNORE_INDEX, Sample
 
 
@@ -60,11 +61,32 @@ class Batch:
     shortened: int = 0  # samples that lost turns or the end of an answer
     bad_samples: list[BadSample] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
+    local_vision_rows: torch.Tensor | None = None
 
     @property
     def bad(self) -> int:
         """How many slots hold a substitute."""
         return len({sample.slot for sample in self.bad_samples})
+
+    def local_to(self, rank: int, size: int) -> "Batch":
+        """The share of context-parallel rank `rank` of `size` (context.py).
+
+        labels, loss_mask, modality and position_ids become [b, s / size]. tokens, image and
+        vision_rows stay whole, because the model splits only after it has put the images in.
+        """
+        if size == 1:
+            return self
+        rows, length = self.tokens.shape
+        places = context.positions(length, rank, size)
+        local = torch.full((length,), -1)
+        local[places] = torch.arange(len(places))
+        position, row = local[self.vision_rows // rows], self.vision_rows % rows
+        names = ("labels", "loss_mask", "modality", "position_ids")
+        return replace(
+            self,
+            local_vision_rows=(position * rows + row)[position >= 0],
+            **{name: getattr(self, name)[:, places] for name in names},
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch with its tensors on `device`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_owl2 import checks, mcore
-from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_owl2.config import KernelConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_owl2.convert import hf
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
 from megatron_owl2.data.records import IMAGE_PLACEHOLDER
@@ -68,14 +68,15 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
             f"{config.model.decoder.vocab_size}; this is another model's tokenizer"
         )
     config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    config.kernels = KernelConfig()
     config.train.precision = precision
     checks.check_layout(config, config.parallel.tensor)
-    groups = mcore.initialize(config.parallel.tensor, 1)
+    groups = mcore.initialize(config.parallel)
     model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device()).eval()
     if exported:
         hf.load_hf_weights(path, model)
     else:
-        checkpoint.load_weights(path, model)
+        checkpoint.load_weights(path, [model])
     return LoadedModel(model, config.model, tokenizer)
 
 

@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from megatron_owl2.config import ModelConfig
 from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.layers import LayerStack
+from megatron_owl2.model.layers import Again, LayerStack, gate
 
 OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatever its config says
 
@@ -23,7 +22,7 @@ class Abstractor(nn.Module):
         self.query_embeds = nn.Parameter(torch.randn(1, config.num_queries, size, dtype=dtype))
         self.vit_eos = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * model.init_std)
         self.layers = LayerStack(
-            lambda: AbstractorLayer(layout, model), 0, config.num_layers, recompute=layout.recompute
+            layout, lambda number: AbstractorLayer(layout, model), 0, config.num_layers
         )
         self.visual_fc = nn.Linear(size, width, dtype=dtype)
         key_positions = torch.cat(
@@ -55,6 +54,7 @@ class AbstractorLayer(nn.Module):
         super().__init__()
         config, size = model.abstractor, model.vision.hidden_size
         self.head_size = size // config.num_heads
+        self.again = Again(layout, "selective")
         narrow = {"bias": True, "init_std": model.init_std}
         wide = {"bias": True, "init_std": config.attention_init_std}
         self.norm1 = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=layout.dtype)
@@ -77,10 +77,11 @@ class AbstractorLayer(nn.Module):
         query = self.query(normed + positions[: len(queries)])
         key, value = self.key(context + positions), self.value(context)
         heads = (-1, self.head_size)
-        attended = attend(*(x.unflatten(-1, heads) for x in (query, key, value)))
+        attended = self.again(attend, *(x.unflatten(-1, heads) for x in (query, key, value)))
         x = normed + self.out_proj(attended)
         normed = self.norm2(x)
-        return x + self.w2(self.ffn_ln(F.silu(self.w1(normed)) * self.w3(normed)))
+        gated = self.again(gate, self.w1(normed), self.w3(normed))
+        return x + self.w2(self.ffn_ln(gated))
 
 
 class SplitLayerNorm(nn.Module):

@@ -2,12 +2,11 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from megatron_owl2 import kernels
 from megatron_owl2.config import DecoderConfig, ModelConfig
-from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
-from megatron_owl2.model.attention import attend
-from megatron_owl2.model.layers import LayerStack
+from megatron_owl2.mcore import Layout
+from megatron_owl2.model.layers import Again, LayerStack, gate
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 
@@ -34,8 +33,13 @@ class Decoder(nn.Module):
     def __init__(self, layout: Layout, model: ModelConfig, first: int, last: int):
         super().__init__()
         self.config = model.decoder
+        self.kernels = kernels.of(layout)
         self.layers = LayerStack(
-            lambda: DecoderLayer(layout, model), first, last, recompute=layout.recompute
+            layout,
+            lambda number: DecoderLayer(layout, self.kernels, model, number),
+            first,
+            last,
+            self.kernels.checkpoint,
         )
 
     def forward(
@@ -50,23 +54,25 @@ class Decoder(nn.Module):
         """position_ids [b, s]; attention is causal unless `attention_mask` (bool [b, 1, s, s'],
         True where allowed) says more; `caches` by layer number extend the context."""
         rotary = rotary_tables(position_ids, self.config, x.dtype)
-        for number, layer in zip(self.layers.numbers(), self.layers, strict=True):
-            cache = caches[number] if caches is not None else None
-            x = self.layers.run(layer, x, modality, rotary, attention_mask, cache)
+        with self.kernels.around_layers():
+            for number, layer in zip(self.layers.numbers(), self.layers, strict=True):
+                cache = caches[number] if caches is not None else None
+                with self.kernels.around_layer(number):
+                    x = self.layers.run(layer, x, modality, rotary, attention_mask, cache)
         return x
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm layer: split norms, split key and value; shared query, output and MLP (fig. 3)."""
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, layout: Layout, kernels, model: ModelConfig, number: int):
         super().__init__()
         size, eps = model.decoder.hidden_size, model.decoder.norm_eps
         split = model.decoder.modality_split
         self.input_norm = ModalityNorm(layout, size, eps, split="input_norm" in split)
-        self.attention = ModalityAttention(layout, model)
+        self.attention = ModalityAttention(layout, kernels, model, number)
         self.pre_mlp_norm = ModalityNorm(layout, size, eps, split="mlp_norm" in split)
-        self.mlp = GatedMLP(layout, model)
+        self.mlp = GatedMLP(layout, kernels, model)
 
     def forward(self, x, modality, rotary, attention_mask, cache):
         normed = self.input_norm(x, modality)
@@ -77,36 +83,42 @@ class DecoderLayer(nn.Module):
 class ModalityAttention(nn.Module):
     """Causal self-attention over text and vision alike, keys and values split by modality."""
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, layout: Layout, kernels, model: ModelConfig, number: int):
         super().__init__()
         size = model.decoder.hidden_size
-        self.qkv = ModalityQKV(layout, model.decoder, model.init_std)
-        self.linear_proj = RowLinear(
+        self.again = Again(layout, "selective")
+        self.qkv = ModalityQKV(layout, kernels, model.decoder, model.init_std)
+        self.core = kernels.attention(layout, number)
+        self.linear_proj = kernels.RowLinear(
             layout, size, size, bias=False, init_std=model.init_std, sequence_parallel=True
         )
 
     def forward(self, x, modality, rotary, attention_mask, cache):
         query, key, value = self.qkv(x, modality)
-        query, key = rotate(query, rotary), rotate(key, rotary)
-        if cache is not None:
-            key, value = cache.extend(key, value)
-        causal = attention_mask is None
-        return self.linear_proj(attend(query, key, value, causal=causal, mask=attention_mask))
+        if cache is None:
+            mixed = self.again(self._mix, query, key, value, rotary, attention_mask)
+        else:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+            mixed = self.core(query, *cache.extend(key, value), attention_mask)
+        return self.linear_proj(mixed)
+
+    def _mix(self, query, key, value, rotary, attention_mask):
+        return self.core(rotate(query, rotary), rotate(key, rotary), value, attention_mask)
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h]."""
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, layout: Layout, kernels, model: ModelConfig):
         super().__init__()
+        self.again = Again(layout, "selective")
         size, ffn = model.decoder.hidden_size, model.decoder.ffn_size
         options = {"bias": False, "init_std": model.init_std, "sequence_parallel": True}
-        self.linear_fc1 = ColumnLinear(layout, size, 2 * ffn, stride=2, **options)
-        self.linear_fc2 = RowLinear(layout, ffn, size, **options)
+        self.linear_fc1 = kernels.ColumnLinear(layout, size, 2 * ffn, stride=2, **options)
+        self.linear_fc2 = kernels.RowLinear(layout, ffn, size, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.linear_fc1(x).chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up)
+        return self.linear_fc2(self.again(gate, *self.linear_fc1(x).chunk(2, dim=-1)))
 
 
 def rotary_tables(

@@ -1,25 +1,53 @@
-"""A stack of layers under their numbers in the whole model, run one by one."""
+"""A stack of layers under their numbers in the whole model, and what is computed twice."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from megatron_owl2.mcore import Layout
+
+
+def _checkpoint(function, *inputs):
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Again:
+    """Calls functions that keep only their inputs and are computed again in the backward pass.
+
+    The inputs of each micro-batch are captured by the call, so any number may be in flight; nothing
+    draws random numbers, so no random state is kept. `kind` is the `parallel.recompute` that asks
+    for it: "full" for whole layers, "selective" for what is large and cheap: attention and gates.
+    """
+
+    def __init__(self, layout: Layout, kind: str, checkpoint: Callable = _checkpoint):
+        self.active = layout.recompute == kind
+        self._checkpoint = checkpoint
+
+    def __call__(self, function: Callable, *inputs):
+        """function(*inputs), with recomputation where a backward pass will follow."""
+        if self.active and torch.is_grad_enabled():
+            return self._checkpoint(function, *inputs)
+        return function(*inputs)
 
 
 class LayerStack(nn.Module):
-    """Layers `first` to `last - 1` of a model, named by these numbers on every pipeline stage.
+    """Layers `first` to `last - 1` of a model, named by these numbers on every pipeline stage."""
 
-    With `recompute`, a layer keeps only its inputs for the backward pass. The inputs of each
-    micro-batch are captured by the call, so any number may be in flight; no layer draws random
-    numbers, so no random state is kept.
-    """
-
-    def __init__(self, build: Callable[[], nn.Module], first: int, last: int, *, recompute: bool):
+    def __init__(
+        self,
+        layout: Layout,
+        build: Callable[[int], nn.Module],
+        first: int,
+        last: int,
+        checkpoint: Callable = _checkpoint,
+    ):
         super().__init__()
-        self.recompute = recompute
+        self.again = Again(layout, "full", checkpoint)
         for number in range(first, last):
-            self.add_module(str(number), build())
+            self.add_module(str(number), build(number))
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._modules.values())
@@ -28,8 +56,11 @@ class LayerStack(nn.Module):
         """The global numbers of the layers here."""
         return [int(name) for name in self._modules]
 
-    def run(self, layer: nn.Module, *inputs):
-        """layer(*inputs), with recomputation where a backward pass will follow."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return layer(*inputs)
+    def run(self, layer: Callable, *inputs):
+        """layer(*inputs), with full recomputation if the layout says so."""
+        return self.again(layer, *inputs)
+
+
+def gate(gates: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """silu(gates) * values, the SwiGLU of decoder and abstractor."""
+    return F.silu(gates) * values

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from megatron_owl2.config import DecoderConfig
-from megatron_owl2.mcore import ColumnLinear, Layout
+from megatron_owl2.mcore import Layout
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Modality:
     wrong one in the backward pass.
     is_vision: bool [s, b, 1], or [s/tp, b, 1] of this rank under sequence parallelism.
     vision_rows: int64 [n], the vision rows of the hidden states flattened to [s * b, h].
+    Under context parallelism s is this rank's share of the sequence.
     """
 
     is_vision: torch.Tensor
@@ -113,18 +114,19 @@ class ModalityQKV(nn.Module):
     Without "key_value" in `modality_split` there is no `linear_kv_vision`.
     """
 
-    def __init__(self, layout: Layout, config: DecoderConfig, init_std: float):
+    def __init__(self, layout: Layout, kernels, config: DecoderConfig, init_std: float):
         super().__init__()
         self.layout = layout
+        self.row_multiple = kernels.row_multiple
         self.head_size = config.hidden_size // config.num_heads
         self.groups = config.num_kv_heads // layout.tensor
         kv_size = config.num_kv_heads * self.head_size
         options = {"bias": False, "init_std": init_std, "share_input": True}
-        self.linear_qkv = ColumnLinear(
+        self.linear_qkv = kernels.ColumnLinear(
             layout, config.hidden_size, config.hidden_size + 2 * kv_size, **options
         )
         self.linear_kv_vision = (
-            ColumnLinear(layout, config.hidden_size, 2 * kv_size, **options)
+            kernels.ColumnLinear(layout, config.hidden_size, 2 * kv_size, **options)
             if "key_value" in config.modality_split
             else None
         )
@@ -140,14 +142,25 @@ class ModalityQKV(nn.Module):
         query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
         if self.linear_kv_vision is not None:
             rows = modality.vision_rows
-            kv_vision = self.linear_kv_vision(x.flatten(0, 1).index_select(0, rows))
-            kv_vision = kv_vision.view(-1, self.groups, 2, self.head_size)
+            kv_vision = self._project_vision(x.flatten(0, 1).index_select(0, rows))
             key, value = (
                 text.index_copy(0, rows, vision)
                 for text, vision in zip((key, value), kv_vision.split(1, dim=2), strict=True)
             )
         query, key, value = (part.reshape(s, b, -1, self.head_size) for part in (query, key, value))
         return query, key, value
+
+    def _project_vision(self, x: torch.Tensor) -> torch.Tensor:
+        """Vision rows [n, h] to their keys and values [n, groups, 2, d].
+
+        FP8 GEMMs take rows in multiples, and not none; rows of zeros fill up and leave no gradient.
+        """
+        missing = -len(x) % self.row_multiple
+        if self.row_multiple > 1 and len(x) == 0:
+            missing = self.row_multiple
+        padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+        projected = self.linear_kv_vision(padded)[: len(x)]
+        return projected.view(len(x), self.groups, 2, self.head_size)
 
 
 def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:

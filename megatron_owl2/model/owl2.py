@@ -19,21 +19,22 @@ from megatron_owl2.model.vision import VisionModel
 
 
 class Owl2(MegatronModule):
-    """One pipeline stage of the model; with one stage, the whole of it.
+    """One stage of the model; with one stage, the whole of it.
 
     The first stage has the ViT, the abstractor and the embedding, the last one the final norm
-    and the output layer. Parameter names are the same in every parallel layout.
+    and the output layer. A virtual pipeline gives a rank several stages, its chunks. Parameter
+    names are the same in every parallel layout.
     """
 
     # Asked for by megatron-core, as are `pre_process` and `post_process`.
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, layout: Layout, model: ModelConfig, chunk: int = 0):
         super().__init__(layout.transformer)
-        self.layout, self.model = layout, model
-        stage, stages = layout.groups.pp.rank(), layout.groups.pp.size()
-        self.pre_process, self.post_process = stage == 0, stage == stages - 1
+        self.layout, self.model, self.vp_stage = layout, model, chunk
+        stage, first, last = layout.stage(chunk)
+        self.pre_process, self.post_process = stage == 0, stage == layout.stages - 1
         config = model.decoder
         size = config.hidden_size
         if self.pre_process:
@@ -42,8 +43,7 @@ class Owl2(MegatronModule):
             self.embedding = VocabEmbedding(
                 layout, config.vocab_size, size, init_std=model.init_std
             )
-        per_stage = config.num_layers // stages
-        self.decoder = Decoder(layout, model, stage * per_stage, (stage + 1) * per_stage)
+        self.decoder = Decoder(layout, model, first, last)
         if self.post_process:
             self.final_norm = RMSNorm(layout, size, config.norm_eps)
             self.output_layer = ColumnLinear(
@@ -71,6 +71,7 @@ class Owl2(MegatronModule):
         modality: torch.Tensor,
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
+        local_vision_rows: torch.Tensor | None = None,
         *,
         attention_mask: torch.Tensor | None = None,
         caches: dict[int, KeyValueCache] | None = None,
@@ -79,15 +80,17 @@ class Owl2(MegatronModule):
 
         tokens, modality, position_ids, labels int64 [b, s]; image uint8 or normalised float
         [n, 3, H, W]; vision_rows int64 [images in the text * tokens per image]. Images beyond
-        those that own rows take part in the backward pass with zero gradient. Returns hidden
-        states [s, b, h] on all but the last stage; there the loss per token fp32 [b, s], or
-        without labels the logits [b, s, vocab].
+        those that own rows take part in the backward pass with zero gradient. Under context
+        parallelism all but tokens, image and vision_rows are this rank's share
+        (`Batch.local_to`). Returns hidden states [s, b, h] on all but the last stage; there the
+        loss per token fp32 [b, s], or without labels the logits [b, s, vocab].
         """
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_rows)
         else:
             x = self._received
-        split = Modality.of(modality, vision_rows, self.layout)
+        rows = vision_rows if local_vision_rows is None else local_vision_rows
+        split = Modality.of(modality, rows, self.layout)
         x = self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
         if not self.post_process:
             return x
@@ -106,11 +109,17 @@ class Owl2(MegatronModule):
         self, tokens: torch.Tensor, visual: torch.Tensor, vision_rows: torch.Tensor
     ) -> torch.Tensor:
         """Embed tokens [b, s] and put the visual tokens on their rows: [s, b, h], split over the
-        tensor-parallel ranks under sequence parallelism."""
+        ranks under context and sequence parallelism."""
         words = self.embedding(tokens).transpose(0, 1).contiguous()
         rows = visual.flatten(0, 1)[: len(vision_rows)]
         merged = words.flatten(0, 1).index_copy(0, vision_rows, rows)
-        return self.layout.split_sequence(merged.view_as(words))
+        merged = self.layout.split_context(merged.view_as(words))
+        return self.layout.split_sequence(merged)
+
+
+def build(layout: Layout, model: ModelConfig, chunks: int) -> list[Owl2]:
+    """This rank's `chunks` stages of the model, in the order of their layers."""
+    return [Owl2(layout, model, chunk) for chunk in range(chunks)]
 
 
 class RMSNorm(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 from megatron_owl2.config import ModelConfig
 from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.layers import LayerStack
+from megatron_owl2.model.layers import Again, LayerStack
 
 
 class VisionModel(nn.Module):
@@ -30,7 +30,7 @@ class VisionModel(nn.Module):
         )
         self.pre_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
         self.layers = LayerStack(
-            lambda: VisionLayer(layout, model), 0, config.num_layers, recompute=layout.recompute
+            layout, lambda number: VisionLayer(layout, model), 0, config.num_layers
         )
         self.post_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
 
@@ -51,6 +51,7 @@ class VisionLayer(nn.Module):
         config = model.vision
         size = config.hidden_size
         self.head_size = size // config.num_heads
+        self.again = Again(layout, "selective")
         options = {"bias": True, "init_std": model.init_std}
         self.input_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=layout.dtype)
         # Rows grouped by head (its query, key, value), as the official checkpoint has them.
@@ -63,8 +64,9 @@ class VisionLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.linear_qkv(self.input_layernorm(x))
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_size)).unbind(3)
-        x = x + self.linear_proj(attend(query, key, value))
-        return x + self.linear_fc2(quick_gelu(self.linear_fc1(self.pre_mlp_layernorm(x))))
+        x = x + self.linear_proj(self.again(attend, query, key, value))
+        wide = self.linear_fc1(self.pre_mlp_layernorm(x))
+        return x + self.linear_fc2(self.again(quick_gelu, wide))
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:

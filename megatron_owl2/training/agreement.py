@@ -4,6 +4,8 @@ Every rank reads for itself. A copy of the data that is damaged on one node woul
 substitute other samples than its peers, which nothing else would notice.
 """
 
+from collections.abc import Sequence
+
 import torch
 from xxhash import xxh3_64_intdigest
 
@@ -12,10 +14,12 @@ from megatron_owl2.data.ledger import DataError
 
 
 class Agreement:
-    """Takes note of the keys of all micro-batches and compares them within a group."""
+    """Takes note of the keys of all micro-batches and compares them over the ranks of one model:
+    those reached by going through the `groups` one after the other."""
 
-    def __init__(self, group: torch.distributed.ProcessGroup, device: torch.device):
-        self._group, self._device = group, device
+    def __init__(self, groups: Sequence[torch.distributed.ProcessGroup], device: torch.device):
+        self._groups = [group for group in groups if group.size() > 1]
+        self._device = device
         self._digest = 0
 
     def add(self, batch: Batch) -> None:
@@ -26,15 +30,17 @@ class Agreement:
 
     def check(self, step: int) -> None:
         """Compare since the start; all ranks together. Raises DataError if a rank differs."""
-        if self._group.size() == 1:
+        if not self._groups:
             return
         pair = torch.tensor([self._digest, -self._digest], device=self._device)
-        torch.distributed.all_reduce(pair, torch.distributed.ReduceOp.MAX, group=self._group)
+        for group in self._groups:
+            torch.distributed.all_reduce(pair, torch.distributed.ReduceOp.MAX, group=group)
         largest, negated_least = pair.tolist()
         if largest != -negated_least:
-            ranks = torch.distributed.get_process_group_ranks(self._group)
+            ranks = [torch.distributed.get_process_group_ranks(group) for group in self._groups]
             raise DataError(
-                f"the ranks {ranks} of one model did not read the same samples up to step {step}: "
-                "a copy of the data or a cache is damaged on one of their nodes; run "
+                f"the ranks {' and '.join(map(str, ranks))} of one model did not read the same "
+                f"samples up to step {step}: a copy of the data or a cache is damaged on one of "
+                "their nodes; run "
                 "tools/check_data.py there"
             )

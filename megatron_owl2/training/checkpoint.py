@@ -5,9 +5,11 @@ resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside
 renamed when complete, so a directory of that name is whole; `checkpoints/latest` names the newest.
 """
 
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +26,7 @@ from megatron.core.utils import (
     make_tp_sharded_tensor_for_checkpoint,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn import Parameter
 
 from megatron_owl2 import config as configuration
 from megatron_owl2.checks import check_model
@@ -45,7 +48,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 def save(
     directory: Path,
-    model: Owl2,
+    chunks: Sequence[Owl2],
     config: RunConfig,
     *,
     optimizer: MegatronOptimizer | None = None,
@@ -53,6 +56,8 @@ def save(
     progress: dict | None = None,
 ) -> None:
     """Write `directory` (an `iter_*` name or any other), on all ranks together.
+
+    `chunks` are this rank's parts of the model.
 
     The tokenizer is copied from `config.data.tokenizer`. Without optimizer and scheduler the
     checkpoint holds weights only. An existing directory is replaced. Raises CheckpointError if
@@ -66,7 +71,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
     torch.distributed.barrier()
-    weights = sharded_weights(model)
+    weights = sharded_weights(chunks)
     state = {"model": weights}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
@@ -116,22 +121,24 @@ def reported(directory: Path):
         raise CheckpointError(f"{directory} could not be written: {reason}") from error
 
 
-def load_weights(directory: Path, model: Owl2) -> None:
+def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
     """Fill the model from a checkpoint, whatever layout it was saved under; strict.
 
     Raises CheckpointError listing every missing, unexpected or misshapen parameter.
     """
     directory = resolve(directory)
-    _compare_names(directory, model)
-    loaded = _load(directory, {"model": sharded_weights(model)}, StrictHandling.IGNORE_ALL)["model"]
+    _compare_names(directory, chunks)
+    loaded = _load(directory, {"model": sharded_weights(chunks)}, StrictHandling.IGNORE_ALL)[
+        "model"
+    ]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _parameters(chunks):
             parameter.copy_(loaded[name])
 
 
 def load_training(
     directory: Path,
-    model: Owl2,
+    chunks: Sequence[Owl2],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> None:
@@ -141,16 +148,16 @@ def load_training(
     changed; what trains, and the factors on the rate, must be the same (`stages.fingerprint`).
     """
     directory = resolve(directory)
-    _compare_names(directory, model)
+    _compare_names(directory, chunks)
     allocate_optimizer_state(optimizer)
-    weights = sharded_weights(model)
+    weights = sharded_weights(chunks)
     template = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA),
     }
     loaded = _load(directory, template, StrictHandling.RAISE_ALL)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _parameters(chunks):
             parameter.copy_(loaded["model"][name])
     rates = [{k: group[k] for k in ("max_lr", "min_lr")} for group in optimizer.param_groups]
     load_optimizer_state(optimizer, loaded["optimizer"])
@@ -206,12 +213,12 @@ def read_progress(directory: str | Path) -> dict:
     return json.loads((resolve(directory) / "progress.json").read_text())
 
 
-def sharded_weights(model: Owl2) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """Each local parameter as its share of the whole model's, for megatron-core's checkpoints."""
-    groups = model.layout.groups
+    groups = chunks[0].layout.groups
     where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
     state = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _parameters(chunks):
         if not getattr(parameter, "tensor_model_parallel", False):
             state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **where)
             continue
@@ -223,10 +230,10 @@ def sharded_weights(model: Owl2) -> dict[str, ShardedTensor | ShardedTensorFacto
     return state
 
 
-def _compare_names(directory: Path, model: Owl2) -> None:
+def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> None:
     """Hold the model's parameters against what the checkpoint has, on all ranks alike."""
     shares = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, global_shapes(model))
+    torch.distributed.all_gather_object(shares, global_shapes(chunks))
     compare(directory, {name: shape for share in shares for name, shape in share.items()})
 
 
@@ -246,12 +253,17 @@ def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> None:
         raise CheckpointError(f"checkpoint {directory} does not fit the model:\n  {listing}")
 
 
-def global_shapes(model: Owl2) -> dict[str, tuple[int, ...]]:
+def global_shapes(chunks: Sequence[Owl2]) -> dict[str, tuple[int, ...]]:
     """The whole shape of each local parameter, over its tensor-parallel ranks."""
     shapes = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _parameters(chunks):
         shape = list(parameter.shape)
         if getattr(parameter, "tensor_model_parallel", False):
-            shape[parameter.partition_dim] *= model.layout.tensor
+            shape[parameter.partition_dim] *= chunks[0].layout.tensor
         shapes[name] = tuple(shape)
     return shapes
+
+
+def _parameters(chunks: Sequence[Owl2]) -> Iterator[tuple[str, Parameter]]:
+    """The parameters of all chunks; their names are those of the whole model."""
+    return itertools.chain.from_iterable(chunk.named_parameters() for chunk in chunks)

@@ -15,9 +15,16 @@ from megatron_owl2.training.agreement import Agreement
 class Feed(Iterator[Batch]):
     """Micro-batches on the device; counts what they hold and what they cost."""
 
-    def __init__(self, loader: BatchLoader, device: torch.device, agreement: Agreement):
+    def __init__(
+        self,
+        loader: BatchLoader,
+        device: torch.device,
+        agreement: Agreement,
+        context: tuple[int, int] = (0, 1),
+    ):
+        """`context`: this context-parallel rank, and how many share a sequence."""
         self._loader, self._batches, self._device = loader, iter(loader), device
-        self._agreement = agreement
+        self._agreement, self._context = agreement, context
         self._restarts = 0
         self._counts = Counter()
 
@@ -37,7 +44,7 @@ class Feed(Iterator[Batch]):
             self._counts[metrics.seen(source)] += 1
         for sample in batch.bad_samples:
             self._counts[metrics.bad(sample.source)] += 1
-        return batch.to(self._device)
+        return batch.local_to(*self._context).to(self._device)
 
     def take_counts(self) -> Counter:
         """The counts since the last call, as `Metrics.add` takes them."""

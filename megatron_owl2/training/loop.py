@@ -1,6 +1,6 @@
 """A training run from start to end."""
 
-import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +12,12 @@ from megatron_owl2.data import ledger, phases
 from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import checkpoint, metrics, optim, stages
+from megatron_owl2.model.owl2 import build
+from megatron_owl2.training import checkpoint, health, metrics, optim, stages
 from megatron_owl2.training.agreement import Agreement
 from megatron_owl2.training.feed import Feed
 from megatron_owl2.training.signals import StopRequest
-from megatron_owl2.training.step import forward_backward
+from megatron_owl2.training.step import forward_backward, update
 
 
 def train(config: RunConfig) -> int:
@@ -28,7 +28,7 @@ def train(config: RunConfig) -> int:
     """
     stop = StopRequest()
     output = Path(config.train.output)
-    groups = mcore.initialize(config.parallel.tensor, config.parallel.pipeline)
+    groups = mcore.initialize(config.parallel)
     main = torch.distributed.get_rank() == 0
     say = print if main else _silent
 
@@ -44,20 +44,23 @@ def train(config: RunConfig) -> int:
         )
 
     torch.manual_seed(config.train.seed + groups.pp.rank())
-    model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device())
-    plan = stages.apply(config, model)
+    layout = mcore.Layout(config, groups, fuses_gradients=True)
+    chunks = build(layout, config.model, config.parallel.virtual_pipeline)
+    for chunk in chunks:
+        chunk.to(mcore.device())
+    plan = stages.apply(config, chunks)
     say(stages.table(plan, config), flush=True)
     resumed = checkpoint.latest(output)
     if resumed is None and config.stage.initial_checkpoint is not None:
-        checkpoint.load_weights(Path(config.stage.initial_checkpoint), model)
+        checkpoint.load_weights(Path(config.stage.initial_checkpoint), chunks)
         say(f"weights from {config.stage.initial_checkpoint}", flush=True)
-    wrapped = optim.wrap(model)
+    wrapped = optim.wrap(chunks, overlap=config.parallel.overlap)
     optimizer, scheduler = optim.build(config, wrapped)
 
     trained = stages.fingerprint(plan)
     datasets = open_datasets(config.data)
     step = slots = 0
-    counts = {}
+    counts, health_state = {}, None
     if resumed is None:
         data = [phases.first_phase(config.data, datasets)]
     else:
@@ -69,10 +72,11 @@ def train(config: RunConfig) -> int:
                 "stage.initial_checkpoint"
             )
         step, slots, counts = progress["step"], progress["slots"], progress["counts"]
+        health_state = progress["health"]
         data = phases.go_on(progress["phases"], config.data, datasets, slots, str(resumed))
         if len(data) > len(progress["phases"]):
             counts = metrics.without_sources(counts)
-        checkpoint.load_training(resumed, model, optimizer, scheduler)
+        checkpoint.load_training(resumed, chunks, optimizer, scheduler)
         say(f"continuing from {resumed} at step {step}", flush=True)
     say(data[-1].describe(), flush=True)
     if main:
@@ -80,9 +84,11 @@ def train(config: RunConfig) -> int:
         configuration.save(config, output / "run.yaml")
         metrics.drop_after(output, step)
         ledger.drop_after(output, slots)
+        health.drop_after(output, step)
     torch.distributed.barrier()  # no rank writes its ledger before it was cut
 
-    first = groups.mp.rank() == 0  # of the ranks that read the same samples
+    # Of the ranks that read the same samples, one keeps the ledger.
+    first = groups.mp.rank() == 0 and groups.cp.rank() == 0
     per_rank = config.train.global_batch_size // groups.dp.size()
     micro_batches = per_rank // config.train.micro_batch_size
     loader = build_loader(
@@ -96,40 +102,41 @@ def train(config: RunConfig) -> int:
         start_slot=slots,
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
-        decode_images=model.pre_process,
+        decode_images=chunks[0].pre_process,
         ledger=ledger.path_of(output, torch.distributed.get_rank()) if first else None,
     )
-    agreement = Agreement(groups.mp, mcore.device())
-    feed = Feed(loader, mcore.device(), agreement)
+    agreement = Agreement([groups.mp, groups.cp], mcore.device())
+    feed = Feed(loader, mcore.device(), agreement, (groups.cp.rank(), groups.cp.size()))
+    gradients = health.Gradients(config.health, output, health_state, writes=main)
+    watchdog = health.Watchdog(config.health.step_timeout, output, torch.distributed.get_rank())
     log = metrics.Metrics(config, mcore.device(), step, counts, data[-1].sources)
     received = 0
 
     while step < config.train.steps and not received:
-        wrapped.zero_grad_buffer()
+        step += 1
+        watchdog.begin(f"step {step}")
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums = forward_backward(config, wrapped, feed, micro_batches)
         scheduler.step(1)
         lr = max(group["lr"] for group in optimizer.param_groups)
-        _, grad_norm, _ = optimizer.step()
-        step += 1
-        slots += config.train.global_batch_size
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient norm of step {step} (slots {slots - config.train.global_batch_size} "
-                f"to {slots - 1}) is {grad_norm}; the run stops at the last checkpoint"
-            )
+        read = range(slots, slots + config.train.global_batch_size)
+        grad_norm = update(optimizer, partial(gradients.accept, step, read))
+        slots = read.stop
         log.add(sums, feed.take_counts())
         received = stop.agreed(mcore.device())
         ending = step == config.train.steps or received
         saving = ending or step % config.train.save_interval == 0
         if saving or step % config.train.log_interval == 0:  # a checkpoint carries full counts
             agreement.check(step)
-            log.write(step, float(grad_norm), lr)
+            log.write(step, grad_norm, lr)
         if saving:
+            optim.settle(wrapped)
             where = checkpoint.save_step(
                 output,
                 step,
-                model,
+                chunks,
                 config,
                 optimizer=optimizer,
                 scheduler=scheduler,
@@ -139,9 +146,11 @@ def train(config: RunConfig) -> int:
                     "phases": phases.to_json(data),
                     "stage_fingerprint": trained,
                     "counts": log.counts,
+                    "health": gradients.state,
                 },
             )
             say(f"saved {where}", flush=True)
+    watchdog.end()
     feed.close()
     log.close()
     mcore.shutdown()

@@ -1,5 +1,7 @@
 """megatron-core's gradient buffers, distributed AdamW and schedule, set up from the run config."""
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -16,28 +18,41 @@ from megatron_owl2.config import RunConfig
 from megatron_owl2.model.owl2 import Owl2
 
 
-def wrap(model: Owl2) -> DistributedDataParallel:
+def wrap(chunks: Sequence[Owl2], *, overlap: bool) -> list[DistributedDataParallel]:
     """Put the trained parameters' gradients into contiguous fp32 buffers, reduced over data ranks.
 
-    Parameters must have been frozen before; call once per process.
+    With `overlap` the reduction runs beside the backward pass of the last micro-batch, and updated
+    parameters are gathered while the next forward pass runs. Parameters must have been frozen
+    before; call once per process.
     """
-    transformer = model.layout.transformer
-    wrapped = DistributedDataParallel(
-        transformer,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=True,
-        ),
-        model,
+    transformer = chunks[0].layout.transformer
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        use_distributed_optimizer=True,
     )
+    wrapped = [
+        # The gradients of all chunks but the first are reduced early enough in one piece each.
+        DistributedDataParallel(transformer, settings, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
     transformer.finalize_model_grads_func = finalize_model_grads
-    transformer.no_sync_func = wrapped.no_sync
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
 
 
+def settle(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Wait until the parameters of all data ranks have been gathered; to be called by all ranks
+    before parameters are read outside of a forward pass."""
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def build(
-    config: RunConfig, model: DistributedDataParallel
+    config: RunConfig, wrapped: Sequence[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer over the trained parameters and its schedule, at step 0.
 
@@ -57,17 +72,18 @@ def build(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap,
     )
     overrides = get_standard_config_overrides(settings)
-    for factor in sorted({p.rate_factor for p in model.parameters()} - {1.0}):
+    for factor in sorted({p.rate_factor for chunk in wrapped for p in chunk.parameters()} - {1.0}):
         # megatron-core reads max_lr and min_lr, but tells groups apart in checkpoints by lr_mult.
         overrides[_parameters_with_factor(factor)] = {
             "max_lr": chosen.lr * factor,
             "min_lr": chosen.min_lr * factor,
             "lr_mult": factor,
         }
-    optimizer = get_megatron_optimizer(settings, [model], config_overrides=overrides)
-    model.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -5,8 +5,10 @@ happen before the gradient buffers are built, so another stage is another run.
 """
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -35,14 +37,14 @@ class Parameter:
     factor: float  # on the learning rate
 
 
-def apply(config: RunConfig, model: nn.Module) -> list[Parameter]:
+def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
     """Freeze what the stage does not train; returns the plan for the parameters of all ranks.
 
     Sets `requires_grad` and, for the optimizer, `rate_factor` on every local parameter. Raises
     ConfigError if a pattern of `stage.trainable` or `stage.rates` matches nothing.
     """
     local = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain.from_iterable(c.named_parameters() for c in chunks):
         trained = _matches(name, config.stage.trainable)
         parameter.requires_grad = trained
         parameter.rate_factor = rate_factor(name, config)

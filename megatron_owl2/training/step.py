@@ -1,10 +1,13 @@
 """One optimizer step: micro-batches through the pipeline schedule, gradients, update."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_owl2.config import RunConfig
@@ -15,7 +18,7 @@ SUMS = ("loss", "targets", "image_loss", "image_targets")  # added up over micro
 
 def forward_backward(
     config: RunConfig,
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     batches: Iterator[Batch],
     micro_batches: int,
     *,
@@ -26,19 +29,39 @@ def forward_backward(
     Leaves the gradients of the mean loss over all targets of the global batch in the buffers.
     Returns this rank's SUMS, fp64 [4] (zeros before the last pipeline stage).
     """
+    # Every chunk of a virtual pipeline asks for every micro-batch.
+    iterators = list(itertools.tee(batches, len(chunks))) if len(chunks) > 1 else batches
     results = get_forward_backward_func()(
         forward_step_func=_forward,
-        data_iterator=batches,
-        model=[model],
+        data_iterator=iterators,
+        model=list(chunks),
         num_microbatches=micro_batches,
         seq_length=config.data.sequence_length,
         micro_batch_size=config.train.micro_batch_size,
         forward_only=forward_only,
     )
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=model.module.image_mean.device)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=chunks[0].module.image_mean.device)
     for result in results:
         sums += result["sums"]
     return sums
+
+
+def update(optimizer: MegatronOptimizer, accept: Callable[[float], bool]) -> float:
+    """Apply the gradients, clipped, unless `accept` refuses their norm; returns the norm.
+
+    The parts of ChainedOptimizer.step (megatron-core, optimizer/optimizer.py), which asks nobody.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if accept(norm):
+        for part in optimizer.chained_optimizers:
+            if getattr(part, "is_stub_optimizer", False):  # nothing trains on this rank
+                continue
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+    return norm
 
 
 def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
@@ -50,6 +73,7 @@ def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
         batch.modality,
         batch.position_ids,
         batch.labels,
+        batch.local_vision_rows,
     )
     return output, partial(_summed_loss, batch)
 
@@ -57,7 +81,9 @@ def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
 def _summed_loss(batch: Batch, losses: torch.Tensor):
     """Sum over the targets; megatron-core divides the gradients once by the global number."""
     masked = losses * batch.loss_mask
-    with_image = batch.modality.any(dim=1, keepdim=True)
+    rows = len(batch.tokens)
+    with_image = torch.zeros(rows, 1, device=losses.device)
+    with_image[batch.vision_rows % rows] = 1.0
     targets = batch.loss_mask.sum()
     sums = torch.stack(
         [

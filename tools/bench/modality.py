@@ -22,8 +22,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from megatron_owl2 import checks, mcore
-from megatron_owl2.config import ConfigError, DecoderConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_owl2 import checks, kernels, mcore
+from megatron_owl2.config import (
+    ConfigError,
+    DecoderConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_owl2.model.attention import attend
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables, rotate
 from megatron_owl2.model.modality import Modality
@@ -119,8 +126,8 @@ def build(decoder: DecoderConfig, dtype: str) -> dict[str, nn.Module]:
     for name, split in (("ours", decoder.modality_split), ("unsplit", [])):
         config = RunConfig(train=TrainConfig(precision=PRECISION[dtype]))
         config.model.decoder = dataclasses.replace(decoder, modality_split=split)
-        layout = mcore.Layout(config, mcore.initialize(1, 1))
-        layers[name] = DecoderLayer(layout, config.model).to(mcore.device())
+        layout = mcore.Layout(config, mcore.initialize(ParallelConfig()))
+        layers[name] = DecoderLayer(layout, kernels.of(layout), config.model, 0).to(mcore.device())
     ours, unsplit = layers.values()
     for norm in (ours.input_norm, ours.pre_mlp_norm):
         for weight in norm.parameters():

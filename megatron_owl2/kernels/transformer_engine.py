@@ -1,0 +1,139 @@
+"""Transformer Engine's kernels: linears in bf16 or FP8, fused attention, context parallelism."""
+
+from contextlib import nullcontext
+
+import torch
+import transformer_engine.pytorch as te
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TERowParallelLinear,
+)
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.transformer.enums import AttnMaskType
+from torch import nn
+
+from megatron_owl2.mcore import Layout, normal
+
+
+class TransformerEngineKernels:
+    """Transformer Engine through megatron-core's wrappers (extensions/transformer_engine.py)."""
+
+    def __init__(self, layout: Layout):
+        self._config = layout.transformer
+        self.ColumnLinear = ColumnLinear
+        self.RowLinear = RowLinear
+        self.row_multiple = row_multiple(layout.fp8)
+
+    def attention(self, layout: Layout, number: int) -> nn.Module:
+        """Causal attention of decoder layer `number`."""
+        return Attention(layout, number)
+
+    def around_layers(self):
+        """Delayed scaling gathers its maxima when the outermost FP8 context is left."""
+        delayed = self._config.fp8 and self._config.fp8_recipe == "delayed"
+        return get_fp8_context(self._config) if delayed else nullcontext()
+
+    def around_layer(self, number: int):
+        """The other recipes scale by what a layer sees."""
+        other = self._config.fp8 and self._config.fp8_recipe != "delayed"
+        return get_fp8_context(self._config, number) if other else nullcontext()
+
+    def checkpoint(self, function, *inputs):
+        """function(*inputs) again in the backward pass, with the scales of the first time."""
+        return te.checkpoint(function, *inputs, use_reentrant=False)
+
+
+def row_multiple(fp8: str) -> int:
+    """What the rows of an FP8 GEMM must be a multiple of (megatron-core, fp8_utils.py)."""
+    return {"none": 1, "mxfp8": 32}.get(fp8, 16)
+
+
+class ColumnLinear(TEColumnParallelLinear):
+    """`mcore.ColumnLinear` by Transformer Engine."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        init_std: float,
+        sequence_parallel: bool = False,
+        share_input: bool = False,
+        stride: int = 1,
+    ):
+        super().__init__(
+            inputs,
+            outputs,
+            config=layout.transformer
+            if sequence_parallel and not share_input
+            else layout.replicated,
+            init_method=normal(init_std),
+            gather_output=False,
+            bias=bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=layout.groups.tp,
+            stride=stride,
+        )
+        if share_input:  # Layout.enter sums the gradients of all readers, once
+            self.parallel_mode = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class RowLinear(TERowParallelLinear):
+    """`mcore.RowLinear` by Transformer Engine."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        init_std: float,
+        sequence_parallel: bool = False,
+    ):
+        super().__init__(
+            inputs,
+            outputs,
+            config=layout.transformer if sequence_parallel else layout.replicated,
+            init_method=normal(init_std),
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=layout.groups.tp,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class Attention(TEDotProductAttention):
+    """`local.Attention` by Transformer Engine: fused, and a ring under context parallelism."""
+
+    def __init__(self, layout: Layout, number: int):
+        super().__init__(
+            layout.transformer,
+            layer_number=number + 1,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            cp_comm_type="p2p",
+            pg_collection=layout.groups,
+        )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if mask is not None:
+            raise ValueError("attention masks need kernels.backend=local")
+        return super().forward(query, key, value, None, AttnMaskType.causal)
