@@ -1,6 +1,7 @@
 """What a configuration must satisfy before work starts; every refusal names the fix."""
 
 import dataclasses
+import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_model(config.model)
     _check_each(config, _uncounted)
     check_layout(config, world_size)
+    check_machine(config)
     _check_files(config)
     _require(
         config.train.precision in ("fp32", "bf16"),
@@ -56,6 +58,12 @@ def check(config: RunConfig, world_size: int) -> None:
     _require(
         0 <= config.data.max_bad_fraction <= 1,
         f"data.max_bad_fraction ({config.data.max_bad_fraction}) must be from 0 to 1",
+    )
+    health = config.health
+    _require(
+        min(health.step_timeout, health.spike_factor) >= 0,
+        f"health.step_timeout ({health.step_timeout}) and health.spike_factor "
+        f"({health.spike_factor}) must not be negative",
     )
     storage = config.data.storage
     _require(
@@ -131,11 +139,12 @@ def misfit(field: dataclasses.Field, value: object) -> str | None:
 def check_layout(config: RunConfig, world_size: int) -> None:
     """Refuse a parallel layout or batch that the ranks cannot carry; raises ConfigError."""
     model, parallel, train = config.model, config.parallel, config.train
-    tp, pp = parallel.tensor, parallel.pipeline
+    tp, pp, cp = parallel.tensor, parallel.pipeline, parallel.context
     _require(
-        world_size % (tp * pp) == 0,
+        world_size % (tp * pp * cp) == 0,
         f"{world_size} processes cannot be divided by parallel.tensor ({tp}) x "
-        f"parallel.pipeline ({pp}) = {tp * pp}; start a multiple of {tp * pp} processes",
+        f"parallel.pipeline ({pp}) x parallel.context ({cp}) = {tp * pp * cp}; start a multiple of "
+        f"{tp * pp * cp} processes",
     )
     for name, size in (
         ("model.vision.num_heads", model.vision.num_heads),
@@ -148,27 +157,136 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         ("model.decoder.vocab_size", model.decoder.vocab_size),
     ):
         _require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
+    _check_stages(config)
     _require(
-        model.decoder.num_layers % pp == 0,
-        f"model.decoder.num_layers ({model.decoder.num_layers}) is not divisible by "
-        f"parallel.pipeline ({pp})",
+        parallel.recompute in ("none", "selective", "full"),
+        f"parallel.recompute is {parallel.recompute!r}; use none, selective or full",
     )
     _require(
         not parallel.sequence or tp > 1,
         "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
         "parallel.tensor > 1",
     )
+    length = config.data.sequence_length
     _require(
-        not parallel.sequence or config.data.sequence_length % tp == 0,
-        f"data.sequence_length ({config.data.sequence_length}) is not divisible by "
+        cp == 1 or length % (2 * cp) == 0,
+        f"data.sequence_length ({length}) is not divisible by 2 x parallel.context ({cp}): every "
+        "rank takes one chunk from the front and one from the end",
+    )
+    _require(
+        not parallel.sequence or length // cp % tp == 0,
+        f"data.sequence_length ({length}) / parallel.context ({cp}) is not divisible by "
         f"parallel.tensor ({tp}), which parallel.sequence needs",
     )
-    data_parallel = world_size // (tp * pp)
+    data_parallel = world_size // (tp * pp * cp)
+    micro_batches, rest = divmod(train.global_batch_size, train.micro_batch_size * data_parallel)
     _require(
-        train.global_batch_size % (train.micro_batch_size * data_parallel) == 0,
+        rest == 0,
         f"train.global_batch_size ({train.global_batch_size}) is not a multiple of "
         f"micro_batch_size ({train.micro_batch_size}) x data-parallel ranks "
         f"({data_parallel})",
+    )
+    _require(
+        parallel.virtual_pipeline == 1 or micro_batches % pp == 0,
+        f"a step has {micro_batches} micro-batches per data-parallel rank; a virtual pipeline needs "
+        f"a multiple of parallel.pipeline ({pp})",
+    )
+    _check_kernels(config)
+
+
+def _check_stages(config: RunConfig) -> None:
+    """How the decoder is cut over pipeline ranks and their chunks."""
+    parallel, layers = config.parallel, config.model.decoder.num_layers
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    _require(
+        parallel.virtual_pipeline == 1 or parallel.pipeline > 1,
+        f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, but there is no pipeline; "
+        "raise parallel.pipeline or leave it at 1",
+    )
+    if not parallel.layers:
+        _require(
+            layers % stages == 0,
+            f"model.decoder.num_layers ({layers}) is not divisible by parallel.pipeline x "
+            f"parallel.virtual_pipeline = {stages}; name the layers of every stage in "
+            "parallel.layers",
+        )
+        return
+    given = parallel.layers
+    _require(
+        len(given) == stages and sum(given) == layers and min(given) >= 0,
+        f"parallel.layers is {given}; it must hold {stages} numbers, none below 0, one for every "
+        f"stage of parallel.pipeline x parallel.virtual_pipeline, that add up to {layers}",
+    )
+
+
+def _check_kernels(config: RunConfig) -> None:
+    """Refuse kernels that would compute in another precision than asked, or not at all."""
+    kernels, model, parallel = config.kernels, config.model, config.parallel
+    _require(
+        kernels.backend in ("local", "transformer_engine"),
+        f"kernels.backend is {kernels.backend!r}; use local or transformer_engine",
+    )
+    _require(
+        kernels.fp8 in ("none", "tensorwise", "delayed", "blockwise", "mxfp8"),
+        f"kernels.fp8 is {kernels.fp8!r}; use none, tensorwise, delayed, blockwise or mxfp8",
+    )
+    _require(
+        kernels.backend == "local" or config.train.precision == "bf16",
+        "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
+    )
+    if kernels.fp8 == "none":
+        return
+    _require(
+        kernels.backend == "transformer_engine",
+        f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the local one "
+        "the run would be in bf16",
+    )
+    multiple = 32 if kernels.fp8 == "mxfp8" else 16
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    rows = config.data.sequence_length * config.train.micro_batch_size
+    _require(
+        rows % (shards * multiple) == 0,
+        f"data.sequence_length x train.micro_batch_size = {rows} rows over {shards} ranks; "
+        f"kernels.fp8={kernels.fp8} needs a multiple of {multiple} on each",
+    )
+    decoder, tp = model.decoder, parallel.tensor
+    head = decoder.hidden_size // decoder.num_heads
+    for name, size in (
+        ("hidden_size", decoder.hidden_size),
+        ("hidden_size / parallel.tensor", decoder.hidden_size // tp),
+        ("num_kv_heads x head size / parallel.tensor", decoder.num_kv_heads * head // tp),
+        ("ffn_size / parallel.tensor", decoder.ffn_size // tp),
+    ):
+        _require(
+            size % multiple == 0,
+            f"model.decoder.{name} is {size}; kernels.fp8={kernels.fp8} needs a multiple of "
+            f"{multiple}",
+        )
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse kernels that this machine has not, before anything is built; raises ConfigError."""
+    if config.kernels.backend == "local":
+        return
+    import torch
+
+    _require(
+        torch.cuda.is_available(),
+        "kernels.backend=transformer_engine needs a GPU, and torch sees none here; use "
+        "kernels.backend=local",
+    )
+    _require(
+        importlib.util.find_spec("transformer_engine") is not None,
+        "kernels.backend=transformer_engine is not installed; pip install --no-build-isolation "
+        "megatron-owl2[gpu]",
+    )
+    least = {"none": (8, 0), "tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
+    needed = least.get(config.kernels.fp8, (10, 0))
+    found = torch.cuda.get_device_capability()
+    _require(
+        found >= needed,
+        f"kernels.fp8={config.kernels.fp8} needs compute capability {needed[0]}.{needed[1]}, this "
+        f"GPU has {found[0]}.{found[1]}",
     )
 
 

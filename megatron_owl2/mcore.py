@@ -146,6 +146,7 @@ class Layout:
         self.recompute = parallel.recompute
         self.backend, self.fp8 = config.kernels.backend, config.kernels.fp8
         self._layers = stage_layers(config)
+        interleaved = parallel.virtual_pipeline > 1
         self.transformer = TransformerConfig(
             num_layers=len(self._layers),  # for checks of even splits; ours need not be even
             hidden_size=decoder.hidden_size,
@@ -154,9 +155,10 @@ class Layout:
             ffn_hidden_size=decoder.ffn_size,
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
-            if parallel.virtual_pipeline > 1
-            else None,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+            # With two ranks a batch of sends would mix those to the next and to the previous stage.
+            overlap_p2p_comm=interleaved,
+            batch_p2p_comm=not interleaved,
             context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence,
             params_dtype=dtype,

@@ -60,7 +60,8 @@ class Metrics:
         self.output = Path(config.train.output)
         self.main = torch.distributed.get_rank() == 0
         self.ranks = torch.distributed.get_world_size()
-        self.model_ranks = config.parallel.tensor * config.parallel.pipeline
+        parallel = config.parallel
+        self.model_ranks = parallel.tensor * parallel.pipeline * parallel.context
         self.sources = sources
         by_source = [name(index) for name in (seen, bad) for index in range(len(sources))]
         self.counters = (*SUMS, *_DATA_COUNTS, *by_source)
