@@ -1,12 +1,26 @@
-"""Train one stage: torchrun ... -m megatron_owl2.train --config FILE [section.key=value ...]"""
+"""Train one stage: torchrun ... -m megatron_owl2.train --config FILE [section.key=value ...]
+
+Exit codes: 0 the run is finished; 2 the configuration, the data or a checkpoint cannot be used, so
+that trying again does not help; 75 SIGTERM, SIGUSR1 or SIGUSR2 ended the run early with a
+checkpoint, so that it can go on later; 130 Ctrl-C did; anything else is a crash.
+"""
 
 import argparse
 import os
+import signal
 import sys
+
+from megatron_owl2.signals import StopRequest
+
+GO_ON_LATER = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="megatron_owl2.train", description=__doc__)
+    stop = StopRequest()  # the imports below take seconds, in which a signal can come
+    usage, _, codes = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="megatron_owl2.train", description=usage, epilog=codes.strip()
+    )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
@@ -25,12 +39,17 @@ def main() -> int:
         from megatron_owl2.training.checkpoint import CheckpointError
         from megatron_owl2.training.loop import train
 
-        received = train(config)
+        received = train(config, stop)
     except configuration.ConfigError as error:  # the same on every rank
         return _refuse(str(error)) if rank == "0" else 2
-    except (CheckpointError, DataError, FloatingPointError, ShardError, StorageError) as error:
+    except (CheckpointError, DataError, FloatingPointError, ShardError) as error:
         return _refuse(f"rank {rank}: {error}")
-    return 128 + received if received else 0
+    except StorageError as error:  # a disk or a network, which may be well again later
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    if received == signal.SIGINT:
+        return 128 + received
+    return GO_ON_LATER if received else 0
 
 
 def _refuse(message: str) -> int:

@@ -13,20 +13,19 @@ from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.model.owl2 import build
+from megatron_owl2.signals import StopRequest
 from megatron_owl2.training import checkpoint, health, metrics, optim, stages
 from megatron_owl2.training.agreement import Agreement
 from megatron_owl2.training.feed import Feed
-from megatron_owl2.training.signals import StopRequest
 from megatron_owl2.training.step import forward_backward, update
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, stop: StopRequest) -> int:
     """Train until `train.steps`, continuing from the run directory's latest checkpoint if any.
 
     Returns 0, or the number of the signal that ended the run early (after a checkpoint). Every
     rank of the job calls it; `checks.check` must have passed.
     """
-    stop = StopRequest()
     output = Path(config.train.output)
     groups = mcore.initialize(config.parallel)
     main = torch.distributed.get_rank() == 0
@@ -154,7 +153,7 @@ def train(config: RunConfig) -> int:
     feed.close()
     log.close()
     mcore.shutdown()
-    return received
+    return received if step < config.train.steps else 0
 
 
 def _silent(*args, **kwargs) -> None:

@@ -1,0 +1,110 @@
+#!/bin/bash
+# A Slurm cluster of two nodes on this machine, for tests; no systemd, no cgroups, nothing outside DIR.
+#
+#     bash tests/slurm/cluster.sh start DIR     # exits 77 and says why where there can be none
+#     SLURM_CONF=DIR/slurm.conf sbatch ...
+#     bash tests/slurm/cluster.sh stop DIR
+#
+# Needs root (slurmd starts jobs as their users) and what tests/slurm/install.sh installs. The nodes
+# are 127.0.0.2 and 127.0.0.3, names that every machine resolves; each claims eight CPUs and two GPUs.
+set -euo pipefail
+
+action=${1:?start or stop} folder=$(realpath -m "${2:?a folder}")
+
+skip() {
+    echo "no Slurm cluster here: $1"
+    exit 77
+}
+
+start() {
+    ((EUID == 0)) || skip "it takes root to start one"
+    local program ports
+    for program in munged slurmctld slurmd sbatch; do
+        command -v "$program" > /dev/null || skip "$program is missing; run tests/slurm/install.sh"
+    done
+    mkdir -p "$folder"/{state,log,munge,spool/127.0.0.2,spool/127.0.0.3}
+    chmod 700 "$folder/munge"
+    read -ra ports < <(python3 -c 'import socket
+free = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+print(*(s.getsockname()[1] for s in free))')
+    cat > "$folder/slurm.conf" << END
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=${ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+# A requeued job waits until its old credential has expired: 120 seconds without this.
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool/%n
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.%n.pid
+SlurmctldLogFile=$folder/log/slurmctld
+SlurmdLogFile=$folder/log/slurmd.%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0
+JobCompType=jobcomp/filetxt
+JobCompLoc=$folder/log/completed
+MpiDefault=none
+ReturnToService=2
+SlurmdParameters=config_overrides
+KillWait=20
+GresTypes=gpu
+NodeName=127.0.0.2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=8 Gres=gpu:2
+NodeName=127.0.0.3 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=8 Gres=gpu:2
+PartitionName=test Nodes=ALL Default=YES
+END
+    # GPUs in name only: two files that are there, and no CUDA_VISIBLE_DEVICES for the jobs.
+    echo "Name=gpu File=/dev/null,/dev/zero Flags=no_gpu_env" > "$folder/gres.conf"
+    export SLURM_CONF=$folder/slurm.conf
+    head -c 1024 /dev/urandom > "$folder/munge/key"
+    chmod 400 "$folder/munge/key"
+    # --force: the folders above are the test's own, whoever may write in them.
+    munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" \
+        --pid-file="$folder/munge/pid" --log-file="$folder/munge/log" \
+        --seed-file="$folder/munge/seed" --num-threads=2
+    slurmctld -i
+    for node in 127.0.0.2 127.0.0.3; do
+        slurmd -N "$node"
+    done
+    for ((tries = 0; tries < 100; tries++)); do
+        if [[ $(sinfo --noheader --format=%D --states=idle 2> /dev/null) == 2 ]]; then
+            return
+        fi
+        sleep 0.2
+    done
+    tail -n 20 "$folder"/log/* >&2
+    stop
+    echo "error: the cluster did not come up" >&2
+    exit 1
+}
+
+stop() {
+    local file pid jobs
+    export SLURM_CONF=$folder/slurm.conf
+    if [[ -f $folder/slurmctld.pid ]]; then
+        timeout 10 scancel --quiet --signal=KILL --full --state=RUNNING --user=root || true
+        timeout 10 scancel --quiet --user=root || true
+    fi
+    # Whatever still runs belongs to a job: every process of one has the cluster's SLURM_CONF.
+    for file in "$folder"/slurmd.*.pid "$folder"/slurmctld.pid "$folder"/munge/pid; do
+        [[ -f $file ]] || continue
+        pid=$(< "$file")
+        kill "$pid" 2> /dev/null || continue
+        for ((tries = 0; tries < 100; tries++)); do
+            kill -0 "$pid" 2> /dev/null || break
+            sleep 0.1
+        done
+        kill -KILL "$pid" 2> /dev/null || true
+    done
+}
+
+case $action in
+    start) start ;;
+    stop) stop ;;
+    *) echo "usage: cluster.sh start|stop DIR" >&2 && exit 2 ;;
+esac
