@@ -188,8 +188,8 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     )
     _require(
         parallel.virtual_pipeline == 1 or micro_batches % pp == 0,
-        f"a step has {micro_batches} micro-batches per data-parallel rank; a virtual pipeline needs "
-        f"a multiple of parallel.pipeline ({pp})",
+        f"a step has {micro_batches} micro-batches per data-parallel rank; a virtual pipeline "
+        f"needs a multiple of parallel.pipeline ({pp})",
     )
     _check_kernels(config)
 

@@ -1,7 +1,8 @@
 """The configuration of a whole run: dataclasses, YAML files and dotted overrides.
 
 Defaults are the paper's 7B model. `load` reads a YAML file (which may name a parent with
-`extends:`), applies `section.key=value` overrides and refuses every key it does not know.
+`extends:`), applies overrides, `section.key=value` or other YAML files, and refuses every key it
+does not know.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -146,10 +147,12 @@ class DataConfig:
 
 @dataclass
 class StageConfig:
-    """What a stage trains. Patterns are shell globs over parameter names."""
+    """What a stage trains: what is trainable and not frozen. Patterns are shell globs over
+    parameter names."""
 
     name: str = "pretrain"
     trainable: list[str] = field(default_factory=lambda: ["*"])
+    frozen: list[str] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)  # pattern -> factor on the learning rate
     initial_checkpoint: str | None = None  # weights only; random weights without it
 
@@ -226,22 +229,23 @@ class RunConfig:
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
-    """Read a YAML file and `section.key=value` overrides into a RunConfig.
+    """Read a YAML file and overrides, in their order, into a RunConfig.
 
-    Raises ConfigError for a missing file, a key that does not exist (with the nearest one that
-    does), a value of the wrong type, or an override without `=`.
+    An override is `section.key=value` or a YAML file. Raises ConfigError for a missing file, a key
+    that does not exist (with the nearest one that does), a value of the wrong type, or an override
+    that is neither.
     """
     known = OmegaConf.structured(RunConfig)
-    layers = [(str(p), OmegaConf.create(tree)) for p, tree in _read_with_parents(Path(path))]
+    layers = _read_with_parents(Path(path))
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} has no '='; write section.key=value")
-    try:
-        layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"an override is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        if "=" in override:
+            layers.append(("the command line", _parse(override)))
+        elif override.endswith((".yaml", ".yml")):
+            layers += _read_with_parents(Path(override))
+        else:
+            raise ConfigError(
+                f"override {override!r} has no '='; write section.key=value, or name a .yaml file"
+            )
     for where, layer in layers:
         _refuse_unknown(OmegaConf.to_container(layer), RunConfig, where)
         try:
@@ -263,8 +267,18 @@ def save(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def _read_with_parents(path: Path) -> list[tuple[Path, dict]]:
-    """The YAML trees from the oldest ancestor to `path`; `extends` is relative to its file."""
+def _parse(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"an override is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _read_with_parents(path: Path) -> list[tuple[str, DictConfig]]:
+    """Name and content of `path` and all it extends, the oldest first; `extends` is relative to its
+    file."""
     chain: list[tuple[Path, dict]] = []
     while True:
         if not path.is_file():
@@ -280,7 +294,7 @@ def _read_with_parents(path: Path) -> list[tuple[Path, dict]]:
         parent = tree.pop("extends", None)
         chain.append((path, tree))
         if parent is None:
-            return chain[::-1]
+            return [(str(path), OmegaConf.create(tree)) for path, tree in reversed(chain)]
         path = path.parent / parent
 
 

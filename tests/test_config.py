@@ -71,6 +71,25 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
         ("parallel.tensor=4", 4, r"num_kv_heads \(2\) is not divisible by parallel.tensor"),
         ("parallel.tensor=2", 3, "3 processes cannot be divided by .* start a multiple of 2"),
         ("parallel.pipeline=3", 3, r"num_layers \(4\) is not divisible by parallel.pipeline"),
+        ("parallel.pipeline=2 & parallel.layers=[1,2]", 2, "2 numbers, .* that add up to 4"),
+        ("parallel.virtual_pipeline=2", 1, "there is no pipeline"),
+        (
+            "parallel.pipeline=2 & parallel.virtual_pipeline=4",
+            2,
+            r"layers \(4\) .*= 8; name",
+        ),
+        (
+            "parallel.pipeline=2 & parallel.virtual_pipeline=2 & train.micro_batch_size=8",
+            2,
+            r"a step has 1 micro-batches .* a multiple of parallel.pipeline \(2\)",
+        ),
+        ("parallel.context=5", 5, r"length \(48\) is not divisible by 2 x parallel.context \(5\)"),
+        ("parallel.recompute=true", 1, "use none, selective or full"),
+        ("kernels.backend=apex", 1, "use local or transformer_engine"),
+        ("kernels.fp8=e4m3", 1, "use none, tensorwise, delayed, blockwise or mxfp8"),
+        ("kernels.fp8=delayed", 1, "needs kernels.backend=transformer_engine; .* be in bf16"),
+        ("kernels.backend=transformer_engine", 1, "set train.precision to bf16"),
+        ("health.spike_factor=-1", 1, "must not be negative"),
         ("parallel.pipeline=0", 1, "parallel.pipeline is 0; it must be at least 1"),
         ("parallel.sequence=true", 1, "needs parallel.tensor > 1"),
         ("train.micro_batch_size=3", 1, r"global_batch_size \(8\) is not a multiple"),
@@ -94,9 +113,30 @@ def test_runs_that_cannot_work(tmp_path, override, world_size, words):
     path = tiny_run.make(tmp_path)
     config = configuration.load(path, [f"train.output={tmp_path / 'run'}"])
     checks.check(config, world_size=1)
-    config = configuration.load(path, [f"train.output={tmp_path / 'run'}", override])
+    config = configuration.load(path, [f"train.output={tmp_path / 'run'}", *override.split(" & ")])
     with pytest.raises(ConfigError, match=words):
         checks.check(config, world_size)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ([], "needs a GPU|is not installed"),
+        (
+            ["kernels.fp8=delayed"],
+            r"num_kv_heads x head size .* is 8; .* of 16",
+        ),
+        (["kernels.fp8=mxfp8", "data.sequence_length=40"], "= 80 rows .* multiple of 32 on each"),
+    ],
+)
+def test_kernels_that_are_not_there_or_do_not_fit(tmp_path, overrides, words):
+    backend = ["kernels.backend=transformer_engine", "train.precision=bf16"]
+    narrow = "model.decoder.num_kv_heads=1"
+    path = tiny_run.make(tmp_path)
+    output = f"train.output={tmp_path / 'run'}"
+    config = configuration.load(path, [output, *backend, narrow, *overrides])
+    with pytest.raises(ConfigError, match=words):
+        checks.check(config, world_size=1)
 
 
 @pytest.mark.parametrize(

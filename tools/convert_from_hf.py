@@ -20,6 +20,9 @@ def main() -> int:
     parser.add_argument("--language-model", metavar="DIR", help="LlamaForCausalLM directory")
     parser.add_argument("--vision-model", metavar="DIR", help="CLIPModel or CLIPVisionModel")
     parser.add_argument("--config", metavar="FILE", help="run configuration (YAML)")
+    parser.add_argument(
+        "overrides", nargs="*", help="section.key=value or YAML files, for --config"
+    )
     parser.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model, if not in DIR")
     parser.add_argument("--seed", type=int, default=1234, help="of the abstractor's weights")
     parser.add_argument("--output", metavar="CKPT", required=True, help="new checkpoint directory")
@@ -37,7 +40,9 @@ def main() -> int:
         output = Path(arguments.output)
         if os.path.lexists(output):
             raise ConversionError(f"{output} exists already; name a new directory or remove it")
-        config = configuration.load(arguments.config) if arguments.config else None
+        config = (
+            configuration.load(arguments.config, arguments.overrides) if arguments.config else None
+        )
         options = {"config": config, "tokenizer": arguments.tokenizer}
         if arguments.owl2:
             whole = assemble.from_owl2(arguments.owl2, **options)

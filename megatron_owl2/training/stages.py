@@ -35,32 +35,35 @@ class Parameter:
     numel: int
     trained: bool
     factor: float  # on the learning rate
+    decays: bool  # takes part in weight decay; biases and one-dimensional weights do not
 
 
 def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
     """Freeze what the stage does not train; returns the plan for the parameters of all ranks.
 
     Sets `requires_grad` and, for the optimizer, `rate_factor` on every local parameter. Raises
-    ConfigError if a pattern of `stage.trainable` or `stage.rates` matches nothing.
+    ConfigError if a pattern of the stage matches nothing.
     """
     local = []
     for name, parameter in itertools.chain.from_iterable(c.named_parameters() for c in chunks):
-        trained = _matches(name, config.stage.trainable)
+        trained = _matches(name, config.stage.trainable) and not _matches(name, config.stage.frozen)
         parameter.requires_grad = trained
         parameter.rate_factor = rate_factor(name, config)
         split = getattr(parameter, "tensor_model_parallel", False)
         numel = parameter.numel() * (config.parallel.tensor if split else 1)
-        local.append(Parameter(name, numel, trained, parameter.rate_factor))
+        # The rule of get_standard_config_overrides (megatron-core, optimizer/__init__.py).
+        decays = not name.endswith(".bias") and parameter.ndim > 1
+        local.append(Parameter(name, numel, trained, parameter.rate_factor, decays))
     plan = _union_over_ranks(local)
-    for key, patterns in (("trainable", config.stage.trainable), ("rates", config.stage.rates)):
-        for pattern in patterns:
+    for key in ("trainable", "frozen", "rates"):
+        for pattern in getattr(config.stage, key):
             if not any(fnmatchcase(p.name, pattern) for p in plan):
                 raise ConfigError(
                     f"stage.{key}: pattern {pattern!r} matches no parameter; names look like "
                     f"{plan[0].name}, {plan[-1].name}"
                 )
     if not any(p.trained for p in plan):
-        raise ConfigError("stage.trainable is empty, so nothing would train")
+        raise ConfigError("stage.trainable less stage.frozen is empty, so nothing would train")
     return plan
 
 
@@ -89,21 +92,24 @@ def rate_factor(name: str, config: RunConfig) -> float:
 
 
 def table(plan: list[Parameter], config: RunConfig) -> str:
-    """What trains, part by part: tensors, parameters, peak learning rates."""
-    rows = defaultdict(list)
+    """What trains, part by part: tensors, parameters, peak learning rates, weight decay."""
+    groups = defaultdict(list)
     for parameter in plan:
-        rows[part_of(parameter.name)].append(parameter)
-    lines = [f"stage {config.stage.name}", f"{'part':<14}{'tensors':>9}{'parameters':>16}  rate"]
-    for part in PARTS:
-        for trained in (True, False):
-            members = [p for p in rows[part] if p.trained is trained]
-            if members:
-                rates = sorted({config.optimizer.lr * p.factor for p in members})
-                span = f"{rates[0]:.3g}" + (f" to {rates[-1]:.3g}" if len(rates) > 1 else "")
-                lines.append(
-                    f"{part:<14}{len(members):>9}{sum(p.numel for p in members):>16,}  "
-                    + (span if trained else "frozen")
-                )
+        kind = parameter.decays if parameter.trained else None
+        groups[part_of(parameter.name), kind].append(parameter)
+    head = f"{'part':<14}{'tensors':>9}{'parameters':>16}  {'rate':<20}decay"
+    lines = [f"stage {config.stage.name}", head]
+    for part, kind in itertools.product(PARTS, (True, False, None)):
+        members = groups[part, kind]
+        if not members:
+            continue
+        line = f"{part:<14}{len(members):>9}{sum(p.numel for p in members):>16,}  "
+        if kind is None:
+            lines.append(f"{line}frozen")
+            continue
+        rates = sorted({config.optimizer.lr * p.factor for p in members})
+        span = f"{rates[0]:.3g}" + (f" to {rates[-1]:.3g}" if len(rates) > 1 else "")
+        lines.append(f"{line}{span:<20}{config.optimizer.weight_decay if kind else 0:g}")
     trained, everything = sum(p.numel for p in plan if p.trained), sum(p.numel for p in plan)
     lines.append(f"{'trained':<14}{'':>9}{trained:>16,}  of {everything:,}")
     return "\n".join(lines)
