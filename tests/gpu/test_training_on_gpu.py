@@ -1,0 +1,87 @@
+"""The training loop on one GPU: like the CPU in fp32, and with every kernel in bf16."""
+
+import os
+import subprocess
+
+import pytest
+import tiny_run
+import torch
+
+FP32 = ["train.precision=fp32"]
+WIDE = [  # sizes that FP8 GEMMs take
+    "train.precision=bf16",
+    "model.decoder.hidden_size=256",
+    "model.decoder.num_heads=4",
+    "model.decoder.num_kv_heads=4",
+    "model.decoder.ffn_size=512",
+]
+
+
+def train(config, output, *overrides, cpu=False, processes=1):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        tiny_run.command(config, output, overrides, processes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tiny_run.figures(output)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    config = tiny_run.make(folder, 3)
+    train(config, folder / "initial", "train.steps=1", *FP32, cpu=True)
+    return config, f"stage.initial_checkpoint={folder / 'initial'}"
+
+
+def test_fp32_is_that_of_the_cpu(start, tmp_path):
+    config, initial = start
+    expected = train(config, tmp_path / "cpu", initial, *FP32, cpu=True)
+    found = train(config, tmp_path / "gpu", initial, *FP32)
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours == pytest.approx(reference, rel=2e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_are_the_same_batches(start, tmp_path, workers):
+    config, initial = start
+    figures = train(config, tmp_path / "gpu", initial, *FP32, f"data.workers={workers}")
+    assert figures == train(config, tmp_path / "again", initial, *FP32, "data.workers=1")
+
+
+@pytest.mark.parametrize("fp8", ["none", "tensorwise", "delayed", "blockwise"])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_transformer_engine_trains_like_torch(start, tmp_path, fp8, recompute):
+    pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
+    if fp8 != "none" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has not all FP8 recipes")
+    config, _ = start
+    common = [*WIDE, "train.seed=3", "optimizer.lr=1e-3", f"parallel.recompute={recompute}"]
+    te = ["kernels.backend=transformer_engine", f"kernels.fp8={fp8}"]
+    expected = train(config, tmp_path / "torch", *common)
+    found = train(config, tmp_path / "te", *common, *te)
+    tolerance = 0.01 if fp8 == "none" else 0.05
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours[1] == pytest.approx(reference[1], rel=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["local", "transformer_engine"])
+@pytest.mark.parametrize(
+    "layout", ["parallel.context=2", "parallel.tensor=2 parallel.sequence=true"]
+)
+def test_two_gpus_compute_what_one_does(start, tmp_path, backend, layout):
+    if backend != "local":
+        pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
+    config, _ = start
+    common = [*WIDE, "train.seed=3", "optimizer.lr=1e-3", f"kernels.backend={backend}"]
+    expected = train(config, tmp_path / "one", *common)
+    found = train(config, tmp_path / "two", *common, *layout.split(), processes=2)
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours[1] == pytest.approx(reference[1], rel=0.02)

@@ -1,0 +1,78 @@
+"""Transformer Engine's kernels against torch's, in bf16 and in every FP8 recipe of the GPU."""
+
+import gpu_model
+import pytest
+import torch
+
+from megatron_owl2 import kernels, mcore
+
+te = pytest.importorskip(
+    "transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=Exception
+)
+
+LEAST = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+TE = {"kernels": {"backend": "transformer_engine"}}
+
+
+def reference(vision):
+    """The layer by torch in bf16, and what it computes."""
+    run = gpu_model.config()
+    built = gpu_model.layer(run)
+    found = gpu_model.forward_backward(built, *gpu_model.inputs(run, vision))
+    return built.state_dict(), found
+
+
+@pytest.mark.parametrize("vision", [0, 65, 256])
+def test_bf16_is_torchs(vision):
+    weights, (out, grad, grads) = reference(vision)
+    run = gpu_model.config(**TE)
+    built = gpu_model.layer(run, weights)
+    ours = gpu_model.forward_backward(built, *gpu_model.inputs(run, vision))
+    assert gpu_model.relative(ours[0], out) < 0.01
+    assert gpu_model.relative(ours[1], grad) < 0.02
+    assert ours[2].keys() == grads.keys()
+    for name, expected in grads.items():
+        if expected.norm() > 0:
+            assert gpu_model.relative(ours[2][name], expected) < 0.03, name
+        else:
+            assert ours[2][name].norm() == 0, name
+
+
+@pytest.mark.parametrize("recipe", LEAST)
+@pytest.mark.parametrize("vision", [0, 65])
+def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
+    if torch.cuda.get_device_capability() < LEAST[recipe]:
+        pytest.skip(f"{recipe} needs compute capability {LEAST[recipe]}")
+    weights, (out, grad, grads) = reference(vision)
+    run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": recipe})
+    built = gpu_model.layer(run, weights)
+    layout = mcore.Layout(run, mcore.initialize(run.parallel))
+    chosen = kernels.of(layout)
+    around = chosen.around_layers() if recipe == "delayed" else chosen.around_layer(0)
+    ours = gpu_model.forward_backward(built, *gpu_model.inputs(run, vision), around)
+    assert 1e-5 < gpu_model.relative(ours[0], out) < 0.1  # FP8 it is, not bf16 by another name
+    assert gpu_model.relative(ours[1], grad) < 0.2
+    for name, expected in grads.items():
+        assert ours[2][name].isfinite().all(), name
+        if expected.norm() > 0:
+            assert gpu_model.relative(ours[2][name], expected) < 0.3, name
+
+
+@pytest.mark.parametrize("fp8", ["none", "tensorwise", "delayed"])
+def test_recomputation_gives_the_same_gradients(fp8):
+    if fp8 != "none" and torch.cuda.get_device_capability() < LEAST[fp8]:
+        pytest.skip("this GPU has no FP8")
+    found = {}
+    for again in (False, True):
+        run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": fp8})
+        built = gpu_model.layer(run)
+        layout = mcore.Layout(run, mcore.initialize(run.parallel))
+        chosen = kernels.of(layout)
+        x, modality, rotary = gpu_model.inputs(run, 65)
+        with chosen.around_layers(), chosen.around_layer(0):
+            arguments = (x, modality, rotary, None, None)
+            out = chosen.checkpoint(built, *arguments) if again else built(*arguments)
+        out.float().square().mean().backward()
+        found[again] = {n: p.grad.float() for n, p in built.named_parameters()}
+    for name, expected in found[False].items():
+        assert gpu_model.relative(found[True][name], expected) < 1e-3, name

@@ -1,0 +1,157 @@
+"""Steps that go wrong: skipped and written down, and the end of a run that goes nowhere."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_run
+
+from megatron_owl2.config import HealthConfig
+from megatron_owl2.training import checkpoint
+from megatron_owl2.training.health import Gradients
+
+
+def judge(folder, norms, state=None, **settings):
+    """What is decided about the norms of the steps 1, 2, ..., each of 4 slots."""
+    policy = Gradients(HealthConfig(**settings), folder, state, writes=True)
+    slots = [range(4 * step, 4 * step + 4) for step in range(len(norms))]
+    return policy, [policy.accept(n + 1, slots[n], norm) for n, norm in enumerate(norms)]
+
+
+def test_a_norm_that_is_no_number_is_skipped_and_recorded(tmp_path):
+    policy, accepted = judge(tmp_path, [1.0, float("nan"), 1.0, float("inf"), 1.0])
+    assert accepted == [True, False, True, False, True]
+    rows = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").open()]
+    assert [(r["step"], r["first_slot"], r["last_slot"]) for r in rows] == [(2, 4, 7), (4, 12, 15)]
+    assert "nan" in rows[0]["reason"] and policy.state["skipped"] == 2
+
+
+def test_a_spike_is_measured_against_the_median_of_what_was_accepted(tmp_path):
+    quiet = [1.0] * 16
+    assert judge(tmp_path, [*quiet, 3.9, 4.1, 1.0], spike_factor=4)[1][16:] == [True, False, True]
+    assert judge(tmp_path, [*quiet, 100.0])[1][-1], "no factor, no spikes"
+    assert judge(tmp_path, [1.0] * 15 + [100.0], spike_factor=4)[1][-1], "no median to trust yet"
+
+
+def test_a_resumed_run_judges_like_the_uninterrupted_one(tmp_path):
+    norms = [1.0 + n / 50 for n in range(40)] + [2.9, 3.3, 1.0, 9.0]
+    policy, whole = judge(tmp_path / "whole", norms[:40], spike_factor=2)
+    state = json.loads(json.dumps(policy.state))
+    tmp_path.joinpath("whole").mkdir()
+    later = judge(tmp_path / "whole", norms[40:], state, spike_factor=2)[1]
+    assert whole + later == judge(tmp_path, norms, spike_factor=2)[1]
+    assert later == [True, False, True, False]
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path):
+    nan = float("nan")
+    assert judge(tmp_path, [nan, nan, 1.0, nan, nan], max_skipped=3)[1].count(False) == 4
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 3 \(slots 8 to 11\)"):
+        judge(tmp_path, [nan] * 3, max_skipped=3)
+
+
+BLOW_UP = """
+import torch
+from megatron_owl2.training import step
+original = step._summed_loss
+calls = 0
+def poisoned(batch, losses):
+    global calls
+    calls += 1
+    loss, targets, sums = original(batch, losses)
+    return (loss * float("nan") if calls == 6 else loss), targets, sums
+step._summed_loss = poisoned
+"""
+
+
+def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
+    """The second of four steps is poisoned; the run goes on, and a resumed run repeats it."""
+    config = tiny_run.make(tmp_path, 4)
+    (tmp_path / "sitecustomize.py").write_text(HOOK.format(body=BLOW_UP))
+    run, other = tmp_path / "run", tmp_path / "other"
+    options = ["train.save_interval=1", "optimizer.lr=1e-3", "optimizer.weight_decay=0.0"]
+    done = tiny_run.train(config, run, *options, environment={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert "skipped step 2 (slots 8 to 15): the gradient norm is nan" in done.stderr
+    rows = tiny_run.rows(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1]
+    import stored
+
+    first, second = (
+        stored.read(run / "checkpoints" / f"iter_000000{step}", prefix)
+        for step, prefix in ((1, ""), (2, ""))
+    )
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    done = tiny_run.train(config, other, *options)
+    assert tiny_run.rows(other)[2]["loss"] != rows[2]["loss"]
+    assert tiny_run.rows(other)[1]["loss"] == rows[1]["loss"]
+
+
+HANG = """
+import time
+from megatron_owl2.training import loop
+original = loop.forward_backward
+calls = 0
+def hanging(*arguments):
+    global calls
+    calls += 1
+    if calls == 3 and torch.distributed.get_rank() == 1:
+        time.sleep(1000)
+    return original(*arguments)
+loop.forward_backward = hanging
+"""
+HOOK = """
+import importlib.abc, importlib.util, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "megatron_owl2.training.loop":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            import torch
+            exec({body!r}, dict(torch=torch))
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
+    config = tiny_run.make(tmp_path, 4)
+    (tmp_path / "sitecustomize.py").write_text(HOOK.format(body=HANG))
+    run = tmp_path / "run"
+    options = ["train.micro_batch_size=1", "train.save_interval=1", "health.step_timeout=4"]
+    started = time.monotonic()
+    done = tiny_run.train(
+        config, run, *options, processes=2, environment={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60
+    for rank, function in ((0, "all_reduce|wait|reduce"), (1, "hanging")):
+        assert f"rank {rank}: step 3 took more than 4 seconds" in done.stderr
+        stacks = (run / "stacks" / f"rank-{rank:05d}.txt").read_text()
+        assert any(name in stacks for name in function.split("|")), stacks
+    assert checkpoint.resolve(run).name == "iter_0000002"
+    assert len(tiny_run.rows(run)) == 2
+
+
+def test_a_thread_that_never_yields_cannot_hold_up_the_end():
+    """The interpreter stands still, so only the timer of the operating system helps."""
+    program = (
+        "import re, tempfile; from megatron_owl2.training import health\n"
+        "health._GRACE = 0.2\n"
+        "dog = health.Watchdog(0.5, tempfile.mkdtemp(), 0)\n"
+        "dog.begin('a step')\n"
+        "re.match('(a|a)*b', 'a' * 40)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and "re" in done.stderr
