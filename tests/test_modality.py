@@ -21,6 +21,7 @@ from megatron_owl2.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_owl2.kernels.local import LocalKernels
 from megatron_owl2.model import modality
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
@@ -278,3 +279,33 @@ def count_collectives():
 
 if __name__ == "__main__":
     count_collectives()
+
+
+class SixteenRows(LocalKernels):
+    """Kernels as FP8 ones are: the rows of a GEMM are a multiple of 16, and not none."""
+
+    row_multiple = 16
+
+    class ColumnLinear(LocalKernels.ColumnLinear):
+        def forward(self, x):
+            assert x.flatten(0, -2).shape[0] % 16 == 0 and x.numel()
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("vision", [0, 1, 16, 21])
+def test_rows_that_fill_up_a_gemm_change_nothing(vision):
+    config = run_config({"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2})
+    here = layout(config)
+    found = []
+    for library in (kernels.of(here), SixteenRows()):
+        torch.manual_seed(0)
+        qkv = ModalityQKV(here, library, config.model.decoder, config.model.init_std)
+        torch.manual_seed(1)
+        x = torch.randn(16, 2, config.model.decoder.hidden_size, requires_grad=True)
+        rows = torch.randperm(32)[:vision]
+        is_vision = torch.zeros(32, dtype=torch.bool).index_fill(0, rows, True).view(16, 2, 1)
+        outputs = qkv(x, Modality(is_vision, rows))
+        sum((n + 1) * part.square().sum() for n, part in enumerate(outputs)).backward()
+        found.append([*outputs, x.grad, *(p.grad for p in qkv.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-6)

@@ -6,7 +6,7 @@
 #     bash tests/slurm/cluster.sh stop DIR
 #
 # Needs root (slurmd starts jobs as their users) and what tests/slurm/install.sh installs. The nodes
-# are 127.0.0.2 and 127.0.0.3, names that every machine resolves; each claims eight CPUs and two GPUs.
+# are 127.0.0.2 and 127.0.0.3, names that every machine resolves; each claims eight CPUs and four GPUs.
 set -euo pipefail
 
 action=${1:?start or stop} folder=$(realpath -m "${2:?a folder}")
@@ -54,12 +54,15 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=20
 GresTypes=gpu
-NodeName=127.0.0.2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=8 Gres=gpu:2
-NodeName=127.0.0.3 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=8 Gres=gpu:2
-PartitionName=test Nodes=ALL Default=YES
+NodeName=127.0.0.2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=8 Gres=gpu:4
+NodeName=127.0.0.3 NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=8 Gres=gpu:4
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=ALL Default=YES PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL PriorityTier=2
 END
-    # GPUs in name only: two files that are there, and no CUDA_VISIBLE_DEVICES for the jobs.
-    echo "Name=gpu File=/dev/null,/dev/zero Flags=no_gpu_env" > "$folder/gres.conf"
+    # GPUs in name only: files that are there, and no CUDA_VISIBLE_DEVICES for the jobs.
+    echo "Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random Flags=no_gpu_env" > "$folder/gres.conf"
     export SLURM_CONF=$folder/slurm.conf
     head -c 1024 /dev/urandom > "$folder/munge/key"
     chmod 400 "$folder/munge/key"
@@ -83,23 +86,27 @@ END
     exit 1
 }
 
+# The processes of this cluster, jobs included: all have its SLURM_CONF in their environment.
+ours() {
+    local file pid
+    for file in /proc/[0-9]*/environ; do
+        pid=${file//[!0-9]/}
+        if grep -qsz "^SLURM_CONF=$folder/slurm.conf$" "$file" && ((pid != $$)); then
+            echo "$pid"
+        fi
+    done
+}
+
 stop() {
-    local file pid jobs
-    export SLURM_CONF=$folder/slurm.conf
-    if [[ -f $folder/slurmctld.pid ]]; then
-        timeout 10 scancel --quiet --signal=KILL --full --state=RUNNING --user=root || true
-        timeout 10 scancel --quiet --user=root || true
-    fi
-    # Whatever still runs belongs to a job: every process of one has the cluster's SLURM_CONF.
-    for file in "$folder"/slurmd.*.pid "$folder"/slurmctld.pid "$folder"/munge/pid; do
-        [[ -f $file ]] || continue
-        pid=$(< "$file")
-        kill "$pid" 2> /dev/null || continue
-        for ((tries = 0; tries < 100; tries++)); do
-            kill -0 "$pid" 2> /dev/null || break
-            sleep 0.1
+    local signal pid
+    for signal in TERM KILL; do
+        for ((tries = 0; tries < 25; tries++)); do
+            for pid in $(ours); do
+                kill "-$signal" "$pid" 2> /dev/null || true
+            done
+            [[ $(ours) ]] || return 0
+            sleep 0.2
         done
-        kill -KILL "$pid" 2> /dev/null || true
     done
 }
 
