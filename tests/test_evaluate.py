@@ -54,7 +54,7 @@ def model(corpus, tmp_path_factory):
     torch.manual_seed(1)
     owl = Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model)
     run = tmp_path_factory.mktemp("run")
-    checkpoint.save_step(run, 1, owl, config)
+    checkpoint.save_step(run, 1, [owl], config)
     return run
 
 

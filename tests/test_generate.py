@@ -231,7 +231,7 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
     config.data.tokenizer = str(tokenizer.path)
     config.parallel.tensor = 2  # of the run that wrote it; the loader takes what it has
     run = tmp_path / "run"
-    checkpoint.save_step(run, 3, loaded.model, config)
+    checkpoint.save_step(run, 3, [loaded.model], config)
     prompts, images = cases(loaded)
     answers = Generator(loaded).generate_ids(prompts, images, 8)
     export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)
