@@ -1,7 +1,8 @@
 #!/bin/bash
 # A Slurm cluster of two nodes on this machine, for tests; no systemd, no cgroups, nothing outside DIR.
 #
-#     bash tests/slurm/cluster.sh start DIR     # exits 77 and says why where there can be none
+#     bash tests/slurm/cluster.sh start DIR     # a new folder; exits 77 and says why where there can
+#                                               # be no cluster
 #     SLURM_CONF=DIR/slurm.conf sbatch ...
 #     bash tests/slurm/cluster.sh stop DIR
 #
@@ -86,28 +87,30 @@ END
     exit 1
 }
 
-# The processes of this cluster, jobs included: all have its SLURM_CONF in their environment.
+# The processes of this cluster: its daemons, and what jobs started, which has a job's number. A
+# shell that only talks to the cluster has its SLURM_CONF too and is none of them.
 ours() {
     local file pid
-    for file in /proc/[0-9]*/environ; do
+    for file in $(grep -lsz "^SLURM_CONF=$folder/slurm.conf$" /proc/[0-9]*/environ); do
         pid=${file//[!0-9]/}
-        if grep -qsz "^SLURM_CONF=$folder/slurm.conf$" "$file" && ((pid != $$)); then
+        if grep -qsz '^SLURM_JOB_ID=' "$file" || grep -qs '^munged\|^slurm' "/proc/$pid/comm"; then
             echo "$pid"
         fi
     done
 }
 
+# Without mercy: a job's daemon that loses its controller first would wait for it to come back.
 stop() {
-    local signal pid
-    for signal in TERM KILL; do
-        for ((tries = 0; tries < 25; tries++)); do
-            for pid in $(ours); do
-                kill "-$signal" "$pid" 2> /dev/null || true
-            done
-            [[ $(ours) ]] || return 0
-            sleep 0.2
+    local pid
+    for ((tries = 0; tries < 50; tries++)); do
+        for pid in $(ours); do
+            kill -KILL "$pid" 2> /dev/null || true
         done
+        [[ $(ours) ]] || return 0
+        sleep 0.1
     done
+    echo "error: processes of the cluster cannot be killed: $(ours)" >&2
+    exit 1
 }
 
 case $action in

@@ -1,0 +1,242 @@
+"""Training jobs on a real Slurm of two nodes, which is set up for these tests on this machine.
+
+The first life of a job stops inside its fifth step, where a signal or a kill meets it; see GATE.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hooks
+import pytest
+import tiny_run
+
+from megatron_owl2.training import checkpoint
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
+STEPS = 8
+GATE = """
+import os, pathlib, time
+train, forward_backward, calls, stop = loop.train, loop.forward_backward, 0, None
+def watched(config, request):
+    global stop
+    stop = request
+    return train(config, request)
+def gated(*arguments):
+    global calls
+    calls += 1
+    first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    if calls == 5 and first and os.environ.get("SLURM_ARRAY_TASK_ID", "1") == "1":
+        pathlib.Path(os.environ["GATE"], f"{os.environ['RANK']}.{os.getpid()}").touch()
+        while not stop._received:
+            time.sleep(0.02)
+    return forward_backward(*arguments)
+loop.train, loop.forward_backward = watched, gated
+"""
+CRASH = "import os\nos._exit(7)\n"
+
+
+def wait(until: Callable, seconds: float = 150):
+    """The first true answer of `until`."""
+    deadline = time.monotonic() + seconds
+    while not (answer := until()):
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        time.sleep(0.1)
+    return answer
+
+
+class Cluster:
+    """Jobs of two nodes with one rank each, all in `folder`."""
+
+    def __init__(self, folder: Path, config: Path):
+        self.folder, self.config = folder, config
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def ask(self, *command: str) -> str:
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def submit(
+        self, output: Path, *overrides: str, hook: str = GATE, options: tuple[str, ...] = ()
+    ) -> "Job":
+        gate = output.parent / f"gate of {output.name}"
+        environment = self.environment | hooks.write(gate, hook)
+        environment |= {"VENV": sys.prefix, "GATE": str(gate), "MAX_CRASHES": "1"}
+        submitted = subprocess.run(
+            [
+                *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"),
+                *("--cpus-per-task=1", f"--output={gate}/job.log", *options),
+                *(str(ROOT / "slurm" / "pretrain.sh"), str(self.config)),
+                *(f"train.output={output}", *overrides),
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+            cwd=output.parent,
+        )
+        assert submitted.returncode == 0, submitted.stderr
+        return Job(self, submitted.stdout.strip(), gate)
+
+
+class Job:
+    def __init__(self, cluster: Cluster, number: str, gate: Path):
+        self.cluster, self.number, self.gate = cluster, number, gate
+
+    def facts(self) -> dict[str, str]:
+        text = self.cluster.ask("scontrol", "--oneliner", "show", "job", self.number)
+        return dict(word.partition("=")[::2] for word in text.splitlines()[0].split())
+
+    @property
+    def log(self) -> str:
+        return (self.gate / "job.log").read_text()
+
+    def ranks(self) -> dict[int, int]:
+        """Ranks that stand in the gate and their processes, when it is all of them."""
+
+        def standing():
+            found = [p.name.split(".") for p in self.gate.iterdir() if p.name[0].isdigit()]
+            return len(found) == 2 and {int(rank): int(process) for rank, process in found}
+
+        return wait(standing)
+
+    def signal(self, name: str) -> None:
+        self.ranks()
+        # Its status is no sign: of an element of an array it is 229 after the signal was sent. The
+        # ranks leave their gate for a signal only.
+        running = self.cluster.ask("squeue", "--noheader", "--states=RUNNING", "--format=%i")
+        for number in running.split():
+            command = ("scancel", f"--signal={name}", number)
+            subprocess.run(command, env=self.cluster.environment, timeout=60)
+
+    def end(self) -> dict[str, str]:
+        """Wait until there is no other life to come; returns the job's facts."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        try:
+            return wait(lambda: (f := self.facts())["JobState"] in over and f)
+        except AssertionError:
+            pytest.fail(f"{self.facts()}\n{self.log}")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run(
+        ["bash", CLUSTER, "start", folder], stdout=subprocess.PIPE, text=True, timeout=100
+    )
+    if started.returncode == 77:
+        pytest.skip(started.stdout.strip())
+    try:
+        assert started.returncode == 0, started.stdout
+        yield Cluster(folder, tiny_run.make(folder, STEPS))
+    finally:
+        subprocess.run(["bash", CLUSTER, "stop", folder], check=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster):
+    """What torchrun makes of the same run on two ranks."""
+    run = cluster.folder / "torchrun"
+    done = tiny_run.train(cluster.config, run, "train.micro_batch_size=1", processes=2)
+    assert done.returncode == 0, done.stderr
+    return tiny_run.figures(run)
+
+
+def finished(job: Job, output: Path, uninterrupted) -> str:
+    """Assert that a run of two lives is the uninterrupted one; returns the job's log."""
+    facts = job.end()
+    log = job.log
+    assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "1", log
+    assert "slurm: the run is finished" in log
+    assert tiny_run.figures(output) == uninterrupted
+    return log
+
+
+def test_a_signal_saves_and_requeues_a_run_on_two_nodes(cluster, uninterrupted, tmp_path):
+    output = tmp_path / "a run with {odd} 'name'"
+    shards = tmp_path / "shards elsewhere"
+    shards.symlink_to(cluster.folder / "shards")
+    job = cluster.submit(
+        *(output, "train.micro_batch_size=1"), f"data.sources=[{{path: '{shards}', weight: 2}}]"
+    )
+    job.signal("USR1")
+    log = finished(job, output, uninterrupted)
+    assert "start 1, 2 ranks on 127.0.0.[2-3]" in log and "start 2, 2 ranks on" in log
+    assert "the run was stopped and goes on later, last checkpoint: iter_0000005" in log
+    assert f"continuing from {output}/checkpoints/iter_0000005 at step 5" in log
+    for life in (0, 1):
+        logs = output / "logs" / f"{job.number}-{life}"
+        assert {p.name for p in logs.glob("rank-*")} == {"rank-00000.log", "rank-00001.log"}
+    assert checkpoint.read_config(output).data.sources[0].path == str(shards)
+
+
+def test_a_killed_rank_ends_the_life_and_the_next_goes_on(cluster, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    options = ("train.micro_batch_size=1", "train.save_interval=2")
+    job = cluster.submit(output, *options)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    wait(lambda: "slurm: crash" in job.log, seconds=40)  # the other rank would wait for minutes
+    log = finished(job, output, uninterrupted)
+    assert "exit code 137" in log and f"continuing from {output}/checkpoints/iter_000000" in log
+
+
+def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(cluster, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    job = cluster.submit(output, "train.micro_batch_size=1", options=("--partition=test",))
+    job.ranks()
+    urgent = ("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    cluster.ask(*urgent, "--wrap=sleep 1")
+    log = finished(job, output, uninterrupted)
+    assert f"continuing from {output}/checkpoints/iter_0000005 at step 5" in log
+
+
+def test_an_array_has_as_many_lives_as_it_needs(cluster, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    job = cluster.submit(
+        *(output, "train.micro_batch_size=1"), options=("--array=1-3%1", "--no-requeue")
+    )
+    job.signal("USR1")
+    wait(lambda: not cluster.ask("squeue", "--noheader"))
+    assert tiny_run.figures(output) == uninterrupted
+    assert job.log.count("slurm: job") == 2, "the third was not needed"
+
+
+def test_an_interrupted_run_ends_with_a_checkpoint(cluster, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    job = cluster.submit(output, "train.micro_batch_size=1")
+    job.signal("INT")
+    facts = job.end()
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "130:0", "0")
+    assert "the run was interrupted, last checkpoint: iter_0000005" in job.log
+    assert tiny_run.figures(output) == uninterrupted[:5]
+
+
+def test_a_wrong_setting_is_not_tried_again(cluster, tmp_path):
+    job = cluster.submit(tmp_path / "run", "parallel.tensor=3")
+    facts = job.end()
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "error: 2 processes cannot be divided by parallel.tensor (3)" in job.log
+
+
+def test_crashes_in_a_row_have_an_end(cluster, tmp_path):
+    job = cluster.submit(tmp_path / "run", hook=CRASH)
+    facts = job.end()
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "7:0", "1")
+    assert "slurm: no further start after 2 crashes in a row" in job.log
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_outside_of_slurm_the_scripts_say_what_they_are(name):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    done = subprocess.run(
+        ["bash", ROOT / "slurm" / f"{name}.sh"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: this is a job script; submit it: sbatch slurm/{name}.sh ...\n"
