@@ -65,10 +65,15 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(
-        self, output: Path, *overrides: str, hook: str = GATE, options: tuple[str, ...] = ()
+        self,
+        output: Path,
+        *overrides: str,
+        hook: str = GATE,
+        options: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
     ) -> "Job":
         gate = output.parent / f"gate of {output.name}"
-        environment = self.environment | hooks.write(gate, hook)
+        environment = self.environment | hooks.write(gate, hook) | (environment or {})
         environment |= {"VENV": sys.prefix, "GATE": str(gate), "MAX_CRASHES": "1"}
         submitted = subprocess.run(
             [
@@ -220,9 +225,36 @@ def test_an_interrupted_run_ends_with_a_checkpoint(cluster, uninterrupted, tmp_p
 
 def test_a_wrong_setting_is_not_tried_again(cluster, tmp_path):
     job = cluster.submit(tmp_path / "run", "parallel.tensor=3")
+    wrong(job)
+    assert {p.name for p in tmp_path.rglob("rank-*")} == {"rank-00000.log", "rank-00001.log"}
+
+
+def wrong(job: Job) -> None:
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
     assert "error: 2 processes cannot be divided by parallel.tensor (3)" in job.log
+
+
+def test_ranks_run_in_a_container(cluster, tmp_path):
+    """A program of apptainer's name takes the command apart and runs it outside of one."""
+    calls, folder = tmp_path / "calls", tmp_path / "programs"
+    folder.mkdir()
+    program = folder / "apptainer"
+    program.write_text(
+        f'#!/bin/bash\nprintf "%s|" "${{@:1:8}}" >> "{calls}"\necho >> "{calls}"\n'
+        f'shift 8\nexec "{sys.executable}" "$@"\n'
+    )
+    program.chmod(0o755)
+    image = tmp_path / "an image.sif"
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "CONTAINER_IMAGE": str(image),
+        "CONTAINER_MOUNTS": "/data:/data",
+    }
+    wrong(cluster.submit(tmp_path / "run", "parallel.tensor=3", environment=environment))
+    mounts = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},/data:/data"
+    call = f"exec|--nv|--bind|{mounts}|--pwd|{tmp_path}|{image}|python|"
+    assert calls.read_text().splitlines() == [call] * 3  # what proves the configuration, two ranks
 
 
 def test_crashes_in_a_row_have_an_end(cluster, tmp_path):
