@@ -110,9 +110,8 @@ def test_crops_depend_on_the_key_alone():
     again = [augment(image, 32, KeyedRandom(1, slot)) for slot in reversed(range(20))]
     assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
     assert len({a.numpy().tobytes() for a in first}) == 20
-    assert {(a.shape, a.dtype, a.is_contiguous()) for a in first} == {
-        ((3, 32, 32), torch.uint8, True)
-    }
+    shapes = {(a.shape, a.dtype, a.permute(1, 2, 0).is_contiguous()) for a in first}
+    assert shapes == {((3, 32, 32), torch.uint8, True)}  # channels last in memory
 
 
 def test_crops_have_the_papers_area_and_ratio():
@@ -185,6 +184,25 @@ def test_a_jpeg_of_endless_scans_is_refused():
     assert decode(data).shape == (3, 30, 40)
     with pytest.raises(BadSampleError, match="more than 100 scans"):
         decode(data[:-2] + data[scan : scan + 20] * 100 + data[-2:])
+
+
+def test_a_jpeg_of_endless_colours_is_refused():
+    """A sequential one, too, if its first scan says that others follow."""
+    data = encoded(picture(7), "JPEG")
+    head = data[: data.index(b"\xff\xda")]
+    alone = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + bytes(20)
+    with pytest.raises(BadSampleError, match="more than 100 scans"):
+        decode(head + alone * 101 + data[-2:])
+    with pytest.raises(BadSampleError, match="cannot be decoded"):
+        decode(head + alone * 100 + data[-2:])
+
+
+def test_scans_are_not_looked_for_in_the_metadata():
+    """A camera's notes may hold any bytes."""
+    data = encoded(picture(7), "JPEG")
+    notes = b"\xff\xda" * 200
+    segment = b"\xff\xed" + (2 + len(notes)).to_bytes(2) + notes
+    assert torch.equal(decode(data[:2] + segment + data[2:]), decode(data))
 
 
 def test_transparent_sixteen_bit_grey_is_white():

@@ -438,6 +438,7 @@ def test_batches_say_where_their_rows_come_from(folders):
     for batch in loader(config(*folders), limit_slots=100):
         assert [("a", "b")[i] for i in batch.sources.tolist()] == [key[0] for key in batch.keys]
         assert batch.cost.bytes > 0 and batch.cost.read_seconds > 0
+        assert batch.image.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_data_may_change_only_in_a_new_phase(folders):

@@ -40,11 +40,12 @@ class Batch:
 
     tokens, labels (shifted: labels[:, t] is the target of position t; -100 ignored), modality (0
     text and padding, 1 vision) and position_ids are int64 [b, s], loss_mask is float32 [b, s].
-    image is uint8 [n, 3, H, W]; without any picture one black image that owns no rows keeps every
-    parameter in the graph. Where pictures are not wanted H and W are 0. vision_rows, int64
-    [images * tokens_per_image], are the rows of the images in the flattened sequence-first [s * b]
-    hidden states: position * b + row, image after image. lengths, int64 [b], are the positions that
-    are not padding; slots and sources (which of the data sets each row is from) are int64 [b].
+    image is uint8 [n, 3, H, W], channels last in memory; without any picture one black image that
+    owns no rows keeps every parameter in the graph. Where pictures are not wanted H and W are 0.
+    vision_rows, int64 [images * tokens_per_image], are the rows of the images in the flattened
+    sequence-first [s * b] hidden states: position * b + row, image after image. lengths, int64 [b],
+    are the positions that are not padding; slots and sources (which of the data sets each row is
+    from) are int64 [b].
     """
 
     tokens: torch.Tensor
@@ -117,7 +118,7 @@ def collate(samples: Sequence[Sample], image_size: int) -> Batch:
         loss_mask=torch.from_numpy((labels != IGNORE_INDEX).astype(np.float32)),
         modality=torch.from_numpy(np.stack([sample.modality for sample in samples])),
         position_ids=torch.from_numpy(positions.copy()),
-        image=torch.stack(images),
+        image=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
         vision_rows=torch.from_numpy(np.concatenate(vision_rows)),
         lengths=torch.tensor([sample.length for sample in samples]),
         slots=torch.tensor([sample.slot for sample in samples]),

@@ -37,9 +37,11 @@ def splitmix64_array(value: np.ndarray) -> np.ndarray:
 
 
 def permutation(n: int, key: int) -> np.ndarray:
-    """A permutation of range(n), int64 [n]: the stable order of splitmix64(i ^ key)."""
-    value = splitmix64_array(np.arange(n, dtype=np.uint64) ^ np.uint64(key))
-    return np.argsort(value, kind="stable")
+    """A permutation of range(n), int64 [n]: the order of splitmix64(i ^ key).
+
+    These are all different, as splitmix64 is a bijection; so every way to sort gives the same.
+    """
+    return np.argsort(splitmix64_array(np.arange(n, dtype=np.uint64) ^ np.uint64(key)))
 
 
 class KeyedRandom:

@@ -211,6 +211,8 @@ def _repeat(
     """The chunks again and again until they hold `samples` samples; the last chunk is cut."""
     shard, start, count = chunks
     copies, rest = divmod(samples, int(count.sum()))
+    if (copies, rest) == (1, 0):
+        return chunks
     some = permutation(len(count), key)
     ends = np.cumsum(count[some], dtype=np.int64)
     some = some[: int(ends.searchsorted(rest)) + 1] if rest else some[:0]

@@ -6,8 +6,9 @@ webdataset, img2dataset and tar itself write before a member.
 """
 
 import re
-import zlib
+import struct
 from collections.abc import Callable, Iterator
+from zlib import adler32
 
 from megatron_owl2.data.records import BadSampleError
 
@@ -20,6 +21,7 @@ _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
 _MAX_EXTENDED = 2**20  # bytes of an extended header; a larger one is damage
 _TRAILER = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
 _CHECKSUM_BASE = sum(_TRAILER) + 8 * ord(" ")
+_FIELDS = struct.Struct("124x 12s 12x 8s c 355x")  # size, checksum, type
 _ADLER = 65521
 _PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
 
@@ -110,17 +112,17 @@ def _parse_header(header: bytes) -> tuple[int, bytes]:
     """Data size and type of a member from its block of 512 bytes."""
     if len(header) != BLOCK:
         raise BadSampleError("tar header is cut")
-    stored = header[148:156]
+    size, stored, kind = _FIELDS.unpack(header)
     try:
         checksum = int(stored.strip(b"\0 "), 8)
-        size = int(header[124:136].strip(b"\0 "), 8)
+        size = int(size.strip(b"\0 "), 8)
     except ValueError:
         raise BadSampleError("damaged tar header") from None
     # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, in C.
-    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(stored) + 8 * ord(" ")
-    if (total - checksum) % _ADLER or size < 0:
+    others = (adler32(header) & 0xFFFF) - (adler32(stored) & 0xFFFF)
+    if (others + 8 * ord(" ") - checksum) % _ADLER or size < 0:
         raise BadSampleError("damaged tar header (checksum)")
-    return size, header[156:157]
+    return size, kind
 
 
 def _name(header: bytes) -> str:

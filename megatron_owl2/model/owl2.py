@@ -102,7 +102,8 @@ class Owl2(MegatronModule):
     def encode_images(self, image: torch.Tensor) -> torch.Tensor:
         """Pixels [n, 3, H, W] to visual tokens [n, queries + 1, h]; uint8 is normalised first."""
         if image.dtype == torch.uint8:
-            image = (image.float() / 255 - self.image_mean) / self.image_std
+            image = image.float(memory_format=torch.contiguous_format)  # batches are channels last
+            image = (image / 255 - self.image_mean) / self.image_std
         return self.abstractor(self.vision_model(image.to(self.layout.dtype)))
 
     def merge(
