@@ -1,7 +1,10 @@
 """check_data and index_data as a user calls them: what they find, print and exit with."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,33 @@ def test_a_set_on_a_web_server(folder, tmp_path):
     with HttpServer(folder) as server:
         done = run("check_data", server.url, "--cache", tmp_path / "cache")
     assert done.returncode == 0 and "30 good" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_an_interrupt_and_with_their_parent(folder, tmp_path, number):
+    """SIGINT goes to the whole group, as a terminal sends it."""
+    with HttpServer(folder) as server:
+        server.fail("hang", name=".tar")
+        process = subprocess.Popen(
+            [sys.executable, TOOLS / "check_data.py", server.url, "--workers", "2"],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while len(server.ranges(".tar")) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        send = os.killpg if number == signal.SIGINT else os.kill
+        send(process.pid, number)
+        _, text = process.communicate(timeout=20)
+        assert "Traceback" not in text
+        if number == signal.SIGINT:
+            assert process.returncode == 130 and text.endswith("interrupted\n")
+        deadline = time.monotonic() + 20
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
 
 
 def test_no_data_set(tmp_path):

@@ -235,7 +235,10 @@ def start(source: Path, output: Path, *more) -> subprocess.Popen:
 def test_an_interrupt_leaves_nothing_unfinished(documents, tmp_path, workers, number):
     output, options = tmp_path / "set", ("--shard-size", 10_000, "--workers", workers)
     process = start(documents, output, *options)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # a terminal sends it to all processes
+    else:
+        process.send_signal(number)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert "interrupted; finished parts are kept" in text and "Traceback" not in text

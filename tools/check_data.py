@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ShardError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ShardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; start again to index the folder", file=sys.stderr)
+        return 130
     for failure in failures:
         print(f"damaged: {failure}", file=sys.stderr)
     samples = sum(row["samples"] for row in rows)

@@ -1,9 +1,8 @@
 """Checking a whole data set, and indexing one that another program wrote: shard after shard in
 several processes, with progress."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from megatron_owl2.data.records import BadSampleError
 from megatron_owl2.data.shards import index_shard
 from megatron_owl2.data.storage import LocalStorage, StorageError, StorageOptions
 from megatron_owl2.data.tar import END
+from megatron_owl2.workers import Workers
 
 _DECODE = 64  # keeps the choice of samples apart from the order's keys
 _Item = TypeVar("_Item")
@@ -163,9 +163,7 @@ def each(
         for item in items:
             yield item, work(item)
         return
-    # Forking a process that has threads can deadlock; spawning cannot.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+    with Workers(min(workers, len(items))) as pool:
         futures = {pool.submit(work, item): item for item in items}
         try:
             for future in as_completed(futures):
@@ -174,5 +172,6 @@ def each(
             raise ShardError(
                 "a process was killed, probably for lack of memory; use fewer --workers"
             ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # an interrupt, or whoever iterates has stopped
+            pool.kill()
+            raise

@@ -1,20 +1,17 @@
 """Many processes over the parts of a corpus, with a progress bar that moves inside a part."""
 
-import multiprocessing
-import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 
-import torch
 from tqdm import tqdm
 
 from megatron_owl2.data.records import Record
 from megatron_owl2.preprocess.parts import Part, PreprocessError, Skipped
+from megatron_owl2.workers import SPAWN, Workers
 
 _PERIOD = 0.2  # seconds between two looks at the workers
 _LOG_PERIOD = 30.0  # seconds between two lines where the bar goes into a log file
@@ -36,10 +33,8 @@ class Pool:
 
     def __init__(self, workers: int):
         self._workers = workers
-        # Forking a process that has threads can deadlock; spawning cannot.
-        self._context = multiprocessing.get_context("spawn")
-        self._counters = self._context.Array("q", 3)
-        self._executor: ProcessPoolExecutor | None = None
+        self._counters = SPAWN.Array("q", 3)
+        self._executor: Workers | None = None
 
     def __enter__(self) -> "Pool":
         return self
@@ -66,9 +61,7 @@ class Pool:
 
     def _share_out(self, work: Work, parts: Sequence[Part], bar: "_Bar") -> None:
         if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                self._workers, self._context, _start_worker, (self._counters,)
-            )
+            self._executor = Workers(self._workers, _keep_counters, (self._counters,))
         todo = iter(parts)
         in_work: dict[Future, Part] = {}
         while True:
@@ -124,17 +117,9 @@ class _Bar:
         self._bar.set_postfix_str(f"{samples:.0f} samples/s, {size / 1e6:.1f} MB/s read")
 
 
-def _start_worker(counters) -> None:
+def _keep_counters(counters) -> None:
     global _counters
     _counters = counters
-    torch.set_num_threads(1)  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _work(work: Work, part: Part) -> None:
