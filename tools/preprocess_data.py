@@ -82,7 +82,13 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="folder of the data set")
-    add("--shard-size", type=_positive, default=10_000, metavar="N", help="samples in a shard")
+    add(
+        "--shard-size",
+        type=_positive,
+        default=10_000,
+        metavar="N",
+        help="most samples of a shard; every part of the input begins a new one",
+    )
     add("--workers", type=_positive, default=1, metavar="N", help="processes")
     share = parser.add_mutually_exclusive_group()
     share.add_argument(

@@ -3,7 +3,8 @@
 Makes shards of random pictures in DIRECTORY and measures, in interleaved rounds on one thread,
 
 * reading: this project's stream (order, checksums, tokens and labels included), webdataset with
-  Pillow, and webdataset with the same fast decoder; all end in uint8 batches of random crops,
+  Pillow, and webdataset with the same fast decoder; all end in uint8 batches of random crops, of
+  224 pixels as in pre-training and of 448 as in tuning,
 * writing: ShardWriter with index and checksums against webdataset.ShardWriter,
 * indexing shards as webdataset writes them by default (jpg, txt, json and PAX headers), and plain
   ones; checksums of every sample included, against a scan of the headers with tarfile,
@@ -23,6 +24,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +45,10 @@ from megatron_owl2.data.records import Record
 from megatron_owl2.data.shards import ShardWriter, index_shard
 from megatron_owl2.data.tokenizer import Tokenizer
 
-BATCH, SIZE, SHARD = 32, 224, 500
+BATCH, SHARD, SIZES = 32, 500, (224, 448)
 OURS, PILLOW, FAST = "this project", "webdataset + Pillow", "webdataset + fast decoder"
-CONTESTS = ("read", "write", "index, webdataset's", "index, plain")
+READING = {size: f"read, {size} pixels" for size in SIZES}
+CONTESTS = (*READING.values(), "write", "index, webdataset's", "index, plain")
 WORDS = ["a", "the", "owl", "on", "red", "blue", "tree", "sky", "two", "big", "small", "photo"]
 ORDER = """
 import json, sys, time
@@ -107,11 +110,13 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
     urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
     foreign = write_foreign(folder / "foreign", records)
     contenders = {
-        "read": {
-            OURS: lambda: read_ours(folder / "shards", tokenizer, samples),
-            PILLOW: lambda: read_webdataset(urls, pillow_crop),
-            FAST: lambda: read_webdataset(urls, fast_crop),
-        },
+        READING[size]: {
+            OURS: partial(read_ours, folder / "shards", tokenizer, samples, size),
+            PILLOW: partial(read_webdataset, urls, pillow_crop, size),
+            FAST: partial(read_webdataset, urls, fast_crop, size),
+        }
+        for size in SIZES
+    } | {
         "write": {
             OURS: lambda: write_ours(folder / "w", records),
             "webdataset.ShardWriter": lambda: write_webdataset(folder / "w", records),
@@ -178,7 +183,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder / "tokenizer.model")
 
 
-def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, workers: int):
+def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, size: int, workers: int):
     config = DataConfig(
         sources=[SourceConfig(str(shards))], workers=workers, augment=True, sequence_length=128
     )
@@ -189,7 +194,7 @@ def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, workers: 
         first_phase(config, datasets),
         tokenizer=tokenizer,
         tokens_per_image=65,
-        image_size=SIZE,
+        image_size=size,
         micro_batch_size=BATCH,
         start_slot=0,
         data_parallel_rank=0,
@@ -198,38 +203,40 @@ def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, workers: 
     )
 
 
-def read_ours(shards: Path, tokenizer: Tokenizer, samples: int) -> None:
-    for batch in open_ours(shards, tokenizer, samples, workers=0):
-        assert batch.image.shape == (BATCH, 3, SIZE, SIZE)
+def read_ours(shards: Path, tokenizer: Tokenizer, samples: int, size: int) -> None:
+    for batch in open_ours(shards, tokenizer, samples, size, workers=0):
+        assert batch.image.shape == (BATCH, 3, size, size)
 
 
-def read_webdataset(urls: list[str], crop: Callable[[bytes, KeyedRandom], torch.Tensor]) -> None:
+def read_webdataset(
+    urls: list[str], crop: Callable[[bytes, int, KeyedRandom], torch.Tensor], size: int
+) -> None:
     """The pipeline of webdataset's manual: shards, a shuffle buffer, decoding, batches."""
     chance = KeyedRandom(1)
 
     def decode(sample: dict) -> tuple[torch.Tensor, str]:
-        return crop(sample["jpg"], chance), json.loads(sample["json"])["caption"]
+        return crop(sample["jpg"], size, chance), json.loads(sample["json"])["caption"]
 
     data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).map(decode)
     for batch in data.batched(BATCH, collation_fn=None, partial=False):
         stacked = torch.stack([image for image, _ in batch])
-        assert stacked.shape == (BATCH, 3, SIZE, SIZE)
+        assert stacked.shape == (BATCH, 3, size, size)
 
 
-def pillow_crop(data: bytes, chance: KeyedRandom) -> torch.Tensor:
+def pillow_crop(data: bytes, size: int, chance: KeyedRandom) -> torch.Tensor:
     """Random resized crop and flip, all in Pillow, as torchvision does it."""
     with Image.open(io.BytesIO(data)) as image:
         image = image.convert("RGB")
         top, left, height, width = images.random_crop(image.height, image.width, chance)
         box = (left, top, left + width, top + height)
-        image = image.resize((SIZE, SIZE), Image.BICUBIC, box=box)
+        image = image.resize((size, size), Image.BICUBIC, box=box)
         if chance.uniform() < 0.5:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def fast_crop(data: bytes, chance: KeyedRandom) -> torch.Tensor:
-    return images.augment(images.decode(data), SIZE, chance)
+def fast_crop(data: bytes, size: int, chance: KeyedRandom) -> torch.Tensor:
+    return images.augment(images.decode(data), size, chance)
 
 
 def write_ours(folder: Path, records: list[Record]) -> None:
@@ -286,7 +293,7 @@ def worker_memory(folder: Path, tokenizer: Tokenizer, samples: int) -> dict:
         for record in make_records(20_000, 96, 72):
             writer.write(record)
     before = {child.pid for child in psutil.Process().children()}
-    batches = iter(open_ours(folder / "small", tokenizer, None, workers=1))
+    batches = iter(open_ours(folder / "small", tokenizer, None, SIZES[0], workers=1))
     next(batches)
     (worker,) = [c for c in psutil.Process().children() if c.pid not in before]
     points: list[float] = []
