@@ -61,7 +61,7 @@ def test_bytes_do_not_depend_on_workers_or_partitions(corpus, tmp_path, name):
             assert job(corpus, shared, partition=(index, 3), **options).report is None
             assert not (shared / "manifest.json").exists()
         merged = job(corpus, shared, merge=True, **options)
-    assert merged.report is not None
+    assert merged.report is not None and merged.finished
     assert tree(shared) == expected
 
 
@@ -119,7 +119,7 @@ def test_finished_output_is_left_alone_and_another_job_refused(corpus, tmp_path)
 
     before = times()
     again = job(corpus, output)
-    assert (again.report.kept, again.written) == (40, 0)
+    assert (again.report.kept, again.written, again.finished) == (40, 0, False)
     for options in ({"samples_per_shard": 3}, {"deduplicate": "image"}, {"sample": 7}):
         (name,) = options
         with pytest.raises(PreprocessError, match=rf"another job \(different: {name}\)"):

@@ -151,7 +151,7 @@ def _preprocess(options: argparse.Namespace) -> int:
 
 def _summary(outcome: Outcome, output: Path) -> str:
     if outcome.report is not None:
-        state = "finished" if outcome.written else "complete, nothing to read"
+        state = "finished" if outcome.finished else "was finished already, nothing done"
         return f"{state}; {outcome.report}\nlook at {output / PAGE}"
     if outcome.selected:
         return "selected; now run the partitions again, then --merge"

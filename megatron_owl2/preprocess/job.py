@@ -33,12 +33,13 @@ _NAMED = 5  # missing parts in a message
 @dataclass(frozen=True)
 class Outcome:
     """The report, or None while the data set is not finished; how many parts this run scanned and
-    wrote, and whether it made the selection between the two."""
+    wrote, whether it made the selection between the two, and whether it finished the data set."""
 
     report: Report | None
     scanned: int = 0
     written: int = 0
     selected: bool = False
+    finished: bool = False
 
 
 def preprocess(
@@ -88,7 +89,7 @@ def preprocess(
         written = len(todo)
     if count > 1:
         return Outcome(None, written=written)
-    return Outcome(_finish(folder, parts, settings), scanned, written, selected)
+    return Outcome(_finish(folder, parts, settings), scanned, written, selected, finished=True)
 
 
 def _describe(parts: Sequence[Part], settings: Settings, arguments: dict) -> dict[str, Any]:
