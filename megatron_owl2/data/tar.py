@@ -23,7 +23,7 @@ _TRAILER = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + b
 _CHECKSUM_BASE = sum(_TRAILER) + 8 * ord(" ")
 _FIELDS = struct.Struct("124x 12s 12x 8s c 355x")  # size, checksum, type
 _ADLER = 65521
-_PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]*)=")
 
 
 def pack_member(name: str, data: bytes) -> bytes:
@@ -138,19 +138,18 @@ def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
     path, size, position = None, None, 0
     try:
         while position < len(body):
-            length = int(_PAX_LENGTH.match(body, position)[1])
-            record = body[position : position + length]
-            if length < 5 or len(record) != length or record[-1:] != b"\n":
+            record = _PAX_RECORD.match(body, position)
+            start, end = record.end(), position + int(record[1])
+            if not start < end <= len(body) or body[end - 1 : end] != b"\n":
                 raise ValueError
-            key, _, value = record[:-1].split(b" ", 1)[1].partition(b"=")
-            if key == b"path":
-                path = value.decode()
-            elif key == b"size":
-                if not value.isdigit():
+            if record[2] == b"path":
+                path = body[start : end - 1].decode()
+            elif record[2] == b"size":
+                if not body[start : end - 1].isdigit():
                     raise ValueError
-                size = int(value)
-            position += length
-    except (ValueError, TypeError, IndexError):
+                size = int(body[start : end - 1])
+            position = end
+    except (ValueError, TypeError, AttributeError):
         raise BadSampleError("damaged tar header (extended header)") from None
     return path, size
 

@@ -102,11 +102,14 @@ def main() -> int:
 
 def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
     """Processor seconds per sample of every contender in every round, and the rest."""
+    tokenizer = make_tokenizer(folder)
+    figures = {}
+    if memory:  # first: what others leave of memory counts as a worker's once it writes there
+        figures["memory"] = worker_memory(folder, tokenizer, memory)
     records = list(make_records(samples, 512, 384))
     with ShardWriter(folder / "shards", SHARD) as writer:
         for record in records:
             writer.write(record)
-    tokenizer = make_tokenizer(folder)
     urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
     foreign = write_foreign(folder / "foreign", records)
     contenders = {
@@ -127,7 +130,7 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
         "index, webdataset's": index_contenders(foreign),
         "index, plain": index_contenders(urls),
     }
-    figures = {
+    figures |= {
         "picture_bytes": statistics.mean(len(record.image) for record in records),
         "samples": samples,
         "versions": {"torch": torch.__version__, "webdataset": webdataset.__version__},
@@ -148,8 +151,6 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
     command = [sys.executable, "-c", ORDER, folder / "synthetic"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     figures["order"] = json.loads(done.stdout)
-    if memory:
-        figures["memory"] = worker_memory(folder, tokenizer, memory)
     return figures
 
 
