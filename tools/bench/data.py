@@ -334,10 +334,11 @@ def table(figures: dict) -> str:
         f"{order['peak_megabytes']:.0f} MB resident",
     ]
     if "memory" in figures:
-        points = figures["memory"]["worker_megabytes"]
+        count, points = figures["memory"].values()
+        first, second = (statistics.median(half) for half in (points[:10], points[10:]))
         lines.append(
-            f"a worker over {figures['memory']['samples']:,} samples: {points[0]:.0f} MB after "
-            f"the first twentieth, {max(points):.0f} MB at most, {points[-1]:.0f} MB at the end"
+            f"a worker over {count:,} samples: {first:.0f} MB in the first half, {second:.0f} MB "
+            f"in the second (medians), {min(points):.0f} to {max(points):.0f} MB in all"
         )
     return "\n".join(lines)
 
