@@ -25,11 +25,16 @@ def check(config: RunConfig, world_size: int) -> None:
 
     Raises ConfigError naming the keys and the fix; files and directories are looked for here too.
     """
+    check_settings(config, world_size)
+    check_machine(config)
+    _check_files(config)
+
+
+def check_settings(config: RunConfig, world_size: int) -> None:
+    """Refuse what no machine and no files would make work; raises ConfigError."""
     check_model(config.model)
     _check_each(config, _uncounted)
     check_layout(config, world_size)
-    check_machine(config)
-    _check_files(config)
     _require(
         config.train.precision in ("fp32", "bf16"),
         f"train.precision is {config.train.precision!r}; use fp32 or bf16",

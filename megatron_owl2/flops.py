@@ -115,3 +115,24 @@ def _attention(model: ModelConfig, load: Load) -> Iterator[tuple[str, int, int]]
     pairs = load.images * queries * (queries + seen) * abstractor.num_layers
     yield "abstractor", pairs, vision.hidden_size
     yield "decoder", load.pairs * decoder.num_layers, decoder.hidden_size
+
+
+def forward_again(
+    model: ModelConfig, load: Load, trained: set[str], recompute: str
+) -> dict[str, float]:
+    """Operations that recomputation adds to `training_flops`, by PARTS.
+
+    `recompute` is `parallel.recompute`: "full" runs the layers' forward pass once more, "selective"
+    their attention; only where there is a backward pass.
+    """
+    again = dict.fromkeys(PARTS, 0.0)
+    backward = _parts_with_backward(trained)
+    if recompute == "none":
+        return again
+    for part, pairs, width in _attention(model, load):
+        again[part] += 4.0 * pairs * width * (part in backward)
+    if recompute == "full":
+        for product in _products(model, load):
+            if ".layers." in product.weight and product.part in backward:
+                again[product.part] += 2.0 * product.numel * product.rows
+    return again

@@ -100,6 +100,8 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30) -> Process
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
             context_parallel_size=parallel.context,
+            # Nobody answers in a fake group (planner/ranks.py), over gloo neither.
+            create_gloo_process_groups=torch.distributed.get_backend() != "fake",
         )
     return ProcessGroupCollection.use_mpu_process_groups()
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.config import ConfigError, RunConfig, StageConfig
 
 PARTS = {  # where a parameter belongs, first match wins; the rows of the table at start
     "ViT": "vision_model.*",
@@ -46,8 +46,7 @@ def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
     """
     local = []
     for name, parameter in itertools.chain.from_iterable(c.named_parameters() for c in chunks):
-        trained = _matches(name, config.stage.trainable) and not _matches(name, config.stage.frozen)
-        parameter.requires_grad = trained
+        parameter.requires_grad = trained = trains(name, config.stage)
         parameter.rate_factor = rate_factor(name, config)
         split = getattr(parameter, "tensor_model_parallel", False)
         numel = parameter.numel() * (config.parallel.tensor if split else 1)
@@ -65,6 +64,11 @@ def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
     if not any(p.trained for p in plan):
         raise ConfigError("stage.trainable less stage.frozen is empty, so nothing would train")
     return plan
+
+
+def trains(name: str, stage: StageConfig) -> bool:
+    """Whether the stage trains the parameter of this name."""
+    return _matches(name, stage.trainable) and not _matches(name, stage.frozen)
 
 
 def fingerprint(plan: list[Parameter]) -> str:

@@ -1,0 +1,108 @@
+"""Everything about one run on given GPUs."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_owl2 import checks, config, flops
+from megatron_owl2.config import RunConfig
+from megatron_owl2.planner import memory, search, timing, traffic, weights
+from megatron_owl2.planner.activations import Costs
+from megatron_owl2.planner.memory import RankMemory
+from megatron_owl2.planner.search import Candidate
+from megatron_owl2.planner.timing import Machine, StepTime
+from megatron_owl2.planner.traffic import RankTraffic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `of` found; lists go by pipeline rank.
+
+    `model_flops` is of one step over all GPUs, by part; `again_flops` what recomputation adds.
+    `days` is at `machine.mfu` of the peak, whatever the layout; `layouts` of `valid` ones fit.
+    """
+
+    config: RunConfig
+    machine: Machine
+    sharding: str
+    parameters: int
+    trained: int
+    memory: list[RankMemory]
+    traffic: list[RankTraffic]
+    model_flops: dict[str, float]
+    again_flops: float
+    tokens: int
+    time: StepTime
+    layouts: list[Candidate]
+    valid: int
+
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank that needs most memory."""
+        return max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory[self.fullest].total <= self.machine.usable
+
+    def mfu(self, time: StepTime) -> float:
+        """Model FLOPs per second of a step over the peak of all GPUs."""
+        peak = self.machine.gpus * self.machine.peak_tflops * 1e12
+        return sum(self.model_flops.values()) / (time.total * peak)
+
+    @property
+    def days(self) -> float:
+        """For all steps, if all GPUs did model FLOPs at `machine.mfu` all the time."""
+        seconds = self.machine.seconds(sum(self.model_flops.values())) / self.machine.gpus
+        return seconds * self.config.train.steps / 86400
+
+    def to_json(self) -> dict:
+        """The plan as plain dicts, lists and numbers; sizes in bytes, times in seconds."""
+        tree = dataclasses.asdict(self)
+        tree["config"] = config.to_dict(self.config)
+        tree["fits"], tree["days"] = self.fits, self.days
+        tree["usable"] = self.machine.usable
+        for shown, rank in zip(tree["memory"], self.memory, strict=True):
+            shown["total"] = rank.total
+        tree["layouts"] = [
+            {
+                "overrides": search.overrides(layout.config, self.config),
+                "memory": dataclasses.asdict(layout.memory) | {"total": layout.memory.total},
+                "time": dataclasses.asdict(layout.time) | {"total": layout.time.total},
+                "mfu": self.mfu(layout.time),
+            }
+            for layout in self.layouts
+        ]
+        tree["time"] |= {"total": self.time.total}
+        tree["mfu"] = self.mfu(self.time)
+        return tree
+
+
+def of(run: RunConfig, machine: Machine, *, tokens: int | None = None, count: int = 15) -> Plan:
+    """Plan a run; `tokens` of a sample are not padding, all of them without it.
+
+    Raises ConfigError for a run that cannot work on so many GPUs. Files need not exist.
+    """
+    checks.check_settings(run, machine.gpus)
+    parameters = weights.inventory(run)
+    names = timing.trained(parameters)
+    costs = Costs(parameters)
+    samples = run.train.global_batch_size
+    padded = timing.load(run, samples)
+    again = flops.forward_again(run.model, padded, names, run.parallel.recompute)
+    layouts, valid = search.ranked(run, machine, parameters, costs, count)
+    length = run.data.sequence_length if tokens is None else tokens
+    return Plan(
+        config=run,
+        machine=machine,
+        sharding=weights.check_sharding(run, machine.gpus, parameters),
+        parameters=sum(weight.numel for weight in parameters),
+        trained=sum(weight.numel for weight in parameters if weight.trained),
+        memory=memory.of_ranks(run, machine.gpus, parameters, costs),
+        traffic=traffic.of_ranks(run, machine.gpus, parameters, costs),
+        model_flops=flops.training_flops(run.model, timing.load(run, samples, tokens), names),
+        again_flops=sum(again.values()),
+        tokens=length,
+        time=timing.step_time(run, machine, parameters, costs),
+        layouts=layouts,
+        valid=valid,
+    )

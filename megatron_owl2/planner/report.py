@@ -1,0 +1,132 @@
+"""A plan in words and tables."""
+
+from megatron_owl2.planner import memory, search
+from megatron_owl2.planner.plan import Plan
+
+_GIB = 2**30
+
+
+def text(plan: Plan) -> str:
+    """The whole plan, for a terminal 100 characters wide."""
+    parts = (_head, _memory, _work, _traffic, _layouts, _notes)
+    return "\n\n".join("\n".join(part(plan)) for part in parts)
+
+
+def verdict(plan: Plan) -> str:
+    """Whether the config's own layout fits, and by how much."""
+    rank, machine = plan.fullest, plan.machine
+    need = plan.memory[rank].total / _GIB
+    have = machine.usable / _GIB
+    where = f" on pipeline rank {rank}" if len(plan.memory) > 1 else ""
+    sizes = f"{need:.1f} GiB{where} of {machine.memory_gib:g} - {machine.reserve_gib:g} GiB reserve"
+    if plan.fits:
+        return f"this layout fits: {sizes}, {have - need:.1f} GiB are left"
+    return f"this layout does NOT fit: {sizes}, {need - have:.1f} GiB are missing"
+
+
+def _head(plan: Plan) -> list[str]:
+    config, machine = plan.config, plan.machine
+    parallel = config.parallel
+    count = memory.micro_batches(config, machine.gpus)
+    sizes = f"tensor {parallel.tensor}" + " with sequence" * parallel.sequence
+    sizes += f", pipeline {parallel.pipeline}, virtual pipeline {parallel.virtual_pipeline}, "
+    sizes += f"context {parallel.context}, recompute {parallel.recompute}"
+    return [
+        f"stage {config.stage.name}: {plan.trained:,} of {plan.parameters:,} parameters train",
+        f"{machine.gpus:,} GPUs: {sizes}",
+        f"{memory.data_parallel(config, machine.gpus):,} data-parallel ranks x {count:,} "
+        f"micro-batches x {config.train.micro_batch_size} samples = "
+        f"{config.train.global_batch_size:,} samples a step, {config.train.steps:,} steps",
+        plan.sharding,
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    columns = ("parameters", "gradients", "optimizer", "activations", "update", "total")
+    lines = [
+        "memory of the fullest rank by pipeline rank, GiB (activations are not yet verified on a "
+        "GPU)",
+        "rank" + "".join(f"{name:>13}" for name in columns),
+    ]
+    for number, rank in enumerate(plan.memory):
+        held = rank.held
+        sizes = (held.parameters, held.gradients, held.optimizer)
+        sizes += (rank.activations, rank.update, rank.total)
+        lines.append(f"{number:>4}" + "".join(f"{size / _GIB:>13.2f}" for size in sizes))
+    return [*lines, verdict(plan)]
+
+
+def _work(plan: Plan) -> list[str]:
+    total, time, machine = sum(plan.model_flops.values()), plan.time, plan.machine
+    parts = ", ".join(f"{name} {n / total:.0%}" for name, n in plan.model_flops.items())
+    days = time.total * plan.config.train.steps / 86400
+    return [
+        f"model FLOPs of a step: {total:.3g} ({parts}),",
+        f"a picture and {plan.tokens:,} tokens a sample; recomputation adds "
+        f"{plan.again_flops / total:.0%}",
+        f"at {machine.mfu:.0%} MFU of {machine.peak_tflops:g} TFLOP/s: {plan.days:.2g} days",
+        f"where a GPU reaches that share while it computes, this layout takes {time.total:.2g} s "
+        f"a step,",
+        f"{days:.2g} days at {plan.mfu(time):.0%} MFU: computing {time.compute:.2g} s, traffic of "
+        f"layers {time.layers:.2g} s,",
+        f"pipeline bubble {time.bubble:.2g} s ({time.bubble_share:.0%}), gradients and parameters "
+        f"{time.data:.2g} s",
+    ]
+
+
+def _traffic(plan: Plan) -> list[str]:
+    columns = ("tensor", "context", "pipeline", "gradients", "parameters")
+    lines = [
+        "sent by one rank in a step by pipeline rank, GB",
+        "rank" + "".join(f"{name:>13}" for name in columns),
+    ]
+    for number, rank in enumerate(plan.traffic):
+        sizes = (getattr(rank, name) for name in columns)
+        lines.append(f"{number:>4}" + "".join(f"{size / 1e9:>13.2f}" for size in sizes))
+    return lines
+
+
+def _layouts(plan: Plan) -> list[str]:
+    machine = plan.machine
+    if not plan.layouts:
+        return [
+            f"none of {plan.valid:,} valid layouts fits {machine.memory_gib:g} GiB; take more GPUs "
+            "or a shorter data.sequence_length"
+        ]
+    lines = [
+        f"the fastest of {plan.valid:,} valid layouts in powers of two that fit, one a shape",
+        f"{'tp':>3}{'pp':>3}{'vp':>3}{'cp':>3}{'rows':>5} {'recompute':<10}"
+        f"{'GiB':>6}{'step s':>8}{'bubble':>8}{'MFU':>6}{'days':>7}",
+    ]
+    for layout in plan.layouts:
+        parallel, time = layout.config.parallel, layout.time
+        days = time.total * layout.config.train.steps / 86400
+        lines.append(
+            f"{parallel.tensor:>3}{parallel.pipeline:>3}{parallel.virtual_pipeline:>3}"
+            f"{parallel.context:>3}{layout.config.train.micro_batch_size:>5} "
+            f"{parallel.recompute:<10}{layout.memory.total / _GIB:>6.1f}{time.total:>8.2g}"
+            f"{time.bubble_share:>8.0%}{plan.mfu(time):>6.0%}{days:>7.2g}"
+        )
+    lines.append("on the command line, in the same order:")
+    for layout in plan.layouts:
+        changed = search.overrides(layout.config, plan.config)
+        lines.append(f"  {changed or '(as the config has it)'}")
+    return lines
+
+
+def _notes(plan: Plan) -> list[str]:
+    machine, backend = plan.machine, plan.config.kernels.backend
+    lines = [
+        "Parameters, gradients and optimizer states are exact. Activations come from running the",
+        "model without storage on torch's kernels with flash attention, a picture in every sample.",
+        "'update' is what torch's AdamW works with when no activations are there; a fused one needs",
+        f"none. Times assume {machine.intra_node:g} GB/s a GPU in a node of "
+        f"{machine.gpus_per_node}, {machine.inter_node:g} GB/s between nodes,",
+        "and GEMMs that are as fast for few rows as for many: they rank layouts, no more.",
+    ]
+    if backend != "local":
+        lines += [
+            f"kernels.backend={backend} keeps other tensors, with FP8 copies of inputs and",
+            "weights too: the activations here are those of kernels.backend=local in bf16.",
+        ]
+    return lines

@@ -1,0 +1,122 @@
+"""Which layouts run a config on given GPUs, the fastest first."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megatron_owl2 import checks
+from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.planner import memory, timing
+from megatron_owl2.planner.activations import Costs
+from megatron_owl2.planner.memory import RankMemory
+from megatron_owl2.planner.timing import Machine, StepTime
+from megatron_owl2.planner.weights import Weight, held
+
+_SHORTEST = 2048  # positions of a sequence that are worth a context-parallel rank
+_DEEPEST = 16  # pipeline ranks that are tried
+_WIDEST = 64  # rows of a micro-batch that are tried
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits: the config with it, its fullest rank and its estimated step."""
+
+    config: RunConfig
+    memory: RankMemory
+    time: StepTime
+
+
+def ranked(
+    config: RunConfig, machine: Machine, weights: Sequence[Weight], costs: Costs, count: int
+) -> tuple[list[Candidate], int]:
+    """The `count` fastest layouts that fit, one for every shape, and how many valid ones there are.
+
+    A shape is the sizes of tensor, pipeline, virtual pipeline and context; the fastest recompute
+    and micro-batch stand for it. Of equal times less recomputation and more rows win.
+    """
+    names = timing.trained(weights)
+    valid = list(candidates(config, machine))
+    order = sorted(
+        (timing.least(c, machine, names), -c.train.micro_batch_size, n) for n, c in enumerate(valid)
+    )
+    best: dict[tuple, Candidate] = {}
+    for bound, _, number in order:
+        # No layout from here on can be faster than the last that would be shown.
+        if len(best) >= count and bound > sorted(c.time.total for c in best.values())[count - 1]:
+            break
+        layout = valid[number]
+        found = best.get(_shape(layout))
+        if found is not None and bound >= found.time.total:
+            continue
+        if max(h.total for h in held(layout, machine.gpus, weights)) > machine.usable:
+            continue
+        ranks = memory.of_ranks(layout, machine.gpus, weights, costs)
+        fullest = max(ranks, key=lambda rank: rank.total)
+        if fullest.total > machine.usable:
+            continue
+        time = timing.step_time(layout, machine, weights, costs)
+        if found is None or time.total < found.time.total:
+            best[_shape(layout)] = Candidate(layout, fullest, time)
+    return sorted(best.values(), key=lambda c: c.time.total)[:count], len(valid)
+
+
+def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
+    """Every valid layout in powers of two; tensor-parallel ranks stay in a node."""
+    layers, length = config.model.decoder.num_layers, config.data.sequence_length
+    for tp, pp, vp, cp, recompute, rows in product(
+        _powers(min(machine.gpus_per_node, machine.gpus)),
+        _powers(min(_DEEPEST, layers, machine.gpus)),
+        _powers(layers),
+        _powers(max(1, length // _SHORTEST)),
+        ("none", "selective", "full"),
+        _powers(min(_WIDEST, config.train.global_batch_size)),
+    ):
+        if machine.gpus % (tp * pp * cp) or (pp == 1 and vp > 1) or pp * vp > layers:
+            continue
+        parallel = replace(
+            config.parallel,
+            tensor=tp,
+            pipeline=pp,
+            virtual_pipeline=vp,
+            context=cp,
+            sequence=tp > 1,
+            layers=[],
+            recompute=recompute,
+        )
+        train = replace(config.train, micro_batch_size=rows)
+        layout = replace(config, parallel=parallel, train=train)
+        try:
+            checks.check_layout(layout, machine.gpus)
+        except ConfigError:
+            continue
+        yield layout
+
+
+def overrides(config: RunConfig, given: RunConfig) -> str:
+    """What turns the layout of `given` into the config's, as arguments of a command line."""
+    own = _settings(given)
+    changed = [f"{key}={value}" for key, value in _settings(config).items() if value != own[key]]
+    return " ".join(changed)
+
+
+def _settings(config: RunConfig) -> dict[str, int | str]:
+    parallel = config.parallel
+    return {
+        "parallel.tensor": parallel.tensor,
+        "parallel.sequence": str(parallel.sequence).lower(),
+        "parallel.pipeline": parallel.pipeline,
+        "parallel.virtual_pipeline": parallel.virtual_pipeline,
+        "parallel.context": parallel.context,
+        "parallel.layers": str(parallel.layers).replace(" ", ""),
+        "parallel.recompute": parallel.recompute,
+        "train.micro_batch_size": config.train.micro_batch_size,
+    }
+
+
+def _shape(config: RunConfig) -> tuple[int, int, int, int]:
+    parallel = config.parallel
+    return parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context
+
+
+def _powers(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length())]
