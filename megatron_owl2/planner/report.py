@@ -119,9 +119,9 @@ def _notes(plan: Plan) -> list[str]:
     lines = [
         "Parameters, gradients and optimizer states are exact. Activations come from running the",
         "model without storage on torch's kernels with flash attention, a picture in every sample.",
-        "'update' is what torch's AdamW works with when no activations are there; a fused one needs",
-        f"none. Times assume {machine.intra_node:g} GB/s a GPU in a node of "
-        f"{machine.gpus_per_node}, {machine.inter_node:g} GB/s between nodes,",
+        "'update' is what torch's AdamW works with when no activations are there, a fused one not.",
+        f"Times assume {machine.intra_node:g} GB/s a GPU in a node of {machine.gpus_per_node}, "
+        f"{machine.inter_node:g} GB/s between nodes,",
         "and GEMMs that are as fast for few rows as for many: they rank layouts, no more.",
     ]
     if backend != "local":

@@ -156,4 +156,5 @@ def step_time(
             gradients = max(0.0, gradients - sum(backward[rank::pipeline]))
             parameters = max(0.0, parameters - sum(forward[rank::pipeline]))
         data = max(data, gradients + parameters)
-    return StepTime(compute, layers, max(0.0, span - compute - layers), data)
+    bubble = span - compute - layers
+    return StepTime(compute, layers, bubble if bubble > 1e-9 * span else 0.0, data)  # not rounding

@@ -1,0 +1,205 @@
+"""Activations and traffic of the plan against what real passes allocate and send on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_owl2 import mcore
+from megatron_owl2.config import (
+    AbstractorConfig,
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.planner import activations, ranks, weights
+from megatron_owl2.training import stages
+
+STAGE_1 = ["vision_model.*", "abstractor.*", "*.linear_kv_vision.weight", "*.weight_vision"]
+
+
+def run_config(
+    *,
+    hidden=256,
+    kv_heads=8,
+    length=128,
+    layers=3,
+    rows=2,
+    precision="bf16",
+    trainable=("*",),
+    **by,
+) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            vision=VisionConfig(
+                image_size=56, hidden_size=128, num_layers=3, num_heads=4, ffn_size=512
+            ),
+            abstractor=AbstractorConfig(num_queries=15, num_layers=3, num_heads=4, ffn_size=352),
+            decoder=DecoderConfig(
+                vocab_size=1024,
+                hidden_size=hidden,
+                num_layers=layers,
+                num_heads=8,
+                num_kv_heads=kv_heads,
+                ffn_size=688,
+            ),
+        ),
+        data=DataConfig(sequence_length=length),
+        stage=StageConfig(trainable=list(trainable)),
+        train=TrainConfig(precision=precision, micro_batch_size=rows),
+        parallel=ParallelConfig(**by),
+    )
+
+
+def planned(config: RunConfig, stage: int = 0) -> activations.StageCost:
+    return activations.Costs(weights.inventory(config))(config, stage)
+
+
+def allocations(recorded: profile) -> list[int]:
+    """Bytes that torch's CPU allocator gave (and, negative, got back), in their order."""
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def measured(config: RunConfig) -> tuple[int, int]:
+    """Bytes that a real forward pass leaves, and the most in both passes."""
+    layout = mcore.Layout(config, mcore.initialize(config.parallel))
+    model = Owl2(layout, config.model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = stages.trains(name, config.stage)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    options = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+    for _ in range(2):  # what libraries allocate at first use is gone the second time
+        with profile(**options) as forward:
+            # Without a name the batch would be freed, which no training step does.
+            batch = activations._batch(config, config.train.micro_batch_size)
+            output = model(*batch)
+        with profile(**options) as backward:
+            torch.autograd.backward(output, torch.ones_like(output))
+        del output
+    mcore.shutdown()
+    now = most = kept = 0
+    for number, recorded in enumerate((forward, backward)):
+        for size in allocations(recorded):
+            now += size
+            most = max(most, now)
+        kept = kept if number else now
+    return kept, most
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"recompute": "selective"},
+        {"recompute": "full"},
+        {"kv_heads": 2, "rows": 3},
+        {"precision": "fp32"},
+        {"hidden": 512, "length": 512, "layers": 4, "rows": 1},
+        {"hidden": 512, "length": 512, "layers": 5, "rows": 3, "recompute": "full"},
+    ],
+    ids=str,
+)
+def test_activations_are_what_the_allocator_gives(settings):
+    config = run_config(**settings)
+    kept, most = measured(config)
+    cost = planned(config)
+    assert cost.kept == pytest.approx(kept, rel=0.02)
+    # The kernels' own scratch is not planned, and small models show it most.
+    assert cost.kept + cost.working == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_frozen_weights_keep_no_inputs(recompute):
+    # What the CPU's kernels need beside it for frozen bf16 weights has no counterpart on a GPU.
+    config = run_config(trainable=STAGE_1, recompute=recompute)
+    kept, _ = measured(config)
+    cost = planned(config)
+    assert cost.kept == pytest.approx(kept, rel=0.02)
+    everything = planned(run_config(recompute=recompute))
+    assert cost.kept < everything.kept
+
+
+def test_sequence_parallelism_splits_what_tensor_parallelism_holds_twice():
+    config = run_config(tensor=2)
+    whole, half = planned(config), planned(run_config(tensor=2, sequence=True))
+    hidden_states = 2 * 128 * 256 * 2
+    # Inputs of two norms and of the MLP's linear, and the sums between, are halved per layer.
+    assert whole.kept - half.kept >= 3 * 3 * hidden_states // 2
+    assert half.shared == hidden_states and whole.shared == 0
+
+
+def test_stages_add_up_to_the_whole():
+    whole = run_config(layers=4)
+    cut = replace(whole, parallel=ParallelConfig(pipeline=2, virtual_pipeline=2))
+    parts = [planned(cut, stage) for stage in range(4)]
+    alone = planned(whole)
+    tokens, hidden_states = 2 * 128 * 8, 2 * 128 * 256 * 2
+    tables = 2 * 2 * 128 * 32 * 2  # rotary cosine and sine
+    batch = 4 * tokens + 2 * 2 * 16 * 8  # tokens, modality, positions, labels, two lists of rows
+    extra = 3 * (batch + hidden_states + tables + hidden_states)
+    # Every later stage has a batch, received hidden states, tables and an output of its own; the
+    # last output is among what the whole keeps, too.
+    assert sum(part.kept for part in parts) - alone.kept == pytest.approx(extra, rel=0.01)
+
+
+def test_a_frozen_first_stage_is_still_asked_for_gradients():
+    config = run_config(trainable=["decoder.layers.*"], layers=4)
+    later = replace(config, parallel=ParallelConfig(pipeline=2))
+    everything = run_config(layers=4)
+    expected = planned(replace(everything, parallel=ParallelConfig(pipeline=2)), 1)
+    assert planned(later, 1).kept == pytest.approx(expected.kept, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "units"),
+    [
+        # Gather and scatter around attention and MLP forward; backward the same and the MLP's
+        # input once more.
+        ("none", 4 + 5),
+        # Once more forward, up to the last linear, whose result nobody asks for.
+        ("full", 4 + 5 + 3),
+    ],
+)
+def test_traffic_of_a_layer_is_counted_in_hidden_states(recompute, units):
+    def sent(layers):
+        config = run_config(layers=layers, tensor=2, sequence=True, recompute=recompute)
+        return planned(config).sent["tensor"]
+
+    hidden_states = 2 * 128 * 256 * 2
+    assert sent(7) - sent(6) == units * hidden_states // 2
+
+
+def test_collectives_are_those_that_the_model_calls():
+    """All of a small model, counted by torch's own tool in the same fake group."""
+    config = run_config(layers=2, rows=1, tensor=2, context=2)
+    vision = replace(config.model.vision, num_layers=2)
+    abstractor = replace(config.model.abstractor, num_layers=2)
+    config = replace(config, model=replace(config.model, vision=vision, abstractor=abstractor))
+    with ranks.pretend(config.parallel, 4, 0) as groups:
+        model = Owl2(mcore.Layout(config, groups), config.model)
+        with CommDebugMode() as counted:
+            model(*activations._batch(config, 1)).sum().backward()
+    calls = {str(op).split(".")[-1]: n for op, n in counted.get_comm_counts().items()}
+    assert set(calls) == set(activations._RING)
+    seen = 0
+    original = activations._Living._send
+
+    def count(self, name, args):
+        nonlocal seen
+        seen += 1
+        original(self, name, args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations._Living, "_send", count)
+        activations.pieces(config, 1)
+    assert seen == sum(calls.values())
