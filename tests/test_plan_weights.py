@@ -23,10 +23,8 @@ from megatron_owl2.training import optim, stages
 RECIPES = Path(__file__).parent.parent / "examples" / "7b"
 STAGE_1 = 'stage.trainable=["vision_model.*", "abstractor.*", "*_vision.weight", "*_vision"]'
 LAYOUTS = {  # overrides of the tiny run on four ranks
-    "data": [],
     "data, fp32": ["train.precision=fp32"],
-    "stage 1": [STAGE_1],
-    "tensor": ["parallel.tensor=2", "parallel.sequence=true", STAGE_1],
+    "tensor, stage 1": ["parallel.tensor=2", "parallel.sequence=true", STAGE_1],
     "tensor x pipeline": ["parallel.tensor=2", "parallel.pipeline=2"],
     "uneven": ["parallel.pipeline=2", "parallel.layers=[1,3]"],
     "virtual": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", STAGE_1],

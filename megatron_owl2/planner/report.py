@@ -64,14 +64,18 @@ def _work(plan: Plan) -> list[str]:
         f"model FLOPs of a step: {total:.3g} ({parts}),",
         f"a picture and {plan.tokens:,} tokens a sample; recomputation adds "
         f"{plan.again_flops / total:.0%}",
-        f"at {machine.mfu:.0%} MFU of {machine.peak_tflops:g} TFLOP/s: {plan.days:.2g} days",
+        f"at {machine.mfu:.0%} MFU of {machine.peak_tflops:g} TFLOP/s: {_span(plan.days)}",
         f"where a GPU reaches that share while it computes, this layout takes {time.total:.2g} s "
         f"a step,",
-        f"{days:.2g} days at {plan.mfu(time):.0%} MFU: computing {time.compute:.2g} s, traffic of "
+        f"{_span(days)} at {plan.mfu(time):.0%} MFU: computing {time.compute:.2g} s, traffic of "
         f"layers {time.layers:.2g} s,",
         f"pipeline bubble {time.bubble:.2g} s ({time.bubble_share:.0%}), gradients and parameters "
         f"{time.data:.2g} s",
     ]
+
+
+def _span(days: float) -> str:
+    return f"{days:.2g} days" if days >= 1 else f"{24 * days:.2g} hours"
 
 
 def _traffic(plan: Plan) -> list[str]:
