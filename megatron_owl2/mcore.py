@@ -339,8 +339,8 @@ def _copy_optimizer_state(self, model_param, tensors):
         state[key].copy_(tensors[key])
 
 
-# A checkpoint is written by this process, so its results need no queue in another one, which takes
-# seconds to start and outlives a rank that is killed.
+# A checkpoint is written by threads of this process (training/checkpoint_writer.py), so its results
+# need no queue in another one, which takes seconds to start and outlives a rank that is killed.
 filesystem_async._results_queue = queue.Queue()
 
 if not distrib_optimizer.HAVE_APEX_OR_TE:

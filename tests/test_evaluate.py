@@ -26,7 +26,7 @@ from megatron_owl2.evaluation import runner, tasks
 from megatron_owl2.evaluation.runner import Settings
 from megatron_owl2.evaluation.tasks import TASKS, TaskError
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import checkpoint
+from megatron_owl2.training.saver import Saver
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SHORT = " Answer the question using a single word or phrase."
@@ -54,7 +54,8 @@ def model(corpus, tmp_path_factory):
     torch.manual_seed(1)
     owl = Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model)
     run = tmp_path_factory.mktemp("run")
-    checkpoint.save_step(run, 1, [owl], config)
+    config.train.async_save = False
+    Saver(run, config.train, print).save(1, [owl], config)
     return run
 
 

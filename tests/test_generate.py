@@ -24,7 +24,7 @@ from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_owl2.inference.engine import Generator, InferenceError, LoadedModel, load_model
 from megatron_owl2.inference.inputs import left_padded
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import checkpoint
+from megatron_owl2.training.saver import Saver
 
 OFFICIAL = Path(__file__).parent / "data" / "official_tiny"
 SIZE = 28
@@ -231,7 +231,8 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
     config.data.tokenizer = str(tokenizer.path)
     config.parallel.tensor = 2  # of the run that wrote it; the loader takes what it has
     run = tmp_path / "run"
-    checkpoint.save_step(run, 3, [loaded.model], config)
+    config.train.async_save = False
+    Saver(run, config.train, print).save(3, [loaded.model], config)
     prompts, images = cases(loaded)
     answers = Generator(loaded).generate_ids(prompts, images, 8)
     export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)

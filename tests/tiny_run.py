@@ -81,6 +81,11 @@ def command(config: Path, output: Path, overrides: Sequence[str], processes: int
     return [*launcher, "--config", str(config), f"train.output={output}", *overrides]
 
 
+def single_threaded(more: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a job whose ranks share two cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
+
+
 def train(
     config: Path,
     output: Path,
@@ -94,7 +99,7 @@ def train(
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        env=single_threaded(environment),
     )
 
 
@@ -108,7 +113,7 @@ def interrupt(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=single_threaded(),
     )
     deadline = time.monotonic() + 200
     while run.poll() is None and len(rows(output)) < at_step and time.monotonic() < deadline:

@@ -26,6 +26,7 @@ from megatron_owl2.training.checkpoint_index import (
     read_index,
     stored_weights,
 )
+from megatron_owl2.training.checkpoint_writer import reported
 
 
 class _ReadingPlanner(DefaultSavePlanner):
@@ -69,7 +70,7 @@ def write_checkpoint(
     empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
     needed = sum(t.nbytes for t in tensors.values())
     bar = tqdm(total=len(tensors), desc="writing", unit="tensor", disable=not progress)
-    with checkpoint.reported(directory), new_directory(directory, needed) as partial, bar, _alone():
+    with reported(directory), new_directory(directory, needed) as partial, bar, _alone():
         writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, sync_files=False)
         planner = _ReadingPlanner(tensors, bar)
         dcp.save(empty, storage_writer=writer, planner=planner, no_dist=True)

@@ -7,10 +7,8 @@ renamed when complete, so a directory of that name is whole; `checkpoints/latest
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -40,49 +38,75 @@ from megatron_owl2.training.checkpoint_index import (
     read_index,
     stored_weights,
 )
+from megatron_owl2.training.checkpoint_writer import Writing, agreed
 
 LATEST = "latest"
-_PREFIX = "iter_"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save(
-    directory: Path,
-    chunks: Sequence[Owl2],
-    config: RunConfig,
-    *,
-    optimizer: MegatronOptimizer | None = None,
-    scheduler: OptimizerParamScheduler | None = None,
-    progress: dict | None = None,
-) -> None:
-    """Write `directory` (an `iter_*` name or any other), on all ranks together.
+class Save:
+    """A checkpoint on its way into `directory` (an `iter_*` name or any other).
 
-    `chunks` are this rank's parts of the model.
-
-    The tokenizer is copied from `config.data.tokenizer`. Without optimizer and scheduler the
-    checkpoint holds weights only. An existing directory is replaced. Raises CheckpointError if
-    the disk refuses.
+    Made by all ranks together; from then on the model may change, for what is written are copies.
+    `chunks` are this rank's parts of the model. The tokenizer is copied from
+    `config.data.tokenizer`. Without optimizer and scheduler the checkpoint holds weights only.
+    Raises CheckpointError on all ranks if the disk refuses one.
     """
-    directory = Path(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
-    main = torch.distributed.get_rank() == 0
-    with reported(directory):
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    weights = sharded_weights(chunks)
-    state = {"model": weights}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
-        state["scheduler"] = scheduler.state_dict()
-    with reported(directory):
-        dist_checkpointing.save(state, str(partial))
-        if main:
-            write_companions(partial, config, progress or {})
-            shutil.rmtree(directory, ignore_errors=True)
-            put(partial, directory)
-    torch.distributed.barrier()
+
+    def __init__(
+        self,
+        directory: Path,
+        chunks: Sequence[Owl2],
+        config: RunConfig,
+        *,
+        optimizer: MegatronOptimizer | None = None,
+        scheduler: OptimizerParamScheduler | None = None,
+        progress: dict | None = None,
+    ):
+        self.directory = Path(directory)
+        self._partial = _hidden(self.directory, "partial")
+        self._main = torch.distributed.get_rank() == 0
+        with agreed(self.directory):
+            if self._main:
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir(parents=True)
+        weights = sharded_weights(chunks)
+        state = {"model": weights}
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
+            state["scheduler"] = scheduler.state_dict()
+        self._writing = Writing(state, self._partial)
+        with agreed(self.directory):
+            if self._main:
+                write_companions(self._partial, config, progress or {})
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._writing.ended
+
+    def complete(self) -> None:
+        """Wait for the files of all ranks and give them their name, replacing what had it; all
+        ranks together. Raises CheckpointError on all ranks if one could not write."""
+        self._writing.finish()
+        with agreed(self.directory):
+            if self._main:
+                read_index(self._partial)  # the folder of another node's disk would lack files
+                replaced = _hidden(self.directory, "removed")
+                shutil.rmtree(replaced, ignore_errors=True)
+                if self.directory.exists():
+                    self.directory.rename(replaced)
+                put(self._partial, self.directory)
+                shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save(directory: Path, *state, **more) -> None:
+    """`Save` a checkpoint and wait for it."""
+    Save(directory, *state, **more).complete()
+
+
+def _hidden(directory: Path, ending: str) -> Path:
+    return directory.with_name(f".{directory.name}.{ending}")
 
 
 def write_companions(partial: Path, config: RunConfig, progress: dict) -> None:
@@ -91,34 +115,6 @@ def write_companions(partial: Path, config: RunConfig, progress: dict) -> None:
     if config.data.tokenizer:  # weights converted from a directory without one have none
         shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
     (partial / "progress.json").write_text(json.dumps(progress, indent=1))
-
-
-def save_step(run: Path, step: int, *state, **more) -> Path:
-    """`save` as `run/checkpoints/iter_<step>` and make it the run's latest; returns its path."""
-    checkpoints = Path(run) / "checkpoints"
-    main = torch.distributed.get_rank() == 0
-    if main:
-        for abandoned in checkpoints.glob(f".{_PREFIX}*.partial"):  # by a save that was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
-    directory = checkpoints / f"{_PREFIX}{step:07d}"
-    save(directory, *state, **more)
-    with reported(directory):
-        if main:
-            pointer = checkpoints / f".{LATEST}.partial"
-            pointer.write_text(directory.name)
-            os.replace(pointer, checkpoints / LATEST)
-    torch.distributed.barrier()
-    return directory
-
-
-@contextmanager
-def reported(directory: Path):
-    """Turn what a disk refuses into a CheckpointError."""
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        reason = first_failure(error)
-        raise CheckpointError(f"{directory} could not be written: {reason}") from error
 
 
 def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:

@@ -116,7 +116,7 @@ def first_failure(error: BaseException) -> str:
 def _root(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException):
         found = [_root(inner) for inner, _ in error.failures.values()]
-        return next((e for e in found if isinstance(e, OSError)), found[0])
+        return next((e for e in found if isinstance(e, OSError)), next(iter(found), error))
     below = error.__cause__ or error.__context__
     found = error if below is None else _root(below)
     return found if isinstance(found, OSError) else error

@@ -17,6 +17,7 @@ from megatron_owl2.signals import StopRequest
 from megatron_owl2.training import checkpoint, health, metrics, optim, stages
 from megatron_owl2.training.agreement import Agreement
 from megatron_owl2.training.feed import Feed
+from megatron_owl2.training.saver import Saver
 from megatron_owl2.training.step import forward_backward, update
 
 
@@ -109,6 +110,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     gradients = health.Gradients(config.health, output, health_state, writes=main)
     watchdog = health.Watchdog(config.health.step_timeout, output, torch.distributed.get_rank())
     log = metrics.Metrics(config, mcore.device(), step, counts, data[-1].sources)
+    saver = Saver(output, config.train, partial(say, flush=True))
     received = 0
 
     while step < config.train.steps and not received:
@@ -124,6 +126,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         grad_norm = update(optimizer, partial(gradients.accept, step, read))
         slots = read.stop
         log.add(sums, feed.take_counts())
+        saver.look()
         received = stop.agreed(mcore.device())
         ending = step == config.train.steps or received
         saving = ending or step % config.train.save_interval == 0
@@ -132,8 +135,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
             log.write(step, grad_norm, lr)
         if saving:
             optim.settle(wrapped)
-            where = checkpoint.save_step(
-                output,
+            saver.save(
                 step,
                 chunks,
                 config,
@@ -148,7 +150,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
                     "health": gradients.state,
                 },
             )
-            say(f"saved {where}", flush=True)
+    saver.finish()
     watchdog.end()
     feed.close()
     log.close()

@@ -1,0 +1,193 @@
+"""Checkpoints are written while the training goes on: the same bytes, failures that reach all
+ranks, and old ones that are let go."""
+
+import subprocess
+import sys
+
+import pytest
+import stored
+import tiny_run
+import torch
+from test_health import HOOK
+
+from megatron_owl2.training import checkpoint
+from megatron_owl2.training.saver import expired
+
+SLOW = """
+import time
+from megatron_owl2.training.checkpoint_writer import Writing
+write = Writing._write
+def later(self, *file):
+    time.sleep(1.0)
+    write(self, *file)
+Writing._write = later
+"""
+
+
+def hooked(folder, body) -> dict[str, str]:
+    """An environment in which `body` runs in every rank once the loop is imported."""
+    (folder / "sitecustomize.py").write_text(HOOK.format(body=body))
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_run.make(tmp_path_factory.mktemp("save"), 5)
+
+
+def test_what_is_written_is_the_state_of_the_step_though_training_goes_on(config, tmp_path):
+    options = ["train.save_interval=4", "train.micro_batch_size=1", "train.precision=bf16"]
+    waiting, going_on = tmp_path / "waiting", tmp_path / "going on"
+    done = tiny_run.train(config, waiting, *options, "train.async_save=false", processes=2)
+    assert done.returncode == 0, done.stderr
+    slow = hooked(tmp_path, SLOW)
+    done = tiny_run.train(config, going_on, *options, processes=2, environment=slow)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    (saved,) = [n for n, line in enumerate(lines) if line.endswith("iter_0000004")]
+    (later,) = [n for n, line in enumerate(lines) if line.startswith("pretrain 5/5")]
+    assert later < saved, "the last step was to be done while the files were not yet written"
+    for step in ("iter_0000004", "iter_0000005"):
+        one, other = (run / "checkpoints" / step for run in (waiting, going_on))
+        expected, found = stored.read(one), stored.read(other)
+        assert found.keys() == expected.keys() and len(found) > 300
+        assert all(found[name].equal(expected[name]) for name in expected)
+        assert read_common(one) == read_common(other)
+        progress = [checkpoint.read_progress(directory) for directory in (one, other)]
+        assert [p.pop("counts")["seen/0"] for p in progress] == [8 * int(step[-1])] * 2
+        assert progress[0] == progress[1]
+
+
+def read_common(directory):
+    """Groups and schedule, comparable."""
+    return str(torch.load(directory / "common.pt", weights_only=False))
+
+
+NO_SPACE = """
+import os
+def full(*arguments, **options):
+    raise OSError(28, "No space left on device")
+"""
+SHARE = """
+import os, resource
+if os.environ["RANK"] == "1":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+"""
+COMMON = (
+    NO_SPACE
+    + """
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+if os.environ["RANK"] == "0":
+    TorchCommonSaveStrategy.save_common = full
+"""
+)
+INDEX = (
+    NO_SPACE
+    + """
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+if os.environ["RANK"] == "0":
+    FileSystemWriterAsync.finish = full
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [(SHARE, "File too large"), (COMMON, "No space"), (INDEX, "No space")],
+    ids=["share of rank 1", "common", "index"],
+)
+def test_a_disk_that_refuses_ends_all_ranks_and_names_the_checkpoint(
+    config, tmp_path, body, reason
+):
+    run = tmp_path / "run"
+    options = ["train.save_interval=1", "parallel.tensor=2", "health.step_timeout=100"]
+    done = tiny_run.train(config, run, *options, processes=2, environment=hooked(tmp_path, body))
+    assert done.returncode != 0
+    for rank in (0, 1):
+        (line,) = [x for x in done.stderr.splitlines() if x.startswith(f"error: rank {rank}: ")]
+        assert str(run / "checkpoints") in line and "iter_0000001" in line
+        assert "could not be written" in line and reason in line
+    assert not list((run / "checkpoints").glob("iter_*"))
+    assert checkpoint.latest(run) is None
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+import torch
+from megatron_owl2 import mcore
+from megatron_owl2.config import ParallelConfig
+from megatron_owl2.training import checkpoint_writer
+from megatron.core.utils import make_sharded_tensor_for_checkpoint as share
+groups = mcore.initialize(ParallelConfig())
+where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
+checkpoint_writer._Common.save_common = lambda *arguments: None
+save, count, pause = torch.save, int(sys.argv[1]), float(sys.argv[2])
+def slow(*arguments, **options):
+    time.sleep(pause)
+    save(*arguments, **options)
+torch.save = slow
+tensors = {str(n): torch.full((3,), float(n)) for n in range(count)}
+state = {name: share(tensor, name, **where) for name, tensor in tensors.items()}
+writing = checkpoint_writer.Writing(state, Path(sys.argv[3]))
+"""
+
+
+def alone(program: str, *arguments) -> subprocess.CompletedProcess:
+    """Run ALONE, which writes so many tensors with so many seconds before each, and then this."""
+    return subprocess.run(
+        [sys.executable, "-c", ALONE + program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+
+
+def test_the_process_of_a_run_that_failed_does_not_wait_for_its_files(tmp_path):
+    done = alone("sys.exit(3)", 100, 5, tmp_path)
+    assert done.returncode == 3, done.stderr
+
+
+def test_what_changes_after_the_start_is_not_written(tmp_path):
+    change = "assert not writing.ended; [tensor.zero_() for tensor in tensors.values()]; "
+    done = alone(change + "writing.finish()", 4, 0.2, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {k: v.tolist() for k, v in stored.read(tmp_path).items()} == {
+        str(n): [float(n)] * 3 for n in range(4)
+    }
+
+
+@pytest.mark.parametrize(
+    "steps, newest, last, every, gone",
+    [
+        ([1, 2, 3, 4], 4, 0, 0, []),
+        ([1, 2, 3, 4], 4, 0, 2, []),
+        ([1, 2, 3, 4], 4, 2, 0, [1, 2]),
+        ([1, 2, 3, 4], 4, 1, 2, [1, 3]),
+        ([1, 2, 3, 4], 4, 9, 0, []),
+        ([4, 1, 3, 2, 8, 9], 4, 1, 0, [1, 2, 3]),  # 8 and 9: the run was set back
+    ],
+)
+def test_what_is_let_go(steps, newest, last, every, gone):
+    assert expired(steps, newest, last, every) == gone
+
+
+def test_a_run_keeps_the_newest_and_the_milestones(config, tmp_path):
+    run = tmp_path / "run"
+    options = ["train.save_interval=1", "train.keep_last=2", "train.keep_every=3"]
+    for name in (".iter_0000077.partial", ".iter_0000078.removed"):  # of runs that were killed
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / "data").write_text("half")
+    done = tiny_run.train(config, run, *options, "train.steps=7")
+    assert done.returncode == 0, done.stderr
+    assert listed(run) == ["iter_0000003", "iter_0000006", "iter_0000007", "latest"]
+    (run / "checkpoints" / checkpoint.LATEST).write_text("iter_0000003")
+    done = tiny_run.train(config, run, *options, "train.steps=5")
+    assert done.returncode == 0, done.stderr
+    kept = [f"iter_000000{step}" for step in (3, 4, 5, 6, 7)]
+    assert listed(run) == [*kept, "latest"]
+    assert checkpoint.resolve(run).name == "iter_0000005"
+
+
+def listed(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
