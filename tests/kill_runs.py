@@ -58,8 +58,8 @@ class Kill:
 def kill_once(
     config: Path, run: Path, layout: str, chance: random.Random, kind: str, start: float
 ) -> Kill:
-    """Start the job and kill one rank: `in a save`, `at the start` (within `start` seconds), or
-    `after some steps`."""
+    """Start the job and kill one rank: `in a save`, `at the start` (of its life, in the first
+    `start` seconds), or `after some steps`."""
     rank, folder, told = chance.randrange(PROCESSES), run / "checkpoints", run.with_suffix(".log")
     for path in folder.glob(".iter_*.partial"):
         path.chmod(_OF_AN_EARLIER_LIFE)
@@ -81,14 +81,15 @@ def kill_once(
         _until(begun, job, told)
         time.sleep(chance.uniform(0, 0.03))
     elif kind == "at the start":
-        time.sleep(chance.uniform(0.5, start))
+        _until(lambda: _rank(job, rank), job, told)
+        time.sleep(chance.uniform(0, start))
     else:
         steps = chance.randint(1, 6)
         _until(lambda: len(_said(told, "pretrain ")) >= steps, job, told)
         time.sleep(chance.uniform(0, 0.3))
     processes = psutil.Process(job.pid).children(recursive=True)
     seconds = time.monotonic() - started
-    _rank(processes, rank, job).send_signal(signal.SIGKILL)
+    _rank(job, rank).send_signal(signal.SIGKILL)
     killed = time.monotonic()
     assert job.wait(timeout=300) != 0, told.read_text()
     _, alive = psutil.wait_procs(processes, timeout=LEFT_SECONDS)
@@ -129,7 +130,7 @@ def prove(folder: Path, kills: dict[str, list[str]], seed: int) -> list[Kill]:
         started = time.monotonic()
         done = tiny_run.train(config, whole, *overrides, processes=PROCESSES)
         assert done.returncode == 0, done.stderr
-        start = time.monotonic() - started - tiny_run.rows(whole)[-1]["seconds"]
+        start = (time.monotonic() - started - tiny_run.rows(whole)[-1]["seconds"]) / 2
         for kind in kinds:
             found.append(kill_once(config, run, layout, chance, kind, start))
             print(f"{len(found)}. {found[-1]}", flush=True)
@@ -163,15 +164,13 @@ def _until(condition: Callable[[], object], job: subprocess.Popen, told: Path) -
         time.sleep(0.001)
 
 
-def _rank(processes: list[psutil.Process], rank: int, job: subprocess.Popen) -> psutil.Process:
-    """The process of a rank; the launcher where it has not started any."""
-    for process in processes:
-        try:
-            if process.ppid() == job.pid and process.environ().get("RANK") == str(rank):
+def _rank(job: subprocess.Popen, rank: int) -> psutil.Process | None:
+    """The process of a rank, once the launcher has started it."""
+    for process in psutil.Process(job.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RANK") == str(rank):
                 return process
-        except psutil.Error:
-            continue
-    return psutil.Process(job.pid)
+    return None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 `checkpoints/iter_0000100/` holds the sharded tensors (loadable under any parallel layout), the
 resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside its place and
 renamed when complete, so a directory of that name is whole; `checkpoints/latest` names the newest.
+
+No state of random generators is kept, for nothing draws from one during training: there is no
+dropout, and order, crops and flips of the data are functions of the seed and the slot.
 """
 
 import itertools
@@ -14,6 +17,7 @@ from pickle import UnpicklingError
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
@@ -142,6 +146,7 @@ def load_training(
 
     `lr`, `min_lr` and the length of the schedule stay those of the configuration, which may have
     changed; what trains, and the factors on the rate, must be the same (`stages.fingerprint`).
+    Raises CheckpointError listing what is missing, unexpected or misshapen.
     """
     directory = resolve(directory)
     _compare_names(directory, chunks)
@@ -151,6 +156,7 @@ def load_training(
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA),
     }
+    _compare_optimizer(directory, template["optimizer"])
     loaded = _load(directory, template, StrictHandling.RAISE_ALL)
     with torch.no_grad():
         for name, parameter in _parameters(chunks):
@@ -205,8 +211,15 @@ def read_config(directory: str | Path) -> RunConfig:
 
 
 def read_progress(directory: str | Path) -> dict:
-    """What `save` was given as progress."""
-    return json.loads((resolve(directory) / "progress.json").read_text())
+    """What `Save` was given as progress. Raises CheckpointError if that was nothing."""
+    directory = resolve(directory)
+    progress = json.loads((directory / "progress.json").read_text())
+    if not progress:
+        raise CheckpointError(
+            f"{directory} holds weights only, so no run can go on from it; start one with "
+            "stage.initial_checkpoint"
+        )
+    return progress
 
 
 def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
@@ -233,6 +246,22 @@ def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> None:
     compare(directory, {name: shape for share in shares for name, shape in share.items()})
 
 
+def _compare_optimizer(directory: Path, template: dict) -> None:
+    """Hold the names of the optimizer's tensors against the checkpoint's, on all ranks alike."""
+    shares = [None] * torch.distributed.get_world_size()
+    shared = (ShardedTensor, ShardedTensorFactory)
+    names = {entry.key for entry in nested_values(template) if isinstance(entry, shared)}
+    torch.distributed.all_gather_object(shares, names)
+    stored = {n for n in read_index(directory).state_dict_metadata if n.startswith("optimizer.")}
+    wanted = set().union(*shares)
+    _refuse(
+        directory,
+        [f"missing: {name}" for name in sorted(wanted - stored)]
+        + [f"unexpected: {name}" for name in sorted(stored - wanted)],
+        "optimizer",
+    )
+
+
 def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless the checkpoint has exactly the parameters `wanted`; the message
     lists every missing, unexpected and misshapen one."""
@@ -244,9 +273,13 @@ def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> None:
         for n in sorted(wanted.keys() & stored.keys())
         if wanted[n] != stored[n]
     ]
+    _refuse(directory, problems, "model")
+
+
+def _refuse(directory: Path, problems: list[str], what: str) -> None:
     if problems:
         listing = "\n  ".join(problems)
-        raise CheckpointError(f"checkpoint {directory} does not fit the model:\n  {listing}")
+        raise CheckpointError(f"checkpoint {directory} does not fit the {what}:\n  {listing}")
 
 
 def global_shapes(chunks: Sequence[Owl2]) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,49 @@
+"""torchrun tests/reload.py CKPT FOLDER LAYOUT...: go on under one layout after the other.
+
+LAYOUT is TENSORxPIPELINE. Each loads weights, optimizer and schedule of the checkpoint before it,
+and saves them as FOLDER/LAYOUT with the rates of its groups, FOLDER/LAYOUT.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_owl2 import mcore
+from megatron_owl2.model.owl2 import build
+from megatron_owl2.training import checkpoint, optim, stages
+
+RATES = ("wd_mult", "lr_mult", "max_lr", "min_lr", "lr", "weight_decay", "step")
+
+
+def reload(source: Path, folder: Path, layout: str) -> Path:
+    """Load `source` under the layout and save it again; returns where."""
+    config = checkpoint.read_config(source)
+    config.parallel.tensor, config.parallel.pipeline = map(int, layout.split("x"))
+    groups = mcore.initialize(config.parallel)
+    torch.manual_seed(groups.pp.rank())
+    chunks = build(mcore.Layout(config, groups), config.model, 1)
+    stages.apply(config, chunks)
+    wrapped = optim.wrap(chunks, overlap=config.parallel.overlap)
+    optimizer, scheduler = optim.build(config, wrapped)
+    checkpoint.load_training(source, chunks, optimizer, scheduler)
+    for part in optimizer.chained_optimizers:  # each group holds the parameters of its factor
+        parameters = part.model_float16_groups, part.model_fp32_groups
+        for group, *owned in zip(part.param_groups, *parameters, strict=True):
+            assert {p.rate_factor for ps in owned for p in ps} <= {group["lr_mult"]}
+    rates = [{k: float(group[k]) for k in RATES if k in group} for group in optimizer.param_groups]
+    output = folder / layout
+    if torch.distributed.get_rank() == 0:
+        output.with_suffix(".json").write_text(json.dumps(rates))
+    progress = checkpoint.read_progress(source)
+    state = {"optimizer": optimizer, "scheduler": scheduler, "progress": progress}
+    checkpoint.save(output, chunks, config, **state)
+    parallel_state.destroy_model_parallel()
+    return output
+
+
+place, target = Path(sys.argv[1]), Path(sys.argv[2])
+for name in sys.argv[3:]:
+    place = reload(place, target, name)
