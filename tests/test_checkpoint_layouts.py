@@ -1,6 +1,7 @@
 """A checkpoint under another layout and back: the same numbers, the same rates, the same run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import stored
 import tiny_run
 import torch
 
+from megatron_owl2 import mcore
+from megatron_owl2.config import ParallelConfig
+from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import checkpoint
 
 STEPS, SAVED = 3, "iter_0000002"
@@ -92,13 +96,24 @@ def test_the_next_step_is_the_same(whole, reloaded, tmp_path, source, options, t
     assert step["lr"] == expected["lr"]
 
 
-def test_what_does_not_fit_is_refused_and_listed(whole, tmp_path):
-    """Weights without optimizer, and a checkpoint that lacks a tensor of the optimizer."""
+def test_a_run_cannot_go_on_from_weights_and_what_they_lack_is_listed(whole, tmp_path):
     config, run = whole
-    weights = tmp_path / "weights"
-    shutil.copytree(run / "checkpoints", weights / "checkpoints")
-    latest = checkpoint.resolve(weights)
-    (latest / "progress.json").write_text("{}")
-    done = tiny_run.train(config, weights, f"train.steps={STEPS + 1}")
+    saved = checkpoint.resolve(run)
+    settings = checkpoint.read_config(saved)
+    settings.parallel = ParallelConfig()
+    groups = mcore.initialize(settings.parallel)
+    chunks = build(mcore.Layout(settings, groups), settings.model, 1)
+    checkpoint.load_weights(saved, chunks)
+    bare = tmp_path / "run" / "checkpoints" / saved.name
+    checkpoint.save(bare, chunks, settings)
+    with pytest.raises(checkpoint.CheckpointError, match=r"weights only.*initial_checkpoint"):
+        checkpoint.read_progress(bare)
+
+    shutil.copyfile(saved / "progress.json", bare / "progress.json")
+    (bare.parent / checkpoint.LATEST).write_text(bare.name)
+    done = tiny_run.train(config, tmp_path / "run", f"train.steps={STEPS + 1}")
     assert done.returncode != 0
-    assert "holds weights only" in done.stderr and "stage.initial_checkpoint" in done.stderr
+    assert f"error: rank 0: checkpoint {bare} does not fit the optimizer" in done.stderr
+    listed = set(re.findall(r"missing: (optimizer\.state\..*)", done.stderr))
+    stored_by_optimizer = {name for name in stored.read(saved) if name.startswith("optimizer.")}
+    assert listed == stored_by_optimizer

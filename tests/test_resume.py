@@ -1,6 +1,7 @@
 """A run that was stopped, in whatever way, goes on as if it had not been."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -180,5 +181,5 @@ def test_loss_that_explodes_stops_the_run_and_names_the_slots(uninterrupted, tmp
     done = tiny_run.train(config, run, "optimizer.lr=1e30", "optimizer.min_lr=1e30")
     assert done.returncode != 0
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-    assert "error: rank 0: the gradient norm of step" in line and "slots" in line
+    assert re.match(r"error: rank 0: \d+ steps in a row were skipped .*slots \d+ to \d+", line)
     assert not (run / "checkpoints").exists()
