@@ -8,12 +8,15 @@ import torch
 
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.loader import BatchLoader
-from megatron_owl2.training import metrics
+from megatron_owl2.training import counts
 from megatron_owl2.training.agreement import Agreement
 
 
 class Feed(Iterator[Batch]):
-    """Micro-batches on the device; counts what they hold and what they cost."""
+    """Micro-batches on the device; counts what they hold and what they cost.
+
+    `last` is the newest one as the loader made it: whole, and on the host.
+    """
 
     def __init__(
         self,
@@ -27,6 +30,7 @@ class Feed(Iterator[Batch]):
         self._agreement, self._context = agreement, context
         self._restarts = 0
         self._counts = Counter()
+        self.last: Batch | None = None
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
@@ -34,6 +38,8 @@ class Feed(Iterator[Batch]):
         self._agreement.add(batch)
         self._counts["wait_seconds"] += time.perf_counter() - started
         self._counts["tokens"] += int(batch.lengths.sum())
+        self._counts["vision_tokens"] += len(batch.vision_rows)
+        self._counts["pairs"] += int((batch.lengths * (batch.lengths + 1) // 2).sum())
         self._counts["bad_samples"] += batch.bad
         self._counts["shortened_samples"] += batch.shortened
         self._counts["read_retries"] += batch.cost.retries
@@ -41,17 +47,18 @@ class Feed(Iterator[Batch]):
         self._counts["read_seconds"] += batch.cost.read_seconds
         self._counts["decode_seconds"] += batch.cost.decode_seconds
         for source in batch.sources.tolist():
-            self._counts[metrics.seen(source)] += 1
+            self._counts[counts.seen(source)] += 1
         for sample in batch.bad_samples:
-            self._counts[metrics.bad(sample.source)] += 1
+            self._counts[counts.bad(sample.source)] += 1
+        self.last = batch
         return batch.local_to(*self._context).to(self._device)
 
     def take_counts(self) -> Counter:
         """The counts since the last call, as `Metrics.add` takes them."""
         self._counts["worker_restarts"] = self._loader.restarts - self._restarts
         self._restarts = self._loader.restarts
-        counts, self._counts = self._counts, Counter()
-        return counts
+        taken, self._counts = self._counts, Counter()
+        return taken
 
     def close(self) -> None:
         """End the data workers."""

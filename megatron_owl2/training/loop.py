@@ -14,11 +14,15 @@ from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.signals import StopRequest
-from megatron_owl2.training import checkpoint, health, metrics, optim, stages
+from megatron_owl2.training import checkpoint, health, metrics, optim, pictures, stages
 from megatron_owl2.training.agreement import Agreement
+from megatron_owl2.training.counts import without_sources
 from megatron_owl2.training.feed import Feed
+from megatron_owl2.training.norms import PartNorms
+from megatron_owl2.training.profiling import Profiler, Timers
 from megatron_owl2.training.saver import Saver
 from megatron_owl2.training.step import forward_backward, update
+from megatron_owl2.training.tracking import Tracker
 
 
 def train(config: RunConfig, stop: StopRequest) -> int:
@@ -75,7 +79,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         health_state = progress["health"]
         data = phases.go_on(progress["phases"], config.data, datasets, slots, str(resumed))
         if len(data) > len(progress["phases"]):
-            counts = metrics.without_sources(counts)
+            counts = without_sources(counts)
         checkpoint.load_training(resumed, chunks, optimizer, scheduler)
         say(f"continuing from {resumed} at step {step}", flush=True)
     say(data[-1].describe(), flush=True)
@@ -109,30 +113,57 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     feed = Feed(loader, mcore.device(), agreement, (groups.cp.rank(), groups.cp.size()))
     gradients = health.Gradients(config.health, output, health_state, writes=main)
     watchdog = health.Watchdog(config.health.step_timeout, output, torch.distributed.get_rank())
-    log = metrics.Metrics(config, mcore.device(), step, counts, data[-1].sources)
+    # One rank of every pipeline stage shows all there is to see.
+    first_of_stage = groups.tp.rank() == groups.cp.rank() == groups.dp.rank() == 0
+    profiler = Profiler(config.watch, output, records=first_of_stage)
+    timers = layout.transformer.timers = Timers(profiler)
+    part_norms = PartNorms(wrapped, optimizer, config.model.decoder)
+    tracker = Tracker(config, writes=main)
+    log = metrics.Metrics(
+        config,
+        mcore.device(),
+        tracker,
+        start_step=step,
+        counts=counts,
+        sources=data[-1].sources,
+        trained={parameter.name for parameter in plan if parameter.trained},
+        stage=groups.pp.rank(),
+    )
     saver = Saver(output, config.train, partial(say, flush=True))
     received = 0
 
     while step < config.train.steps and not received:
         step += 1
         watchdog.begin(f"step {step}")
+        profiler.begin_step(step)
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums = forward_backward(config, wrapped, feed, micro_batches)
-        scheduler.step(1)
-        lr = max(group["lr"] for group in optimizer.param_groups)
-        read = range(slots, slots + config.train.global_batch_size)
-        grad_norm = update(optimizer, partial(gradients.accept, step, read))
-        slots = read.stop
-        log.add(sums, feed.take_counts())
-        saver.look()
         received = stop.agreed(mcore.device())
         ending = step == config.train.steps or received
         saving = ending or step % config.train.save_interval == 0
-        if saving or step % config.train.log_interval == 0:  # a checkpoint carries full counts
+        logging = saving or step % config.train.log_interval == 0  # checkpoints carry full counts
+        scheduler.step(1)
+        read = range(slots, slots + config.train.global_batch_size)
+        with profiler.span("optimizer"):
+            judge = partial(gradients.accept, step, read)
+            norm, by_part = update(optimizer, judge, part_norms if logging else None)
+        slots = read.stop
+        log.add(sums, feed.take_counts(), timers.backward.take())
+        saver.look()
+        if logging:
             agreement.check(step)
-            log.write(step, grad_norm, lr)
+            log.write(
+                step,
+                grad_norm=norm,
+                part_norms=by_part,
+                rates=stages.rates(plan, scheduler, config),
+                skipped=gradients.state["skipped"],
+            )
+        interval = config.watch.picture_interval
+        if main and interval and step % interval == 0:
+            tracker.picture("samples", pictures.write(output, step, feed.last, tokenizer), step)
         if saving:
             optim.settle(wrapped)
             saver.save(
@@ -150,10 +181,12 @@ def train(config: RunConfig, stop: StopRequest) -> int:
                     "health": gradients.state,
                 },
             )
+        profiler.end_step()
     saver.finish()
     watchdog.end()
+    profiler.close()
     feed.close()
-    log.close()
+    tracker.close()
     mcore.shutdown()
     return received if step < config.train.steps else 0
 

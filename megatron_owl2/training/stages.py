@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_owl2.config import ConfigError, RunConfig, StageConfig
@@ -93,6 +94,24 @@ def rate_factor(name: str, config: RunConfig) -> float:
         depth = layers - int(name.split(".")[2]) if inside else layers + 1
         factor *= config.optimizer.vision_layer_decay**depth
     return factor
+
+
+def rates(
+    plan: list[Parameter], scheduler: OptimizerParamScheduler, config: RunConfig
+) -> dict[str, float]:
+    """The learning rates in force by part of the model; where a part has several, its lowest and
+    its highest one."""
+    found = {}
+    for part in PARTS:
+        factors = {p.factor for p in plan if p.trained and part_of(p.name) == part}
+        low, high = min(factors, default=None), max(factors, default=None)
+        names = {part: low} if low == high else {f"{part} lowest": low, f"{part} highest": high}
+        found |= {name: factor for name, factor in names.items() if factor is not None}
+    peak, least = config.optimizer.lr, config.optimizer.min_lr
+    return {
+        name: scheduler.get_lr({"max_lr": peak * factor, "min_lr": least * factor})
+        for name, factor in found.items()
+    }
 
 
 def table(plan: list[Parameter], config: RunConfig) -> str:

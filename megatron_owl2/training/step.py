@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_owl2.config import RunConfig
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.training.norms import PartNorms
 
 SUMS = ("loss", "targets", "image_loss", "image_targets")  # added up over micro-batches and ranks
 
@@ -46,13 +47,18 @@ def forward_backward(
     return sums
 
 
-def update(optimizer: MegatronOptimizer, accept: Callable[[float], bool]) -> float:
-    """Apply the gradients, clipped, unless `accept` refuses their norm; returns the norm.
+def update(
+    optimizer: MegatronOptimizer, accept: Callable[[float], bool], parts: PartNorms | None = None
+) -> tuple[float, dict[str, float]]:
+    """Apply the gradients, clipped, unless `accept` refuses their norm.
 
-    The parts of ChainedOptimizer.step (megatron-core, optimizer/optimizer.py), which asks nobody.
+    Returns the norm, and where `parts` is given the norms by part of the model, all before the
+    clipping. The parts of ChainedOptimizer.step (megatron-core, optimizer/optimizer.py), which asks
+    nobody.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
+    by_part = parts.measure() if parts is not None else {}
     if accept(norm):
         for part in optimizer.chained_optimizers:
             if getattr(part, "is_stub_optimizer", False):  # nothing trains on this rank
@@ -61,7 +67,7 @@ def update(optimizer: MegatronOptimizer, accept: Callable[[float], bool]) -> flo
             if parameters and part.config.clip_grad > 0.0:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
         optimizer.step_with_ready_grads()
-    return norm
+    return norm, by_part
 
 
 def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
