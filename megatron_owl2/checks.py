@@ -1,6 +1,7 @@
 """What a configuration must satisfy before work starts; every refusal names the fix."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import sys
@@ -35,10 +36,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     check_model(config.model)
     _check_each(config, _uncounted)
     check_layout(config, world_size)
-    _require(
-        config.train.precision in ("fp32", "bf16"),
-        f"train.precision is {config.train.precision!r}; use fp32 or bf16",
-    )
+    _one_of(config, "train.precision", "fp32", "bf16")
     _require(
         config.optimizer.warmup_steps < config.train.steps,
         f"optimizer.warmup_steps ({config.optimizer.warmup_steps}) must be smaller than "
@@ -70,6 +68,12 @@ def check_settings(config: RunConfig, world_size: int) -> None:
         f"health.step_timeout ({health.step_timeout}) and health.spike_factor "
         f"({health.spike_factor}) must not be negative",
     )
+    _require(
+        0 <= config.watch.peak_tflops < math.inf,
+        f"watch.peak_tflops ({config.watch.peak_tflops}) must be finite and not negative",
+    )
+    _one_of(config, "watch.profiler", "none", "torch", "nsys")
+    _one_of(config, "wandb.mode", "offline", "online")
     storage = config.data.storage
     _require(
         min(storage.cache_gib, storage.timeout, config.data.stall_timeout) > 0,
@@ -163,10 +167,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     ):
         _require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
     _check_stages(config)
-    _require(
-        parallel.recompute in ("none", "selective", "full"),
-        f"parallel.recompute is {parallel.recompute!r}; use none, selective or full",
-    )
+    _one_of(config, "parallel.recompute", "none", "selective", "full")
     _require(
         not parallel.sequence or tp > 1,
         "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
@@ -227,14 +228,8 @@ def _check_stages(config: RunConfig) -> None:
 def _check_kernels(config: RunConfig) -> None:
     """Refuse kernels that would compute in another precision than asked, or not at all."""
     kernels, model, parallel = config.kernels, config.model, config.parallel
-    _require(
-        kernels.backend in ("local", "transformer_engine"),
-        f"kernels.backend is {kernels.backend!r}; use local or transformer_engine",
-    )
-    _require(
-        kernels.fp8 in ("none", "tensorwise", "delayed", "blockwise", "mxfp8"),
-        f"kernels.fp8 is {kernels.fp8!r}; use none, tensorwise, delayed, blockwise or mxfp8",
-    )
+    _one_of(config, "kernels.backend", "local", "transformer_engine")
+    _one_of(config, "kernels.fp8", "none", "tensorwise", "delayed", "blockwise", "mxfp8")
     _require(
         kernels.backend == "local" or config.train.precision == "bf16",
         "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
@@ -270,16 +265,22 @@ def _check_kernels(config: RunConfig) -> None:
 
 
 def check_machine(config: RunConfig) -> None:
-    """Refuse kernels that this machine has not, before anything is built; raises ConfigError."""
-    if config.kernels.backend == "local":
+    """Refuse what this machine cannot do, before anything is built; raises ConfigError."""
+    own_kernels, profiler = config.kernels.backend == "local", config.watch.profiler
+    if own_kernels and profiler != "nsys":
         return
     import torch
 
-    _require(
-        torch.cuda.is_available(),
-        "kernels.backend=transformer_engine needs a GPU, and torch sees none here; use "
-        "kernels.backend=local",
-    )
+    for wanted, what, instead in (
+        (not own_kernels, "kernels.backend=transformer_engine", "kernels.backend=local"),
+        (profiler == "nsys", "watch.profiler=nsys", "watch.profiler=torch"),
+    ):
+        _require(
+            not wanted or torch.cuda.is_available(),
+            f"{what} needs a GPU, and torch sees none here; use {instead}",
+        )
+    if own_kernels:
+        return
     _require(
         importlib.util.find_spec("transformer_engine") is not None,
         "kernels.backend=transformer_engine is not installed; pip install --no-build-isolation "
@@ -345,6 +346,12 @@ def _check_files(config: RunConfig) -> None:
         initial is None or Path(initial).is_dir(),
         f"stage.initial_checkpoint: {initial} is not a directory",
     )
+
+
+def _one_of(config: RunConfig, key: str, *choices: str) -> None:
+    value = functools.reduce(getattr, key.split("."), config)
+    most, last = ", ".join(choices[:-1]), choices[-1]
+    _require(value in choices, f"{key} is {value!r}; use {most} or {last}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -5,6 +5,9 @@ that a checkpoint holds is the gradient of the last step, so whole gradients are
 the real training loop, whatever layout made them.
 """
 
+import collections
+import math
+
 import pytest
 import stored
 import tiny_run
@@ -14,6 +17,7 @@ from megatron_owl2.data import phases
 from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.flops import Load, training_flops
 from megatron_owl2.training import checkpoint
 
 STEPS = 3
@@ -70,8 +74,8 @@ def start(tmp_path_factory):
     for name, stage in STAGES.items():
         done = tiny_run.train(config, folder / name, *options, *stage)
         assert done.returncode == 0, done.stderr
-        found[name] = tiny_run.figures(folder / name), gradients(folder / name)
-        assert [step for step, *_ in found[name][0]] == [1, 2, 3]
+        found[name] = tiny_run.rows(folder / name), gradients(folder / name)
+        assert [row["step"] for row in found[name][0]] == [1, 2, 3]
     return config, options, found
 
 
@@ -81,7 +85,7 @@ def gradients(run):
 
 
 def check(start, stage, name, tmp_path, *overrides):
-    """Loss, gradient norm and every gradient within 1e-5 of one process's."""
+    """Loss, gradient norms and every gradient within 1e-5 of one process's, and the same work."""
     config, options, found = start
     processes, layout = LAYOUTS[name]
     run = tmp_path / "run"
@@ -89,9 +93,12 @@ def check(start, stage, name, tmp_path, *overrides):
         config, run, *options, *STAGES[stage], *layout, *overrides, processes=processes
     )
     assert done.returncode == 0, done.stderr
-    figures, expected = found[stage]
-    for ours, reference in zip(tiny_run.figures(run), figures, strict=True):
-        assert ours == pytest.approx(reference, rel=1e-5)
+    rows, expected = found[stage]
+    for ours, reference in zip(tiny_run.rows(run), rows, strict=True):
+        for key in ("step", "loss", "grad_norm", "grad_norms"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-5), key
+        assert math.hypot(*ours["grad_norms"].values()) == pytest.approx(ours["grad_norm"], 1e-5)
+        assert work(ours, processes) == pytest.approx(work(reference, 1))
     ours = gradients(run)
     assert ours.keys() == expected.keys()
     errors = {name: error(ours[name], expected[name]) for name in expected if not silent(name)}
@@ -101,6 +108,13 @@ def check(start, stage, name, tmp_path, *overrides):
     scale = max(float(gradient.norm()) for gradient in expected.values())
     for name in filter(silent, expected):
         assert ours[name].norm() < 1e-6 * scale
+
+
+def work(row: dict, processes: int) -> list[float]:
+    """Images, tokens and TFLOP of a sample on average."""
+    rates = ("images_per_second", "tokens_per_second", "tflops_per_device")
+    images, tokens, operations = (row[rate] / row["samples_per_second"] for rate in rates)
+    return [images, tokens, operations * processes]
 
 
 def error(ours, expected) -> float:
@@ -140,6 +154,63 @@ def test_a_frozen_language_model_trains_alike_under_every_layout(start, tmp_path
     check(start, "stage 1", name, tmp_path, FULL)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_norms_by_part_are_those_of_the_whole_gradients(start, stage):
+    config = configuration.load(start[0]).model.decoder
+    rows, found = start[2][stage]
+    parts = dict.fromkeys(rows[-1]["grad_norms"], 0.0)
+    for name, gradient in found.items():
+        if name.startswith(("vision_model.", "abstractor.")):
+            part = "ViT" if name.startswith("vision_model.") else "abstractor"
+        elif name.endswith("linear_kv_vision.weight"):
+            part = "vision KV"
+        elif name.endswith("linear_qkv.weight"):
+            part = "text KV"
+            head = config.hidden_size // config.num_heads
+            queries = config.num_heads // config.num_kv_heads
+            heads = gradient.double().view(config.num_kv_heads, queries + 2, head, -1)
+            parts["rest"] += float(heads[:, :queries].square().sum())
+            gradient = heads[:, queries:]
+        else:
+            part = "rest"
+        parts[part] += float(gradient.double().square().sum())
+    expected = {part: math.sqrt(square) for part, square in parts.items()}
+    assert rows[-1]["grad_norms"] == pytest.approx(expected, rel=1e-5)
+    trained = {part for part, norm in expected.items() if norm}
+    assert trained == (set(expected) if stage == "everything" else set(expected) - {"text KV"})
+
+
+def test_work_is_counted_by_what_the_samples_hold(start):
+    """Images, tokens and operations of the last step, from the batches it has read."""
+    config = configuration.load(start[0])
+    datasets = open_datasets(config.data)
+    load = collections.Counter()
+    for batch in build_loader(
+        config.data,
+        datasets,
+        phases.first_phase(config.data, datasets),
+        tokenizer=Tokenizer(config.data.tokenizer),
+        tokens_per_image=config.model.tokens_per_image,
+        image_size=config.model.vision.image_size,
+        micro_batch_size=2,
+        start_slot=8 * (STEPS - 1),
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        limit_slots=8,
+    ):
+        for row, length in enumerate(batch.lengths.tolist()):
+            pictured = bool(batch.modality[row].any())
+            load["images"] += pictured
+            load["vision_tokens"] += pictured * config.model.tokens_per_image
+            load["tokens"] += length
+            load["pairs"] += sum(range(length + 1))
+    (rows, _), names = start[2]["everything"], set(start[2]["everything"][1])
+    operations = sum(training_flops(config.model, Load(**load), names).values())
+    expected = [load["images"] / 8, load["tokens"] / 8, operations / 8 / 1e12]
+    assert work(rows[-1], 1) == pytest.approx(expected)
+    assert rows[-1]["mfu"] is None, "a CPU has no peak"
+
+
 def test_micro_batches_without_pictures_are_first_and_last_and_between(start):
     """What DP 2 with overlapped reduction reads above, so that its proof covers them."""
     config = configuration.load(start[0])
@@ -170,13 +241,13 @@ def test_bf16_is_close_to_fp32(start, tmp_path):
     done = tiny_run.train(config, tmp_path / "run", *options, "train.precision=bf16", processes=2)
     assert done.returncode == 0, done.stderr
     for ours, reference in zip(
-        tiny_run.figures(tmp_path / "run"), found["everything"][0], strict=True
+        tiny_run.rows(tmp_path / "run"), found["everything"][0], strict=True
     ):
-        assert ours[1] == pytest.approx(reference[1], rel=0.02)
-        assert ours[1] != reference[1]
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=0.02)
+        assert ours["loss"] != reference["loss"]
 
 
 def test_the_second_step_shows_that_the_first_one_learned(start):
-    everything, stage_1 = (start[2][name][0] for name in STAGES)
-    assert everything[1][1] < everything[0][1]
+    everything, stage_1 = ([row["loss"] for row in start[2][name][0]] for name in STAGES)
+    assert everything[1] < everything[0]
     assert everything != stage_1

@@ -56,7 +56,7 @@ def outputs(tmp_path):
     for name, loss in (("pretrain", 4.0), ("finetune", 2.0)):
         (tmp_path / name).mkdir()
         lines = [{"step": s, "loss": loss / s, "lr": 1e-3} for s in range(1, 40)]
-        lines.append({"step": 40, "loss": None})
+        lines += [{"step": 40, "loss": None}, {"step": 41, "loss": float("nan")}]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     seen = {"colour": (90.0, 20.0, 50), "shape": (95.5, 25.0, 50)}
     evaluation(tmp_path / "seen", seen, answers=rows[:2])
@@ -135,8 +135,8 @@ def test_lines_below_a_picture():
 
 def test_smoothing_keeps_a_line_and_removes_a_zigzag():
     line = [float(i) for i in range(200)]
-    assert figure._smooth(line)[5:-5] == pytest.approx(line[5:-5])
-    zigzag = figure._smooth([i % 2 for i in range(200)])
+    assert figure.smooth(line)[5:-5] == pytest.approx(line[5:-5])
+    zigzag = figure.smooth([i % 2 for i in range(200)])
     assert max(abs(v - 0.5) for v in zigzag[5:-5]) < 0.1
 
 

@@ -1,7 +1,8 @@
 """The report as a picture: loss curves, accuracy per skill, and pictures with their answers."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -29,14 +30,6 @@ def draw(
     `curves` are (stage, steps, losses); `answers` are of the set `answered_set`. Raises
     ReportError if matplotlib is not installed or a picture cannot be read.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ReportError(
-            "the PNG needs matplotlib; install the extra: pip install 'megatron-owl2[report]'"
-        ) from None
-
     texts = [_lines(answer) for answer in answers]
     rows = [texts[i : i + _COLUMNS] for i in range(0, len(texts), _COLUMNS)]
     heights = [
@@ -54,6 +47,25 @@ def draw(
         ),
     ]
     parts = [(height, paint) for height, paint, wanted in parts if wanted]
+    part_heights = [height for height, _ in parts]
+    with canvas(path, title, 11, sum(part_heights) + 0.5) as figure:
+        boxes = figure.subfigures(len(parts), 1, height_ratios=part_heights, squeeze=False)[:, 0]
+        for (_, paint), box in zip(parts, boxes, strict=True):
+            paint(box)
+
+
+@contextmanager
+def canvas(path: Path, title: str, width: float, height: float) -> Iterator:
+    """A matplotlib figure of so many inches in the style of all our pictures, written to `path`
+    at the end. Raises ReportError if matplotlib is not installed."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ReportError(
+            "the PNG needs matplotlib; install the extra: pip install 'megatron-owl2[report]'"
+        ) from None
+
     style = {
         "font.size": 10,
         "axes.edgecolor": _FAINT,
@@ -65,24 +77,37 @@ def draw(
         "ytick.color": _FAINT,
     }
     with rc_context(style):
-        part_heights = [height for height, _ in parts]
-        figure = Figure(figsize=(11, sum(part_heights) + 0.5), dpi=130, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1)
         figure.suptitle(title, fontsize=15, fontweight="bold")
-        boxes = figure.subfigures(len(parts), 1, height_ratios=part_heights, squeeze=False)[:, 0]
-        for (_, paint), box in zip(parts, boxes, strict=True):
-            paint(box)
+        yield figure
         figure.savefig(path, facecolor="white")
+
+
+def curve(
+    axis,
+    steps: Sequence[int],
+    values: list[float],
+    color: str,
+    label: str = "",
+    *,
+    smoothed: bool = True,
+) -> None:
+    """Draw values over steps; `smoothed`: faintly as they are and smoothed on top."""
+    if smoothed:
+        axis.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+        values = smooth(values)
+    axis.plot(steps, values, color=color, linewidth=2, label=label)
+    axis.grid(color=_GRID)
 
 
 def _curves(part, curves) -> None:
     part.suptitle("Training loss", x=0.01, ha="left", fontweight="bold")
     axes = part.subplots(1, len(curves), squeeze=False)[0]
     for axis, (name, steps, losses) in zip(axes, curves, strict=True):
-        axis.plot(steps, losses, color=_SETS[0], alpha=0.3, linewidth=1)
-        axis.plot(steps, _smooth(losses), color=_SETS[0], linewidth=2)
+        curve(axis, steps, losses, _SETS[0])
         axis.annotate(
-            f"{_smooth(losses)[-1]:.3f}",
+            f"{smooth(losses)[-1]:.3f}",
             (1, 0.97),
             xycoords="axes fraction",
             ha="right",
@@ -93,7 +118,6 @@ def _curves(part, curves) -> None:
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylim(0, max(losses) * 1.05)
-        axis.grid(color=_GRID)
 
 
 def _bars(part, scores: Scores) -> None:
@@ -184,7 +208,7 @@ def _enlarged(path: Path) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Mean over a fortieth of the curve to either side, as far as there are values."""
     reach = len(values) // 40
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))

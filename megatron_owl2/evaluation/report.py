@@ -1,6 +1,7 @@
 """What the evaluations of one model say together: a table per skill, with and without looking."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +98,24 @@ def table(scores: Scores) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of a run directory's metrics.jsonl; raises ReportError if none has a loss."""
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    rows = _json_lines(path)
+    if not any(_learnt(row) for row in rows):
+        raise ReportError(f"{path} holds no loss")
+    return rows
+
+
 def read_curve(run: Path) -> tuple[list[int], list[float]]:
     """Steps and losses from a run directory's metrics.jsonl; raises ReportError if it has none."""
-    path = run / "metrics.jsonl" if run.is_dir() else run
-    rows = [row for row in _json_lines(path) if row["loss"] is not None]
-    if not rows:
-        raise ReportError(f"{path} holds no loss")
+    rows = [row for row in read_metrics(run) if _learnt(row)]
     return [row["step"] for row in rows], [row["loss"] for row in rows]
+
+
+def _learnt(row: dict) -> bool:
+    """Whether there were targets and the loss was a number; a step without is skipped."""
+    return row["loss"] is not None and math.isfinite(row["loss"])
 
 
 def read_answers(evaluations: Sequence[tuple[str, Path]]) -> dict[str, list[Answer]]:
