@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_run
+import torch
 
 from megatron_owl2 import checks
 from megatron_owl2 import config as configuration
@@ -90,6 +91,10 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
         ("kernels.fp8=delayed", 1, "needs kernels.backend=transformer_engine; .* be in bf16"),
         ("kernels.backend=transformer_engine", 1, "set train.precision to bf16"),
         ("health.spike_factor=-1", 1, "must not be negative"),
+        ("watch.peak_tflops=-1", 1, "watch.peak_tflops .* must be finite and not negative"),
+        ("watch.profiler=perf", 1, "use none, torch or nsys"),
+        ("watch.profile_step=0", 1, "watch.profile_step is 0; it must be at least 1"),
+        ("wandb.mode=disabled", 1, "use offline or online"),
         ("parallel.pipeline=0", 1, "parallel.pipeline is 0; it must be at least 1"),
         ("parallel.sequence=true", 1, "needs parallel.tensor > 1"),
         ("train.micro_batch_size=3", 1, r"global_batch_size \(8\) is not a multiple"),
@@ -116,6 +121,13 @@ def test_runs_that_cannot_work(tmp_path, override, world_size, words):
     config = configuration.load(path, [f"train.output={tmp_path / 'run'}", *override.split(" & ")])
     with pytest.raises(ConfigError, match=words):
         checks.check(config, world_size)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
+def test_nsys_without_a_gpu(tmp_path):
+    config = configuration.load(tiny_run.make(tmp_path), ["watch.profiler=nsys"])
+    with pytest.raises(ConfigError, match="nsys needs a GPU, .*; use watch.profiler=torch"):
+        checks.check_machine(config)
 
 
 @pytest.mark.parametrize(

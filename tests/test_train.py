@@ -1,4 +1,4 @@
-"""What a training run does beside learning: bad samples, broken shards, wandb."""
+"""What a training run does beside learning: bad samples, broken shards."""
 
 import json
 
@@ -43,10 +43,3 @@ def test_a_rank_that_cannot_go_on_says_so(tmp_path):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: rank ")]
     assert lines and all(shard.name in line and "cut or replaced" in line for line in lines)
-
-
-def test_wandb_records_offline_when_asked(tmp_path):
-    config = tiny_run.make(tmp_path)
-    done = tiny_run.train(config, tmp_path / "run", "wandb.enabled=true")
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))

@@ -165,6 +165,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         if main and interval and step % interval == 0:
             tracker.picture("samples", pictures.write(output, step, feed.last, tokenizer), step)
         if saving:
+            profiler.begin("checkpoint")
             optim.settle(wrapped)
             saver.save(
                 step,
@@ -181,6 +182,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
                     "health": gradients.state,
                 },
             )
+            profiler.end()
         profiler.end_step()
     saver.finish()
     watchdog.end()
