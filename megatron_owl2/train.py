@@ -45,7 +45,7 @@ def main() -> int:
     except (CheckpointError, DataError, FloatingPointError, ShardError) as error:
         return _refuse(f"rank {rank}: {error}")
     except StorageError as error:  # a disk or a network, which may be well again later
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        _tell(f"rank {rank}: {error}")
         return 1
     if received == signal.SIGINT:
         return 128 + received
@@ -53,8 +53,14 @@ def main() -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    _tell(message)
     return 2
+
+
+def _tell(message: str) -> None:
+    """In one write, for the ranks of a job share a terminal or a log."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
