@@ -30,7 +30,3 @@ export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The reason of a network fault stands in the log of the rank that had it.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# A rank whose collective fails or times out ends, and the job with it, instead of waiting on.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# The same for a rank whose NCCL itself is stuck, in seconds without a sign of life.
-export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}

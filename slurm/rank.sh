@@ -1,6 +1,7 @@
 #!/bin/bash
 # One rank of a job, started by srun: rank.sh FOLDER COMMAND ... runs COMMAND as the rank that Slurm
-# says it is, and leaves FOLDER/exit-CODE if it ends with a code that srun would not tell.
+# says it is, with FOLDER/rank-00000.log as its output, and leaves FOLDER/exit-CODE if it ends with a
+# code that srun would not tell.
 set -uo pipefail
 
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
@@ -12,6 +13,8 @@ trap : INT TERM USR1 USR2
 
 folder=$1
 shift
+# Here, as srun would take a % or a backslash in the path for something else.
+exec > "$folder/rank-$(printf %05d "$RANK").log" 2>&1 || exit 1
 "$@"
 status=$?
 case $status in

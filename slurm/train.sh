@@ -21,7 +21,7 @@
 # train.output is runs/<name of CONFIG> in the folder of sbatch, if neither CONFIG nor the arguments
 # name it. Every rank has a log in train.output/logs/<job>-<restart>; rank 0's is in the
 # job's own too.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # the job script sets $project
 
 set -uo pipefail
 
@@ -52,34 +52,14 @@ fi
 # Slurm's signals reach this shell too. It lives on to read how the ranks ended.
 trap : INT TERM USR1 USR2
 
-# srun takes --export=NONE and not --cpus-per-task from the job. Every rank sees all GPUs of its node,
-# which NCCL needs to go over NVLink, and takes the one of LOCAL_RANK; blocks put neighbouring ranks
-# on the CPUs of one socket, where their GPUs are.
+# srun takes --export=NONE and not --cpus-per-task from the job, and --gpus-per-node from the script
+# even if the job has its GPUs by --gres; without it a step has all of the job's. Every rank sees all
+# GPUs of its node, which NCCL needs to go over NVLink, and takes the one of LOCAL_RANK; blocks put
+# neighbouring ranks on the CPUs of one socket, where their GPUs are.
+unset SLURM_GPUS_PER_NODE
 start() {
     srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --gpu-bind=none \
         --distribution=block:block --input=none "${container[@]}" "$@"
-}
-
-# Proves the configuration on one node, and says where the run is.
-output=$(start --nodes=1 --ntasks=1 --ntasks-per-node=1 "${python[@]}" -c '
-import sys
-from megatron_owl2 import config
-try:
-    print(config.load(sys.argv[1], sys.argv[2:]).train.output)
-except config.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-' "$config" "${overrides[@]}") || exit
-if [[ -z $output ]]; then
-    output=runs/$(basename "${config%.*}")
-    overrides+=("train.output=$output")
-fi
-logs=$output/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-crashes=$output/logs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.crashes
-mkdir -p "$logs" && : > "$logs/rank-00000.log" || exit 1
-
-newest() {
-    cat "$output/checkpoints/latest" 2> /dev/null
 }
 
 # Another life for the run.
@@ -90,7 +70,7 @@ again() {
     case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r') in
         RUNNING* | *TimeLimit)
             scontrol requeue "$SLURM_JOB_ID" ||
-                fail "Slurm does not requeue this job; submit it with --array=1-20%1"
+                echo "error: Slurm does not requeue this job; submit it with --array=1-20%1" >&2
             ;;
         *) echo "slurm: the job was cancelled" ;;
     esac
@@ -103,10 +83,50 @@ enough() {
     fi
 }
 
+# Proves the configuration on one node, and says where the run is.
+output=$(start --nodes=1 --ntasks=1 --ntasks-per-node=1 "${python[@]}" -c '
+import sys
+from megatron_owl2 import config
+try:
+    print(config.load(sys.argv[1], sys.argv[2:]).train.output)
+except config.ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+' "$config" "${overrides[@]}")
+status=$?
+case $status in
+    0) ;;
+    2 | 130)
+        enough
+        exit "$status"
+        ;;
+    138 | 140 | 143) # SIGUSR1, SIGUSR2, SIGTERM, before a rank could hear of it
+        echo "slurm: the run was stopped before it began and goes on later"
+        again
+        exit 75
+        ;;
+    *)
+        echo "error: the configuration could not be read (exit code $status)" >&2
+        exit "$status"
+        ;;
+esac
+if [[ -z $output ]]; then
+    output=runs/$(basename "${config%.*}")
+    overrides+=("train.output=$output")
+fi
+logs=$output/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+crashes=$output/logs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.crashes
+mkdir -p "$logs" && : > "$logs/rank-00000.log" || exit 1
+
+newest() {
+    cat "$output/checkpoints/latest" 2> /dev/null
+}
+
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
-# Below what Linux gives to clients, and another one for each job of a node.
-export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+# Below what Linux gives to clients; another one for each job of a node, and for each life of a job,
+# as the first may have been somebody else's.
+export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 997 * ${SLURM_RESTART_COUNT:-0}) % 20000))
 
 before=$(newest)
 echo "slurm: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on" \
@@ -116,8 +136,7 @@ echo "slurm: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM
     exec tail --lines=+1 --follow --pid=$$ "$logs/rank-00000.log"
 ) &
 # A rank that dies takes the job with it; ranks that are done wait 10 minutes for those that are not.
-start --ntasks="$SLURM_NTASKS" --kill-on-bad-exit=1 --wait=600 --output="$logs/rank-%5t.log" \
-    bash "$project/slurm/rank.sh" "$logs" \
+start --ntasks="$SLURM_NTASKS" --kill-on-bad-exit=1 --wait=600 bash "$project/slurm/rank.sh" "$logs" \
     "${python[@]}" -m megatron_owl2.train --config "$config" "${overrides[@]}"
 status=$?
 sleep 2 # for the last lines to be shown
