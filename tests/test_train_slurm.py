@@ -20,6 +20,7 @@ from megatron_owl2.training import checkpoint
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 STEPS = 8
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 GATE = """
 import os, pathlib, time
 train, forward_backward, calls, stop = loop.train, loop.forward_backward, 0, None
@@ -38,7 +39,18 @@ def gated(*arguments):
     return forward_backward(*arguments)
 loop.train, loop.forward_backward = watched, gated
 """
-CRASH = "import os\nos._exit(7)\n"
+# Run by every Python process before anything else.
+CRASH = """
+import os
+if "RANK" in os.environ:
+    os._exit(7)
+"""
+SLOW_TO_BEGIN = """
+import os, pathlib, time
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    pathlib.Path(os.environ["GATE"], "begun").touch()
+    time.sleep(1000)
+"""
 
 
 def wait(until: Callable, seconds: float = 150):
@@ -68,18 +80,22 @@ class Cluster:
         self,
         output: Path,
         *overrides: str,
-        hook: str = GATE,
+        script: str = "pretrain",
+        python: str | None = None,
+        gpus: str = "--gpus-per-node=1",
         options: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
     ) -> "Job":
-        gate = output.parent / f"gate of {output.name}"
-        environment = self.environment | hooks.write(gate, hook) | (environment or {})
+        gate = output.parent / "gate"
+        environment = self.environment | hooks.write(gate, GATE) | (environment or {})
+        if python:
+            (gate / "sitecustomize.py").write_text(python)
         environment |= {"VENV": sys.prefix, "GATE": str(gate), "MAX_CRASHES": "1"}
         submitted = subprocess.run(
             [
-                *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"),
+                *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", gpus),
                 *("--cpus-per-task=1", f"--output={gate}/job.log", *options),
-                *(str(ROOT / "slurm" / "pretrain.sh"), str(self.config)),
+                *(str(ROOT / "slurm" / f"{script}.sh"), str(self.config)),
                 *(f"train.output={output}", *overrides),
             ],
             env=environment,
@@ -107,6 +123,7 @@ class Job:
         """Ranks that stand in the gate and their processes, when it is all of them."""
 
         def standing():
+            assert self.facts()["JobState"] not in OVER, self.log
             found = [p.name.split(".") for p in self.gate.iterdir() if p.name[0].isdigit()]
             return len(found) == 2 and {int(rank): int(process) for rank, process in found}
 
@@ -123,9 +140,8 @@ class Job:
 
     def end(self) -> dict[str, str]:
         """Wait until there is no other life to come; returns the job's facts."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         try:
-            return wait(lambda: (f := self.facts())["JobState"] in over and f)
+            return wait(lambda: (f := self.facts())["JobState"] in OVER and f)
         except AssertionError:
             pytest.fail(f"{self.facts()}\n{self.log}")
 
@@ -134,7 +150,10 @@ class Job:
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     started = subprocess.run(
-        ["bash", CLUSTER, "start", folder], stdout=subprocess.PIPE, text=True, timeout=100
+        ["bash", CLUSTER, "start", folder, str(os.getpid())],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=100,
     )
     if started.returncode == 77:
         pytest.skip(started.stdout.strip())
@@ -164,8 +183,22 @@ def finished(job: Job, output: Path, uninterrupted) -> str:
     return log
 
 
+def test_an_array_has_as_many_lives_as_time_limits_ask_for(cluster, tmp_path, request):
+    """Slurm looks for limits twice a minute, so a signal 110 seconds before two minutes are over
+    comes in the first 30; meanwhile torchrun makes what the runs of this file are held against."""
+    output = tmp_path / "run"
+    options = ("--array=1-9%1", "--no-requeue", "--time=2", "--signal=USR1@110")
+    job = cluster.submit(output, "train.micro_batch_size=1", options=options)
+    uninterrupted = request.getfixturevalue("uninterrupted")
+    wait(lambda: not cluster.ask("squeue", "--noheader"))
+    assert tiny_run.figures(output) == uninterrupted, job.log
+    assert "the run was stopped and goes on later, last checkpoint: iter_000000" in job.log
+    # The second life too may be older than its signal.
+    assert 2 <= job.log.count("slurm: job") < 9, "the rest was not needed"
+
+
 def test_a_signal_saves_and_requeues_a_run_on_two_nodes(cluster, uninterrupted, tmp_path):
-    output = tmp_path / "a run with {odd} 'name'"
+    output = tmp_path / "a run with {odd} 'name' of 100%t"
     shards = tmp_path / "shards elsewhere"
     shards.symlink_to(cluster.folder / "shards")
     job = cluster.submit(
@@ -202,20 +235,9 @@ def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(cluster, uninterr
     assert f"continuing from {output}/checkpoints/iter_0000005 at step 5" in log
 
 
-def test_an_array_has_as_many_lives_as_it_needs(cluster, uninterrupted, tmp_path):
-    output = tmp_path / "run"
-    job = cluster.submit(
-        *(output, "train.micro_batch_size=1"), options=("--array=1-3%1", "--no-requeue")
-    )
-    job.signal("USR1")
-    wait(lambda: not cluster.ask("squeue", "--noheader"))
-    assert tiny_run.figures(output) == uninterrupted
-    assert job.log.count("slurm: job") == 2, "the third was not needed"
-
-
 def test_an_interrupted_run_ends_with_a_checkpoint(cluster, uninterrupted, tmp_path):
     output = tmp_path / "run"
-    job = cluster.submit(output, "train.micro_batch_size=1")
+    job = cluster.submit(output, "train.micro_batch_size=1", gpus="--gres=gpu:1")
     job.signal("INT")
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "130:0", "0")
@@ -223,8 +245,17 @@ def test_an_interrupted_run_ends_with_a_checkpoint(cluster, uninterrupted, tmp_p
     assert tiny_run.figures(output) == uninterrupted[:5]
 
 
+def test_a_signal_before_the_ranks_are_there_is_not_the_end(cluster, tmp_path):
+    job = cluster.submit(tmp_path / "run", "parallel.tensor=3", python=SLOW_TO_BEGIN)
+    wait((job.gate / "begun").exists)
+    cluster.ask("scancel", "--signal=USR1", job.number)
+    facts = job.end()
+    assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "1"), job.log
+    assert "slurm: the run was stopped before it began and goes on later" in job.log
+
+
 def test_a_wrong_setting_is_not_tried_again(cluster, tmp_path):
-    job = cluster.submit(tmp_path / "run", "parallel.tensor=3")
+    job = cluster.submit(tmp_path / "run", "parallel.tensor=3", script="finetune")
     wrong(job)
     assert {p.name for p in tmp_path.rglob("rank-*")} == {"rank-00000.log", "rank-00001.log"}
 
@@ -258,7 +289,7 @@ def test_ranks_run_in_a_container(cluster, tmp_path):
 
 
 def test_crashes_in_a_row_have_an_end(cluster, tmp_path):
-    job = cluster.submit(tmp_path / "run", hook=CRASH)
+    job = cluster.submit(tmp_path / "run", python=CRASH)
     facts = job.end()
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "7:0", "1")
     assert "slurm: no further start after 2 crashes in a row" in job.log

@@ -1,8 +1,8 @@
 #!/bin/bash
 # A Slurm cluster of two nodes on this machine, for tests; no systemd, no cgroups, nothing outside DIR.
 #
-#     bash tests/slurm/cluster.sh start DIR     # a new folder; exits 77 and says why where there can
-#                                               # be no cluster
+#     bash tests/slurm/cluster.sh start DIR [PID]    # a new folder; exits 77 and says why where there
+#                                                    # can be no cluster, which ends with process PID
 #     SLURM_CONF=DIR/slurm.conf sbatch ...
 #     bash tests/slurm/cluster.sh stop DIR
 #
@@ -10,7 +10,7 @@
 # are 127.0.0.2 and 127.0.0.3, names that every machine resolves; each claims eight CPUs and four GPUs.
 set -euo pipefail
 
-action=${1:?start or stop} folder=$(realpath -m "${2:?a folder}")
+action=${1:?start or stop} folder=$(realpath -m "${2:?a folder}") owner=${3:-}
 
 skip() {
     echo "no Slurm cluster here: $1"
@@ -33,6 +33,8 @@ ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort=${ports[0]}
 SlurmUser=root
+# Jobs make ports of their numbers; those of another cluster on this machine have others.
+FirstJobId=$((1 + SRANDOM % 1000000))
 AuthType=auth/munge
 # A requeued job waits until its old credential has expired: 120 seconds without this.
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
@@ -77,6 +79,9 @@ END
     done
     for ((tries = 0; tries < 100; tries++)); do
         if [[ $(sinfo --noheader --format=%D --states=idle 2> /dev/null) == 2 ]]; then
+            if [[ $owner ]]; then
+                guard &> /dev/null < /dev/null &
+            fi
             return
         fi
         sleep 0.2
@@ -87,11 +92,19 @@ END
     exit 1
 }
 
+# Ends what the owner could not end: it was killed.
+guard() {
+    while kill -0 "$owner" && kill -0 "$(< "$folder/slurmctld.pid")"; do
+        sleep 1
+    done
+    stop
+}
+
 # The processes of this cluster: its daemons, and what jobs started, which has a job's number. A
 # shell that only talks to the cluster has its SLURM_CONF too and is none of them.
 ours() {
     local file pid
-    for file in $(grep -lsz "^SLURM_CONF=$folder/slurm.conf$" /proc/[0-9]*/environ); do
+    grep -lsz "^SLURM_CONF=$folder/slurm.conf$" /proc/[0-9]*/environ | while read -r file; do
         pid=${file//[!0-9]/}
         if grep -qsz '^SLURM_JOB_ID=' "$file" || grep -qs '^munged\|^slurm' "/proc/$pid/comm"; then
             echo "$pid"
@@ -116,5 +129,5 @@ stop() {
 case $action in
     start) start ;;
     stop) stop ;;
-    *) echo "usage: cluster.sh start|stop DIR" >&2 && exit 2 ;;
+    *) echo "usage: cluster.sh start DIR [PID] | stop DIR" >&2 && exit 2 ;;
 esac
