@@ -129,13 +129,26 @@ def fused_gradients_found() -> bool:
     return not ON_CPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
+# Transformer Engine's own choice for every recipe (common/recipe): one scale for a whole tensor
+# leaves gradients the wider e5m2, scales per block the finer e4m3 throughout.
+_FP8_FORMAT = {
+    "none": None,
+    "tensorwise": "hybrid",
+    "delayed": "hybrid",
+    "blockwise": "e4m3",
+    "mxfp8": "e4m3",
+}
+
+
 class Layout:
     """What a module must know to build its share: megatron-core's config and process groups.
 
     `transformer` is the TransformerConfig of the decoder, which the pipeline schedules and the
     gradient buffers read; ViT and abstractor run without sequence parallelism, so their linears
     take the copy `replicated`. `fuses_gradients` has the GEMMs of weight gradients add to the
-    buffers of the optimizer, where apex has the kernel for it.
+    buffers of the optimizer, where the backend or apex has the kernel for it; not under full
+    recomputation, where a linear gets its weight back without the marks that tell the gradient
+    buffers of it (saved-tensor hooks return plain tensors), which end in an assertion.
     """
 
     def __init__(
@@ -147,6 +160,7 @@ class Layout:
         self.dtype = dtype
         self.recompute = parallel.recompute
         self.backend, self.fp8 = config.kernels.backend, config.kernels.fp8
+        self.fuses_gradients = fuses_gradients and parallel.recompute != "full"
         self._layers = stage_layers(config)
         interleaved = parallel.virtual_pipeline > 1
         self.transformer = TransformerConfig(
@@ -166,11 +180,13 @@ class Layout:
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,
-            fp8=None if self.fp8 == "none" else "hybrid",  # e4m3 forward, e5m2 backward
+            fp8=_FP8_FORMAT[self.fp8],
             fp8_recipe="delayed" if self.fp8 == "none" else self.fp8,
+            fp8_amax_history_len=1024,
+            fp8_amax_compute_algo="max",  # one quiet micro-batch must not narrow the range
             use_cpu_initialization=True,  # the same weights for every tensor-parallel size
             calculate_per_token_loss=True,  # micro-batches differ in their number of targets
-            gradient_accumulation_fusion=fuses_gradients and fused_gradients_found(),
+            gradient_accumulation_fusion=self.fuses_gradients and fused_gradients_found(),
             bias_activation_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
@@ -339,12 +355,27 @@ def _copy_optimizer_state(self, model_param, tensors):
         state[key].copy_(tensors[key])
 
 
+def _optimizer_state(self):
+    """DistributedOptimizer's own `state_dict`, less its assertion that something trains on this
+    rank; the step is that of the ranks that train. All ranks call it together."""
+    groups = self.optimizer.state_dict()["param_groups"]
+    kept = [*self.optimizer.state.values(), *(group for group in groups if group["params"])]
+    step = max((int(holder["step"]) for holder in kept if "step" in holder), default=0)
+    step = torch.tensor(step, device=device())
+    torch.distributed.all_reduce(step, torch.distributed.ReduceOp.MAX)
+    for group in groups:
+        del group["params"]
+        group["step"] = int(step)  # torch's AdamW has it per parameter, the fused ones here
+    return {"optimizer": {"param_groups": groups}}
+
+
 # A checkpoint is written by threads of this process (training/checkpoint_writer.py), so its results
 # need no queue in another one, which takes seconds to start and outlives a rank that is killed.
 filesystem_async._results_queue = queue.Queue()
 
+DistributedOptimizer = distrib_optimizer.DistributedOptimizer
+DistributedOptimizer.state_dict = _optimizer_state
 if not distrib_optimizer.HAVE_APEX_OR_TE:
-    DistributedOptimizer = distrib_optimizer.DistributedOptimizer
     DistributedOptimizer._set_main_param_and_optimizer_states = _copy_optimizer_state
 
 
@@ -363,13 +394,18 @@ def allocate_optimizer_state(optimizer) -> None:
 
 
 def load_optimizer_state(optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict`, after which torch's AdamW must count its steps per parameter.
+    """`optimizer.load_state_dict`, with what the AdamW at hand needs beyond it.
 
-    megatron-core hands one step tensor to all of them, and each would advance it.
+    The settings of a group become those in the checkpoint, where another AdamW (torch's, apex's or
+    Transformer Engine's) has not all that this one asks for. And torch's must count its steps per
+    parameter: megatron-core hands one step tensor to all of them, and each would advance it.
     """
     optimizer.load_state_dict(state)
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        for part in optimizer.chained_optimizers:
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for key, value in part.optimizer.defaults.items():
+                group.setdefault(key, value)
+        if not distrib_optimizer.HAVE_APEX_OR_TE:
             for parameter_state in part.optimizer.state.values():
                 parameter_state["step"] = parameter_state["step"].clone()
 

@@ -2,13 +2,14 @@
 
 Each run takes three steps of 8 samples, text-only ones among them. With beta1 = 0 the first moment
 that a checkpoint holds is the gradient of the last step, so whole gradients are compared after
-the real training loop, whatever layout made them.
+the real training loop, whatever layout made them. Runs on equally many processes share a launch.
 """
 
 import collections
 import math
 
 import pytest
+import runs_in_turn
 import stored
 import tiny_run
 
@@ -47,6 +48,8 @@ LAYOUTS = {
     "PP 2 DP 2": (4, [PP, ONE]),
     "PP 2 CP 2": (4, [PP, CP]),
     "CP 2 DP 2": (4, [CP, ONE]),
+    "TP 2 SP VP 2": (4, [TP, SP, PP, VP]),
+    "VP 2 CP 2": (4, [PP, VP, CP]),
     "VP 2 with a stage of no layers, DP 2": (4, [PP, VP, ONE, "parallel.layers=[0,2,1,1]"]),
 }
 STAGES = {
@@ -54,29 +57,82 @@ STAGES = {
     "stage 1": [
         "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.weight','*vision']"
     ],
+    "vision only": ["stage.trainable=['vision_model.*','abstractor.*']"],
+    "output layer only": ["stage.trainable=['output_layer.*']"],
 }
+CASES = [("everything", name, "") for name in LAYOUTS if name != "one process"]
+# With recomputation, several micro-batches are in flight under PP and VP.
+CASES += [
+    ("everything", "one process", FULL),
+    ("everything", "one process", SELECTIVE),
+    ("everything", "TP 2 SP", SELECTIVE),
+    ("everything", "TP 2 SP CP 2", FULL),
+    ("everything", "TP 2 PP 2", FULL),
+    ("everything", "VP 2", FULL),
+    ("everything", "DP 2", FULL),
+    ("everything", "PP 2 CP 2", SELECTIVE),
+]
+CASES += [("stage 1", name, FULL) for name in ("TP 2 SP", "PP 2", "VP 2", "DP 2", "CP 2 DP 2")]
+# Nothing trains on the last rank, nothing on the first.
+CASES += [("vision only", "PP 2", ""), ("vision only", "VP 2", FULL)]
+CASES += [("output layer only", "PP 2", ""), ("output layer only", "TP 2 PP 2", FULL)]
+RESUMED = [("vision only", "PP 2"), ("output layer only", "PP 2")]
+
+
+class Runs:
+    """Where every run is; a launch does all that need as many processes, when one is asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.config = folder, tiny_run.make(folder, STEPS)
+        self._options = [
+            f"stage.initial_checkpoint={folder / 'initial'}",
+            "optimizer.beta1=0",
+            "optimizer.lr=1e-3",
+            "optimizer.min_lr=1e-3",
+            "optimizer.clip_grad=0",
+        ]
+        self._launched = {}
+
+    def of(self, stage, layout, recompute=""):
+        """The folder of a finished run."""
+        self._launch(1)
+        self._launch(LAYOUTS[layout][0])
+        return self._folder(stage, layout, recompute)
+
+    def _folder(self, *case):
+        return self.folder / "-".join(part.replace(" ", "_") for part in case)
+
+    def _launch(self, processes):
+        if processes not in self._launched:
+            runs = list(self._planned(processes))
+            self._launched[processes] = runs_in_turn.launch(self.config, runs, processes)
+        done = self._launched[processes]
+        assert done.returncode == 0, done.stderr[-5000:]
+
+    def _planned(self, processes):
+        if processes == 1:
+            yield self.folder / "initial", ["train.steps=1"]
+            for stage, options in STAGES.items():
+                yield self._folder(stage, "one process", ""), [*self._options, *options]
+        for stage, name, recompute in CASES:
+            needed, layout = LAYOUTS[name]
+            if needed == processes:
+                options = [*self._options, *STAGES[stage], *layout, *filter(None, [recompute])]
+                yield self._folder(stage, name, recompute), options
+        for stage, name in RESUMED:
+            needed, layout = LAYOUTS[name]
+            if needed == processes:
+                options = [*self._options, *STAGES[stage], *layout]
+                yield self._folder(stage, name, "resumed"), [*options, f"train.steps={STEPS - 1}"]
+                yield self._folder(stage, name, "resumed"), options
+        if processes == 2:
+            options = [*self._options, *LAYOUTS["DP 2"][1], "train.precision=bf16"]
+            yield self._folder("everything", "DP 2", "bf16"), options
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A configuration whose runs start from one checkpoint, and what one process makes of it."""
-    folder = tmp_path_factory.mktemp("parallel")
-    config = tiny_run.make(folder, STEPS)
-    made = tiny_run.train(config, folder / "initial", "train.steps=1")
-    assert made.returncode == 0, made.stderr
-    options = [
-        f"stage.initial_checkpoint={folder / 'initial'}",
-        "optimizer.beta1=0",
-        "optimizer.lr=1e-3",
-        "optimizer.clip_grad=0",
-    ]
-    found = {}
-    for name, stage in STAGES.items():
-        done = tiny_run.train(config, folder / name, *options, *stage)
-        assert done.returncode == 0, done.stderr
-        found[name] = tiny_run.rows(folder / name), gradients(folder / name)
-        assert [row["step"] for row in found[name][0]] == [1, 2, 3]
-    return config, options, found
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("parallel"))
 
 
 def gradients(run):
@@ -84,30 +140,8 @@ def gradients(run):
     return stored.read(checkpoint.resolve(run), stored.MOMENT)
 
 
-def check(start, stage, name, tmp_path, *overrides):
-    """Loss, gradient norms and every gradient within 1e-5 of one process's, and the same work."""
-    config, options, found = start
-    processes, layout = LAYOUTS[name]
-    run = tmp_path / "run"
-    done = tiny_run.train(
-        config, run, *options, *STAGES[stage], *layout, *overrides, processes=processes
-    )
-    assert done.returncode == 0, done.stderr
-    rows, expected = found[stage]
-    for ours, reference in zip(tiny_run.rows(run), rows, strict=True):
-        for key in ("step", "loss", "grad_norm", "grad_norms"):
-            assert ours[key] == pytest.approx(reference[key], rel=1e-5), key
-        assert math.hypot(*ours["grad_norms"].values()) == pytest.approx(ours["grad_norm"], 1e-5)
-        assert work(ours, processes) == pytest.approx(work(reference, 1))
-    ours = gradients(run)
-    assert ours.keys() == expected.keys()
-    errors = {name: error(ours[name], expected[name]) for name in expected if not silent(name)}
-    worst = max(errors, key=errors.get)
-    print(f"{stage}, {name}, {overrides}: {errors[worst]:.1e} in {worst}")
-    assert errors[worst] <= 1e-5, worst
-    scale = max(float(gradient.norm()) for gradient in expected.values())
-    for name in filter(silent, expected):
-        assert ours[name].norm() < 1e-6 * scale
+def error(ours, expected) -> float:
+    return float((ours - expected).norm() / expected.norm())
 
 
 def work(row: dict, processes: int) -> list[float]:
@@ -117,49 +151,52 @@ def work(row: dict, processes: int) -> list[float]:
     return [images, tokens, operations * processes]
 
 
-def error(ours, expected) -> float:
-    return float((ours - expected).norm() / expected.norm())
-
-
 def silent(name: str) -> bool:
     """Whether a parameter has no gradient but for rounding: one number for all keys of a query
     changes no attention."""
     return name.startswith("abstractor.") and name.endswith(".key.bias")
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
-def test_losses_and_all_gradients_do_not_depend_on_the_layout(start, tmp_path, name):
-    check(start, "everything", name, tmp_path)
-
-
 @pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("one process", FULL),
-        ("one process", SELECTIVE),
-        ("TP 2 SP", SELECTIVE),
-        ("TP 2 SP CP 2", FULL),
-        ("TP 2 PP 2", FULL),
-        ("VP 2", FULL),
-        ("DP 2", FULL),
-        ("PP 2 CP 2", SELECTIVE),
-    ],
+    ("stage", "name", "recompute"), CASES, ids=lambda part: part.replace("parallel.", "")
 )
-def test_nor_on_recomputation_with_micro_batches_in_flight(start, tmp_path, name, kind):
-    check(start, "everything", name, tmp_path, kind)
+def test_losses_and_all_gradients_do_not_depend_on_the_layout(runs, stage, name, recompute):
+    run, reference = runs.of(stage, name, recompute), runs.of(stage, "one process")
+    rows = tiny_run.rows(reference)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    apart = 0.0
+    for ours, expected in zip(tiny_run.rows(run), rows, strict=True):
+        for key in ("step", "loss", "grad_norm", "grad_norms"):
+            assert ours[key] == pytest.approx(expected[key], rel=1e-5), key
+        assert math.hypot(*ours["grad_norms"].values()) == pytest.approx(ours["grad_norm"], 1e-5)
+        assert work(ours, LAYOUTS[name][0]) == pytest.approx(work(expected, 1))
+        apart = max(apart, abs(ours["loss"] / expected["loss"] - 1))
+    ours, expected = gradients(run), gradients(reference)
+    assert ours.keys() == expected.keys()
+    errors = {name: error(ours[name], expected[name]) for name in expected if not silent(name)}
+    worst = max(errors, key=errors.get)
+    what = f"{stage} | {name} | {recompute.rpartition('=')[2] or 'none'}"
+    print(f"| {what} | {apart:.1e} | {errors[worst]:.1e} | {worst} |")
+    assert errors[worst] <= 1e-5, worst
+    scale = max(float(gradient.norm()) for gradient in expected.values())
+    for name in filter(silent, expected):
+        assert ours[name].norm() < 1e-6 * scale
 
 
-@pytest.mark.parametrize("name", ["TP 2 SP", "PP 2", "VP 2", "DP 2", "CP 2 DP 2"])
-def test_a_frozen_language_model_trains_alike_under_every_layout(start, tmp_path, name):
-    check(start, "stage 1", name, tmp_path, FULL)
+@pytest.mark.parametrize(("stage", "name"), RESUMED)
+def test_a_run_goes_on_where_a_pipeline_rank_trains_nothing(runs, stage, name):
+    run, whole = runs.of(stage, name, "resumed"), runs.of(stage, name)
+    assert tiny_run.figures(run) == tiny_run.figures(whole)
+    ours, expected = gradients(run), gradients(whole)
+    assert all(ours[parameter].equal(gradient) for parameter, gradient in expected.items())
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_norms_by_part_are_those_of_the_whole_gradients(start, stage):
-    config = configuration.load(start[0]).model.decoder
-    rows, found = start[2][stage]
-    parts = dict.fromkeys(rows[-1]["grad_norms"], 0.0)
-    for name, gradient in found.items():
+@pytest.mark.parametrize("stage", ["everything", "stage 1"])
+def test_norms_by_part_are_those_of_the_whole_gradients(runs, stage):
+    run, config = runs.of(stage, "one process"), configuration.load(runs.config).model.decoder
+    norms = tiny_run.rows(run)[-1]["grad_norms"]
+    parts = dict.fromkeys(norms, 0.0)
+    for name, gradient in gradients(run).items():
         if name.startswith(("vision_model.", "abstractor.")):
             part = "ViT" if name.startswith("vision_model.") else "abstractor"
         elif name.endswith("linear_kv_vision.weight"):
@@ -175,14 +212,14 @@ def test_norms_by_part_are_those_of_the_whole_gradients(start, stage):
             part = "rest"
         parts[part] += float(gradient.double().square().sum())
     expected = {part: math.sqrt(square) for part, square in parts.items()}
-    assert rows[-1]["grad_norms"] == pytest.approx(expected, rel=1e-5)
+    assert norms == pytest.approx(expected, rel=1e-5)
     trained = {part for part, norm in expected.items() if norm}
     assert trained == (set(expected) if stage == "everything" else set(expected) - {"text KV"})
 
 
-def test_work_is_counted_by_what_the_samples_hold(start):
+def test_work_is_counted_by_what_the_samples_hold(runs):
     """Images, tokens and operations of the last step, from the batches it has read."""
-    config = configuration.load(start[0])
+    config = configuration.load(runs.config)
     datasets = open_datasets(config.data)
     load = collections.Counter()
     for batch in build_loader(
@@ -204,16 +241,17 @@ def test_work_is_counted_by_what_the_samples_hold(start):
             load["vision_tokens"] += pictured * config.model.tokens_per_image
             load["tokens"] += length
             load["pairs"] += sum(range(length + 1))
-    (rows, _), names = start[2]["everything"], set(start[2]["everything"][1])
-    operations = sum(training_flops(config.model, Load(**load), names).values())
+    run = runs.of("everything", "one process")
+    operations = sum(training_flops(config.model, Load(**load), set(gradients(run))).values())
+    row = tiny_run.rows(run)[-1]
     expected = [load["images"] / 8, load["tokens"] / 8, operations / 8 / 1e12]
-    assert work(rows[-1], 1) == pytest.approx(expected)
-    assert rows[-1]["mfu"] is None, "a CPU has no peak"
+    assert work(row, 1) == pytest.approx(expected)
+    assert row["mfu"] is None, "a CPU has no peak"
 
 
-def test_micro_batches_without_pictures_are_first_and_last_and_between(start):
+def test_micro_batches_without_pictures_are_first_and_last_and_between(runs):
     """What DP 2 with overlapped reduction reads above, so that its proof covers them."""
-    config = configuration.load(start[0])
+    config = configuration.load(runs.config)
     datasets = open_datasets(config.data)
     patterns = []
     for rank in range(2):
@@ -236,18 +274,16 @@ def test_micro_batches_without_pictures_are_first_and_last_and_between(start):
     assert any("t" in p[1:-1] for p in patterns)
 
 
-def test_bf16_is_close_to_fp32(start, tmp_path):
-    config, options, found = start
-    done = tiny_run.train(config, tmp_path / "run", *options, "train.precision=bf16", processes=2)
-    assert done.returncode == 0, done.stderr
+def test_bf16_is_close_to_fp32(runs):
+    found = tiny_run.figures(runs.of("everything", "DP 2", "bf16"))
     for ours, reference in zip(
-        tiny_run.rows(tmp_path / "run"), found["everything"][0], strict=True
+        found, tiny_run.figures(runs.of("everything", "one process")), strict=True
     ):
-        assert ours["loss"] == pytest.approx(reference["loss"], rel=0.02)
-        assert ours["loss"] != reference["loss"]
+        assert ours[1] == pytest.approx(reference[1], rel=0.02)
+        assert ours[1] != reference[1]
 
 
-def test_the_second_step_shows_that_the_first_one_learned(start):
-    everything, stage_1 = ([row["loss"] for row in start[2][name][0]] for name in STAGES)
-    assert everything[1] < everything[0]
-    assert everything != stage_1
+def test_the_second_step_shows_that_the_first_one_learned(runs):
+    found = {stage: tiny_run.figures(runs.of(stage, "one process")) for stage in STAGES}
+    assert found["everything"][1][1] < found["everything"][0][1]
+    assert len({str(figures) for figures in found.values()}) == len(STAGES)

@@ -1,0 +1,54 @@
+"""Training runs one after the other in the processes of one torchrun, which starts only once.
+
+`launch` is called by tests; the file itself is what every process runs. A run is what
+`python -m megatron_owl2.train` makes of a configuration, on a process group of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def launch(
+    config: Path, runs: Sequence[tuple[Path, Sequence[str]]], processes: int
+) -> subprocess.CompletedProcess:
+    """Do `runs`, (output folder, overrides) each, in their order; does not raise on failure."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    given = json.dumps([(str(output), list(overrides)) for output, overrides in runs])
+    return subprocess.run(
+        [*torchrun, "--nproc-per-node", str(processes), __file__, config],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RUNS_IN_TURN": given},
+    )
+
+
+def main() -> None:
+    import torch.distributed as dist
+
+    from megatron_owl2 import checks
+    from megatron_owl2 import config as configuration
+    from megatron_owl2.signals import StopRequest
+    from megatron_owl2.training.loop import train
+
+    stop = StopRequest()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, size, is_master=False)
+    for number, (output, overrides) in enumerate(json.loads(os.environ["RUNS_IN_TURN"])):
+        config = configuration.load(sys.argv[1], [f"train.output={output}", *overrides])
+        checks.check(config, size)
+        # Their addresses lie in the store; those of the group before must not be found there.
+        own = dist.PrefixStore(f"run {number}", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
+        received = train(config, stop)
+        if received:
+            raise SystemExit(f"signal {received}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What a checkpoint of one AdamW must not take from another one that goes on with it."""
+
+import pytest
+import tiny_run
+import torch
+
+from megatron_owl2 import config as configuration
+from megatron_owl2 import mcore
+from megatron_owl2.model.owl2 import build
+from megatron_owl2.training import optim, stages
+
+
+@pytest.fixture
+def optimizer(tmp_path):
+    config = configuration.load(tiny_run.make(tmp_path))
+    torch.manual_seed(0)
+    chunks = build(mcore.Layout(config, mcore.initialize(config.parallel)), config.model, 1)
+    stages.apply(config, chunks)
+    yield optim.build(config, optim.wrap(chunks, overlap=False))[0]
+    mcore.shutdown()
+
+
+def test_settings_that_only_this_one_has_stay(optimizer):
+    (part,) = optimizer.chained_optimizers
+    mcore.allocate_optimizer_state(optimizer)
+    stored = optimizer.state_dict()
+    for group in stored["optimizer"]["param_groups"]:
+        assert group["step"] == 0
+        group["step"], group["eps"] = 7, 1e-5
+    part.optimizer.defaults["bias_correction"] = True  # Transformer Engine's and apex's have it
+    mcore.load_optimizer_state(optimizer, stored)
+    for group in part.optimizer.param_groups:
+        assert group["bias_correction"] is True and group["eps"] == 1e-5
+    steps = [state["step"] for state in part.optimizer.state.values()]
+    assert steps and all(step == 7 for step in steps)
+    assert len({id(step) for step in steps}) == len(steps)
