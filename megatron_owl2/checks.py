@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -234,6 +233,14 @@ def _check_kernels(config: RunConfig) -> None:
         kernels.backend == "local" or config.train.precision == "bf16",
         "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
     )
+    decoder, tp = model.decoder, parallel.tensor
+    head = decoder.hidden_size // decoder.num_heads
+    _require(
+        kernels.backend == "local" or (head % 8 == 0 and head <= 256),
+        f"the decoder's heads are {head} wide; the fused attention of "
+        "kernels.backend=transformer_engine takes multiples of 8 up to 256; use "
+        "kernels.backend=local",
+    )
     if kernels.fp8 == "none":
         return
     _require(
@@ -242,25 +249,26 @@ def _check_kernels(config: RunConfig) -> None:
         "the run would be in bf16",
     )
     multiple = 32 if kernels.fp8 == "mxfp8" else 16
-    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    # Scales per block are gathered along the sequence in whole blocks (utils.py and
+    # tensor/float8_blockwise_tensor.py of Transformer Engine).
+    gathered = 128 if kernels.fp8 == "blockwise" and parallel.sequence else multiple
+    shards = parallel.context * (tp if parallel.sequence else 1)
     rows = config.data.sequence_length * config.train.micro_batch_size
+    where = f"kernels.fp8={kernels.fp8}"
+    where += " with parallel.sequence" if gathered > multiple else ""
     _require(
-        rows % (shards * multiple) == 0,
+        rows % (shards * gathered) == 0,
         f"data.sequence_length x train.micro_batch_size = {rows} rows over {shards} ranks; "
-        f"kernels.fp8={kernels.fp8} needs a multiple of {multiple} on each",
+        f"{where} needs a multiple of {gathered} on each",
     )
-    decoder, tp = model.decoder, parallel.tensor
-    head = decoder.hidden_size // decoder.num_heads
-    for name, size in (
-        ("hidden_size", decoder.hidden_size),
-        ("hidden_size / parallel.tensor", decoder.hidden_size // tp),
-        ("num_kv_heads x head size / parallel.tensor", decoder.num_kv_heads * head // tp),
-        ("ffn_size / parallel.tensor", decoder.ffn_size // tp),
+    for name, size, of in (
+        ("hidden_size", decoder.hidden_size, gathered),
+        ("hidden_size / parallel.tensor", decoder.hidden_size // tp, multiple),
+        ("num_kv_heads x head size / parallel.tensor", decoder.num_kv_heads * head // tp, multiple),
+        ("ffn_size / parallel.tensor", decoder.ffn_size // tp, multiple),
     ):
         _require(
-            size % multiple == 0,
-            f"model.decoder.{name} is {size}; kernels.fp8={kernels.fp8} needs a multiple of "
-            f"{multiple}",
+            size % of == 0, f"model.decoder.{name} is {size}; {where} needs a multiple of {of}"
         )
 
 
@@ -281,19 +289,26 @@ def check_machine(config: RunConfig) -> None:
         )
     if own_kernels:
         return
+    try:  # megatron-core's way
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"kernels.backend=transformer_engine cannot be imported ({error}); pip install "
+            "--no-build-isolation megatron-owl2[gpu]"
+        ) from None
+    major, minor = torch.cuda.get_device_capability()
     _require(
-        importlib.util.find_spec("transformer_engine") is not None,
-        "kernels.backend=transformer_engine is not installed; pip install --no-build-isolation "
-        "megatron-owl2[gpu]",
+        major >= 8,
+        "kernels.backend=transformer_engine needs compute capability 8.0 for bf16, this GPU has "
+        f"{major}.{minor}; use kernels.backend=local",
     )
-    least = {"none": (8, 0), "tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
-    needed = least.get(config.kernels.fp8, (10, 0))
-    found = torch.cuda.get_device_capability()
-    _require(
-        found >= needed,
-        f"kernels.fp8={config.kernels.fp8} needs compute capability {needed[0]}.{needed[1]}, this "
-        f"GPU has {found[0]}.{found[1]}",
-    )
+    support = {
+        "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
+        "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
+    }
+    if config.kernels.fp8 != "none":  # it depends on GPU, CUDA and cuBLAS together
+        able, reason = support.get(config.kernels.fp8, FP8GlobalStateManager.is_fp8_available)()
+        _require(able, f"kernels.fp8={config.kernels.fp8} does not run here: {reason}")
 
 
 def _check_each(

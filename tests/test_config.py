@@ -130,15 +130,35 @@ def test_nsys_without_a_gpu(tmp_path):
         checks.check_machine(config)
 
 
+# Sizes that FP8 GEMMs take, and a layout that gathers their rows.
+WIDE = [
+    "model.decoder.hidden_size=64",
+    "model.decoder.num_kv_heads=4",
+    "data.sequence_length=64",
+    "model.decoder.max_positions=64",
+]
+SP = ["parallel.tensor=2", "parallel.sequence=true"]
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        ([], "needs a GPU|is not installed"),
+        ([], "needs a GPU|cannot be imported"),
         (
             ["kernels.fp8=delayed"],
             r"num_kv_heads x head size .* is 8; .* of 16",
         ),
         (["kernels.fp8=mxfp8", "data.sequence_length=40"], "= 80 rows .* multiple of 32 on each"),
+        (["model.decoder.num_heads=8"], "heads are 4 wide; .* multiples of 8 up to 256"),
+        (
+            ["kernels.fp8=blockwise", *WIDE, *SP],
+            "= 128 rows over 2 ranks; kernels.fp8=blockwise with parallel.sequence .* of 128 on",
+        ),
+        (
+            ["kernels.fp8=blockwise", *WIDE, *SP, "train.micro_batch_size=8"],
+            "hidden_size is 64; kernels.fp8=blockwise with parallel.sequence .* of 128",
+        ),
+        (["kernels.fp8=blockwise", *WIDE], "needs a GPU|cannot be imported|does not run here"),
     ],
 )
 def test_kernels_that_are_not_there_or_do_not_fit(tmp_path, overrides, words):
@@ -148,7 +168,7 @@ def test_kernels_that_are_not_there_or_do_not_fit(tmp_path, overrides, words):
     output = f"train.output={tmp_path / 'run'}"
     config = configuration.load(path, [output, *backend, narrow, *overrides])
     with pytest.raises(ConfigError, match=words):
-        checks.check(config, world_size=1)
+        checks.check(config, world_size=config.parallel.tensor)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Transformer Engine's kernels: linears in bf16 or FP8, fused attention, context parallelism."""
 
+import copy
+import os
 from contextlib import nullcontext
 
 import torch
@@ -11,6 +13,7 @@ from megatron.core.extensions.transformer_engine import (
 )
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_owl2.mcore import Layout, normal
@@ -20,6 +23,9 @@ class TransformerEngineKernels:
     """Transformer Engine through megatron-core's wrappers (extensions/transformer_engine.py)."""
 
     def __init__(self, layout: Layout):
+        # Where neither cuDNN nor flash-attention can help, the last resort would write out all
+        # scores and be slow without a word; without it the first step ends with an error.
+        os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         self._config = layout.transformer
         self.ColumnLinear = ColumnLinear
         self.RowLinear = RowLinear
@@ -30,7 +36,11 @@ class TransformerEngineKernels:
         return Attention(layout, number)
 
     def around_layers(self):
-        """Delayed scaling gathers its maxima when the outermost FP8 context is left."""
+        """Delayed scaling gathers its maxima when the outermost FP8 context is left.
+
+        Checkpoints are the same for all kernels and hold no maxima: after a resume, as in a new
+        run, the first micro-batch is scaled by one.
+        """
         delayed = self._config.fp8 and self._config.fp8_recipe == "delayed"
         return get_fp8_context(self._config) if delayed else nullcontext()
 
@@ -47,6 +57,14 @@ class TransformerEngineKernels:
 def row_multiple(fp8: str) -> int:
     """What the rows of an FP8 GEMM must be a multiple of (megatron-core, fp8_utils.py)."""
     return {"none": 1, "mxfp8": 32}.get(fp8, 16)
+
+
+def _config(layout: Layout, sequence_parallel: bool) -> TransformerConfig:
+    """What megatron-core's wrappers read. These GEMMs add weight gradients to the optimizer's
+    buffers by themselves; only local linears need apex's kernel for it."""
+    config = copy.copy(layout.transformer if sequence_parallel else layout.replicated)
+    config.gradient_accumulation_fusion = layout.fuses_gradients
+    return config
 
 
 class ColumnLinear(TEColumnParallelLinear):
@@ -67,9 +85,7 @@ class ColumnLinear(TEColumnParallelLinear):
         super().__init__(
             inputs,
             outputs,
-            config=layout.transformer
-            if sequence_parallel and not share_input
-            else layout.replicated,
+            config=_config(layout, sequence_parallel and not share_input),
             init_method=normal(init_std),
             gather_output=False,
             bias=bias,
@@ -78,7 +94,9 @@ class ColumnLinear(TEColumnParallelLinear):
             tp_group=layout.groups.tp,
             stride=stride,
         )
-        if share_input:  # Layout.enter sums the gradients of all readers, once
+        if share_input:
+            # Layout.enter sums the gradients of all readers, once. The weight is split and marked
+            # by now; from here on the mode decides on communication alone (module/linear.py).
             self.parallel_mode = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +119,7 @@ class RowLinear(TERowParallelLinear):
         super().__init__(
             inputs,
             outputs,
-            config=layout.transformer if sequence_parallel else layout.replicated,
+            config=_config(layout, sequence_parallel),
             init_method=normal(init_std),
             bias=bias,
             input_is_parallel=True,
