@@ -1,0 +1,105 @@
+"""The benchmark of the training step: the paper's shapes, sums that add up, rows that refuse."""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_owl2 import checks, mcore
+from megatron_owl2.flops import Load, training_flops
+
+TOOL = Path(__file__).parent.parent / "tools" / "bench" / "step.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_step", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    mcore.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("stage", "length", "size", "rows"), [("1", 256, 224, 16), ("2", 2048, 448, 1)]
+)
+def test_shapes_are_the_papers_and_every_kernel_takes_them(bench, stage, length, size, rows):
+    for kernels in bench.KERNELS:
+        config = bench.settings(stage, kernels, "full", 2, tiny=False)
+        model = config.model
+        assert (config.data.sequence_length, config.train.micro_batch_size) == (length, rows)
+        assert model.vision.image_size == size and model.vision.num_layers == 24
+        assert model.decoder.hidden_size == 4096 and model.decoder.num_layers == 2
+        assert config.train.precision == "bf16" and config.parallel.recompute == "full"
+        checks.check_layout(config, world_size=1)
+
+
+def test_every_row_is_full_and_has_its_picture(bench):
+    config = bench.settings("1", "local", "none", 1, tiny=True)
+    batch = bench.full_batch(config)
+    assert batch.tokens.shape == (2, 32) and batch.image.shape == (2, 3, 28, 28)
+    assert batch.lengths.tolist() == [32, 32]
+    seen = batch.modality.t().flatten()[batch.vision_rows]
+    assert seen.all() and len(seen) == int(batch.modality.sum()) == 2 * 5
+    text = batch.tokens[:, 1:][batch.loss_mask[:, :-1].bool()]
+    assert text.equal(batch.labels[:, :-1][batch.loss_mask[:, :-1].bool()])
+
+
+def test_what_is_measured_is_a_training_step(bench):
+    step = bench.Step(bench.settings("1", "local", "full", 1, tiny=True))
+    (chunk,), (part,) = step.wrapped, step.optimizer.chained_optimizers
+    for count in (1, 2):
+        assert all(duration > 0 for duration in step.milliseconds())
+        assert {int(state["step"]) for state in part.optimizer.state.values()} == {count}
+    for name, parameter in chunk.module.named_parameters():
+        assert hasattr(parameter, "main_grad") == (name in step.trained), name
+        if parameter.ndim > 1 and name in step.trained:
+            assert parameter.main_grad.norm() > 0, name
+    assert "decoder.layers.0.mlp.linear_fc1.weight" not in step.trained
+    mcore.shutdown()
+
+
+def test_command_line_reports_every_combination(bench, tmp_path):
+    output = tmp_path / "figures.json"
+    options = ["--kernels", "local", "te-blockwise", "--recompute", "none", "full"]
+    options += ["--layers", "1", "--seconds", "0", "--peak-tflops", "2", "--json", output]
+    done = subprocess.run(
+        [sys.executable, TOOL, "--tiny", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(output.read_text())
+    assert written["torch"] == torch.__version__ and written["device"] in done.stdout
+    rows = {(r["stage"], r["kernels"], r["recompute"]): r for r in written["results"]}
+    if mcore.ON_CPU:
+        for stage in "12":
+            refused = rows.pop((stage, "te-blockwise", "any"))
+            assert "needs a GPU" in refused["refused"]
+            assert f"| {stage} | te-blockwise | any | kernels.backend" in done.stdout
+        assert rows.keys() == {(s, "local", r) for s in "12" for r in ("none", "full")}
+    for (stage, kernels, recompute), row in rows.items():
+        times = row["forward_backward_milliseconds"]
+        assert len(times) >= 3 and len(row["update_milliseconds"]) == len(times)
+        assert row["tflops"] == pytest.approx(row["flops"] / statistics.median(times) / 1e9)
+        assert row["mfu"] == row["tflops"] / 2
+        assert (row["peak_gib"] is None) == mcore.ON_CPU
+        assert row["flops"] == rows[stage, kernels, "none"]["flops"]
+        assert (
+            f"| {stage} | {kernels} | {recompute} | {statistics.median(times):.1f}" in done.stdout
+        )
+    whole = bench.Step(bench.settings("2", "local", "none", 1, tiny=True))
+    assert whole.trained == {name for name, _ in whole.wrapped[0].module.named_parameters()}
+    load = Load(images=2, tokens=64, vision_tokens=10, pairs=2 * 32 * 33 // 2)
+    expected = sum(training_flops(whole.config.model, load, whole.trained).values())
+    assert rows["2", "local", "none"]["flops"] == expected
+    assert rows["1", "local", "none"]["flops"] < expected
+
+
+@pytest.mark.skipif(not mcore.ON_CPU, reason="there is a GPU")
+def test_without_a_gpu_it_says_so(bench, capsys):
+    assert bench.main(["--stage", "1"]) == 1
+    assert "no CUDA device here" in capsys.readouterr().err

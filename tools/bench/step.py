@@ -1,0 +1,268 @@
+"""What a training step costs on one GPU: the paper's two stages under every kernel and recipe.
+
+python tools/bench/step.py --layers 4 --peak-tflops 989 --json FILE
+
+Model and batch are those of examples/7b, but with a few decoder layers: ViT-L, abstractor,
+embedding and output layer are whole. One step is one full micro-batch through the code that trains
+(forward and backward pass, then the update of AdamW), as a single data-parallel rank does it.
+TFLOP/s and MFU are those of forward and backward pass by the mathematics of the model, so what is
+computed again counts as time and not as work. A combination that this machine cannot run is a row
+that says why. Needs a CUDA device; `--tiny` shows the tool at work without one.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_owl2 import checks, mcore
+from megatron_owl2 import config as configuration
+from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.data.batch import Batch, collate
+from megatron_owl2.data.conversation import Sample
+from megatron_owl2.flops import Load, training_flops
+from megatron_owl2.model.owl2 import build
+from megatron_owl2.training import optim, stages
+from megatron_owl2.training.step import forward_backward, update
+
+RECIPES = Path(__file__).parent.parent.parent / "examples" / "7b"
+STAGES = {"1": RECIPES / "pretrain.yaml", "2": RECIPES / "finetune.yaml"}
+KERNELS = {
+    "local": ("local", "none"),
+    "te": ("transformer_engine", "none"),
+    **{f"te-{fp8}": ("transformer_engine", fp8) for fp8 in ("tensorwise", "delayed", "blockwise")},
+    "te-mxfp8": ("transformer_engine", "mxfp8"),
+}
+RECOMPUTE = ("none", "selective", "full")
+TINY = [
+    *("model.vision.image_size=28", "model.vision.hidden_size=32", "model.vision.num_layers=1"),
+    *("model.vision.num_heads=4", "model.vision.ffn_size=64", "model.abstractor.num_queries=4"),
+    *("model.abstractor.num_layers=1", "model.abstractor.num_heads=4"),
+    *("model.abstractor.ffn_size=48", "model.decoder.hidden_size=64", "model.decoder.num_heads=4"),
+    *("model.decoder.num_kv_heads=4", "model.decoder.ffn_size=96", "model.decoder.vocab_size=128"),
+    *("data.sequence_length=32", "train.micro_batch_size=2"),
+]
+
+
+def settings(stage: str, kernels: str, recompute: str, layers: int, tiny: bool) -> RunConfig:
+    """The recipe of a stage on one device, with `layers` decoder layers."""
+    backend, fp8 = KERNELS[kernels]
+    overrides = ["parallel.tensor=1", "parallel.sequence=false", f"parallel.recompute={recompute}"]
+    overrides += [f"kernels.backend={backend}", f"kernels.fp8={fp8}"]
+    overrides += [f"model.decoder.num_layers={layers}", *(TINY if tiny else [])]
+    config = configuration.load(STAGES[stage], overrides)
+    config.train.global_batch_size = config.train.micro_batch_size
+    return config
+
+
+def full_batch(config: RunConfig) -> Batch:
+    """A micro-batch without padding: a picture, then text, in every row."""
+    length, images = config.data.sequence_length, config.model.tokens_per_image
+    chance = np.random.default_rng(0)
+    size = config.model.vision.image_size
+    positions = np.arange(4, 4 + images)
+    samples = []
+    for slot in range(config.train.micro_batch_size):
+        tokens = chance.integers(3, config.model.decoder.vocab_size, length)
+        labels, modality = np.roll(tokens, -1), np.zeros(length, np.int64)
+        labels[: positions[-1]], modality[positions] = -100, 1
+        pixels = torch.from_numpy(chance.integers(0, 256, (3, size, size), np.uint8))
+        samples.append(Sample(tokens, labels, modality, positions, length, False, pixels, slot))
+    return collate(samples, size)
+
+
+class Step:
+    """One optimizer step after another on the same micro-batch, by the code that trains."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.batch = config, full_batch(config).to(mcore.device())
+        torch.manual_seed(0)
+        layout = mcore.Layout(config, mcore.initialize(config.parallel), fuses_gradients=True)
+        for given in (layout.transformer, layout.replicated):
+            given.perform_initialization = False  # on the CPU it takes longer than all the rest
+        chunks = build(layout, config.model, 1)
+        for chunk in chunks:
+            chunk.to(mcore.device())
+            for name, parameter in chunk.named_parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=config.model.init_std)
+                elif name.endswith(".bias"):
+                    torch.nn.init.zeros_(parameter)
+        plan = stages.apply(config, chunks)
+        self.trained = {parameter.name for parameter in plan if parameter.trained}
+        self.wrapped = optim.wrap(chunks, overlap=config.parallel.overlap)
+        self.optimizer, self.scheduler = optim.build(config, self.wrapped)
+
+    def flops(self) -> float:
+        """Operations of forward and backward pass."""
+        rows, length = self.batch.tokens.shape
+        images = len(self.batch.image)
+        vision = images * self.config.model.tokens_per_image
+        load = Load(images, rows * length, vision, rows * length * (length + 1) // 2)
+        return sum(training_flops(self.config.model, load, self.trained).values())
+
+    def run(self, mark: Callable[[], None]) -> None:
+        """A step; `mark` is called before, between forward and backward pass and update, after."""
+        mark()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        forward_backward(self.config, self.wrapped, iter([self.batch]), 1)
+        mark()
+        self.scheduler.step(1)
+        update(self.optimizer, _finite)
+        mark()
+
+    def milliseconds(self) -> tuple[float, float]:
+        """Of forward and backward pass, and of the update; CUDA events where there is a GPU."""
+        marks = []
+        if mcore.ON_CPU:
+            self.run(lambda: marks.append(time.perf_counter()))
+            return 1e3 * (marks[1] - marks[0]), 1e3 * (marks[2] - marks[1])
+
+        def mark():
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+
+        self.run(mark)
+        torch.cuda.synchronize()
+        return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
+
+
+def _finite(norm: float) -> bool:
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}; these figures would mean nothing")
+    return True
+
+
+def refusal(config: RunConfig) -> str | None:
+    """Why these kernels cannot run here, if they cannot."""
+    try:
+        checks.check_model(config.model)
+        checks.check_layout(config, world_size=1)
+        checks.check_machine(config)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def measure(config: RunConfig, seconds: float, peak: float | None) -> dict:
+    """Figures of one combination."""
+    step = Step(config)
+    for _ in range(3):  # kernels are chosen, caches filled, the optimizer's state made
+        step.milliseconds()
+    if not mcore.ON_CPU:
+        torch.cuda.reset_peak_memory_stats()
+    times, begin = [], time.monotonic()
+    while len(times) < 3 or time.monotonic() - begin < seconds:
+        times.append(step.milliseconds())
+    forward_backward, updates = ([*part] for part in zip(*times, strict=True))
+    flops = step.flops()
+    tflops = flops / statistics.median(forward_backward) / 1e9
+    return {
+        "forward_backward_milliseconds": forward_backward,
+        "update_milliseconds": updates,
+        "flops": flops,
+        "tflops": tflops,
+        "mfu": tflops / peak if peak else None,
+        "peak_gib": None if mcore.ON_CPU else torch.cuda.max_memory_allocated() / 1024**3,
+    }
+
+
+def attempt(config: RunConfig, seconds: float, peak: float | None) -> dict:
+    """`measure`, or that memory did not suffice; leaves the device as it was."""
+    try:
+        return measure(config, seconds, peak)
+    except torch.cuda.OutOfMemoryError:
+        return {"refused": "out of memory"}
+    finally:
+        gc.collect()
+        mcore.shutdown()
+        torch.cuda.empty_cache()
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, a row per combination."""
+    lines = [
+        "| stage | kernels | recompute | forward and backward, ms (least) | update, ms | TFLOP/s "
+        "| MFU | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        cells = [result["stage"], result["kernels"], result["recompute"]]
+        if "refused" in result:
+            cells += [result["refused"], *[""] * 4]
+        else:
+            times = result["forward_backward_milliseconds"]
+            cells += [
+                f"{statistics.median(times):.1f} ({min(times):.1f})",
+                f"{statistics.median(result['update_milliseconds']):.1f}",
+                f"{result['tflops']:.3g}",
+                "" if result["mfu"] is None else f"{result['mfu']:.1%}",
+                "" if result["peak_gib"] is None else f"{result['peak_gib']:.1f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=[*STAGES])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=[*KERNELS])
+    parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=[*RECOMPUTE])
+    parser.add_argument("--layers", type=int, default=4, help="of the decoder")
+    parser.add_argument("--seconds", type=float, default=10, help="per row; 3 steps at least")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="of the device in dense bf16, for MFU; also of FP8 rows"
+    )
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if mcore.ON_CPU and not options.tiny:
+        print(
+            "error: torch sees no CUDA device here, and these sizes are for one; --tiny shows the "
+            "tool at work without",
+            file=sys.stderr,
+        )
+        return 1
+
+    device = "CPU" if mcore.ON_CPU else torch.cuda.get_device_name()
+    setting = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": device,
+        "layers": options.layers,
+        "tiny": options.tiny,
+        "peak_tflops": options.peak_tflops,
+    }
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    results = []
+    for stage, kernels in itertools.product(options.stage, options.kernels):
+        row = {"stage": stage, "kernels": kernels}
+        for recompute in options.recompute:
+            config = settings(stage, kernels, recompute, options.layers, options.tiny)
+            if reason := refusal(config):  # whatever is computed again
+                results.append(row | {"recompute": "any", "refused": reason})
+                break
+            print(stage, kernels, recompute, "...", file=sys.stderr, flush=True)
+            found = attempt(config, options.seconds, options.peak_tflops)
+            results.append(row | {"recompute": recompute} | found)
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(setting | {"results": results}, indent=1) + "\n")
+    return 0 if any("flops" in result for result in results) else 1  # nothing was measured
+
+
+if __name__ == "__main__":
+    sys.exit(main())
