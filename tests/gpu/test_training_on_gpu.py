@@ -4,8 +4,11 @@ import os
 import subprocess
 
 import pytest
+import stored
 import tiny_run
 import torch
+
+from megatron_owl2.training import checkpoint
 
 FP32 = ["train.precision=fp32"]
 WIDE = [  # sizes that FP8 GEMMs take
@@ -85,3 +88,25 @@ def test_two_gpus_compute_what_one_does(start, tmp_path, backend, layout):
     found = train(config, tmp_path / "two", *common, *layout.split(), processes=2)
     for ours, reference in zip(found, expected, strict=True):
         assert ours[1] == pytest.approx(reference[1], rel=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["local", "transformer_engine"])
+def test_context_parallel_attention_leaves_the_gradients_of_one_gpu(start, tmp_path, backend):
+    if backend != "local":
+        pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
+    config, _ = start
+    # With beta1 = 0 the first moment is the gradient (tests/test_parallel.py).
+    common = [*WIDE, "train.seed=3", "train.steps=1", "optimizer.beta1=0", "optimizer.clip_grad=0"]
+    common += [f"kernels.backend={backend}", "optimizer.lr=1e-3"]
+    found = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        train(config, run, *common, f"parallel.context={processes}", processes=processes)
+        found.append(stored.read(checkpoint.resolve(run), stored.MOMENT))
+    one, two = found
+    assert one.keys() == two.keys()
+    largest = max(float(gradient.norm()) for gradient in one.values())
+    for name, gradient in one.items():
+        if gradient.norm() > 1e-3 * largest:  # smaller ones are rounding of bf16
+            assert float((two[name] - gradient).norm() / gradient.norm()) < 0.05, name

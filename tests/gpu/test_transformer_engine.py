@@ -58,6 +58,49 @@ def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
             assert gpu_model.relative(ours[2][name], expected) < 0.3, name
 
 
+@pytest.mark.parametrize("recipe", LEAST)
+@pytest.mark.parametrize("rows", [0, 1, 65, 128])
+def test_any_number_of_vision_rows_fills_up_fp8_gemms(recipe, rows):
+    if torch.cuda.get_device_capability() < LEAST[recipe]:
+        pytest.skip(f"{recipe} needs compute capability {LEAST[recipe]}")
+    run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": recipe})
+    layout = mcore.Layout(run, mcore.initialize(run.parallel))
+    chosen = kernels.of(layout)
+    qkv = gpu_model.layer(run).attention.qkv
+    x = torch.randn(rows, 1024, device=mcore.device(), dtype=torch.bfloat16)
+    with chosen.around_layers(), chosen.around_layer(0):
+        found = qkv._project_vision(x)
+    weight = qkv.linear_kv_vision.weight
+    expected = (x @ weight.t()).view_as(found)
+    found.sum().backward()
+    gradient = x.float().sum(0).expand_as(weight)
+    if rows == 0:
+        assert found.numel() == 0 and weight.grad.norm() == 0
+        return
+    assert gpu_model.relative(found.float(), expected.float()) < 0.1
+    assert gpu_model.relative(weight.grad.float(), gradient) < 0.1
+
+
+def test_attention_with_fewer_heads_of_keys_is_torchs():
+    found = {}
+    for backend in ("local", "transformer_engine"):
+        run = gpu_model.config(kernels={"backend": backend})
+        run.model.decoder.num_kv_heads = 2
+        layout = mcore.Layout(run, mcore.initialize(run.parallel))
+        core = kernels.of(layout).attention(layout, 0).to(mcore.device())
+        torch.manual_seed(3)
+        parts = [
+            torch.randn(256, 2, heads, 128, device=mcore.device(), dtype=torch.bfloat16)
+            for heads in (8, 2, 2)
+        ]
+        parts = [part.requires_grad_() for part in parts]
+        out = core(*parts)
+        (out.float() * torch.linspace(-1, 1, 1024, device=out.device)).sum().backward()
+        found[backend] = [out, *(part.grad for part in parts)]
+    for ours, expected in zip(found["transformer_engine"], found["local"], strict=True):
+        assert gpu_model.relative(ours.float(), expected.float()) < 0.02
+
+
 @pytest.mark.parametrize("fp8", ["none", "tensorwise", "delayed"])
 def test_recomputation_gives_the_same_gradients(fp8):
     if fp8 != "none" and torch.cuda.get_device_capability() < LEAST[fp8]:
