@@ -4,11 +4,11 @@ ranks, and old ones that are let go."""
 import subprocess
 import sys
 
+import hooks
 import pytest
 import stored
 import tiny_run
 import torch
-from test_health import HOOK
 
 from megatron_owl2.training import checkpoint
 from megatron_owl2.training.saver import expired
@@ -24,12 +24,6 @@ Writing._write = later
 """
 
 
-def hooked(folder, body) -> dict[str, str]:
-    """An environment in which `body` runs in every rank once the loop is imported."""
-    (folder / "sitecustomize.py").write_text(HOOK.format(body=body))
-    return {"PYTHONPATH": str(folder)}
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return tiny_run.make(tmp_path_factory.mktemp("save"), 5)
@@ -40,7 +34,7 @@ def test_what_is_written_is_the_state_of_the_step_though_training_goes_on(config
     waiting, going_on = tmp_path / "waiting", tmp_path / "going on"
     done = tiny_run.train(config, waiting, *options, "train.async_save=false", processes=2)
     assert done.returncode == 0, done.stderr
-    slow = hooked(tmp_path, SLOW)
+    slow = hooks.write(tmp_path, SLOW)
     done = tiny_run.train(config, going_on, *options, processes=2, environment=slow)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -101,7 +95,9 @@ def test_a_disk_that_refuses_ends_all_ranks_and_names_the_checkpoint(
 ):
     run = tmp_path / "run"
     options = ["train.save_interval=1", "parallel.tensor=2", "health.step_timeout=100"]
-    done = tiny_run.train(config, run, *options, processes=2, environment=hooked(tmp_path, body))
+    done = tiny_run.train(
+        config, run, *options, processes=2, environment=hooks.write(tmp_path, body)
+    )
     assert done.returncode != 0
     for rank in (0, 1):
         (line,) = [x for x in done.stderr.splitlines() if x.startswith(f"error: rank {rank}: ")]

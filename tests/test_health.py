@@ -5,7 +5,9 @@ import subprocess
 import sys
 import time
 
+import hooks
 import pytest
+import stored
 import tiny_run
 
 from megatron_owl2.config import HealthConfig
@@ -68,17 +70,15 @@ step._summed_loss = poisoned
 def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
     """The second of four steps is poisoned; the run goes on, and a resumed run repeats it."""
     config = tiny_run.make(tmp_path, 4)
-    (tmp_path / "sitecustomize.py").write_text(HOOK.format(body=BLOW_UP))
+    poisoned = hooks.write(tmp_path, BLOW_UP)
     run, other = tmp_path / "run", tmp_path / "other"
     options = ["train.save_interval=1", "optimizer.lr=1e-3", "optimizer.weight_decay=0.0"]
-    done = tiny_run.train(config, run, *options, environment={"PYTHONPATH": str(tmp_path)})
+    done = tiny_run.train(config, run, *options, environment=poisoned)
     assert done.returncode == 0, done.stderr
     assert "skipped step 2 (slots 8 to 15): the gradient norm is nan" in done.stderr
     rows = tiny_run.rows(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1]
-    import stored
-
     first, second = (
         stored.read(run / "checkpoints" / f"iter_000000{step}", prefix)
         for step, prefix in ((1, ""), (2, ""))
@@ -92,7 +92,6 @@ def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
 
 HANG = """
 import time
-from megatron_owl2.training import loop
 original = loop.forward_backward
 calls = 0
 def hanging(*arguments):
@@ -103,35 +102,16 @@ def hanging(*arguments):
     return original(*arguments)
 loop.forward_backward = hanging
 """
-HOOK = """
-import importlib.abc, importlib.util, sys
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "megatron_owl2.training.loop":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            import torch
-            exec({body!r}, dict(torch=torch))
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, Finder())
-"""
 
 
 def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
     config = tiny_run.make(tmp_path, 4)
-    (tmp_path / "sitecustomize.py").write_text(HOOK.format(body=HANG))
+    hanging = hooks.write(tmp_path, HANG)
     run = tmp_path / "run"
     options = ["train.micro_batch_size=1", "train.save_interval=1", "health.step_timeout=4"]
     options += ["train.async_save=false"]  # a save that is not complete would be lost
     started = time.monotonic()
-    done = tiny_run.train(
-        config, run, *options, processes=2, environment={"PYTHONPATH": str(tmp_path)}
-    )
+    done = tiny_run.train(config, run, *options, processes=2, environment=hanging)
     assert done.returncode != 0
     assert time.monotonic() - started < 60
     for rank, function in ((0, "all_reduce|wait|reduce"), (1, "hanging")):

@@ -7,12 +7,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import hooks
 import pytest
 import tiny_data
 import tiny_run
 import torch
 from PIL import Image
-from test_health import HOOK
 
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
@@ -169,14 +169,13 @@ def test_the_slow_one_of_two_ranks_is_named(tmp_path):
     """It reads slowly in two steps and computes slowly in two. With one micro-batch a step, so
     that every pass begins or ends with an exchange between the ranks."""
     config = tiny_run.make(tmp_path, 4)
-    (tmp_path / "sitecustomize.py").write_text(HOOK.format(body=SLOW))
     done = tiny_run.train(
         config,
         tmp_path / "run",
         "train.micro_batch_size=4",
         "train.log_interval=2",
         processes=2,
-        environment={"PYTHONPATH": str(tmp_path)},
+        environment=hooks.write(tmp_path, SLOW),
     )
     assert done.returncode == 0, done.stderr
     rows = tiny_run.rows(tmp_path / "run")
