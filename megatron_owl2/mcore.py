@@ -1,14 +1,13 @@
 """The model's door to megatron-core: process groups, parallel linears, and what 0.16 needs mended.
 
 The trainer uses megatron-core's schedules, optimizer and checkpoints directly; what must be changed
-in them is here too, and nowhere else.
+in those is in training/optimizer_state.py and training/checkpoint_writer.py.
 A linear takes [..., in] and returns [..., out] (megatron-core's own return a bias beside it).
 """
 
 import copy
 import importlib.util
 import os
-import queue
 import warnings
 from datetime import timedelta
 
@@ -32,9 +31,7 @@ for said in (
     warnings.filterwarnings("ignore", message=said)
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear,
@@ -343,71 +340,6 @@ class VocabEmbedding(VocabParallelEmbedding):
             config=layout.replicated,
             tp_group=layout.groups.tp,
         )
-
-
-def _copy_optimizer_state(self, model_param, tensors):
-    """DistributedOptimizer's own, less the step of torch's AdamW, which the checkpoint keeps per
-    group: with it loading ends in a KeyError."""
-    group, order = self.model_param_group_index_map[model_param]
-    main_param = self.optimizer.param_groups[group]["params"][order]
-    state = {"param": main_param, **self.optimizer.state[main_param]}
-    for key in state.keys() - {"step"}:
-        state[key].copy_(tensors[key])
-
-
-def _optimizer_state(self):
-    """DistributedOptimizer's own `state_dict`, less its assertion that something trains on this
-    rank; the step is that of the ranks that train. All ranks call it together."""
-    groups = self.optimizer.state_dict()["param_groups"]
-    kept = [*self.optimizer.state.values(), *(group for group in groups if group["params"])]
-    step = max((int(holder["step"]) for holder in kept if "step" in holder), default=0)
-    step = torch.tensor(step, device=device())
-    torch.distributed.all_reduce(step, torch.distributed.ReduceOp.MAX)
-    for group in groups:
-        del group["params"]
-        group["step"] = int(step)  # torch's AdamW has it per parameter, the fused ones here
-    return {"optimizer": {"param_groups": groups}}
-
-
-# A checkpoint is written by threads of this process (training/checkpoint_writer.py), so its results
-# need no queue in another one, which takes seconds to start and outlives a rank that is killed.
-filesystem_async._results_queue = queue.Queue()
-
-DistributedOptimizer = distrib_optimizer.DistributedOptimizer
-DistributedOptimizer.state_dict = _optimizer_state
-if not distrib_optimizer.HAVE_APEX_OR_TE:
-    DistributedOptimizer._set_main_param_and_optimizer_states = _copy_optimizer_state
-
-
-def allocate_optimizer_state(optimizer) -> None:
-    """Give torch's AdamW the state it would make in its first step, so that one can be loaded.
-
-    The fused optimizers of Transformer Engine and apex need no such thing and are left alone.
-    """
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    for part in optimizer.chained_optimizers:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                zeros = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-
-
-def load_optimizer_state(optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict`, with what the AdamW at hand needs beyond it.
-
-    The settings of a group become those in the checkpoint, where another AdamW (torch's, apex's or
-    Transformer Engine's) has not all that this one asks for. And torch's must count its steps per
-    parameter: megatron-core hands one step tensor to all of them, and each would advance it.
-    """
-    optimizer.load_state_dict(state)
-    for part in optimizer.chained_optimizers:
-        for group in part.optimizer.param_groups:
-            for key, value in part.optimizer.defaults.items():
-                group.setdefault(key, value)
-        if not distrib_optimizer.HAVE_APEX_OR_TE:
-            for parameter_state in part.optimizer.state.values():
-                parameter_state["step"] = parameter_state["step"].clone()
 
 
 def normal(std: float):

@@ -7,7 +7,7 @@ import torch
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.training import optim, stages
+from megatron_owl2.training import optim, optimizer_state, stages
 
 
 @pytest.fixture
@@ -22,13 +22,13 @@ def optimizer(tmp_path):
 
 def test_settings_that_only_this_one_has_stay(optimizer):
     (part,) = optimizer.chained_optimizers
-    mcore.allocate_optimizer_state(optimizer)
+    optimizer_state.allocate_optimizer_state(optimizer)
     stored = optimizer.state_dict()
     for group in stored["optimizer"]["param_groups"]:
         assert group["step"] == 0
         group["step"], group["eps"] = 7, 1e-5
     part.optimizer.defaults["bias_correction"] = True  # Transformer Engine's and apex's have it
-    mcore.load_optimizer_state(optimizer, stored)
+    optimizer_state.load_optimizer_state(optimizer, stored)
     for group in part.optimizer.param_groups:
         assert group["bias_correction"] is True and group["eps"] == 1e-5
     steps = [state["step"] for state in part.optimizer.state.values()]

@@ -34,7 +34,6 @@ from megatron_owl2 import config as configuration
 from megatron_owl2.checks import check_model
 from megatron_owl2.config import RunConfig
 from megatron_owl2.files import put
-from megatron_owl2.mcore import allocate_optimizer_state, load_optimizer_state
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint_index import (
     CheckpointError,
@@ -43,6 +42,7 @@ from megatron_owl2.training.checkpoint_index import (
     stored_weights,
 )
 from megatron_owl2.training.checkpoint_writer import Writing, agreed
+from megatron_owl2.training.optimizer_state import allocate_optimizer_state, load_optimizer_state
 
 LATEST = "latest"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -8,6 +8,7 @@ its process. What a rank cannot write is an error on all ranks.
 
 import io
 import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import (
     StrategyAction,
@@ -166,4 +168,7 @@ class _Common(TorchCommonSaveStrategy):
             super().save_common(common_state_dict, checkpoint_dir)
 
 
+# Nothing is written by another process, so results need no queue in one, which takes seconds to
+# start and outlives a rank that is killed.
+filesystem_async._results_queue = queue.Queue()
 register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _Common("torch", 1))
