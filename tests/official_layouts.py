@@ -302,7 +302,7 @@ def _adamw(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
         sums = forward_backward(config, wrapped, iter(batches), len(batches))
         torch.distributed.all_reduce(sums)  # tensor ranks have the same, early stages zeros
         scheduler.step(1)
-        norm = update(optimizer, accept=lambda norm: True)
+        norm, _ = update(optimizer, accept=lambda norm: True)
         losses[f"step {step}"] = abs(float(sums[0] / sums[1]) - official_loss)
         norms[f"step {step}"] = abs(norm - official_norm) / official_norm
     return {"AdamW losses": losses, "AdamW gradient norms, relative": norms}
