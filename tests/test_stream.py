@@ -1,5 +1,6 @@
 """The stream: the same batches for any workers, ranks and starting point; the bad are accounted."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -379,6 +380,34 @@ def test_workers_killed_at_any_moment_cost_nothing(folders, seed, monkeypatch):
             time.sleep(chance.choice((0, 0.02, 0.2)))
             chance.choice(multiprocessing.active_children()).kill()
     assert number == 99 and batches.restarts >= 1
+
+
+class _Handle:
+    """Stands for a process group or a tensor on a GPU: freed in a forked process, it crashes it."""
+
+    def __init__(self):
+        self.owner, self.cycle = os.getpid(), self
+
+    def __del__(self):
+        if os.getpid() != self.owner:
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class _Collecting(LetterTokenizer):
+    def encode(self, text):
+        gc.collect()
+        return super().encode(text)
+
+
+def test_what_the_trainer_left_to_the_collector_is_not_freed_in_a_worker(folders):
+    gc.disable()
+    try:
+        _Handle()
+        batches = loader(config(*folders, workers=2), tokenizer=_Collecting(), limit_slots=16)
+        assert len(list(batches)) == 4 and batches.restarts == 0
+        assert gc.get_freeze_count() == 0  # the trainer's own collector goes on as before
+    finally:
+        gc.enable()
 
 
 def test_the_signal_handler_of_another_loader_does_no_harm(folders, monkeypatch):

@@ -1,6 +1,7 @@
 """Batches of one data-parallel rank: worker processes, what happens when one dies, the ledger."""
 
 import copy
+import gc
 import multiprocessing
 import os
 import signal
@@ -155,7 +156,13 @@ class BatchLoader:
         # torch reports a death from a signal handler, that is anywhere in a training step; without
         # it the death shows when a batch is asked for, where it can be mended.
         handler = signal.getsignal(signal.SIGCHLD)
-        iterator = iter(loader)
+        # A worker's collector would also free what the trainer left to its own, such as process
+        # groups and tensors on a GPU, which crashes a forked process.
+        gc.freeze()
+        try:
+            iterator = iter(loader)
+        finally:
+            gc.unfreeze()
         if workers and threading.current_thread() is threading.main_thread():
             torchs = getattr(handler, "__module__", "").startswith("torch.")  # another loader's
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else handler)
