@@ -77,18 +77,14 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30) -> Process
     # One queue per device keeps communication ahead of the GEMM it overlaps with.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.distributed.is_initialized():
-        for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-            os.environ.setdefault(key, value)
-        alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        alone = {}
+        if "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+            alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         torch.distributed.init_process_group(
             "gloo" if ON_CPU else "nccl",
             timeout=timedelta(minutes=timeout_minutes),
-            **(
-                {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-                if alone
-                else {}
-            ),
+            **alone,
         )
     if not parallel_state.model_parallel_is_initialized():
         interleaved = parallel.virtual_pipeline > 1

@@ -309,3 +309,12 @@ def test_rows_that_fill_up_a_gemm_change_nothing(vision):
         found.append([*outputs, x.grad, *(p.grad for p in qkv.parameters())])
     for ours, expected in zip(*found, strict=True):
         assert torch.allclose(ours, expected, atol=1e-6)
+
+
+def test_one_process_does_not_look_like_a_rank_to_those_it_starts(monkeypatch):
+    told = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    for name in told:
+        monkeypatch.delenv(name, raising=False)
+    mcore.shutdown()
+    mcore.initialize(ParallelConfig())
+    assert not [name for name in told if name in os.environ]

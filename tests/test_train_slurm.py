@@ -67,10 +67,7 @@ class Cluster:
 
     def __init__(self, folder: Path, config: Path):
         self.folder, self.config = folder, config
-        # Other tests of this process may have left what torchrun tells a rank.
-        told = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        self.environment = {k: v for k, v in os.environ.items() if k not in told}
-        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def ask(self, *command: str) -> str:
         done = subprocess.run(
