@@ -1,11 +1,31 @@
-"""What every test file begins with."""
+"""Nothing of one test file reaches the next that runs in the same process."""
 
 import gc
+import signal
+import sys
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # a busy one stands still now and then
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_left_to_collect():
-    """Process groups that the file before left to the collector would crash forked children."""
-    gc.collect()
+def leaves_no_process_groups():
+    """A file may leave its groups open; later ones plan, fork or join groups of their own."""
+    yield
+    if mcore := sys.modules.get("megatron_owl2.mcore"):
+        mcore.shutdown()
+    gc.collect()  # a group that is garbage crashes a forked child whose collector frees it
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_signal_handlers():
+    """Tools that run in this process set their own, torch's data loader one for its workers."""
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    yield
+    for kind, handler in before.items():
+        if handler is not None:  # set outside of Python
+            signal.signal(kind, handler)

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,14 +30,11 @@ def tool(source, kind, output, *more) -> SimpleNamespace:
     """The tool's exit status and what it printed, without the time that a new process takes."""
     arguments = ("--input", source, "--format", kind, "--output", output, *more)
     main = runpy.run_path(command()[1])["main"]
-    handler = signal.getsignal(signal.SIGTERM)
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         try:
             status = main(list(map(str, arguments)))
         except SystemExit as error:
             status = error.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 

@@ -11,7 +11,6 @@ import torch
 from hf_dirs import OWL2, TOOLS, editable, run_tool
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2 import mcore
 from megatron_owl2.convert.assemble import from_owl2
 from megatron_owl2.convert.hf import export_hf
 from megatron_owl2.convert.lazy import LazyTensor
@@ -30,8 +29,7 @@ def converted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("against") / "ckpt"
     whole = from_owl2(OWL2)
     write_checkpoint(directory, whole.tensors, whole.config)
-    yield directory
-    mcore.shutdown()
+    return directory
 
 
 def failed(said: str) -> list[str]:

@@ -21,7 +21,7 @@ from hf_dirs import (
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
-from megatron_owl2 import checks, mcore
+from megatron_owl2 import checks
 from megatron_owl2.config import AbstractorConfig, ConfigError, ModelConfig, VisionConfig
 from megatron_owl2.convert import assemble, hf_config
 from megatron_owl2.convert.assemble import from_owl2, from_parts
@@ -42,7 +42,6 @@ BAD_NUMBERS = [-1, -1e-6, math.nan, math.inf, 10**400, True, "x", [1.0], {}, Non
 @pytest.fixture(scope="module", autouse=True)
 def without_network(tmp_path_factory):
     yield from offline(tmp_path_factory.getbasetemp() / "modules")
-    mcore.shutdown()
 
 
 def changed(source: Path, destination: Path, key: str, value: object) -> Path:

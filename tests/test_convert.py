@@ -26,7 +26,6 @@ from hf_dirs import (
 )
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2 import mcore
 from megatron_owl2.config import save as save_config
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
@@ -37,12 +36,6 @@ from megatron_owl2.convert.stream import write_checkpoint
 from megatron_owl2.convert.weights import ConversionError
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.training import checkpoint
-
-
-@pytest.fixture(scope="module", autouse=True)
-def leave_process_group():
-    yield
-    mcore.shutdown()
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):

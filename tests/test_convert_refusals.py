@@ -28,7 +28,6 @@ from hf_dirs import (
 )
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2 import mcore
 from megatron_owl2.config import ConfigError
 from megatron_owl2.config import save as save_config
 from megatron_owl2.convert import hf_config
@@ -40,12 +39,6 @@ from megatron_owl2.convert.weights import ConversionError, TensorReader
 from megatron_owl2.training import checkpoint
 from megatron_owl2.training.checkpoint import CheckpointError
 from megatron_owl2.training.checkpoint_index import read_index
-
-
-@pytest.fixture(scope="module", autouse=True)
-def leave_process_group():
-    yield
-    mcore.shutdown()
 
 
 def test_all_misfits_are_listed(tmp_path):

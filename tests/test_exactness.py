@@ -71,7 +71,7 @@ def test_ranks_and_workers_may_change_at_every_stop(data, expected):
     assert found == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     cuts=st.lists(st.integers(1, STEPS - 1), max_size=5),
     ranks=st.lists(st.sampled_from(RANKS), min_size=6, max_size=6),

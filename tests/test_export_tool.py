@@ -8,7 +8,6 @@ from hf_dirs import OWL2, run_tool, small_tokenizer
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
-from megatron_owl2 import mcore
 from megatron_owl2.inference.engine import Generator, load_model
 
 PROMPT = "USER: <|image|>What is this? ASSISTANT:"
@@ -17,7 +16,6 @@ PROMPT = "USER: <|image|>What is this? ASSISTANT:"
 @pytest.fixture(scope="module", autouse=True)
 def no_network(tmp_path_factory):
     yield from offline(tmp_path_factory.getbasetemp() / "modules")
-    mcore.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,7 @@ def run(tmp_path_factory):
     )
     batches = list(batches)
     assert {bool(batch.modality.any()) for batch in batches} == {True, False}
-    yield path, batches
-    mcore.shutdown()
+    return path, batches
 
 
 @pytest.fixture

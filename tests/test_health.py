@@ -1,6 +1,7 @@
 """Steps that go wrong: skipped and written down, and the end of a run that goes nowhere."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -94,11 +95,13 @@ HANG = """
 import time
 original = loop.forward_backward
 calls = 0
+def sleeps():
+    time.sleep(1000)
 def hanging(*arguments):
     global calls
     calls += 1
     if calls == 3 and torch.distributed.get_rank() == 1:
-        time.sleep(1000)
+        sleeps()
     return original(*arguments)
 loop.forward_backward = hanging
 """
@@ -114,10 +117,11 @@ def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
     done = tiny_run.train(config, run, *options, processes=2, environment=hanging)
     assert done.returncode != 0
     assert time.monotonic() - started < 60
-    for rank, function in ((0, "all_reduce|wait|reduce"), (1, "hanging")):
+    for rank in (0, 1):
         assert f"rank {rank}: step 3 took more than 4 seconds" in done.stderr
         stacks = (run / "stacks" / f"rank-{rank:05d}.txt").read_text()
-        assert any(name in stacks for name in function.split("|")), stacks
+        assert ("in sleeps" in stacks) == (rank == 1), stacks
+        assert "in train" in stacks, stacks
     assert checkpoint.resolve(run).name == "iter_0000002"
     assert len(tiny_run.rows(run)) == 2
 
@@ -134,4 +138,5 @@ def test_a_thread_that_never_yields_cannot_hold_up_the_end():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode != 0 and "re" in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("Timeout (0:00:01.1"), done.stderr
+    assert os.path.join("re", "__init__.py") in done.stderr

@@ -31,8 +31,7 @@ EPS = 1e-6
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group():
-    yield mcore.initialize(ParallelConfig())
-    mcore.shutdown()
+    mcore.initialize(ParallelConfig())
 
 
 def run_config(decoder=None, precision="fp32", **parallel) -> RunConfig:
@@ -83,7 +82,7 @@ def slow_norm(x, is_vision, text, vision):
     return torch.where(is_vision.unsqueeze(-1), normed * vision, normed * text)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(is_vision=batches(), size=st.sampled_from([1, 8, 30]), seed=st.integers(0, 99))
 def test_norm_is_both_norms_everywhere_then_selected(is_vision, size, seed):
     torch.manual_seed(seed)
@@ -98,7 +97,7 @@ def test_norm_is_both_norms_everywhere_then_selected(is_vision, size, seed):
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     is_vision=batches(),
     groups=st.integers(1, 3),

@@ -40,7 +40,7 @@ def test_keyed_floats_are_uniform_and_repeat():
     assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.06
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shards=sizes, seed=st.integers(0, 2**63), **small)
 def test_every_sample_once_in_every_epoch(shards, seed, lanes, chunk, window):
     order = Order([shards], [0.3], seed, lanes, chunk, window)
@@ -51,7 +51,7 @@ def test_every_sample_once_in_every_epoch(shards, seed, lanes, chunk, window):
         assert len(seen) == len(set(seen)) and set(seen) == all_samples(shards)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sources=st.lists(st.tuples(sizes, st.floats(0.05, 1)), min_size=1, max_size=4),
     seed=st.integers(0, 2**32),
@@ -69,7 +69,7 @@ def test_shares_are_the_weights_and_nothing_is_left_out(sources, seed, lanes, ch
     assert min(order.samples_per_epoch[i] - sum(s) for i, (s, _) in enumerate(sources)) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shards=sizes, seed=st.integers(0, 2**32), slots=st.lists(st.integers(0, 2000)), **small)
 def test_a_slot_does_not_depend_on_what_was_asked_before(shards, seed, slots, lanes, chunk, window):
     used = Order([shards, shards], [1, 2], seed, lanes, chunk, window)
@@ -101,7 +101,7 @@ def test_ranks_may_change_at_any_global_batch():
         MicroBatches(0, 2, 2, 2, None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shards=sizes, seed=st.integers(0, 2**32), slot=st.integers(0, 500), **small)
 def test_substitutes_come_from_the_same_window(shards, seed, slot, lanes, chunk, window):
     order = Order([shards], [1], seed, lanes, chunk, window)
@@ -165,7 +165,7 @@ def test_impossible_mixtures_are_refused():
         Order([[10_000] * 40_000, [10]], [1, 1], 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shards=sizes, seed=st.integers(0, 2**32), slot=st.integers(0, 1000), **small)
 def test_windows_say_which_chunks_they_read_and_which_window_is_next(
     shards, seed, slot, lanes, chunk, window

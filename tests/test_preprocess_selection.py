@@ -137,7 +137,7 @@ def brute_force(tables, deduplicate, sample):
     ]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=6),
     identities=st.integers(1, 40),

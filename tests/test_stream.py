@@ -414,18 +414,15 @@ def test_the_signal_handler_of_another_loader_does_no_harm(folders, monkeypatch)
     """torch installs one handler per process, which raises wherever the training is."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     before = signal.getsignal(signal.SIGCHLD)
-    try:
-        assert list(torch.utils.data.DataLoader([1, 2], num_workers=1)) == [1, 2]
-        assert signal.getsignal(signal.SIGCHLD) != before
-        batches = iter(loader(config(*folders, workers=2)))
-        next(batches)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        time.sleep(0.2)  # the death is noticed by the next batch, not here
-        next(batches)
-        batches.close()
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    assert list(torch.utils.data.DataLoader([1, 2], num_workers=1)) == [1, 2]
+    assert signal.getsignal(signal.SIGCHLD) != before
+    batches = iter(loader(config(*folders, workers=2)))
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    time.sleep(0.2)  # the death is noticed by the next batch, not here
+    next(batches)
+    batches.close()
 
 
 def test_workers_that_give_nothing_stop_the_run(folders):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2 import mcore
 from megatron_owl2.config import ConfigError
 from megatron_owl2.convert.assemble import from_owl2
 from megatron_owl2.convert.stream import write_checkpoint
@@ -29,8 +28,7 @@ def converted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("verify") / "ckpt"
     whole = from_owl2(OFFICIAL / "hf_ckpt")
     write_checkpoint(directory, whole.tensors, whole.config)
-    yield directory
-    mcore.shutdown()
+    return directory
 
 
 @pytest.fixture(scope="module")
