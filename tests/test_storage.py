@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_owl2.data import storage as storage_module
 from megatron_owl2.data.storage import (
     LocalStorage,
     StorageError,
     StorageMissing,
     StorageOptions,
+    base,
+    local,
     open_storage,
 )
 
@@ -101,7 +102,7 @@ def test_the_wait_doubles_up_to_a_limit_with_jitter_that_leaves_other_random_sta
     folder, monkeypatch
 ):
     delays = []
-    monkeypatch.setattr(storage_module.time, "sleep", delays.append)
+    monkeypatch.setattr(base.time, "sleep", delays.append)
     failing_pread(monkeypatch, errno.EIO, times=10**9)
     states = random.getstate(), np.random.get_state()[1].tobytes()
     options = StorageOptions(backoff=0.5, attempts=10)
@@ -166,7 +167,7 @@ def test_few_files_are_open_at_once(tmp_path):
 def test_threads_may_share_a_storage_that_opens_and_closes_files_all_the_time(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(storage_module, "MAX_OPEN", 2)
+    monkeypatch.setattr(local, "MAX_OPEN", 2)
     for index in range(20):
         (tmp_path / f"{index}").write_bytes(b"%06d" % index * 100)
     storage = open_storage(tmp_path, QUICK)

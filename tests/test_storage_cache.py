@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from http_server import HttpServer
 
-from megatron_owl2.data.cache import RangeCache
 from megatron_owl2.data.storage import StorageError, StorageOptions, open_storage
+from megatron_owl2.data.storage.cache import RangeCache
 
 SIZE = 10_000  # of an extent
 DATA = np.random.default_rng(0).bytes(40 * SIZE)

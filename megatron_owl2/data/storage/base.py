@@ -1,22 +1,14 @@
-"""Where the bytes of shards come from: folders, shared file systems, object stores, web servers.
-
-Every read ends: with all of its bytes, or after a bounded number of attempts with a StorageError.
-"""
+"""What all storages share: options, bounded attempts, errors, counts."""
 
 import errno
 import os
 import random
-import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import unquote, urlsplit
 
-MAX_OPEN = 128  # descriptors of a LocalStorage
 MAX_BACKOFF = 30.0  # seconds between two attempts
 LASTING_ATTEMPTS = 2  # for a missing file, a refusal: shared file systems and proxies blink
 COUNTERS = (
@@ -104,7 +96,7 @@ class Storage:
     def __init__(self, location: str, options: StorageOptions):
         self.location = location
         self.options = options
-        self._processes: dict[int, _Process] = {}
+        self._processes: dict[int, Process] = {}
 
     def read_file(self, name: str) -> bytes:
         """A whole small file, such as a manifest or an index."""
@@ -143,13 +135,13 @@ class Storage:
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    def _here(self) -> "_Process":
+    def _here(self) -> "Process":
         """What must not be shared with a forked child: counts, locks, random numbers."""
         here = self._processes.get(os.getpid())
         return here or self._processes.setdefault(os.getpid(), self._new_process())
 
-    def _new_process(self) -> "_Process":
-        return _Process()
+    def _new_process(self) -> "Process":
+        return Process()
 
     def _is_lasting(self, error: Exception) -> bool:
         """Whether another attempt will hardly help."""
@@ -193,88 +185,7 @@ class Storage:
         )
 
 
-class LocalStorage(Storage):
-    """A folder of a local or shared file system, read with pread from at most 128 open files.
-
-    A fault of the file system is tried again on a newly opened file. A file system that blocks (a
-    hard NFS mount whose server is gone) blocks the reader: no time limit reaches into the kernel.
-    """
-
-    def __init__(self, location: str, options: StorageOptions):
-        super().__init__(location, options)
-        self._files: OrderedDict[str, _Descriptor] = OrderedDict()
-
-    def read_file(self, name: str) -> bytes:
-        def attempt() -> bytes:
-            with open(self._path(name), "rb") as file:
-                return file.read()
-
-        return self._persist(name, "the file", attempt)
-
-    def size(self, name: str) -> int:
-        return self._persist(name, "its size", lambda: os.stat(self._path(name)).st_size)
-
-    def read(
-        self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None
-    ) -> bytes:
-        began = time.perf_counter()
-        here = self._here()
-        try:
-            with here.lock:
-                file = self._files[name]  # held until the end, or another thread may close it
-                self._files.move_to_end(name)
-            data = os.pread(file.number, stop - start, start)
-        except (KeyError, OSError):
-            data = b""
-        if len(data) == stop - start:
-            here.add_read(len(data), 1, time.perf_counter() - began)
-            return data
-        data = self._persist(
-            name, f"bytes {start} to {stop}", lambda: self._read(name, start, stop)
-        )
-        here.add_read(len(data), 0, time.perf_counter() - began)
-        return data
-
-    def _read(self, name: str, start: int, stop: int) -> bytes:
-        lock = self._here().lock
-        with lock:
-            self._files.pop(name, None)  # a handle that failed may be stale
-        file = _Descriptor(self._path(name))
-        with lock:
-            self._files[name] = file
-            while len(self._files) > MAX_OPEN:
-                self._files.popitem(last=False)
-        parts, position = [], start
-        while position < stop:
-            part = os.pread(file.number, stop - position, position)
-            if not part:
-                raise ShortReadError(f"the file ended at byte {position}", lasting=True)
-            parts.append(part)
-            position += len(part)
-        return b"".join(parts)
-
-    def close(self) -> None:
-        with self._here().lock:
-            self._files.clear()
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.location, name)
-
-
-class _Descriptor:
-    """An open file that is closed once no thread reads from it any more."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self):
-        with suppress(AttributeError, OSError):
-            os.close(self.number)
-
-
-class _Process:
+class Process:
     """The part of a storage that belongs to one process."""
 
     def __init__(self):
@@ -294,23 +205,6 @@ class _Process:
             counters["bytes_read"] += size
             counters["requests"] += requests
             counters["seconds_waited"] += seconds
-
-
-def open_storage(location: str | os.PathLike, options: StorageOptions | None = None) -> Storage:
-    """The storage of a folder's path, a file:// URL, or a URL that fsspec knows (http, s3, gs).
-
-    Nothing is read yet. Raises StorageError for a URL whose client is unknown or not installed.
-    Credentials and endpoints come from where the client looks for them (such as AWS_ENDPOINT_URL).
-    """
-    location, options = os.fspath(location), options or StorageOptions()
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location):
-        return LocalStorage(location, options)
-    if location.startswith("file://"):
-        return LocalStorage(unquote(urlsplit(location).path), options)
-    # The clients take seconds to import and come with an extra; folders need none of them.
-    from megatron_owl2.data.remote import RemoteStorage
-
-    return RemoteStorage(location.rstrip("/"), options)
 
 
 def check_name(location: str, name: str) -> None:

@@ -11,15 +11,15 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
-from megatron_owl2.data.cache import CacheError, RangeCache
-from megatron_owl2.data.storage import (
+from megatron_owl2.data.storage.base import (
+    Process,
     ShortReadError,
     Storage,
     StorageError,
     StorageOptions,
-    _Process,
     check_name,
 )
+from megatron_owl2.data.storage.cache import CacheError, RangeCache
 
 CACHE_PAUSE = 60.0  # seconds without new ranges after the cache disk was full or broken
 _LASTING_STATUS = {401, 403, 404, 405, 410, 416}  # HTTP answers that will be the same again
@@ -167,7 +167,7 @@ class RemoteStorage(Storage):
         return _RemoteProcess()
 
 
-class _RemoteProcess(_Process):
+class _RemoteProcess(Process):
     """Adds the threads that look ahead, daemons: a hanging server cannot hold up the exit."""
 
     def __init__(self):
