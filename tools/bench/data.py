@@ -112,11 +112,12 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
             writer.write(record)
     urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
     foreign = write_foreign(folder / "foreign", records)
+    fast = webdataset.handle_extension("jpg", images.decode)
     contenders = {
         READING[size]: {
             OURS: partial(read_ours, folder / "shards", tokenizer, samples, size),
-            PILLOW: partial(read_webdataset, urls, pillow_crop, size),
-            FAST: partial(read_webdataset, urls, fast_crop, size),
+            PILLOW: partial(read_webdataset, urls, "pilrgb", pillow_crop, size),
+            FAST: partial(read_webdataset, urls, fast, images.augment, size),
         }
         for size in SIZES
     } | {
@@ -210,34 +211,29 @@ def read_ours(shards: Path, tokenizer: Tokenizer, samples: int, size: int) -> No
 
 
 def read_webdataset(
-    urls: list[str], crop: Callable[[bytes, int, KeyedRandom], torch.Tensor], size: int
+    urls: list[str],
+    decoder: str | Callable,
+    crop: Callable[..., torch.Tensor],
+    size: int,
 ) -> None:
-    """The pipeline of webdataset's manual: shards, a shuffle buffer, decoding, batches."""
+    """The pipeline of webdataset's manual: shards, a shuffle buffer, decoders, batches."""
     chance = KeyedRandom(1)
-
-    def decode(sample: dict) -> tuple[torch.Tensor, str]:
-        return crop(sample["jpg"], size, chance), json.loads(sample["json"])["caption"]
-
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).map(decode)
-    for batch in data.batched(BATCH, collation_fn=None, partial=False):
-        stacked = torch.stack([image for image, _ in batch])
+    data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode(decoder)
+    pairs = data.to_tuple("jpg", "json").map_tuple(
+        lambda image: crop(image, size, chance), lambda text: text["caption"]
+    )
+    for stacked, _ in pairs.batched(BATCH, partial=False):
         assert stacked.shape == (BATCH, 3, size, size)
 
 
-def pillow_crop(data: bytes, size: int, chance: KeyedRandom) -> torch.Tensor:
+def pillow_crop(image: Image.Image, size: int, chance: KeyedRandom) -> torch.Tensor:
     """Random resized crop and flip, all in Pillow, as torchvision does it."""
-    with Image.open(io.BytesIO(data)) as image:
-        image = image.convert("RGB")
-        top, left, height, width = images.random_crop(image.height, image.width, chance)
-        box = (left, top, left + width, top + height)
-        image = image.resize((size, size), Image.BICUBIC, box=box)
-        if chance.uniform() < 0.5:
-            image = image.transpose(Image.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def fast_crop(data: bytes, size: int, chance: KeyedRandom) -> torch.Tensor:
-    return images.augment(images.decode(data), size, chance)
+    top, left, height, width = images.random_crop(image.height, image.width, chance)
+    box = (left, top, left + width, top + height)
+    image = image.resize((size, size), Image.BICUBIC, box=box)
+    if chance.uniform() < 0.5:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def write_ours(folder: Path, records: list[Record]) -> None:
