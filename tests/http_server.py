@@ -2,11 +2,11 @@
 
 import os
 import re
+import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,8 +21,8 @@ class HttpServer:
     bytes of bodies by file name, `most_at_once` the answers in work at one time.
 
     A fault strikes the next `times` GET requests (of the files whose name ends in `name`): "hang"
-    answers nothing, "slow" takes `seconds` before the answer, "reset" cuts the connection in the
-    middle of the body, "short" sends half of the bytes in an answer that is well-formed, "in full"
+    answers nothing, "hold" waits for `release`, "reset" cuts the connection in the middle of the
+    body, "short" sends half of the bytes in an answer that is well-formed, "in full"
     ignores the range, "elsewhere" sends another range, "flip" one wrong byte, and a number is sent
     as the status.
     """
@@ -36,15 +36,20 @@ class HttpServer:
         self._faults: list[list] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._released = threading.Event()
         handler = type("Handler", (_Handler,), {"owner": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def fail(self, kind: str | int, times: int = FOREVER, name: str = "", seconds: float = 0.2):
-        self._faults.append([kind, times, name, seconds])
+    def fail(self, kind: str | int, times: int = FOREVER, name: str = "") -> None:
+        self._faults.append([kind, times, name])
 
     def heal(self) -> None:
         self._faults.clear()
+
+    def release(self) -> None:
+        """Let the held answers go, and those to come."""
+        self._released.set()
 
     def ranges(self, name: str = "") -> list[tuple[int, int] | None]:
         """The ranges of the GET requests so far."""
@@ -56,7 +61,9 @@ class HttpServer:
 
     def __exit__(self, *error) -> None:
         self._closing.set()
+        self._released.set()
         self._server.shutdown()
+        self._server.cut_connections()
         self._server.server_close()
 
     @contextmanager
@@ -70,18 +77,36 @@ class HttpServer:
             with self._lock:
                 self._at_once -= 1
 
-    def _take_fault(self, name: str) -> tuple[str | int | None, float]:
+    def _take_fault(self, name: str) -> str | int | None:
         with self._lock:
             for fault in self._faults:
                 if fault[1] > 0 and name.endswith(fault[2]):
                     fault[1] -= 1
-                    return fault[0], fault[3]
-        return None, 0.0
+                    return fault[0]
+        return None
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = False  # server_close waits for them
     request_queue_size = 128
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._connections: set[socket.socket] = set()
+
+    def process_request(self, request, client_address) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def cut_connections(self) -> None:
+        """Those that clients keep alive, too; call it after the last was accepted."""
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address) -> None:
         """Clients that give up are what the tests are about."""
@@ -105,13 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         span = (int(asked[1]), int(asked[2]) + 1) if asked else None
         self.owner.requests.append((self.command, name, span))
-        kind, seconds = self.owner._take_fault(name) if body else (None, 0.0)
+        kind = self.owner._take_fault(name) if body else None
         if kind == "hang":
             self.owner._closing.wait()
             self.close_connection = True
             return
-        if kind == "slow":
-            time.sleep(seconds)
+        if kind == "hold":
+            self.owner._released.wait()
         file = self.owner.folder / name
         if isinstance(kind, int) or not file.is_file():
             self._send(kind or 404, b"no", body=body)

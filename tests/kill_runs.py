@@ -22,6 +22,7 @@ import psutil
 import stored
 import tiny_run
 import torch
+from processes import single_threaded, torchrun
 
 from megatron_owl2.training import checkpoint
 
@@ -65,10 +66,10 @@ def kill_once(
         path.chmod(_OF_AN_EARLIER_LIFE)
     with told.open("w") as log:
         job = subprocess.Popen(
-            tiny_run.command(config, run, [*OPTIONS, *LAYOUTS[layout]], PROCESSES),
+            torchrun(PROCESSES, *tiny_run.program(config, run, [*OPTIONS, *LAYOUTS[layout]])),
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=tiny_run.single_threaded(),
+            env=single_threaded(),
         )
     started = time.monotonic()
     if kind == "in a save":

@@ -5,8 +5,6 @@ it starts itself through torchrun, with a folder and the layout's overrides as a
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 
 from megatron_owl2 import config as configuration
@@ -78,14 +77,7 @@ def run(name: str, folder: Path) -> dict[str, dict]:
     many were `compared`. Writes into `folder`; raises RuntimeError if a process fails."""
     processes, overrides = LAYOUTS[name]
     configuration.save(recorded_config(), folder / "run.yaml")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, f"--nproc-per-node={processes}", __file__, folder, *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_ranks(processes, __file__, folder, *overrides)
     if done.returncode != 0:
         raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr}")
     return json.loads((folder / "worst.json").read_text())

@@ -11,20 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from processes import run_ranks
+
 
 def launch(
     config: Path, runs: Sequence[tuple[Path, Sequence[str]]], processes: int
 ) -> subprocess.CompletedProcess:
     """Do `runs`, (output folder, overrides) each, in their order; does not raise on failure."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     given = json.dumps([(str(output), list(overrides)) for output, overrides in runs])
-    return subprocess.run(
-        [*torchrun, "--nproc-per-node", str(processes), __file__, config],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RUNS_IN_TURN": given},
-    )
+    return run_ranks(processes, __file__, config, environment={"RUNS_IN_TURN": given}, timeout=900)
 
 
 def main() -> None:

@@ -2,13 +2,11 @@
 in which the two can differ."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hf_dirs import OWL2, TOOLS, editable, run_tool
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_owl2.convert.assemble import from_owl2
@@ -59,11 +57,8 @@ def test_the_directory_it_came_from_agrees(converted, capsys):
 def test_a_narrower_export_agrees_under_every_layout(converted, overrides, tmp_path):
     whole = from_owl2(OWL2)
     export_hf(whole.tensors, whole.config.model, tmp_path / "out", dtype=torch.bfloat16)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [TOOLS / "verify_checkpoint.py", "--checkpoint", converted]
-    command += ["--against", tmp_path / "out", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    options = ["--checkpoint", converted, "--against", tmp_path / "out", *overrides]
+    done = run_ranks(2, TOOLS / "verify_checkpoint.py", *options)
     assert done.returncode == 0, done.stderr
     assert failed(done.stdout) == [] and len(done.stdout.splitlines()) == len(ALL)
     assert "equal bit by bit in bfloat16" in done.stdout

@@ -1,28 +1,21 @@
 """The benchmark of the split projections: its three layers compute the same, and it reports."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import tool
 import torch
 
-from megatron_owl2 import mcore
 from megatron_owl2.config import DecoderConfig
 
-TOOL = Path(__file__).parent.parent / "tools" / "bench" / "modality.py"
 DECODER = DecoderConfig(hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=48)
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_modality", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    mcore.shutdown()
+    return tool.load("bench/modality.py")
 
 
 def output_and_gradient(step, layer):
@@ -65,7 +58,17 @@ def test_command_line_reports_every_shape(tmp_path, dtype):
     sizes = ["--hidden-size", "32", "--heads", "4", "--ffn", "48", "--shape", "3/8", "65/256"]
     output = tmp_path / "bench.json"
     done = subprocess.run(
-        [sys.executable, TOOL, *sizes, "--dtype", dtype, "--seconds", "0", "--json", output],
+        [
+            sys.executable,
+            tool.TOOLS / "bench" / "modality.py",
+            *sizes,
+            "--dtype",
+            dtype,
+            "--seconds",
+            "0",
+            "--json",
+            output,
+        ],
         capture_output=True,
         text=True,
     )

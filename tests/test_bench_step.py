@@ -1,28 +1,21 @@
 """The benchmark of the training step: the paper's shapes, sums that add up, rows that refuse."""
 
-import importlib.util
 import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import tool
 import torch
 
 from megatron_owl2 import checks, mcore
 from megatron_owl2.flops import Load, training_flops
 
-TOOL = Path(__file__).parent.parent / "tools" / "bench" / "step.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_step", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    mcore.shutdown()
+    return tool.load("bench/step.py")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +62,9 @@ def test_command_line_reports_every_combination(bench, tmp_path):
     options = ["--kernels", "local", "te-blockwise", "--recompute", "none", "full"]
     options += ["--layers", "1", "--seconds", "0", "--peak-tflops", "2", "--json", output]
     done = subprocess.run(
-        [sys.executable, TOOL, "--tiny", *options], capture_output=True, text=True
+        [sys.executable, tool.TOOLS / "bench" / "step.py", "--tiny", *options],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text())

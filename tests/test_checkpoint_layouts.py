@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import stored
 import tiny_run
 import torch
+from processes import run_ranks
 
 from megatron_owl2 import mcore
 from megatron_owl2.config import ParallelConfig
@@ -38,15 +37,7 @@ def reloaded(whole, tmp_path_factory):
     _, run = whole
     folder = tmp_path_factory.mktemp("reloaded")
     script = str(Path(__file__).with_name("reload.py"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "4", script, run / "checkpoints" / SAVED, folder]
-        + ["1x1", "2x2"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=tiny_run.single_threaded(),
-    )
+    done = run_ranks(4, script, run / "checkpoints" / SAVED, folder, "1x1", "2x2")
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -13,12 +13,16 @@ import torch
 from megatron_owl2.training import checkpoint
 from megatron_owl2.training.saver import expired
 
+# No file is written before the next step is in the metrics, or the run is over.
 SLOW = """
-import time
+import os, pathlib, threading, time
 from megatron_owl2.training.checkpoint_writer import Writing
 write = Writing._write
+metrics = pathlib.Path(os.environ["METRICS"])
 def later(self, *file):
-    time.sleep(1.0)
+    began = time.monotonic()
+    while '"step": 5,' not in metrics.read_text() and time.monotonic() < began + 60:
+        time.sleep(0.01)
     write(self, *file)
 Writing._write = later
 """
@@ -34,7 +38,7 @@ def test_what_is_written_is_the_state_of_the_step_though_training_goes_on(config
     waiting, going_on = tmp_path / "waiting", tmp_path / "going on"
     done = tiny_run.train(config, waiting, *options, "train.async_save=false", processes=2)
     assert done.returncode == 0, done.stderr
-    slow = hooks.write(tmp_path, SLOW)
+    slow = hooks.write(tmp_path, SLOW) | {"METRICS": str(going_on / "metrics.jsonl")}
     done = tiny_run.train(config, going_on, *options, processes=2, environment=slow)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -108,7 +112,7 @@ def test_a_disk_that_refuses_ends_all_ranks_and_names_the_checkpoint(
 
 
 ALONE = """
-import sys, time
+import sys, threading
 from pathlib import Path
 import torch
 from megatron_owl2 import mcore
@@ -119,8 +123,9 @@ groups = mcore.initialize(ParallelConfig())
 where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
 checkpoint_writer._Common.save_common = lambda *arguments: None
 save, count, pause = torch.save, int(sys.argv[1]), float(sys.argv[2])
+go_on = threading.Event()
 def slow(*arguments, **options):
-    time.sleep(pause)
+    go_on.wait(pause)
     save(*arguments, **options)
 torch.save = slow
 tensors = {str(n): torch.full((3,), float(n)) for n in range(count)}
@@ -130,7 +135,8 @@ writing = checkpoint_writer.Writing(state, Path(sys.argv[3]))
 
 
 def alone(program: str, *arguments) -> subprocess.CompletedProcess:
-    """Run ALONE, which writes so many tensors with so many seconds before each, and then this."""
+    """Run ALONE, which writes so many tensors with so many seconds before each, unless
+    `go_on` is set, and then `program`."""
     return subprocess.run(
         [sys.executable, "-c", ALONE + program, *map(str, arguments)],
         capture_output=True,
@@ -146,7 +152,7 @@ def test_the_process_of_a_run_that_failed_does_not_wait_for_its_files(tmp_path):
 
 def test_what_changes_after_the_start_is_not_written(tmp_path):
     change = "assert not writing.ended; [tensor.zero_() for tensor in tensors.values()]; "
-    done = alone(change + "writing.finish()", 4, 0.2, tmp_path)
+    done = alone(change + "go_on.set(); writing.finish()", 4, 100, tmp_path)
     assert done.returncode == 0, done.stderr
     assert {k: v.tolist() for k, v in stored.read(tmp_path).items()} == {
         str(n): [float(n)] * 3 for n in range(4)

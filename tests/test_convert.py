@@ -1,9 +1,6 @@
 """Hugging Face directories to our model and back: values, names and settings."""
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -24,6 +21,7 @@ from hf_dirs import (
     small_tokenizer,
     tensors_of,
 )
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_owl2.config import save as save_config
@@ -147,10 +145,7 @@ def test_the_parallel_layout_of_a_checkpoint_leaves_no_trace(tmp_path):
     whole = from_owl2(OWL2)
     write_checkpoint(tmp_path / "one", whole.tensors, whole.config)
     script, layout = Path(__file__).parent / "resave.py", ["2", "2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command += [str(script), str(tmp_path / "one"), str(tmp_path / "four"), *layout]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_ranks(4, script, tmp_path / "one", tmp_path / "four", *layout)
     assert done.returncode == 0, done.stderr
     for name in ("one", "four"):
         whole = from_checkpoint(tmp_path / name)

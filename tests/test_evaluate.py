@@ -1,15 +1,14 @@
 """Evaluation from published files to predictions and scores."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import run_ranks
 
 from data_prep import shapes
 from megatron_owl2 import mcore
@@ -272,13 +271,7 @@ def test_two_tensor_parallel_ranks_answer_like_one(corpus, model, tmp_path, monk
     options = ["--checkpoint", str(model), "--task", "vqav2", "--limit", "10"]
     options += ["--data", str(corpus / "eval/seen"), "--output"]
     assert run_tool(monkeypatch, "evaluate", *options, tmp_path / "one") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(TOOLS / "evaluate.py"), *options, str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_ranks(2, TOOLS / "evaluate.py", *options, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("skill") == 1  # one rank prints
     one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))

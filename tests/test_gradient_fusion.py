@@ -12,10 +12,6 @@ from megatron.core.tensor_parallel import layers
 
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
-from megatron_owl2.data import phases
-from megatron_owl2.data.dataset import open_datasets
-from megatron_owl2.data.loader import build_loader
-from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import optim, stages
 from megatron_owl2.training.step import forward_backward
@@ -27,21 +23,7 @@ FROZEN = "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.w
 def run(tmp_path_factory):
     path = tiny_run.make(tmp_path_factory.mktemp("fusion"))
     config = configuration.load(path)
-    datasets = open_datasets(config.data)
-    batches = build_loader(
-        config.data,
-        datasets,
-        phases.first_phase(config.data, datasets),
-        tokenizer=Tokenizer(config.data.tokenizer),
-        tokens_per_image=config.model.tokens_per_image,
-        image_size=config.model.vision.image_size,
-        micro_batch_size=1,
-        start_slot=0,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        limit_slots=4,
-    )
-    batches = list(batches)
+    batches = list(tiny_run.batches(config, 1, limit_slots=4))
     assert {bool(batch.modality.any()) for batch in batches} == {True, False}
     return path, batches
 

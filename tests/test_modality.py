@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_owl2 import checks, kernels, mcore
@@ -237,14 +236,7 @@ def test_unknown_and_repeated_names_are_refused(wrong):
 
 
 def test_one_gather_and_one_reduce_scatter_serve_all_projections():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, __file__],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_ranks(2, __file__)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "forward": {"_allgather_base_": 1},

@@ -14,10 +14,6 @@ import stored
 import tiny_run
 
 from megatron_owl2 import config as configuration
-from megatron_owl2.data import phases
-from megatron_owl2.data.dataset import open_datasets
-from megatron_owl2.data.loader import build_loader
-from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.flops import Load, training_flops
 from megatron_owl2.training import checkpoint
 
@@ -220,21 +216,8 @@ def test_norms_by_part_are_those_of_the_whole_gradients(runs, stage):
 def test_work_is_counted_by_what_the_samples_hold(runs):
     """Images, tokens and operations of the last step, from the batches it has read."""
     config = configuration.load(runs.config)
-    datasets = open_datasets(config.data)
     load = collections.Counter()
-    for batch in build_loader(
-        config.data,
-        datasets,
-        phases.first_phase(config.data, datasets),
-        tokenizer=Tokenizer(config.data.tokenizer),
-        tokens_per_image=config.model.tokens_per_image,
-        image_size=config.model.vision.image_size,
-        micro_batch_size=2,
-        start_slot=8 * (STEPS - 1),
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        limit_slots=8,
-    ):
+    for batch in tiny_run.batches(config, 2, start_slot=8 * (STEPS - 1), limit_slots=8):
         for row, length in enumerate(batch.lengths.tolist()):
             pictured = bool(batch.modality[row].any())
             load["images"] += pictured
@@ -252,22 +235,10 @@ def test_work_is_counted_by_what_the_samples_hold(runs):
 def test_micro_batches_without_pictures_are_first_and_last_and_between(runs):
     """What DP 2 with overlapped reduction reads above, so that its proof covers them."""
     config = configuration.load(runs.config)
-    datasets = open_datasets(config.data)
     patterns = []
     for rank in range(2):
-        batches = build_loader(
-            config.data,
-            datasets,
-            phases.first_phase(config.data, datasets),
-            tokenizer=Tokenizer(config.data.tokenizer),
-            tokens_per_image=config.model.tokens_per_image,
-            image_size=config.model.vision.image_size,
-            micro_batch_size=1,
-            start_slot=0,
-            data_parallel_rank=rank,
-            data_parallel_size=2,
-            limit_slots=8 * STEPS,
-        )
+        share = {"data_parallel_rank": rank, "data_parallel_size": 2}
+        batches = tiny_run.batches(config, 1, limit_slots=8 * STEPS, **share)
         kinds = "".join("i" if batch.modality.any() else "t" for batch in batches)
         patterns += [kinds[first : first + 4] for first in range(0, 4 * STEPS, 4)]
     assert any(p[0] == "t" for p in patterns) and any(p[-1] == "t" for p in patterns)

@@ -1,8 +1,6 @@
 """The plan's parameters, gradients and optimizer states against the tensors of real ranks."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import run_ranks
 from tiny_run import MODEL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -82,14 +81,7 @@ def weigh_layouts(path: str):
 
 
 def test_bytes_equal_those_of_real_ranks_after_a_step(tiny):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*command, "--nproc-per-node", "4", __file__, str(tiny)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run = run_ranks(4, __file__, tiny)
     assert run.returncode == 0, run.stderr[-2000:]
     real = dict(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
     assert real.keys() == LAYOUTS.keys()

@@ -25,6 +25,7 @@ from preprocess_run import (
     tool,
     tree,
 )
+from processes import group_is_gone, wait_until
 
 from megatron_owl2.preprocess.job import preprocess
 from megatron_owl2.preprocess.parts import Part, PreprocessError
@@ -251,15 +252,7 @@ def test_a_killed_run_takes_its_workers_along_and_continues(documents, tmp_path)
     process = start(documents, output, *options)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.05)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    wait_until(lambda: group_is_gone(process.pid))
     assert list((output / UNFINISHED).iterdir())
     assert "kept 60000" in succeeded(tool(documents, "documents", output, *options))
     assert not list((output / UNFINISHED).iterdir())

@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 import webdataset
+from processes import open_below
 from tiny_data import encoded, picture, record, write
 
 from megatron_owl2.data.dataset import Dataset
@@ -186,14 +187,14 @@ def test_every_flipped_byte_is_noticed(folder):
 
 
 def test_a_data_set_survives_pickling_and_closing(folder):
-    before = len(os.listdir("/proc/self/fd"))
     dataset = Dataset(folder)
     assert dataset.read(0, 0) == RECORDS[0]
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.read(1, 7) == RECORDS[17]
+    assert open_below(folder) > 0
     dataset.close()
     copy.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(folder) == 0
     assert dataset.read(2, 0) == RECORDS[20]
 
 

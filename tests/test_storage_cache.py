@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from http_server import HttpServer
+from processes import wait_until
 
 from megatron_owl2.data.storage import StorageError, StorageOptions, open_storage
 from megatron_owl2.data.storage.cache import RangeCache
@@ -62,13 +63,6 @@ def used(cache: Path) -> int:
     return total
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
 def run_processes(work, count: int) -> list:
     processes = [FORK.Process(target=work, args=(seed,)) for seed in range(count)]
     for process in processes:
@@ -84,7 +78,7 @@ def join(processes) -> None:
 
 def test_every_extent_travels_once_per_node(server, cache):
     storage = opened(server, cache)
-    server.fail("slow", seconds=0.05)
+    server.fail("hold")
 
     def work(seed: int) -> None:
         order = np.random.default_rng(seed).permutation(12).tolist()
@@ -94,7 +88,10 @@ def test_every_extent_travels_once_per_node(server, cache):
             read(storage, index)
         assert storage.counters["cache_failures"] == 0
 
-    join(run_processes(work, 5))
+    processes = run_processes(work, 5)
+    wait_until(lambda: len(server.ranges()) >= 4)
+    server.release()
+    join(processes)
     assert sorted(server.ranges()) == [(i * SIZE, (i + 1) * SIZE) for i in range(12)]
     assert cached(cache) == list(range(12))
     assert list(cache.glob("*/*/*.part")) == []
@@ -144,9 +141,8 @@ def test_a_killed_download_is_taken_over_and_leaves_nothing(server, cache):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     server.heal()
-    began = time.monotonic()
     read(storage, 0)
-    assert time.monotonic() - began < 2
+    assert server.ranges()[2:] == [(0, SIZE)]  # at once, and not past the cache as after a wait
     assert cached(cache) == [0] and list(cache.glob("*/*/*.part")) == []
     assert (cache / ".usage").read_bytes() == b"%d\n" % SIZE
 
@@ -161,14 +157,14 @@ def test_who_waits_for_a_killed_process_takes_over(server, cache):
     waiting.join(0.3)
     assert waiting.is_alive() and len(server.ranges()) == 1
     os.kill(process.pid, signal.SIGKILL)
-    waiting.join(5)
+    waiting.join(20)
     assert not waiting.is_alive() and cached(cache) == [0]
     process.join()
 
 
 def test_who_waits_for_a_stopped_process_reads_past_it_in_the_end(server, cache):
     server.fail("hang", times=1)
-    storage = opened(server, cache, timeout=1.0, attempts=1)
+    storage = opened(server, cache, timeout=2.0, attempts=1)
     (process,) = run_processes(lambda seed: read(opened(server, cache, timeout=60.0), 0), 1)
     wait_until(server.ranges)
     os.kill(process.pid, signal.SIGSTOP)
@@ -274,7 +270,8 @@ def test_a_range_that_can_be_neither_read_nor_removed_is_read_past(server, cache
     path.mkdir()
     began = time.monotonic()
     read(storage, 0)
-    assert time.monotonic() - began < 1 and server.ranges()[-1] == (100, 200)
+    assert time.monotonic() - began < storage.options.patience / 2
+    assert server.ranges()[-1] == (100, 200)
 
 
 def test_an_extent_larger_than_the_cache_is_read_past(server, cache):

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from http_server import HttpServer
+from processes import wait_until
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_owl2.data.storage import (
@@ -38,13 +39,6 @@ def opened(server, tmp_path=None, **options):
     return open_storage(server.url, StorageOptions(**options))
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_whole_files_sizes_and_ranges(server):
     (server.folder / "b #1?.tar").write_bytes(b"other")
     storage = opened(server)
@@ -67,7 +61,8 @@ def test_without_a_cache_only_the_bytes_themselves_travel(server):
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind", [500, 503, 429, "hang", "reset", "short"])
 def test_a_fault_that_passes_is_tried_again(server, tmp_path, kind, cached):
-    storage = opened(server, tmp_path if cached else None, timeout=0.5)
+    timeout = 1.0 if kind == "hang" else 10.0
+    storage = opened(server, tmp_path if cached else None, timeout=timeout)
     server.fail(kind, times=3)
     assert storage.read("a.tar", 2000, 3000, EXTENT) == DATA[2000:3000]
     assert storage.counters["retries"] == 3 and storage.counters["requests"] == 4
@@ -76,7 +71,7 @@ def test_a_fault_that_passes_is_tried_again(server, tmp_path, kind, cached):
 
 @pytest.mark.parametrize("kind", [500, 503, "hang", "reset", "short"])
 def test_a_fault_that_stays_ends_in_time_in_an_error_that_says_everything(server, tmp_path, kind):
-    storage = opened(server, tmp_path, timeout=0.3)
+    storage = opened(server, tmp_path, timeout=0.5 if kind == "hang" else 5.0)
     server.fail(kind)
     began = time.monotonic()
     with pytest.raises(StorageError) as caught:
@@ -144,11 +139,13 @@ def test_a_file_that_lost_its_end_says_where(server):
 def test_look_ahead_does_not_block_and_leaves_nothing_to_wait_for(server, tmp_path):
     storage = opened(server, tmp_path, prefetch_threads=4)
     extents = [(i * 10_000, (i + 1) * 10_000) for i in range(12)]
-    server.fail("slow", seconds=0.3)
+    server.fail("hold")
     for extent in extents:
         for _ in range(3):  # once for every sample of the extent
             storage.prefetch("a.tar", *extent)
+    wait_until(lambda: server.most_at_once == 4)
     assert storage.counters["bytes_fetched"] == 0
+    server.release()
     wait_until(lambda: storage.counters["bytes_fetched"] == 120_000)
     wait_until(lambda: len(list((tmp_path / "cache").glob("*/a.tar/*[0-9]"))) == 12)
     assert server.most_at_once == 4
@@ -162,11 +159,18 @@ def test_look_ahead_does_not_block_and_leaves_nothing_to_wait_for(server, tmp_pa
 
 def test_a_reader_waits_for_a_look_ahead_under_way_instead_of_asking_again(server, tmp_path):
     storage = opened(server, tmp_path)
-    server.fail("slow", seconds=0.4)
+    server.fail("hold")
     storage.prefetch("a.tar", *EXTENT)
     wait_until(server.ranges)
-    assert storage.read("a.tar", 2000, 3000, EXTENT) == DATA[2000:3000]
-    assert server.ranges() == [EXTENT]
+    read = []
+    ask = ("a.tar", 2000, 3000, EXTENT)
+    reader = threading.Thread(target=lambda: read.append(storage.read(*ask)))
+    reader.start()
+    reader.join(0.3)
+    assert reader.is_alive()
+    server.release()
+    reader.join(20)
+    assert read == [DATA[2000:3000]] and server.ranges() == [EXTENT]
 
 
 def test_a_look_ahead_that_fails_is_counted_and_met_by_the_reader(server, tmp_path):
@@ -189,12 +193,13 @@ def test_closing_ends_the_threads_and_forgets_what_waits(server, tmp_path):
         return [t for t in set(threading.enumerate()) - before if t.name == "look-ahead"]
 
     storage = opened(server, tmp_path, prefetch_threads=2)
-    server.fail("slow", seconds=0.3)
+    server.fail("hold")
     for index in range(20):
         storage.prefetch("a.tar", index * 1000, (index + 1) * 1000)
     wait_until(lambda: len(server.ranges()) == 2)
     assert len(look_ahead_threads()) == 2
     storage.close()
+    server.release()
     wait_until(lambda: not look_ahead_threads())
     assert len(server.ranges()) == 2
     server.heal()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from http_server import HttpServer
+from processes import wait_until
 from test_exactness import pairs
 from test_stream import config, loader, rows_of
 from tiny_data import write
@@ -83,14 +84,13 @@ def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypa
             for chunk in stream.order.chunks(first)
         }
         stream[[0, 1]]
-        deadline = time.monotonic() + 20
         tars = [f"shard-{i:06d}.tar" for i in range(4)]
-        while time.monotonic() < deadline:
-            fetched = sum(len(set(server.ranges(name))) for name in tars)
-            if fetched == len(wanted):
-                break
-            time.sleep(0.05)
-        assert fetched == len(wanted) >= 20
+
+        def fetched() -> int:
+            return sum(len(set(server.ranges(name))) for name in tars)
+
+        wait_until(lambda: fetched() == len(wanted))
+        assert len(wanted) >= 20
         # Reading on within these windows waits for nothing: the server may be gone.
         server.fail(500)
         slots = list(range(2, 200))
@@ -136,7 +136,4 @@ def test_looking_ahead_ends_with_the_loader(server, tmp_path):
     next(batches)
     assert threads() > before
     batches.close()
-    deadline = time.monotonic() + 10
-    while threads() > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert threads() <= before
+    wait_until(lambda: threads() <= before)

@@ -7,19 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import hooks
 import pytest
 import tiny_run
+from processes import wait_until
 
 from megatron_owl2.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 STEPS = 8
+LONG = 400  # seconds, for a machine with other things to do
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 GATE = """
 import os, pathlib, time
@@ -51,15 +51,6 @@ if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     pathlib.Path(os.environ["GATE"], "begun").touch()
     time.sleep(1000)
 """
-
-
-def wait(until: Callable, seconds: float = 150):
-    """The first true answer of `until`."""
-    deadline = time.monotonic() + seconds
-    while not (answer := until()):
-        assert time.monotonic() < deadline, f"not within {seconds} seconds"
-        time.sleep(0.1)
-    return answer
 
 
 class Cluster:
@@ -127,7 +118,7 @@ class Job:
             found = [p.name.split(".") for p in self.gate.iterdir() if p.name[0].isdigit()]
             return len(found) == 2 and {int(rank): int(process) for rank, process in found}
 
-        return wait(standing)
+        return wait_until(standing, LONG)
 
     def signal(self, name: str) -> None:
         self.ranks()
@@ -150,7 +141,7 @@ class Job:
             return facts["JobState"] in OVER and not listed and facts
 
         try:
-            return wait(over)
+            return wait_until(over, LONG)
         except AssertionError:
             pytest.fail(f"{self.facts()}\n{self.log}")
 
@@ -199,7 +190,7 @@ def test_an_array_has_as_many_lives_as_time_limits_ask_for(cluster, tmp_path, re
     options = ("--array=1-9%1", "--no-requeue", "--time=2", "--signal=USR1@95")
     job = cluster.submit(output, "train.micro_batch_size=1", options=options)
     uninterrupted = request.getfixturevalue("uninterrupted")
-    wait(lambda: not cluster.ask("squeue", "--noheader"), seconds=400)
+    wait_until(lambda: not cluster.ask("squeue", "--noheader"), LONG)
     assert tiny_run.figures(output) == uninterrupted, job.log
     assert "the run was stopped and goes on later, last checkpoint: iter_000000" in job.log
     # The second life too may be older than its signal.
@@ -229,7 +220,7 @@ def test_a_killed_rank_ends_the_life_and_the_next_goes_on(cluster, uninterrupted
     options = ("train.micro_batch_size=1", "train.save_interval=2")
     job = cluster.submit(output, *options)
     os.kill(job.ranks()[1], signal.SIGKILL)
-    wait(lambda: "slurm: crash" in job.log, seconds=40)  # the other rank would wait for minutes
+    wait_until(lambda: "slurm: crash" in job.log, 40)  # the other rank would wait for minutes
     log = finished(job, output, uninterrupted)
     assert "exit code 137" in log and f"continuing from {output}/checkpoints/iter_000000" in log
 
@@ -256,7 +247,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint(cluster, uninterrupted, tmp_p
 
 def test_a_signal_before_the_ranks_are_there_is_not_the_end(cluster, tmp_path):
     job = cluster.submit(tmp_path / "run", "parallel.tensor=3", python=SLOW_TO_BEGIN)
-    wait((job.gate / "begun").exists)
+    wait_until((job.gate / "begun").exists, LONG)
     cluster.ask("scancel", "--signal=USR1", job.number)
     facts = job.end()
     assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "1"), job.log

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_owl2.config import ConfigError
@@ -55,12 +53,8 @@ def test_two_ranks_compute_what_the_official_code_computes(
     converted, reference, inputs, tmp_path, overrides
 ):
     save_file(inputs, tmp_path / "inputs.safetensors")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     files = ["--inputs", tmp_path / "inputs.safetensors", "--output", tmp_path / "out.safetensors"]
-    command = [*torchrun, TOOL, "--checkpoint", converted, *files, "--gradients", *overrides]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    done = run_ranks(2, TOOL, "--checkpoint", converted, *files, "--gradients", *overrides)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out.safetensors")
     check(found, reference, gradients=True)

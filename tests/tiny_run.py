@@ -4,15 +4,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tiny_data
 import yaml
+from processes import killed_by_errors, run_ranks, single_threaded, torchrun, wait_until
 
-from megatron_owl2.data.tokenizer import train_tokenizer
+from megatron_owl2.config import RunConfig
+from megatron_owl2.data import phases
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.dataset import open_datasets
+from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 
 MODEL = {
     "vision": {
@@ -75,15 +79,10 @@ def make(folder: Path, steps: int = 2) -> Path:
     return path
 
 
-def command(config: Path, output: Path, overrides: Sequence[str], processes: int) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", str(processes), "-m", "megatron_owl2.train"]
-    return [*launcher, "--config", str(config), f"train.output={output}", *overrides]
-
-
-def single_threaded(more: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a job whose ranks share two cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
+def program(config: Path, output: Path, overrides: Sequence[str]) -> list[str]:
+    """What a rank of torchrun runs."""
+    options = ["--config", str(config), f"train.output={output}", *overrides]
+    return ["-m", "megatron_owl2.train", *options]
 
 
 def train(
@@ -94,13 +93,7 @@ def train(
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a stage to its end; does not raise on failure."""
-    return subprocess.run(
-        command(config, output, overrides, processes),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=single_threaded(environment),
-    )
+    return run_ranks(processes, *program(config, output, overrides), environment=environment)
 
 
 def interrupt(
@@ -108,19 +101,35 @@ def interrupt(
 ) -> subprocess.CompletedProcess:
     """Start a stage and press Ctrl-C (SIGINT to the whole group) once `at_step` is logged."""
     run = subprocess.Popen(
-        command(config, output, overrides, processes),
+        torchrun(processes, *program(config, output, overrides)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         env=single_threaded(),
     )
-    deadline = time.monotonic() + 200
-    while run.poll() is None and len(rows(output)) < at_step and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGINT)
-    out, _ = run.communicate(timeout=100)
+    with killed_by_errors(run):
+        wait_until(lambda: run.poll() is not None or len(rows(output)) >= at_step, 200)
+        os.killpg(run.pid, signal.SIGINT)
+        out, _ = run.communicate(timeout=100)
     return subprocess.CompletedProcess(run.args, run.returncode, out)
+
+
+def batches(config: RunConfig, micro_batch_size: int, **options) -> Iterator[Batch]:
+    """What a data-parallel rank reads, the only one by default; `options` are build_loader's."""
+    datasets = open_datasets(config.data)
+    one = {"start_slot": 0, "data_parallel_rank": 0, "data_parallel_size": 1}
+    loader = build_loader(
+        config.data,
+        datasets,
+        phases.first_phase(config.data, datasets),
+        tokenizer=Tokenizer(config.data.tokenizer),
+        tokens_per_image=config.model.tokens_per_image,
+        image_size=config.model.vision.image_size,
+        micro_batch_size=micro_batch_size,
+        **(one | options),
+    )
+    return iter(loader)
 
 
 def rows(output: Path) -> list[dict]:

@@ -1,8 +1,5 @@
 """The training loop on one GPU: like the CPU in fp32, and with every kernel in bf16."""
 
-import os
-import subprocess
-
 import pytest
 import stored
 import tiny_run
@@ -21,16 +18,8 @@ WIDE = [  # sizes that FP8 GEMMs take
 
 
 def train(config, output, *overrides, cpu=False, processes=1):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if cpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        tiny_run.command(config, output, overrides, processes),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if cpu else None
+    done = tiny_run.train(config, output, *overrides, processes=processes, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return tiny_run.figures(output)
 
