@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_owl2.checks import check_model, misfit
+from megatron_owl2.checks.model import check_model, misfit
 from megatron_owl2.config import ConfigError, ModelConfig
 from megatron_owl2.convert.weights import ConversionError, read_json
 
