@@ -1,6 +1,6 @@
 """What a training step costs on one GPU: the paper's two stages under every kernel and recipe.
 
-python tools/bench/step.py --layers 4 --peak-tflops 989 --json FILE
+python tools/bench/step.py --layers 4 --json FILE
 
 Model and batch are those of examples/7b, but with a few decoder layers: ViT-L, abstractor,
 embedding and output layer are whole. One step is one full micro-batch through the code that trains
@@ -32,6 +32,7 @@ from megatron_owl2.data.conversation import Sample
 from megatron_owl2.flops import Load, training_flops
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import optim, stages
+from megatron_owl2.training.devices import peak_tflops
 from megatron_owl2.training.step import forward_backward, update
 
 RECIPES = Path(__file__).parent.parent.parent / "examples" / "7b"
@@ -224,7 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4, help="of the decoder")
     parser.add_argument("--seconds", type=float, default=10, help="per row; 3 steps at least")
     parser.add_argument(
-        "--peak-tflops", type=float, help="of the device in dense bf16, for MFU; also of FP8 rows"
+        "--peak-tflops",
+        type=float,
+        default=0,
+        help="of the device in dense bf16, for MFU; also of FP8 rows (default: by its name)",
     )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -237,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
 
+    peak = peak_tflops(options.peak_tflops)
     device = "CPU" if mcore.ON_CPU else torch.cuda.get_device_name()
     setting = {
         "torch": torch.__version__,
@@ -244,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         "device": device,
         "layers": options.layers,
         "tiny": options.tiny,
-        "peak_tflops": options.peak_tflops,
+        "peak_tflops": peak,
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     results = []
@@ -256,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append(row | {"recompute": "any", "refused": reason})
                 break
             print(stage, kernels, recompute, "...", file=sys.stderr, flush=True)
-            found = attempt(config, options.seconds, options.peak_tflops)
+            found = attempt(config, options.seconds, peak)
             results.append(row | {"recompute": recompute} | found)
     print(table(results))
     if options.json:
