@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing
-from test_stream import config, loader
+from streams import config, loader
 from tiny_data import record, write
 
 from megatron_owl2.data.ledger import DataError

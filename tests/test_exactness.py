@@ -10,21 +10,14 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stream import config, loader, rows_of
-from tiny_data import encoded, picture, write
+from streams import config, loader, pairs, rows_of
+from tiny_data import write
 
 from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.phases import first_phase
-from megatron_owl2.data.records import Record
 
 BATCH, STEPS = 24, 40  # 960 slots of 300 samples: more than three epochs
 RANKS, WORKERS = (1, 2, 3, 4, 8), (0, 1, 2, 3)
-
-
-def pairs(source: str, count: int):
-    for i in range(count):
-        image = encoded(picture(i, 24 + i % 5, 20 + i % 7))
-        yield Record(f"{source}{i:04d}", image=image, caption=f"{source} {i}")
 
 
 @pytest.fixture(scope="module")

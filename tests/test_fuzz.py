@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_stream import config, loader
+from streams import config, loader
 from tiny_data import encoded, picture, record, write
 
 from megatron_owl2.config import StorageConfig

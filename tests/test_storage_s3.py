@@ -5,8 +5,7 @@ import socket
 
 import numpy as np
 import pytest
-from test_exactness import pairs
-from test_stream import config, loader, rows_of
+from streams import config, loader, pairs, rows_of
 from tiny_data import write
 
 from megatron_owl2.config import StorageConfig

@@ -9,8 +9,7 @@ import time
 import pytest
 from http_server import HttpServer
 from processes import wait_until
-from test_exactness import pairs
-from test_stream import config, loader, rows_of
+from streams import config, loader, pairs, rows_of
 from tiny_data import write
 
 from megatron_owl2.config import StorageConfig
