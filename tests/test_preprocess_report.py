@@ -110,7 +110,7 @@ def test_the_page_shows_samples_from_everywhere(tmp_path):
         kind, data = source.split(",")
         assert kind == "data:image/jpeg;base64"
         assert max(image_size(base64.b64decode(data))) <= 320
-    assert found.count("svg") == 4 and {"56", "7"} & set(found.texts)
+    assert found.count("svg") == 4 and "56" in found.texts
 
 
 def test_everything_on_the_page_is_escaped_and_nothing_comes_from_elsewhere(tmp_path):
@@ -126,8 +126,8 @@ def test_everything_on_the_page_is_escaped_and_nothing_comes_from_elsewhere(tmp_
     job(contents, folder, filters=Filters(min_score={"<i>": 2}))
     html = (folder / "report.html").read_text()
     found = Page(html)
-    assert not {"script", "i>", "b"} & {tag for tag, _ in found.elements} - {"b"}
-    assert found.count("script") == 0 and found.count("figure") == 2
+    assert not {"script", "i>"} & {tag for tag, _ in found.elements}
+    assert found.count("figure") == 2
     text = "".join(found.texts)
     assert "<script>alert('1')</script>\"&amp; é" in text and "<script>? - </figure>" in text
     assert "<b>&set" in text and "score <i>" in text
