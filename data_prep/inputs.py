@@ -1,5 +1,6 @@
 """What the readers share: pictures named by a path, metadata worth keeping, names of parts."""
 
+import errno
 import math
 import os
 import re
@@ -11,6 +12,15 @@ from megatron_owl2.preprocess.parts import PreprocessError, ReadOptions
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
+# What a path in a corpus can be wrong by; a disk or a network that fails is no fault of a sample.
+_OF_THE_PATH = {
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+}
 
 
 class SkipError(Exception):
@@ -40,7 +50,8 @@ def refuse_images(options: ReadOptions, kind: str) -> None:
 def picture(images: Path, name: Any) -> bytes:
     """The bytes of the picture that a corpus names by a path relative to `images`.
 
-    The path cannot climb out of the folder; symbolic links in it are followed. Raises SkipError.
+    The path cannot climb out of the folder; symbolic links in it are followed. Raises SkipError,
+    and OSError if the file system fails.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise SkipError("image is not one path")
@@ -53,7 +64,11 @@ def picture(images: Path, name: Any) -> bytes:
         return (images / path).read_bytes()
     except FileNotFoundError:
         raise SkipError("image file is missing") from None
+    except UnicodeEncodeError:
+        raise SkipError("image path is not valid Unicode") from None
     except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
         raise SkipError(f"image file cannot be read ({os.strerror(error.errno)})") from None
 
 

@@ -66,6 +66,9 @@ def test_pictures_that_were_broken_before_show_only_when_decoded(tmp_path):
     whole = run("check_data", folder, "--decode", "1", "--show", "2")
     assert whole.returncode == 1 and "35 good (35 pictures decoded), 5 bad" in whole.stdout
     assert whole.stdout.count("cannot be decoded") == 2
+    start = Dataset(folder).range_of(0, 8)[0]
+    place = f"{next(folder.glob('*.tar')).name} at byte {start}: 008: image cannot be decoded"
+    assert place in whole.stdout
     assert "and 3 more bad samples" in whole.stdout
     part = [run("check_data", folder, "--decode", "0.4").stdout for _ in range(2)]
     assert part[0] == part[1] != whole.stdout

@@ -1,6 +1,7 @@
 """The table reader: JSON lines, TSV, CSV and Parquet that name pictures by their paths."""
 
 import csv
+import errno
 import io
 import json
 import tracemalloc
@@ -107,6 +108,7 @@ def test_table_rows_that_are_left_out(images, tmp_path):
         {"image": "deep/../../secret.jpg", "caption": "a"},
         {"image": str(images.parent / "secret.jpg"), "caption": "a"},
         {"image": "deep", "caption": "a"},
+        {"image": "\ud800.jpg", "caption": "a"},
         {"image": "deep/a.gif", "caption": " as found ", "score": float("nan"), "boxes": [1]},
     ]
     path = write_table(tmp_path / "a.jsonl", table)
@@ -123,8 +125,23 @@ def test_table_rows_that_are_left_out(images, tmp_path):
         "image is an address, not a file": 1,
         "image path leaves the images folder": 3,
         "image file cannot be read (Is a directory)": 1,
+        "image path is not valid Unicode": 1,
         "row is not a JSON object": 3,
     }
+
+
+def test_a_disk_that_fails_is_no_reason_to_skip(images, tmp_path, monkeypatch):
+    path = write_table(tmp_path / "a.jsonl", [{"image": "1.jpg", "caption": "a"}])
+    read = Path.read_bytes
+
+    def fail(self):
+        if self.suffix == ".jpg":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error.*1.jpg"):
+        collect("table", path, images=images)
 
 
 def test_table_columns_and_wrong_use(images, tmp_path):

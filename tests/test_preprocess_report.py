@@ -139,3 +139,9 @@ def test_a_long_text_is_cut_on_the_page(tmp_path):
     texts = page(tmp_path).texts
     assert "y" * 239 + "…" in texts and "z" * 240 in texts
     assert texts.count("no picture") == 2
+
+
+def test_the_summary_can_be_printed_whatever_a_sample_is_called(tmp_path):
+    summary = str(job([[pair("one"), Skipped("odd", "\ud800.jpg")]], tmp_path / "set").report)
+    assert "1 x odd (such as \\ud800.jpg)" in summary
+    summary.encode()

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -210,6 +211,27 @@ def test_leftovers_of_the_living_stay(corpus, tmp_path):
         job(corpus, output)
     assert all(path.exists() for path in living)
     assert not any(path.exists() for path in dead)
+
+
+def test_leftovers_may_vanish_while_they_are_looked_at(corpus, tmp_path, monkeypatch):
+    """Another node ends its part, and deletes its folder, at any moment."""
+    output = tmp_path / "set"
+    job(corpus, output, partition=(0, 2))
+    shards = output / UNFINISHED / "another-node.1.part1" / "shards"
+    shards.mkdir(parents=True)
+    (shards / "shard.tar").write_bytes(b"half")
+    shards.parent.with_name(f"{shards.parent.name}.lock").touch()
+    scandir, seen = os.scandir, []
+
+    def vanishing(path="."):
+        if str(path) == str(shards) and not seen:
+            seen.append(path)
+            shutil.rmtree(shards.parent)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    job(corpus, output, partition=(1, 2))
+    assert seen
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,12 @@ def check_shard(dataset: Dataset, decode: float, index: int) -> ShardCheck:
             record = dataset.read(index, number)
             chosen = KeyedRandom(_DECODE, index, number).uniform() < decode
             if chosen and record.image is not None:
-                images.decode(record.image)
+                try:
+                    images.decode(record.image)
+                except BadSampleError as error:
+                    start, _ = dataset.range_of(index, number)
+                    place = f"{row['name']} at byte {start}: {record.key}"
+                    raise BadSampleError(f"{place}: {error}") from None
                 result.decoded += 1
             result.good += 1
             if record.key in keys:

@@ -162,8 +162,10 @@ def _delete(folder: Path, lock: Path) -> None:
 
 
 def _last_change(folder: Path, lock: Path) -> float:
-    newest = 0.0
-    for path in (lock, folder, *folder.rglob("*")):
+    paths, newest = [lock, folder], 0.0
+    for place, folders, files in os.walk(folder):  # which passes over what its owner deletes
+        paths += [Path(place, name) for name in (*folders, *files)]
+    for path in paths:
         with suppress(FileNotFoundError):
             newest = max(newest, path.stat().st_mtime)
     return newest

@@ -159,4 +159,5 @@ class Report:
             lines.append(f"  fewer than the {self.asked} that were asked for")
         for reason, count in self.skipped.items():
             lines.append(f"  {count} x {reason} (such as {self.examples[reason][0]})")
-        return "\n".join(lines)
+        # An example may be named by what no terminal can print.
+        return "\n".join(lines).encode(errors="backslashreplace").decode()
