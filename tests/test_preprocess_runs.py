@@ -213,6 +213,19 @@ def test_leftovers_of_the_living_stay(corpus, tmp_path):
     assert not any(path.exists() for path in dead)
 
 
+@pytest.mark.parametrize("ending", [".tar", ".tar.idx", ".tar.sums"])
+def test_a_part_whose_files_are_gone_is_done_again(corpus, tmp_path, ending):
+    output = tmp_path / "set"
+    for number in range(2):
+        job(corpus, output, partition=(number, 2))
+    expected = tree(output)
+    lost = sorted(output.glob(f"*{ending}"))[0]
+    lost.unlink()
+    job(corpus, output, partition=(0, 2))
+    job(corpus, output, partition=(1, 2))
+    assert tree(output) == expected
+
+
 def test_leftovers_may_vanish_while_they_are_looked_at(corpus, tmp_path, monkeypatch):
     """Another node ends its part, and deletes its folder, at any moment."""
     output = tmp_path / "set"

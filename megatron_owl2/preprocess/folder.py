@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_owl2.data.shards import write_atomically
+from megatron_owl2.data.shards import INDEX, SUMS, write_atomically
 from megatron_owl2.preprocess.parts import Part, PreprocessError
 
 _WORK = "preprocess"
@@ -84,15 +84,17 @@ class Folder:
         return self.selection / f"{part.name}.npy"
 
     def result(self, part: Part) -> dict | None:
-        """The shard rows and counts of a part, or None if it or one of its shards is not there."""
+        """The shard rows and counts of a part, or None if it or one of its files is not there."""
         result = _read_json(self._work / "parts" / f"{part.name}.json")
         for row in result["rows"] if result else ():
-            try:
-                size = (self.output / row["name"]).stat().st_size
-            except FileNotFoundError:
-                return None
-            if size != row["bytes"]:
-                return None
+            count = row["samples"]
+            for ending, size in (("", row["bytes"]), (INDEX, 8 * (count + 1)), (SUMS, 8 * count)):
+                try:
+                    found = (self.output / f"{row['name']}{ending}").stat().st_size
+                except FileNotFoundError:
+                    return None
+                if found != size:
+                    return None
         return result
 
     def keep_scan(self, part: Part, unfinished: Path, result: dict) -> None:
