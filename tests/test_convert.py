@@ -5,6 +5,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import RLock
 
 import pytest
 import torch
@@ -158,17 +159,20 @@ class Watched:
 
     def __init__(self, tensors: dict[str, LazyTensor]):
         self.alive, self.most = 0, 0
+        self.counting = RLock()  # tensors are read in one thread and freed in another
         self.tensors = {n: replace(t, read=partial(self.read, t)) for n, t in tensors.items()}
 
     def read(self, tensor: LazyTensor) -> torch.Tensor:
         fresh = tensor.read().clone()
-        self.alive += fresh.nbytes
-        self.most = max(self.most, self.alive)
+        with self.counting:
+            self.alive += fresh.nbytes
+            self.most = max(self.most, self.alive)
         weakref.finalize(fresh, self.forget, fresh.nbytes)
         return fresh
 
     def forget(self, size: int) -> None:
-        self.alive -= size
+        with self.counting:
+            self.alive -= size
 
 
 def test_few_tensors_are_in_memory_at_a_time(tmp_path):
@@ -177,11 +181,11 @@ def test_few_tensors_are_in_memory_at_a_time(tmp_path):
     total = sum(t.nbytes for t in whole.tensors.values())
     watched = Watched(whole.tensors)
     write_checkpoint(tmp_path / "ckpt", watched.tensors, whole.config)
-    assert watched.most <= 2 * largest < total / 3
+    assert watched.most <= 3 * largest < total / 3
     whole = from_checkpoint(tmp_path / "ckpt")
     watched = Watched(whole.tensors)
     export_hf(watched.tensors, whole.config.model, tmp_path / "out")
-    assert watched.most <= 2 * largest
+    assert watched.most <= 3 * largest
 
 
 def test_released_settings_survive(tmp_path):

@@ -1,4 +1,4 @@
-"""Tensors that are read when they are needed: a model converts with two of them in memory."""
+"""Tensors that are read when they are needed: a model converts with three of them in memory."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -32,7 +32,11 @@ def of_model(model: torch.nn.Module) -> dict[str, LazyTensor]:
 
 
 def read_ahead(tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in order; the next one is read while the caller is busy with the last."""
+    """The tensors in order; the next one is read while the caller is busy with the last.
+
+    Three are in memory at most: the caller's, until it asks for more, the one it is given then, and
+    the one that is read behind it.
+    """
     with ThreadPoolExecutor(1) as reader:
         coming = None
         for name, tensor in tensors.items():
