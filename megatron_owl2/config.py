@@ -254,7 +254,10 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
             raise ConfigError(
                 f"{where}: {str(error).splitlines()[0]} (key {error.full_key})"
             ) from None
-    return OmegaConf.to_object(known)
+    try:
+        return OmegaConf.to_object(known)
+    except OmegaConfBaseException as error:  # what ${...} refers to is looked for here
+        raise ConfigError(f"{str(error).splitlines()[0]} (key {error.full_key})") from None
 
 
 def to_dict(config: RunConfig) -> dict:

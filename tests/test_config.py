@@ -50,6 +50,11 @@ def test_keys_and_values_that_do_not_exist(tmp_path, override, words):
         configuration.load(tmp_path / "run.yaml", [override])
 
 
+def test_a_reference_to_nothing_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"FOO.*\(key train.output\)"):
+        configuration.load(tiny_run.make(tmp_path), ["train.output=${FOO}"])
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -90,8 +95,17 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
         ("kernels.fp8=e4m3", 1, "use none, tensorwise, delayed, blockwise or mxfp8"),
         ("kernels.fp8=delayed", 1, "needs kernels.backend=transformer_engine; .* be in bf16"),
         ("kernels.backend=transformer_engine", 1, "set train.precision to bf16"),
-        ("health.spike_factor=-1", 1, "must not be negative"),
-        ("watch.peak_tflops=-1", 1, "watch.peak_tflops .* must be finite and not negative"),
+        ("health.spike_factor=-1", 1, "spike_factor is -1.0; it must be finite and not below 0"),
+        ("health.spike_factor=0.5", 1, r"spike_factor \(0.5\) must be above 1"),
+        ("health.step_timeout=.inf", 1, "step_timeout is inf; it must be finite"),
+        ("watch.peak_tflops=-1", 1, "watch.peak_tflops is -1.0; it must be finite and not below"),
+        ("optimizer.lr=.inf", 1, "optimizer.lr is inf; it must be finite"),
+        ("optimizer.weight_decay=.nan", 1, "optimizer.weight_decay is nan; it must be finite"),
+        ("optimizer.clip_grad=-1", 1, "optimizer.clip_grad is -1.0"),
+        ("optimizer.beta2=1", 1, r"beta2 \(1.0\) must be below 1"),
+        ("optimizer.eps=0", 1, r"eps \(0.0\) above 0"),
+        ("optimizer.vision_layer_decay=1.1", 1, r"vision_layer_decay \(1.1\) must be above 0"),
+        ("stage.rates={'*': -1}", 1, r"stage.rates: '\*' has -1.0; a factor must be finite"),
         ("watch.profiler=perf", 1, "use none, torch or nsys"),
         ("watch.profile_step=0", 1, "watch.profile_step is 0; it must be at least 1"),
         ("wandb.mode=disabled", 1, "use offline or online"),

@@ -82,6 +82,7 @@ class Cluster:
         if python:
             (gate / "sitecustomize.py").write_text(python)
         environment |= {"VENV": sys.prefix, "GATE": str(gate), "MAX_CRASHES": "1"}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""}  # the cluster's GPUs are in name only
         submitted = subprocess.run(
             [
                 *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", gpus),

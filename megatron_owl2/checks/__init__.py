@@ -27,7 +27,7 @@ def check(config: RunConfig, world_size: int) -> None:
 def check_settings(config: RunConfig, world_size: int) -> None:
     """Refuse what no machine and no files would make work; raises ConfigError."""
     check_model(config.model)
-    check_each(config, _uncounted)
+    check_each(config, _unfit)
     check_layout(config, world_size)
     one_of(config, "train.precision", "fp32", "bf16")
     require(
@@ -40,6 +40,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
         f"optimizer rates must satisfy 0 <= min_lr ({config.optimizer.min_lr}) <= "
         f"lr ({config.optimizer.lr}) and lr > 0",
     )
+    _check_optimizer(config)
     require(
         config.data.sequence_length > config.model.tokens_per_image,
         f"data.sequence_length ({config.data.sequence_length}) leaves no room for text: an "
@@ -57,13 +58,9 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     )
     health = config.health
     require(
-        min(health.step_timeout, health.spike_factor) >= 0,
-        f"health.step_timeout ({health.step_timeout}) and health.spike_factor "
-        f"({health.spike_factor}) must not be negative",
-    )
-    require(
-        0 <= config.watch.peak_tflops < math.inf,
-        f"watch.peak_tflops ({config.watch.peak_tflops}) must be finite and not negative",
+        health.spike_factor == 0 or health.spike_factor > 1,
+        f"health.spike_factor ({health.spike_factor}) must be above 1, or about every second step "
+        "would be skipped; 0 skips none",
     )
     one_of(config, "watch.profiler", "none", "torch", "nsys")
     one_of(config, "wandb.mode", "offline", "online")
@@ -75,7 +72,31 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     )
 
 
-def _uncounted(field: dataclasses.Field, value: object) -> str | None:
-    """Every whole number of a run counts something; a few may be 0."""
+def _unfit(field: dataclasses.Field, value: object) -> str | None:
+    """Every whole number of a run counts something; a few may be 0. The others are amounts."""
     least = 0 if field.name in _MAY_BE_ZERO else 1
-    return f"at least {least}" if field.type is int and value < least else None
+    if field.type is int and value < least:
+        return f"at least {least}"
+    if field.type is float and not 0 <= value < math.inf:
+        return "finite and not below 0"
+    return None
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """What AdamW and the rates of a stage can be; raises ConfigError."""
+    chosen = config.optimizer
+    require(
+        max(chosen.beta1, chosen.beta2) < 1 and chosen.eps > 0,
+        f"optimizer.beta1 ({chosen.beta1}) and beta2 ({chosen.beta2}) must be below 1, and eps "
+        f"({chosen.eps}) above 0",
+    )
+    require(
+        0 < chosen.vision_layer_decay <= 1,
+        f"optimizer.vision_layer_decay ({chosen.vision_layer_decay}) must be above 0 and at most "
+        "1, which is no decay; freeze what shall not learn with stage.frozen",
+    )
+    for pattern, rate in config.stage.rates.items():
+        require(
+            0 <= rate < math.inf,
+            f"stage.rates: {pattern!r} has {rate}; a factor must be finite and not below 0",
+        )

@@ -1,6 +1,8 @@
 """What must be on the machine: GPUs, libraries, files."""
 
 import math
+import os
+import re
 from pathlib import Path
 
 from megatron_owl2.checks.require import require
@@ -9,6 +11,7 @@ from megatron_owl2.config import ConfigError, RunConfig
 
 def check_machine(config: RunConfig) -> None:
     """Refuse what this machine cannot do, before anything is built; raises ConfigError."""
+    _check_gpus_are_seen()
     own_kernels, profiler = config.kernels.backend == "local", config.watch.profiler
     if own_kernels and profiler != "nsys":
         return
@@ -44,6 +47,22 @@ def check_machine(config: RunConfig) -> None:
     if config.kernels.fp8 != "none":  # it depends on GPU, CUDA and cuBLAS together
         able, reason = support.get(config.kernels.fp8, FP8GlobalStateManager.is_fp8_available)()
         require(able, f"kernels.fp8={config.kernels.fp8} does not run here: {reason}")
+
+
+def _check_gpus_are_seen() -> None:
+    """A run that silently takes the CPU of a machine with GPUs would waste it."""
+    allotted = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and not re.match(r"\d|GPU|MIG", visible)
+    if hidden or not (allotted or Path("/dev/nvidia0").exists()):
+        return
+    import torch
+
+    require(
+        torch.cuda.is_available(),
+        f"this machine has GPUs, but torch {torch.__version__} sees none: it needs a build for "
+        "CUDA and a driver that fits; to train on the CPU set CUDA_VISIBLE_DEVICES to nothing",
+    )
 
 
 def check_files(config: RunConfig) -> None:
