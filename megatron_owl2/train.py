@@ -1,13 +1,15 @@
 """Train one stage: torchrun ... -m megatron_owl2.train --config FILE [section.key=value ...]
 
 Exit codes: 0 the run is finished; 2 the configuration, the data or a checkpoint cannot be used, so
-that trying again does not help; 75 SIGTERM, SIGUSR1 or SIGUSR2 ended the run early with a
+that trying again does not help; 1 a disk, a network or data workers failed, or another rank was
+lost, which trying again may mend; 75 SIGTERM, SIGUSR1 or SIGUSR2 ended the run early with a
 checkpoint, so that it can go on later; 130 Ctrl-C did; anything else is a crash.
 """
 
 import argparse
 import os
 import signal
+import socket
 import sys
 
 from megatron_owl2.signals import StopRequest
@@ -28,32 +30,42 @@ def main() -> int:
     from megatron_owl2 import checks
     from megatron_owl2 import config as configuration
 
-    rank = os.environ.get("RANK", "0")
     try:
         config = configuration.load(arguments.config, arguments.overrides)
         checks.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except configuration.ConfigError as error:
+        return _refuse(error)
 
-        from megatron_owl2.data.ledger import DataError
-        from megatron_owl2.data.manifest import ShardError
-        from megatron_owl2.data.storage import StorageError
-        from megatron_owl2.training.checkpoint import CheckpointError
-        from megatron_owl2.training.loop import train
+    from megatron_owl2.data.ledger import DataError
+    from megatron_owl2.data.loader import LoaderError
+    from megatron_owl2.data.manifest import ShardError
+    from megatron_owl2.data.storage import StorageError
+    from megatron_owl2.training.checkpoint_index import CheckpointError, CheckpointIOError
+    from megatron_owl2.training.loop import train
 
+    rank = os.environ.get("RANK", "0")
+    try:
         received = train(config, stop)
-    except configuration.ConfigError as error:  # the same on every rank
-        return _refuse(str(error)) if rank == "0" else 2
-    except (CheckpointError, DataError, FloatingPointError, ShardError) as error:
-        return _refuse(f"rank {rank}: {error}")
-    except StorageError as error:  # a disk or a network, which may be well again later
+    except configuration.ConfigError as error:
+        return _refuse(error)
+    except (CheckpointIOError, LoaderError, StorageError) as error:
         _tell(f"rank {rank}: {error}")
         return 1
+    except (CheckpointError, DataError, FloatingPointError, ShardError) as error:
+        _tell(f"rank {rank}: {error}")
+        return 2
     if received == signal.SIGINT:
         return 128 + received
     return GO_ON_LATER if received else 0
 
 
-def _refuse(message: str) -> int:
-    _tell(message)
+def _refuse(error: ValueError) -> int:
+    """What one rank of a node lacks all of them do, but another node may have it: one rank of each
+    says it."""
+    if os.environ.get("RANK", "0") == "0":
+        _tell(str(error))
+    elif os.environ.get("LOCAL_RANK") == "0":
+        _tell(f"rank {os.environ['RANK']} on {socket.gethostname()}: {error}")
     return 2
 
 

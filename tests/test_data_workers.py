@@ -15,7 +15,7 @@ from tiny_data import LetterTokenizer
 from torch.utils.data._utils import signal_handling
 
 from megatron_owl2.data import loader as loading
-from megatron_owl2.data.ledger import DataError
+from megatron_owl2.data.loader import LoaderError
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_workers_that_give_nothing_stop_the_run(folders):
             time.sleep(100)
 
     data = config(*folders, workers=1, stall_timeout=1.0)
-    with pytest.raises(DataError, match=r"nothing for 1 seconds .* slots 0 to 3"):
+    with pytest.raises(LoaderError, match=r"nothing for 1 seconds .* slots 0 to 3"):
         next(iter(loader(data, tokenizer=Stuck())))
 
 
@@ -126,7 +126,7 @@ def test_workers_that_are_killed_again_and_again_stop_the_run(folders, tmp_path,
     batches = loader(
         config(*folders, workers=1), tokenizer=Deadly(fuse, once=False), limit_slots=80
     )
-    with pytest.raises(DataError, match="2 times in short order.*lower data.workers"):
+    with pytest.raises(LoaderError, match="2 times in short order.*lower data.workers"):
         list(batches)
     assert batches.restarts == 1
 

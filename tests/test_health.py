@@ -91,6 +91,37 @@ def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
     assert tiny_run.rows(other)[1]["loss"] == rows[1]["loss"]
 
 
+ONLY_NAN = """
+import os, pathlib, threading, time
+from megatron_owl2.training import step
+from megatron_owl2.training.checkpoint_writer import Writing
+original, write = step._summed_loss, Writing._write
+skipped = pathlib.Path(os.environ["RUN"]) / "skipped_steps.jsonl"
+calls = 0
+def poisoned(batch, losses):
+    global calls
+    calls += 1
+    loss, targets, sums = original(batch, losses)
+    return (loss * float("nan") if calls > 4 else loss), targets, sums
+def later(self, *file):
+    began = time.monotonic()
+    while not skipped.exists() and time.monotonic() < began + 60:
+        time.sleep(0.01)
+    write(self, *file)
+step._summed_loss, Writing._write = poisoned, later
+"""
+
+
+def test_what_is_being_saved_when_a_run_gives_up_is_saved(tmp_path):
+    config, run = tiny_run.make(tmp_path, 4), tmp_path / "run"
+    poisoned = hooks.write(tmp_path, ONLY_NAN) | {"RUN": str(run)}
+    options = ["train.save_interval=1", "health.max_skipped=1"]
+    done = tiny_run.train(config, run, *options, environment=poisoned)
+    assert done.returncode != 0
+    assert "error: rank 0: 1 steps in a row were skipped" in done.stderr
+    assert checkpoint.resolve(run).name == "iter_0000001"
+
+
 HANG = """
 import time
 original = loop.forward_backward

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import tiny_run
+import torch
 
 from megatron_owl2.training import checkpoint
 
@@ -149,21 +150,25 @@ def test_other_data_start_a_recorded_phase(uninterrupted, tmp_path):
         done = tiny_run.train(config, run, *options)
         assert done.returncode == 0, done.stderr
         assert f"data: phase 2 from slot {8 * STEPS}" in done.stdout
-        progress = checkpoint.read_progress(checkpoint.latest(run))
+        progress = checkpoint.read_progress(run)
         assert [phase["start_slot"] for phase in progress["phases"]] == [0, 8 * STEPS]
         sources = tiny_run.rows(run)[-1]["sources"]
         assert sum(source["seen"] for source in sources) == 8 * more  # of the new phase alone
 
 
-def test_rates_and_length_follow_the_configuration_of_the_resumed_run(uninterrupted, tmp_path):
+def test_rates_settings_and_length_follow_the_configuration(uninterrupted, tmp_path):
     config, whole = uninterrupted
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    resumed = tiny_run.train(
-        config, run, f"train.steps={STEPS + 4}", "optimizer.lr=4e-3", "optimizer.min_lr=4e-3"
-    )
+    options = ["lr=4e-3", "min_lr=4e-3", "beta1=0.5", "beta2=0.6", "eps=0.1", "weight_decay=0.25"]
+    options = [f"train.steps={STEPS + 4}", *(f"optimizer.{option}" for option in options)]
+    resumed = tiny_run.train(config, run, *options)
     assert resumed.returncode == 0, resumed.stderr
     assert [row["lr"] for row in tiny_run.rows(run)[STEPS:]] == pytest.approx([4e-3] * 4)
+    common = torch.load(checkpoint.resolve(run) / "common.pt", weights_only=False)
+    groups = common["optimizer"]["optimizer"]["param_groups"]
+    in_force = {(*group["betas"], group["eps"], group["weight_decay"]) for group in groups}
+    assert in_force == {(0.5, 0.6, 0.1, 0.25), (0.5, 0.6, 0.1, 0.0)}
 
 
 def test_a_torn_line_of_metrics_does_not_block_resuming(uninterrupted, tmp_path):

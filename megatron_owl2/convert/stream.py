@@ -21,10 +21,9 @@ from megatron_owl2.convert.lazy import LazyTensor, read_ahead
 from megatron_owl2.files import new_directory
 from megatron_owl2.training import checkpoint
 from megatron_owl2.training.checkpoint_index import (
-    CheckpointError,
-    first_failure,
     read_index,
     stored_weights,
+    unreadable,
 )
 from megatron_owl2.training.checkpoint_writer import reported
 
@@ -107,8 +106,7 @@ def read_checkpoint(directory: str | Path) -> dict[str, LazyTensor]:
                 with _alone():
                     dcp.load(state, storage_reader=reader, no_dist=True)
             except (CheckpointException, OSError, RuntimeError) as error:
-                reason = first_failure(error)
-                raise CheckpointError(f"{reader.path}: {name} cannot be read: {reason}") from None
+                raise unreadable(f"{reader.path}: {name}", error) from None
             return state[name]
 
         return LazyTensor(tuple(shape), dtype, read)

@@ -28,6 +28,10 @@ CALM = 1000
 _LOOK = 1.0  # seconds between two looks at workers that give nothing
 
 
+class LoaderError(RuntimeError):
+    """Data workers that do not work, which they may do on another machine or another day."""
+
+
 class MicroBatches:
     """The slots of every micro-batch of one data-parallel rank, from `start_slot` on."""
 
@@ -61,7 +65,8 @@ class BatchLoader:
     """Iterates over batches in order and keeps the ledger; every iteration starts at the same slot.
 
     A worker that the system kills is replaced: the batches are a function of the slot, so nothing
-    is lost. Raises DataError when the ledger stops the run or workers are killed again and again.
+    is lost. Raises DataError when the ledger stops the run, and LoaderError when workers are killed
+    again and again or give nothing.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class BatchLoader:
             except (RuntimeError, OSError, EOFError) as error:
                 # A death shows in many ways, such as a broken pipe; what the stream itself raises
                 # comes as "Caught ...".
-                own = isinstance(error, DataError)
+                own = isinstance(error, DataError | LoaderError)
                 known = str(error).startswith(("Caught", "Too many open files"))
                 if own or known or not self._config.workers:
                     raise
@@ -108,7 +113,7 @@ class BatchLoader:
                 calm_at = done + CALM
                 what = f"a data worker ended unexpectedly after {done} micro-batches ({error})"
                 if deaths > MAX_RESTARTS:
-                    raise DataError(
+                    raise LoaderError(
                         f"{what}, {deaths} times in short order; if memory or /dev/shm is short, "
                         "lower data.workers or data.prefetch. The run can go on from its last "
                         "checkpoint"
@@ -134,7 +139,7 @@ class BatchLoader:
                     raise
                 if time.monotonic() - started > limit:
                     slots = next(iter(rest))
-                    raise DataError(
+                    raise LoaderError(
                         f"the data workers gave nothing for {limit:g} seconds (data.stall_timeout);"
                         f" next are the slots {slots[0]} to {slots[-1]}. A file system may hang; "
                         "the run can go on from its last checkpoint"

@@ -37,9 +37,9 @@ from megatron_owl2.files import put
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint_index import (
     CheckpointError,
-    first_failure,
     read_index,
     stored_weights,
+    unreadable,
 )
 from megatron_owl2.training.checkpoint_writer import Writing, agreed
 from megatron_owl2.training.optimizer_state import allocate_optimizer_state, load_optimizer_state
@@ -144,8 +144,8 @@ def load_training(
 ) -> None:
     """Continue a run: weights, optimizer and schedule in place.
 
-    `lr`, `min_lr` and the length of the schedule stay those of the configuration, which may have
-    changed; what trains, and the factors on the rate, must be the same (`stages.fingerprint`).
+    The settings of AdamW and the length of the schedule stay those of the configuration, which may
+    have changed; what trains, and the factors on the rate, must be the same (`stages.fingerprint`).
     Raises CheckpointError listing what is missing, unexpected or misshapen.
     """
     directory = resolve(directory)
@@ -161,18 +161,29 @@ def load_training(
     with torch.no_grad():
         for name, parameter in _parameters(chunks):
             parameter.copy_(loaded["model"][name])
-    rates = [{k: group[k] for k in ("max_lr", "min_lr")} for group in optimizer.param_groups]
+    configured = ("max_lr", "min_lr", "betas", "eps")  # the decay is the schedule's
+    settings = [{key: group[key] for key in configured} for group in optimizer.param_groups]
     load_optimizer_state(optimizer, loaded["optimizer"])
-    for group, kept in zip(optimizer.param_groups, rates, strict=True):
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
     scheduler.load_state_dict(loaded["scheduler"])
 
 
 def _load(directory: Path, template: dict, strict: StrictHandling) -> dict:
+    """Read what `template` names; all ranks together.
+
+    What a rank reads alone may raise RuntimeError where it is damaged; together with others that is
+    a rank that is lost, and goes on as what it is.
+    """
+    alone = (OSError, RuntimeError, ValueError, EOFError, UnpicklingError)
+    try:
+        dist_checkpointing.load_common_state_dict(str(directory))
+    except alone as error:
+        raise unreadable(directory, error) from error
     try:
         return dist_checkpointing.load(template, str(directory), strict=strict)
-    except (OSError, CheckpointException, RuntimeError, ValueError, UnpicklingError) as error:
-        raise CheckpointError(f"{directory} cannot be read: {first_failure(error)}") from error
+    except (OSError, CheckpointException, ValueError) as error:
+        raise unreadable(directory, error) from error
 
 
 def resolve(path: str | Path) -> Path:
@@ -195,8 +206,16 @@ def resolve(path: str | Path) -> Path:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run directory, or None for a run that has saved none."""
-    return resolve(run) if (Path(run) / "checkpoints" / LATEST).is_file() else None
+    """The newest whole checkpoint of a run directory, or None for a run that has saved none.
+
+    All ranks together: rank 0 looks, as another node may not see yet what was written last.
+    """
+    found = [None]
+    with agreed(run):
+        if torch.distributed.get_rank() == 0 and (Path(run) / "checkpoints" / LATEST).is_file():
+            found = [resolve(run)]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def read_config(directory: str | Path) -> RunConfig:
@@ -241,8 +260,9 @@ def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | Sharded
 
 def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> None:
     """Hold the model's parameters against what the checkpoint has, on all ranks alike."""
-    shares = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, global_shapes(chunks))
+    stages = chunks[0].layout.groups.pp  # between them they have the whole model
+    shares = [None] * stages.size()
+    torch.distributed.all_gather_object(shares, global_shapes(chunks), group=stages)
     compare(directory, {name: shape for share in shares for name, shape in share.items()})
 
 

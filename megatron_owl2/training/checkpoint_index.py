@@ -38,6 +38,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is not there, not whole, or does not fit; the message says which."""
 
 
+class CheckpointIOError(CheckpointError):
+    """A disk that did not read or write a checkpoint, which it may do another time."""
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) in _ALLOWED:
@@ -51,13 +55,14 @@ def read_index(directory: Path) -> Metadata:
     """The index of a checkpoint directory, held against the files it names.
 
     Raises CheckpointError for an index that is absent, damaged or names anything but the parts of
-    an index, and for files that are absent or shorter than the index says.
+    an index, and for files that are absent or shorter than the index says; CheckpointIOError where
+    the disk refuses the index.
     """
     try:
         with open(directory / _FILE, "rb") as file:
             index = _IndexUnpickler(file).load()
     except OSError as error:
-        raise CheckpointError(f"{directory / _FILE} cannot be read: {error.strerror}") from None
+        raise unreadable(directory / _FILE, error) from None
     except Exception as error:  # a damaged pickle raises many kinds
         raise CheckpointError(f"{directory / _FILE} is damaged: {error}") from None
     if not isinstance(index, Metadata):
@@ -100,6 +105,15 @@ def stored_weights(index: Metadata) -> dict[str, TensorStorageMetadata]:
         if not entry.properties.dtype.is_floating_point:
             raise CheckpointError(f"{name} holds {entry.properties.dtype}, no weights")
     return weights
+
+
+def unreadable(what: object, error: BaseException) -> CheckpointError:
+    """What to raise when reading `what` has failed: CheckpointIOError if it was the disk, and the
+    file is there, else CheckpointError."""
+    root = _root(error)
+    lasting = not isinstance(root, OSError) or isinstance(root, FileNotFoundError)
+    kind = CheckpointError if lasting else CheckpointIOError
+    return kind(f"{what} cannot be read: {first_failure(error)}")
 
 
 def first_failure(error: BaseException) -> str:

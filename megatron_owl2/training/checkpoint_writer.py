@@ -31,26 +31,31 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_owl2 import mcore
-from megatron_owl2.training.checkpoint_index import CheckpointError, first_failure
+from megatron_owl2.training.checkpoint_index import (
+    CheckpointError,
+    CheckpointIOError,
+    first_failure,
+)
 
 _FORMAT = ("torch_dist", 1)
 
 
 @contextmanager
 def reported(directory: Path) -> Iterator[None]:
-    """Turn what a disk refuses into a CheckpointError."""
+    """Turn what a disk refuses into a CheckpointIOError."""
     try:
         yield
     except (OSError, CheckpointException) as error:
         reason = first_failure(error)
-        raise CheckpointError(f"{directory} could not be written: {reason}") from error
+        raise CheckpointIOError(f"{directory} could not be written: {reason}") from error
 
 
 @contextmanager
 def agreed(directory: Path) -> Iterator[None]:
     """`reported`, and what fails on one rank raises CheckpointError on all of them.
 
-    All ranks enter it together; inside, none may wait for another.
+    All ranks enter it together; inside, none may wait for another. Raises CheckpointIOError where
+    the first failure is one, or is neither (a mistake, which its own rank raises as it is).
     """
     failure = None
     try:
@@ -62,17 +67,21 @@ def agreed(directory: Path) -> Iterator[None]:
     torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
     if failed:
         said = [None] * torch.distributed.get_world_size()
+        known = type(failure) if isinstance(failure, CheckpointError) else CheckpointIOError
         torch.distributed.all_gather_object(
-            said, None if failure is None else str(failure) or repr(failure)
+            said, None if failure is None else (known, str(failure) or repr(failure))
         )
-        raise CheckpointError(next(filter(None, said))) from failure
+        if failure is not None and not isinstance(failure, CheckpointError):
+            raise failure
+        kind, message = next(filter(None, said))
+        raise kind(message) from failure
 
 
 class Writing:
     """A state dict of megatron-core's sharded tensors on its way into `folder`.
 
     Made by all ranks together. From then on the state may change: what is written are copies of
-    it as it was. Raises CheckpointError on all ranks if one cannot begin.
+    it as it was. Raises CheckpointIOError on all ranks if one cannot begin.
     """
 
     def __init__(self, state: dict, folder: Path):
@@ -97,7 +106,7 @@ class Writing:
     def finish(self) -> None:
         """Wait for all ranks and write the index; all ranks together.
 
-        Raises CheckpointError on all ranks if one could not write its share.
+        Raises CheckpointIOError on all ranks if one could not write its share.
         """
         main = torch.distributed.get_rank() == 0
         with agreed(self._folder):
@@ -105,7 +114,7 @@ class Writing:
                 thread.join()
             for failure in self._failures:
                 reason = first_failure(failure)
-                raise CheckpointError(f"{self._folder} could not be written: {reason}")
+                raise CheckpointIOError(f"{self._folder} could not be written: {reason}")
         shares = [None] * torch.distributed.get_world_size() if main else None
         torch.distributed.gather_object(self._results, shares)
         with agreed(self._folder):

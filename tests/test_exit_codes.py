@@ -1,0 +1,162 @@
+"""How ranks end: 2 where trying again does not help, 1 where it may."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import hooks
+import pytest
+import tiny_run
+import torch
+from processes import killed_by_errors, single_threaded, wait_until
+
+from megatron_owl2.training import checkpoint
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Ranks:
+    """The ranks of a job, each on a node of its own, started without a launcher that would end
+    them: their exit codes and what they say."""
+
+    def __init__(self, *folders: Path, program: list[str], environment: dict[str, str]):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+        self.jobs = [
+            subprocess.Popen(
+                [sys.executable, *program],
+                cwd=folder,
+                env=single_threaded(
+                    environment | place | {"RANK": str(rank), "WORLD_SIZE": str(len(folders))}
+                ),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, folder in enumerate(folders)
+        ]
+
+    def end(self) -> list[tuple[int, list[str]]]:
+        """Exit code and errors said, by rank."""
+        with ExitStack() as stack:
+            for job in self.jobs:
+                stack.enter_context(killed_by_errors(job))
+            said = [job.communicate(timeout=200)[1] for job in self.jobs]
+        errors = [[x for x in text.splitlines() if x.startswith("error: ")] for text in said]
+        return list(zip([job.returncode for job in self.jobs], errors, strict=True))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A configuration, and a run of one step that has saved."""
+    folder = tmp_path_factory.mktemp("exit")
+    config = tiny_run.make(folder, 1)
+    done = tiny_run.train(config, folder / "run")
+    assert done.returncode == 0, done.stderr
+    return config, folder / "run"
+
+
+def two_ranks(config, output, *overrides, body=None):
+    options = ["train.micro_batch_size=1", *overrides]
+    environment = hooks.write(output.parent, body) if body else {}
+    program = tiny_run.program(config, output, options)
+    return Ranks(output.parent, output.parent, program=program, environment=environment)
+
+
+FULL = """
+import os
+from megatron_owl2.training.checkpoint_writer import Writing
+def full(self, *file):
+    self._failures.append(OSError(28, "No space left on device"))
+if os.environ["RANK"] == "1":
+    Writing._write = full
+"""
+
+
+def test_a_full_disk_may_be_empty_tomorrow(saved, tmp_path):
+    ends = two_ranks(saved[0], tmp_path / "run", "parallel.tensor=2", body=FULL).end()
+    assert [code for code, _ in ends] == [1, 1]
+    assert all("No space left on device" in line for _, (line,) in ends)
+
+
+MISTAKE = """
+import os
+from megatron_owl2.training import checkpoint
+def write_companions(*arguments):
+    raise KeyError("a mistake of ours")
+checkpoint.write_companions = write_companions
+"""
+
+
+def test_a_mistake_shows_where_it_is_and_ends_all_ranks(saved, tmp_path):
+    ends = two_ranks(saved[0], tmp_path / "run", body=MISTAKE).end()
+    assert [code for code, _ in ends] == [1, 1]
+    assert ends[0][1] == [] and "a mistake of ours" in ends[1][1][0]  # rank 0 has the traceback
+
+
+LOST = """
+import os, signal
+from megatron_owl2.training import checkpoint
+load = checkpoint.dist_checkpointing.load
+def lost(*arguments, **options):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(*arguments, **options)
+checkpoint.dist_checkpointing.load = lost
+"""
+
+
+def test_a_rank_that_is_lost_while_a_checkpoint_is_read_is_no_damage_of_it(saved):
+    config, run = saved
+    ends = two_ranks(config, run, "train.steps=2", body=LOST).end()
+    assert [code for code, _ in ends] == [1, -signal.SIGKILL]
+
+
+def test_a_damaged_checkpoint_stays_so(saved, tmp_path):
+    config, run = saved
+    start = checkpoint.resolve(run)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in start.iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[:-40] if file.name == "common.pt" else content)
+    ends = two_ranks(config, tmp_path / "run", f"stage.initial_checkpoint={broken}").end()
+    assert [code for code, _ in ends] == [2, 2]
+    assert all(f"{broken} cannot be read" in line for _, (line,) in ends)
+
+
+def test_a_node_that_lacks_a_file_says_which_it_is(saved, tmp_path):
+    config, _ = saved
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    (here / "tokenizer.model").write_bytes((config.parent / "tokenizer.model").read_bytes())
+    options = ["data.tokenizer=tokenizer.model", "train.micro_batch_size=1"]
+    program = tiny_run.program(config, tmp_path / "run", options)
+    ranks = Ranks(here, there, program=program, environment={})
+    wait_until(lambda: ranks.jobs[1].poll() is not None, 100)
+    ranks.jobs[0].kill()  # it waits for the other, as srun and torchrun do not let it
+    (_, _), (code, (line,)) = ranks.end()
+    assert code == 2
+    assert line.startswith(f"error: rank 1 on {socket.gethostname()}: data.tokenizer: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPUs of this machine")
+def test_gpus_that_torch_does_not_see_are_not_left_idle(saved, tmp_path):
+    for environment, refused in (
+        ({"SLURM_GPUS_ON_NODE": "8"}, True),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"SLURM_GPUS_ON_NODE": "0"}, os.path.exists("/dev/nvidia0")),
+    ):
+        program = tiny_run.program(saved[0], tmp_path / "run", ["data.sources=[]"])
+        ((code, (line,)),) = Ranks(tmp_path, program=program, environment=environment).end()
+        assert code == 2
+        assert ("has GPUs, but torch" in line) == refused, line
+        assert refused or "data.sources is empty" in line
