@@ -15,6 +15,8 @@ import torch
 
 from megatron_owl2 import context, cpu
 
+# One queue per device keeps communication ahead of the GEMM it overlaps with; CUDA reads it once.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 ON_CPU = cpu.apply()  # before the first megatron.core import, see cpu.py
 
 if ON_CPU:  # kernels that only exist for GPUs are not missed
@@ -69,13 +71,12 @@ def device() -> torch.device:
     return torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
 
 
-def initialize(parallel: ParallelConfig, timeout_minutes: float = 30) -> ProcessGroupCollection:
+def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> ProcessGroupCollection:
     """Join the process group torchrun describes (NCCL, or gloo on CPU) and lay out the ranks.
 
-    Outside torchrun a group of one process is made. Returns megatron-core's process groups.
+    Outside torchrun a group of one process is made. A rank that waits for another longer than
+    `timeout_minutes` fails. Returns megatron-core's process groups.
     """
-    # One queue per device keeps communication ahead of the GEMM it overlaps with.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.distributed.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         alone = {}
@@ -93,6 +94,7 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30) -> Process
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
             context_parallel_size=parallel.context,
+            distributed_timeout_minutes=timeout_minutes,
             # Nobody answers in a fake group (planner/ranks.py), over gloo neither.
             create_gloo_process_groups=torch.distributed.get_backend() != "fake",
         )

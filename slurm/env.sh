@@ -28,5 +28,7 @@ esac
 export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
 # Ranks and data workers are as many as there are CPUs; more threads would take turns on them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# One queue per GPU keeps communication ahead of the GEMM it overlaps with.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # The reason of a network fault stands in the log of the rank that had it.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

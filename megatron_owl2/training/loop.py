@@ -1,5 +1,7 @@
 """A training run from start to end."""
 
+import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +34,12 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     rank of the job calls it; `checks.check` must have passed.
     """
     output = Path(config.train.output)
-    groups = mcore.initialize(config.parallel)
+    # A rank that hangs is for the watchdog to show, before those that wait for it give up.
+    patience = max(30, math.ceil(config.health.step_timeout / 60) + 5)
+    groups = mcore.initialize(config.parallel, timeout_minutes=patience)
     main = torch.distributed.get_rank() == 0
     say = print if main else _silent
+    say(_where(), flush=True)
 
     try:
         tokenizer = Tokenizer(config.data.tokenizer)
@@ -58,6 +63,13 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     if resumed is None and config.stage.initial_checkpoint is not None:
         checkpoint.load_weights(Path(config.stage.initial_checkpoint), chunks)
         say(f"weights from {config.stage.initial_checkpoint}", flush=True)
+    elif resumed is None and (frozen := sum(p.numel for p in plan if not p.trained)):
+        say(
+            f"warning: {frozen:,} parameters that this stage does not train stay random, for "
+            "stage.initial_checkpoint is not set",
+            file=sys.stderr,
+            flush=True,
+        )
     wrapped = optim.wrap(chunks, overlap=config.parallel.overlap)
     optimizer, scheduler = optim.build(config, wrapped)
 
@@ -148,7 +160,11 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         read = range(slots, slots + config.train.global_batch_size)
         with profiler.span("optimizer"):
             judge = partial(gradients.accept, step, read)
-            norm, by_part = update(optimizer, judge, part_norms if logging else None)
+            try:
+                norm, by_part = update(optimizer, judge, part_norms if logging else None)
+            except FloatingPointError:  # on all ranks; the run goes on from what is being saved
+                saver.finish()
+                raise
         slots = read.stop
         log.add(sums, feed.take_counts(), timers.backward.take())
         saver.look()
@@ -191,6 +207,13 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     tracker.close()
     mcore.shutdown()
     return received if step < config.train.steps else 0
+
+
+def _where() -> str:
+    """How many ranks there are, on what, and how they talk."""
+    ranks, backend = torch.distributed.get_world_size(), torch.distributed.get_backend()
+    device = "CPU" if mcore.ON_CPU else torch.cuda.get_device_name()
+    return f"{ranks} rank{'s' if ranks > 1 else ''} on {device}, {backend}"
 
 
 def _silent(*args, **kwargs) -> None:
