@@ -94,6 +94,45 @@ def test_command_line_reports_every_combination(bench, tmp_path):
     assert rows["1", "local", "none"]["flops"] < expected
 
 
+def test_a_combination_that_fails_is_a_row_and_loses_no_other(bench, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "figures.json"
+    written = []  # by the time that a row is begun
+
+    def measure(config, seconds, peak):
+        written.append(json.loads(output.read_text())["results"] if output.exists() else [])
+        if config.parallel.recompute == "none":
+            raise RuntimeError("no kernel for\n  a | b")
+        figures = {"forward_backward_milliseconds": [1.0], "update_milliseconds": [1.0]}
+        return figures | {"flops": 1.0, "tflops": 1.0, "mfu": None, "peak_gib": None}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    options = ["--tiny", "--kernels", "local", "--recompute", "none", "full"]
+    assert bench.main([*options, "--json", str(output)]) == 0
+    results = json.loads(output.read_text())["results"]
+    assert [(row["stage"], row["recompute"], "flops" in row) for row in results] == [
+        ("1", "none", False),
+        ("1", "full", True),
+        ("2", "none", False),
+        ("2", "full", True),
+    ]
+    assert results[0]["refused"] == "failed: RuntimeError: no kernel for a | b"
+    assert written == [results[:count] for count in range(4)]
+    assert [*tmp_path.iterdir()] == [output]
+    said = capsys.readouterr()
+    assert r"| 1 | local | none | failed: RuntimeError: no kernel for a \| b |" in said.out
+    assert "Traceback" in said.err and "in measure" in said.err
+
+
+def test_a_device_that_is_lost_takes_no_measured_row_with_it(bench, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: device lost")
+
+    monkeypatch.setattr(bench, "measure", lambda *_: {"flops": 1.0})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    config = bench.settings("1", "local", "none", 1, tiny=True)
+    assert bench.attempt(config, 0, None) == {"flops": 1.0}
+
+
 @pytest.mark.skipif(not mcore.ON_CPU, reason="there is a GPU")
 def test_without_a_gpu_it_says_so(bench, capsys):
     assert bench.main(["--stage", "1"]) == 1

@@ -6,8 +6,9 @@ Model and batch are those of examples/7b, but with a few decoder layers: ViT-L, 
 embedding and output layer are whole. One step is one full micro-batch through the code that trains
 (forward and backward pass, then the update of AdamW), as a single data-parallel rank does it.
 TFLOP/s and MFU are those of forward and backward pass by the mathematics of the model, so what is
-computed again counts as time and not as work. A combination that this machine cannot run is a row
-that says why. Needs a CUDA device; `--tiny` shows the tool at work without one.
+computed again counts as time and not as work. A combination that this machine cannot run, or that
+fails, is a row that says why; the file has every row as soon as it is there. Needs a CUDA device;
+`--tiny` shows the tool at work without one.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -180,15 +183,47 @@ def measure(config: RunConfig, seconds: float, peak: float | None) -> dict:
 
 
 def attempt(config: RunConfig, seconds: float, peak: float | None) -> dict:
-    """`measure`, or that memory did not suffice; leaves the device as it was."""
+    """`measure`, or why it failed; leaves the device as it was, where the failure lets it."""
     try:
-        return measure(config, seconds, peak)
+        found = measure(config, seconds, peak)
     except torch.cuda.OutOfMemoryError:
-        return {"refused": "out of memory"}
-    finally:
+        found = {"refused": "out of memory"}
+    except Exception as error:  # whatever it is, the other rows are worth having
+        found = failure(error)
+    try:
         gc.collect()
         mcore.shutdown()
         torch.cuda.empty_cache()
+    except Exception:  # a device that is lost; the rows to come say so
+        traceback.print_exc()
+    return found
+
+
+def failure(error: Exception) -> dict:
+    """What a row says of an error that nobody foresaw; where it came from goes to stderr."""
+    traceback.print_exception(error)
+    return {"refused": f"failed: {type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+def rows(options: argparse.Namespace, peak: float | None) -> Iterator[dict]:
+    """One combination after the other, measured or refused."""
+    for stage, kernels in itertools.product(options.stage, options.kernels):
+        row = {"stage": stage, "kernels": kernels}
+        for recompute in options.recompute:
+            config = settings(stage, kernels, recompute, options.layers, options.tiny)
+            if reason := refusal(config):  # whatever is computed again
+                yield row | {"recompute": "any", "refused": reason}
+                break
+            print(stage, kernels, recompute, "...", file=sys.stderr, flush=True)
+            found = attempt(config, options.seconds, peak)
+            yield row | {"recompute": recompute} | found
+
+
+def write(path: Path, tree: dict) -> None:
+    """JSON, whole at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def table(results: list[dict]) -> str:
@@ -201,7 +236,7 @@ def table(results: list[dict]) -> str:
     for result in results:
         cells = [result["stage"], result["kernels"], result["recompute"]]
         if "refused" in result:
-            cells += [result["refused"], *[""] * 4]
+            cells += [result["refused"].replace("|", "\\|"), *[""] * 4]
         else:
             times = result["forward_backward_milliseconds"]
             cells += [
@@ -253,19 +288,11 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     results = []
-    for stage, kernels in itertools.product(options.stage, options.kernels):
-        row = {"stage": stage, "kernels": kernels}
-        for recompute in options.recompute:
-            config = settings(stage, kernels, recompute, options.layers, options.tiny)
-            if reason := refusal(config):  # whatever is computed again
-                results.append(row | {"recompute": "any", "refused": reason})
-                break
-            print(stage, kernels, recompute, "...", file=sys.stderr, flush=True)
-            found = attempt(config, options.seconds, peak)
-            results.append(row | {"recompute": recompute} | found)
+    for row in rows(options, peak):
+        results.append(row)
+        if options.json:
+            write(options.json, setting | {"results": results})
     print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps(setting | {"results": results}, indent=1) + "\n")
     return 0 if any("flops" in result for result in results) else 1  # nothing was measured
 
 
