@@ -1,6 +1,7 @@
 """tools/plan.py from its command line to its tables, and the layouts that it proposes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_owl2 import checks
 from megatron_owl2 import config as configuration
+from megatron_owl2.config import ConfigError
 from megatron_owl2.planner import plan, report, search, timing, traffic, weights
 from megatron_owl2.planner.activations import Costs
 from megatron_owl2.planner.timing import Machine
@@ -52,6 +54,21 @@ def test_exit_codes_tell_what_does_not_fit_from_what_cannot_run():
     wrong = run_tool("--config", TINY, "--gpus", 3, "--gpu-memory", 80, "parallel.tensor=2")
     assert wrong.returncode == 2 and "parallel.tensor" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "said"),
+    [
+        (["stage.trainable=[abstracter.*]"], None, "pattern 'abstracter.*' matches no parameter"),
+        (["stage.frozen=['*']"], None, "nothing would train"),
+        ([], 16, "a sample of 16 tokens"),  # a picture takes 17
+        ([], 37, "a sample of 37 tokens"),  # a sequence has 36
+    ],
+)
+def test_what_no_run_could_be_is_not_planned(overrides, tokens, said):
+    config = configuration.load(TINY, overrides)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        plan.of(config, Machine(gpus=2, memory_gib=8), tokens=tokens, count=1)
 
 
 def test_proposals_are_valid_fit_and_are_in_order(tiny_plan):

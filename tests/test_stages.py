@@ -6,7 +6,7 @@ import pytest
 
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
-from megatron_owl2.config import ParallelConfig
+from megatron_owl2.config import ConfigError, ParallelConfig, StageConfig
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import stages
 
@@ -67,6 +67,22 @@ def test_the_table_counts_every_parameter_once(plan_of):
     assert lines[-1].split() == ["trained", f"{trained:,}", "of", f"{everything:,}"]
     assert sum(int(line[23:39].replace(",", "")) for line in lines[2:-1]) == everything
     assert sum(line.endswith("frozen") for line in lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (StageConfig(trainable=["abstracter.*"]), r"stage.trainable: pattern 'abstracter.\*'"),
+        (StageConfig(frozen=["vision.*"]), r"stage.frozen: pattern 'vision.\*'"),
+        (StageConfig(rates={"*.q": 2.0}), r"names look like abstractor.vit_eos, output_layer"),
+        (StageConfig(frozen=["*"]), "nothing would train"),
+    ],
+)
+def test_patterns_must_match_names_and_leave_something_to_train(stage, said):
+    names = ["abstractor.vit_eos", "decoder.layers.0.mlp.linear_fc1.weight", "output_layer.weight"]
+    stages.check_patterns(StageConfig(frozen=["output_*"], rates={"abstractor.*": 2.0}), names)
+    with pytest.raises(ConfigError, match=said):
+        stages.check_patterns(stage, names)
 
 
 def test_plans_that_differ_have_other_fingerprints(plan_of):

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_owl2 import checks, config, flops
+from megatron_owl2.checks.require import require
 from megatron_owl2.config import RunConfig
 from megatron_owl2.planner import memory, search, timing, traffic, weights
 from megatron_owl2.planner.activations import Costs
@@ -11,6 +12,7 @@ from megatron_owl2.planner.memory import RankMemory
 from megatron_owl2.planner.search import Candidate
 from megatron_owl2.planner.timing import Machine, StepTime
 from megatron_owl2.planner.traffic import RankTraffic
+from megatron_owl2.training import stages
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,24 @@ class Plan:
 def of(run: RunConfig, machine: Machine, *, tokens: int | None = None, count: int = 15) -> Plan:
     """Plan a run; `tokens` of a sample are not padding, all of them without it.
 
-    Raises ConfigError for a run that cannot work on so many GPUs. Files need not exist.
+    Raises ConfigError for a run that cannot work on so many GPUs, or for `tokens` that hold no
+    picture or do not fit into a sequence. Files need not exist.
     """
     checks.check_settings(run, machine.gpus)
+    image, length = run.model.tokens_per_image, run.data.sequence_length
+    require(
+        tokens is None or image <= tokens <= length,
+        f"a sample of {tokens} tokens cannot be: its picture takes {image}, and "
+        f"data.sequence_length is {length}",
+    )
     parameters = weights.inventory(run)
+    stages.check_patterns(run.stage, [weight.name for weight in parameters])
     names = timing.trained(parameters)
     costs = Costs(parameters)
     samples = run.train.global_batch_size
     padded = timing.load(run, samples)
     again = flops.forward_again(run.model, padded, names, run.parallel.recompute)
     layouts, valid = search.ranked(run, machine, parameters, costs, count)
-    length = run.data.sequence_length if tokens is None else tokens
     return Plan(
         config=run,
         machine=machine,
@@ -101,7 +110,7 @@ def of(run: RunConfig, machine: Machine, *, tokens: int | None = None, count: in
         traffic=traffic.of_ranks(run, machine.gpus, parameters, costs),
         model_flops=flops.training_flops(run.model, timing.load(run, samples, tokens), names),
         again_flops=sum(again.values()),
-        tokens=length,
+        tokens=length if tokens is None else tokens,
         time=timing.step_time(run, machine, parameters, costs),
         layouts=layouts,
         valid=valid,

@@ -43,7 +43,7 @@ def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
     """Freeze what the stage does not train; returns the plan for the parameters of all ranks.
 
     Sets `requires_grad` and, for the optimizer, `rate_factor` on every local parameter. Raises
-    ConfigError if a pattern of the stage matches nothing.
+    ConfigError if the stage's patterns are not those of a stage (`check_patterns`).
     """
     local = []
     for name, parameter in itertools.chain.from_iterable(c.named_parameters() for c in chunks):
@@ -55,16 +55,22 @@ def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
         decays = not name.endswith(".bias") and parameter.ndim > 1
         local.append(Parameter(name, numel, trained, parameter.rate_factor, decays))
     plan = _union_over_ranks(local)
+    check_patterns(config.stage, [parameter.name for parameter in plan])
+    return plan
+
+
+def check_patterns(stage: StageConfig, names: Sequence[str]) -> None:
+    """Refuse a pattern that matches none of the whole model's parameters, and a stage that trains
+    none of them; raises ConfigError."""
     for key in ("trainable", "frozen", "rates"):
-        for pattern in getattr(config.stage, key):
-            if not any(fnmatchcase(p.name, pattern) for p in plan):
+        for pattern in getattr(stage, key):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
                     f"stage.{key}: pattern {pattern!r} matches no parameter; names look like "
-                    f"{plan[0].name}, {plan[-1].name}"
+                    f"{names[0]}, {names[-1]}"
                 )
-    if not any(p.trained for p in plan):
+    if not any(trains(name, stage) for name in names):
         raise ConfigError("stage.trainable less stage.frozen is empty, so nothing would train")
-    return plan
 
 
 def trains(name: str, stage: StageConfig) -> bool:
