@@ -1,18 +1,27 @@
 """What a stage trains and at which rate."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from processes import run_ranks
 
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
-from megatron_owl2.config import ConfigError, ParallelConfig, StageConfig
-from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.config import ConfigError, ParallelConfig, RunConfig, StageConfig
+from megatron_owl2.model.owl2 import Owl2, build
 from megatron_owl2.training import stages
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 VISION = {"ViT", "abstractor", "vision branch"}
 LANGUAGE = {"embedding", "output layer", "decoder"}
+LAYOUTS = [  # of four ranks
+    ["parallel.pipeline=2", "parallel.tensor=1"],
+    ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2"],
+    ["parallel.pipeline=1", "parallel.tensor=2", "parallel.context=2"],
+]
 
 
 @pytest.fixture
@@ -94,3 +103,44 @@ def test_plans_that_differ_have_other_fingerprints(plan_of):
     ]
     assert len(set(map(stages.fingerprint, plans))) == 4
     assert stages.fingerprint(plans[0]) == stages.fingerprint(plan_of("tiny/finetune.yaml")[0])
+
+
+def layout(overrides: list[str]) -> RunConfig:
+    return configuration.load(EXAMPLES / "tiny" / "pretrain.yaml", overrides)
+
+
+def plan_in_layouts():
+    """Four ranks: what each of them plans in every layout, and of how many ranks it heard."""
+    heard, gather = [], torch.distributed.all_gather_object
+
+    def listen(shares, share, group=None):
+        heard.append(len(shares))
+        gather(shares, share, group)
+
+    found = []
+    for config in map(layout, LAYOUTS):
+        groups = mcore.initialize(config.parallel)
+        chunks = build(mcore.Layout(config, groups), config.model, config.parallel.virtual_pipeline)
+        torch.distributed.all_gather_object = listen
+        plan = stages.apply(config, chunks)
+        torch.distributed.all_gather_object = gather
+        found.append([stages.fingerprint(plan), stages.table(plan, config), heard.pop()])
+        mcore.parallel_state.destroy_model_parallel()
+    everybody = [None] * 4
+    gather(everybody, found)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(everybody), flush=True)
+
+
+def test_every_rank_has_the_whole_plan_from_the_ranks_of_its_pipeline(plan_of):
+    plan, _, config = plan_of("tiny/pretrain.yaml")
+    whole = [stages.fingerprint(plan), stages.table(plan, config)]
+    run = run_ranks(4, __file__, "plan")
+    assert run.returncode == 0, run.stderr[-2000:]
+    everybody = json.loads(run.stdout.splitlines()[-1])
+    for by_layout in everybody:
+        assert by_layout == [[*whole, layout(o).parallel.pipeline] for o in LAYOUTS]
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["plan"]:
+    plan_in_layouts()

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
 
 from megatron_owl2.config import ConfigError, RunConfig, StageConfig
+from megatron_owl2.model.owl2 import Owl2
 
 PARTS = {  # where a parameter belongs, first match wins; the rows of the table at start
     "ViT": "vision_model.*",
@@ -39,8 +39,8 @@ class Parameter:
     decays: bool  # takes part in weight decay; biases and one-dimensional weights do not
 
 
-def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
-    """Freeze what the stage does not train; returns the plan for the parameters of all ranks.
+def apply(config: RunConfig, chunks: Sequence[Owl2]) -> list[Parameter]:
+    """Freeze what the stage does not train; returns the plan for all parameters of the model.
 
     Sets `requires_grad` and, for the optimizer, `rate_factor` on every local parameter. Raises
     ConfigError if the stage's patterns are not those of a stage (`check_patterns`).
@@ -54,7 +54,7 @@ def apply(config: RunConfig, chunks: Sequence[nn.Module]) -> list[Parameter]:
         # The rule of get_standard_config_overrides (megatron-core, optimizer/__init__.py).
         decays = not name.endswith(".bias") and parameter.ndim > 1
         local.append(Parameter(name, numel, trained, parameter.rate_factor, decays))
-    plan = _union_over_ranks(local)
+    plan = _union_over_pipeline(local, chunks[0].layout.groups.pp)
     check_patterns(config.stage, [parameter.name for parameter in plan])
     return plan
 
@@ -154,7 +154,10 @@ def _matches(name: str, patterns: str | list[str] | tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _union_over_ranks(local: list[Parameter]) -> list[Parameter]:
-    shares = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, local)
+def _union_over_pipeline(
+    local: list[Parameter], pipeline: torch.distributed.ProcessGroup
+) -> list[Parameter]:
+    """What all pipeline ranks have; those beside this one have the same parameters, or shards."""
+    shares = [None] * pipeline.size()
+    torch.distributed.all_gather_object(shares, local, group=pipeline)
     return list({p.name: p for share in shares for p in share}.values())
