@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_owl2.config import DecoderConfig
 
-PARTS = {  # the first match wins; of linear_qkv only the keys and values, queries are the rest
+NORM_PARTS = {  # the first match wins; of linear_qkv only the keys and values, queries are the rest
     "ViT": "vision_model.*",
     "abstractor": "abstractor.*",
     "vision KV": "*.linear_kv_vision.weight",
@@ -20,7 +20,7 @@ PARTS = {  # the first match wins; of linear_qkv only the keys and values, queri
 
 
 class PartNorms:
-    """Gradient norms by PARTS, of the gradients that the distributed optimizer holds.
+    """Gradient norms by NORM_PARTS, of the gradients that the distributed optimizer holds.
 
     After the reduction a rank has the right gradients only for the piece of every buffer that it
     updates. Those pieces cover every parameter once over all ranks but for the copies that
@@ -47,7 +47,7 @@ class PartNorms:
             for part, piece in self._split(names[parameter], start, start + shard.numel())
         ]
         self._parts = torch.tensor(
-            [list(PARTS).index(part) for part, _, _ in self._pieces],
+            [list(NORM_PARTS).index(part) for part, _, _ in self._pieces],
             dtype=torch.int64,
             device=self._device,
         )
@@ -58,17 +58,17 @@ class PartNorms:
 
         To be called after `prepare_grads` and before the clipping.
         """
-        squares = torch.zeros(len(PARTS), dtype=torch.float64, device=self._device)
+        squares = torch.zeros(len(NORM_PARTS), dtype=torch.float64, device=self._device)
         if self._pieces:
             norms = torch._foreach_norm([shard.grad[piece] for _, shard, piece in self._pieces])
             squares.index_add_(0, self._parts, torch.stack(norms).double().square())
         torch.distributed.all_reduce(squares, group=self._optimizer.get_grad_stats_parallel_group())
-        return dict(zip(PARTS, squares.sqrt().tolist(), strict=True))
+        return dict(zip(NORM_PARTS, squares.sqrt().tolist(), strict=True))
 
     def _split(self, name: str, start: int, stop: int) -> Iterator[tuple[str, slice]]:
         """The parts of the numbers from `start` to `stop` of a flattened parameter, and where
         they are, counted from `start`."""
-        part = next(part for part, pattern in PARTS.items() if fnmatchcase(name, pattern))
+        part = next(part for part, pattern in NORM_PARTS.items() if fnmatchcase(name, pattern))
         if part != "text KV":
             yield part, slice(0, stop - start)
             return
