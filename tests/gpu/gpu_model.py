@@ -1,9 +1,10 @@
 """Decoder layers and micro-batches of real widths for the GPU tests."""
 
+import pytest
 import torch
 
-from megatron_owl2 import kernels, mcore
-from megatron_owl2.config import RunConfig
+from megatron_owl2 import checks, kernels, mcore
+from megatron_owl2.config import ConfigError, RunConfig
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
 from megatron_owl2.model.modality import Modality
 
@@ -19,6 +20,14 @@ def config(**sections) -> RunConfig:
         for key, value in values.items():
             setattr(getattr(run, section), key, value)
     return run
+
+
+def skip_unless_it_runs(run: RunConfig) -> None:
+    """Skip a test of kernels that this machine has not, for the reason that a run would be told."""
+    try:
+        checks.check_machine(run)
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def layer(run: RunConfig, weights: dict | None = None) -> DecoderLayer:

@@ -1,10 +1,12 @@
 """The training loop on one GPU: like the CPU in fp32, and with every kernel in bf16."""
 
+import gpu_model
 import pytest
 import stored
 import tiny_run
 import torch
 
+from megatron_owl2 import config as configuration
 from megatron_owl2.training import checkpoint
 
 FP32 = ["train.precision=fp32"]
@@ -50,12 +52,10 @@ def test_pinned_batches_are_the_same_batches(start, tmp_path, workers):
 @pytest.mark.parametrize("fp8", ["none", "tensorwise", "delayed", "blockwise"])
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_transformer_engine_trains_like_torch(start, tmp_path, fp8, recompute):
-    pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
-    if fp8 != "none" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this GPU has not all FP8 recipes")
     config, _ = start
     common = [*WIDE, "train.seed=3", "optimizer.lr=1e-3", f"parallel.recompute={recompute}"]
     te = ["kernels.backend=transformer_engine", f"kernels.fp8={fp8}"]
+    gpu_model.skip_unless_it_runs(configuration.load(config, [*common, *te]))
     expected = train(config, tmp_path / "torch", *common)
     found = train(config, tmp_path / "te", *common, *te)
     tolerance = 0.01 if fp8 == "none" else 0.05

@@ -6,11 +6,11 @@ import torch
 
 from megatron_owl2 import kernels, mcore
 
-te = pytest.importorskip(
+pytest.importorskip(
     "transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=Exception
 )
 
-LEAST = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 TE = {"kernels": {"backend": "transformer_engine"}}
 
 
@@ -38,13 +38,12 @@ def test_bf16_is_torchs(vision):
             assert ours[2][name].norm() == 0, name
 
 
-@pytest.mark.parametrize("recipe", LEAST)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("vision", [0, 65])
 def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
-    if torch.cuda.get_device_capability() < LEAST[recipe]:
-        pytest.skip(f"{recipe} needs compute capability {LEAST[recipe]}")
-    weights, (out, grad, grads) = reference(vision)
     run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": recipe})
+    gpu_model.skip_unless_it_runs(run)
+    weights, (out, grad, grads) = reference(vision)
     built = gpu_model.layer(run, weights)
     layout = mcore.Layout(run, mcore.initialize(run.parallel))
     chosen = kernels.of(layout)
@@ -58,12 +57,11 @@ def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
             assert gpu_model.relative(ours[2][name], expected) < 0.3, name
 
 
-@pytest.mark.parametrize("recipe", LEAST)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("rows", [0, 1, 65, 128])
 def test_any_number_of_vision_rows_fills_up_fp8_gemms(recipe, rows):
-    if torch.cuda.get_device_capability() < LEAST[recipe]:
-        pytest.skip(f"{recipe} needs compute capability {LEAST[recipe]}")
     run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": recipe})
+    gpu_model.skip_unless_it_runs(run)
     layout = mcore.Layout(run, mcore.initialize(run.parallel))
     chosen = kernels.of(layout)
     qkv = gpu_model.layer(run).attention.qkv
@@ -103,11 +101,10 @@ def test_attention_with_fewer_heads_of_keys_is_torchs():
 
 @pytest.mark.parametrize("fp8", ["none", "tensorwise", "delayed"])
 def test_recomputation_gives_the_same_gradients(fp8):
-    if fp8 != "none" and torch.cuda.get_device_capability() < LEAST[fp8]:
-        pytest.skip("this GPU has no FP8")
+    run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": fp8})
+    gpu_model.skip_unless_it_runs(run)
     found = {}
     for again in (False, True):
-        run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": fp8})
         built = gpu_model.layer(run)
         layout = mcore.Layout(run, mcore.initialize(run.parallel))
         chosen = kernels.of(layout)
