@@ -48,7 +48,8 @@ def inputs(run: RunConfig, vision: int, rows: int = 2, length: int = 256):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(length, rows, size, generator=generator).to(device, torch.bfloat16)
     is_vision = torch.zeros(length, rows, 1, dtype=torch.bool, device=device)
-    is_vision[3 : 3 + vision] = True
+    begin = min(3, length - vision)
+    is_vision[begin : begin + vision] = True
     position = torch.arange(length, device=device)
     modality = Modality(is_vision, is_vision.flatten().nonzero().flatten())
     rotary = rotary_tables(position.expand(rows, -1), run.model.decoder, torch.bfloat16)
