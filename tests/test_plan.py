@@ -154,3 +154,16 @@ def test_transformer_engine_is_planned_on_a_laptop_and_says_so():
     config = configuration.load(TINY, [*SMALLER, "kernels.backend=transformer_engine"])
     found = plan.of(config, Machine(gpus=2, memory_gib=80), count=1)
     assert "kernels.backend=transformer_engine keeps other tensors" in report.text(found)
+
+
+def test_what_fits_in_bf16_need_not_fit_with_copies_in_fp8():
+    sizes = ["model.decoder.ffn_size=384", "data.sequence_length=64"]  # that FP8 GEMMs take
+    options = [*SMALLER, *sizes, "kernels.backend=transformer_engine"]
+    plain = configuration.load(TINY, options)
+    fp8 = configuration.load(TINY, [*options, "kernels.fp8=tensorwise"])
+    (need,) = (rank.total for rank in plan.of(plain, Machine(gpus=2, memory_gib=80)).memory)
+    machine = Machine(gpus=2, memory_gib=(need + 1000) / 2**30, reserve_gib=0)
+    without, found = (plan.of(config, machine, count=1) for config in (plain, fp8))
+    assert without.fits and "FP8 copies" not in report.text(without)
+    assert not found.fits and "FP8 copies" in report.text(found)
+    assert found.memory[0].total - need == found.memory[0].held.copies > 1000

@@ -144,6 +144,21 @@ def test_the_whole_model_is_inventoried_once():
     assert not any("linear_qkv" in name and name.startswith("decoder") for name in trained)
 
 
+@pytest.mark.parametrize("fp8", ["tensorwise", "delayed", "blockwise", "mxfp8"])
+def test_fp8_holds_every_matrix_of_the_decoder_twice_more(fp8):
+    layout = ["parallel.tensor=4", "parallel.pipeline=2", "parallel.layers=[15,17]"]
+    kernels = ["kernels.backend=transformer_engine", f"kernels.fp8={fp8}"]
+    config = configuration.load(RECIPES / "finetune.yaml", layout)
+    whole = weights.inventory(config)
+    plain = weights.held(config, 64, whole)
+    found = weights.held(configuration.load(RECIPES / "finetune.yaml", layout + kernels), 64, whole)
+    # Queries, keys, values, keys and values of vision, output; gate, up and down.
+    layer = 6 * 4096**2 + 3 * 4096 * 11008
+    for layers, ours, without in zip((15, 17), found, plain, strict=True):
+        assert ours.copies == 2 * layers * layer // 4 == ours.total - without.total
+        assert without.copies == 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "stages"),
     [

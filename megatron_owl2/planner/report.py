@@ -42,17 +42,24 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    columns = ("parameters", "gradients", "optimizer", "activations", "update", "total")
     lines = [
         "memory of the fullest rank by pipeline rank, GiB (activations are not yet verified on a "
         "GPU)",
-        "rank" + "".join(f"{name:>13}" for name in columns),
     ]
     for number, rank in enumerate(plan.memory):
         held = rank.held
-        sizes = (held.parameters, held.gradients, held.optimizer)
-        sizes += (rank.activations, rank.update, rank.total)
-        lines.append(f"{number:>4}" + "".join(f"{size / _GIB:>13.2f}" for size in sizes))
+        sizes = {
+            "parameters": held.parameters,
+            "gradients": held.gradients,
+            "optimizer": held.optimizer,
+            **({"FP8 copies": held.copies} if plan.config.kernels.fp8 != "none" else {}),
+            "activations": rank.activations,
+            "update": rank.update,
+            "total": rank.total,
+        }
+        if number == 0:
+            lines.append("rank" + "".join(f"{name:>13}" for name in sizes))
+        lines.append(f"{number:>4}" + "".join(f"{size / _GIB:>13.2f}" for size in sizes.values()))
     return [*lines, verdict(plan)]
 
 
@@ -130,7 +137,12 @@ def _notes(plan: Plan) -> list[str]:
     ]
     if backend != "local":
         lines += [
-            f"kernels.backend={backend} keeps other tensors, with FP8 copies of inputs and",
-            "weights too: the activations here are those of kernels.backend=local in bf16.",
+            f"kernels.backend={backend} keeps other tensors, inputs of linears in FP8 if told so:",
+            "the activations here are those of kernels.backend=local in bf16.",
+        ]
+    if plan.config.kernels.fp8 != "none":
+        lines += [
+            "'FP8 copies' are two bytes for every weight of the decoder's linears, the most that",
+            "Transformer Engine keeps of it but for scales; they are not yet verified on a GPU.",
         ]
     return lines

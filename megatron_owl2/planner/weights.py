@@ -35,23 +35,31 @@ class Weight:
         """Its numbers on one of `tensor` ranks."""
         return self.numel // tensor if self.split else self.numel
 
+    @property
+    def of_kernels(self) -> bool:
+        """Whether a linear of `kernels.backend` computes with it."""
+        return self.name.startswith("decoder.") and ".linear_" in self.name
+
 
 @dataclass(frozen=True)
 class Held:
     """Bytes that a rank holds from the first step to the last.
 
     `optimizer` is that of the data-parallel rank with most; they share buffers, not parameters, and
-    padding has no state. `buffer` is how many numbers the gradient buffers have, with padding.
+    padding has no state. `copies` are weights in FP8, which Transformer Engine keeps from the first
+    micro-batch of a step on, for both passes. `buffer` is how many numbers the gradient buffers
+    have, with padding.
     """
 
     parameters: int
     gradients: int
     optimizer: int
+    copies: int
     buffer: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.copies
 
 
 def on_torch(config: RunConfig) -> RunConfig:
@@ -95,14 +103,17 @@ def held(config: RunConfig, world_size: int, weights: Sequence[Weight]) -> list[
     shards = world_size // (parallel.tensor * parallel.pipeline)  # data x context ranks
     # The optimizer works on fp32 weights of its own beside two moments, unless they are fp32.
     state = 12 if size == 2 else 8
+    # A byte as it is and one transposed, which not every GPU and recipe need (module/linear.py).
+    copied = 0 if config.kernels.fp8 == "none" else 2
     cut = chunks(config, weights)
     found = []
     for rank in range(parallel.pipeline):
-        frozen = buffer = 0
+        frozen = buffer = copies = 0
         own = np.zeros(shards, dtype=np.int64)
         for chunk in range(parallel.virtual_pipeline):
             here = cut[chunk * parallel.pipeline + rank]
             frozen += sum(w.local(parallel.tensor) for w in here if not w.trained)
+            copies += sum(w.local(parallel.tensor) for w in here if w.of_kernels) * copied
             limit = _bucket_size(config, shards) if rank == chunk == 0 else None
             sizes = [w.local(parallel.tensor) for w in here if w.trained]
             for start, end, places in _buckets(sizes, limit, shards):
@@ -113,6 +124,7 @@ def held(config: RunConfig, world_size: int, weights: Sequence[Weight]) -> list[
                 parameters=(frozen + buffer) * size,
                 gradients=buffer * 4,
                 optimizer=int(own.max()) * state,
+                copies=copies,
                 buffer=buffer,
             )
         )
