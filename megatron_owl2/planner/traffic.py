@@ -24,10 +24,6 @@ class RankTraffic:
     gradients: int
     parameters: int
 
-    @property
-    def total(self) -> int:
-        return self.tensor + self.context + self.pipeline + self.gradients + self.parameters
-
 
 def of_ranks(
     config: RunConfig, world_size: int, weights: Sequence[Weight], costs: Costs
