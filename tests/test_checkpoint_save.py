@@ -3,6 +3,7 @@ ranks, and old ones that are let go."""
 
 import subprocess
 import sys
+from collections import Counter
 
 import hooks
 import pytest
@@ -11,6 +12,7 @@ import tiny_run
 import torch
 
 from megatron_owl2.training import checkpoint
+from megatron_owl2.training.checkpoint_index import read_index
 from megatron_owl2.training.saver import expired
 
 # No file is written before the next step is in the metrics, or the run is over.
@@ -59,6 +61,19 @@ def test_what_is_written_is_the_state_of_the_step_though_training_goes_on(config
 def read_common(directory):
     """Groups and schedule, comparable."""
     return str(torch.load(directory / "common.pt", weights_only=False))
+
+
+def test_every_rank_writes_what_it_holds_and_nobody_more(config, tmp_path):
+    run = tmp_path / "run"
+    done = tiny_run.train(config, run, "train.micro_batch_size=1", processes=4)
+    assert done.returncode == 0, done.stderr
+    written = {"optimizer": Counter(), "model": Counter()}
+    for index, place in read_index(checkpoint.resolve(run)).storage_data.items():
+        kind = "optimizer" if index.fqn.startswith("optimizer.") else "model"
+        written[kind][place.relative_path.split("_")[2]] += place.length
+    for kind, shares in written.items():
+        assert sorted(shares) == ["0", "1", "2", "3"], kind
+        assert max(shares.values()) < 0.4 * shares.total(), kind
 
 
 NO_SPACE = """

@@ -91,6 +91,19 @@ def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
     assert tiny_run.rows(other)[1]["loss"] == rows[1]["loss"]
 
 
+def test_a_run_whose_first_step_is_skipped_goes_on_from_its_checkpoint(tmp_path):
+    config, run, other = tiny_run.make(tmp_path, 3), tmp_path / "run", tmp_path / "other"
+    poisoned = hooks.write(tmp_path, BLOW_UP.replace("calls == 6", "calls == 1"))
+    done = tiny_run.train(config, other, environment=poisoned)
+    assert done.returncode == 0, done.stderr
+    options = ["train.save_interval=1", "train.steps=1", "optimizer.min_lr=1e-2"]
+    assert tiny_run.train(config, run, *options, environment=poisoned).returncode == 0
+    assert tiny_run.rows(run)[-1]["skipped_steps"] == 1
+    done = tiny_run.train(config, run)
+    assert done.returncode == 0, done.stderr
+    assert tiny_run.figures(run)[1:] == tiny_run.figures(other)[1:]
+
+
 ONLY_NAN = """
 import os, pathlib, threading, time
 from megatron_owl2.training import step

@@ -1,8 +1,13 @@
-"""What a checkpoint of one AdamW must not take from another one that goes on with it."""
+"""The optimizer's state in checkpoints: a rank's numbers as blocks of whole parameters, and what an
+AdamW must not take from another one that it goes on from."""
+
+import math
 
 import pytest
 import tiny_run
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_owl2 import config as configuration
 from megatron_owl2 import mcore
@@ -34,3 +39,18 @@ def test_settings_that_only_this_one_has_stay(optimizer):
     steps = [state["step"] for state in part.optimizer.state.values()]
     assert steps and all(step == 7 for step in steps)
     assert len({id(step) for step in steps}) == len(steps)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_any_run_of_numbers_is_a_few_blocks_in_its_order(shape, data):
+    size = math.prod(shape)
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    whole, found = torch.arange(size).view(shape), []
+    for offset, lengths in optimizer_state.blocks(shape, start, stop):
+        assert all(length > 0 for length in lengths)
+        place = tuple(slice(o, o + n) for o, n in zip(offset, lengths, strict=True))
+        assert whole[place].shape == lengths
+        found.append(whole[place].flatten())
+    assert len(found) <= 2 * len(shape) - 1
+    assert torch.cat([torch.arange(0), *found]).tolist() == list(range(start, stop))

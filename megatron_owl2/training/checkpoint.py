@@ -255,6 +255,9 @@ def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | Sharded
         )
         if parameter.partition_stride == 2:  # gate and up, each split over the ranks
             state[name] = apply_swiglu_sharded_factory(state[name], ())
+    for number, share in enumerate(state.values()):  # each data-parallel rank writes some of them
+        *others, rank = share.replica_id
+        share.replica_id = (*others, (rank - number) % groups.dp_cp.size())
     return state
 
 

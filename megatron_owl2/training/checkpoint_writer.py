@@ -156,7 +156,6 @@ def _copied(buckets: list | None) -> list[tuple[str, str, deque]]:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    # On a GPU only what megatron-core has gathered for this checkpoint is in main memory already.
     return tensor.clone() if mcore.ON_CPU else tensor.to("cpu", non_blocking=True)
 
 

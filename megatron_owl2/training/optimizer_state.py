@@ -1,19 +1,107 @@
-"""The distributed optimizer's state in checkpoints: what megatron-core 0.16 needs mended there."""
+"""The distributed optimizer's state in checkpoints: what megatron-core 0.16 needs mended there.
+
+Its own way gathers the whole state of the model on every rank, for each save anew. Here a rank
+writes and reads what it holds, a run of the numbers of each flattened parameter, as blocks of the
+whole parameter. Names and shapes are those of megatron-core's `fully_reshardable` format, so a
+checkpoint can be read under any layout.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
 
 from megatron_owl2 import mcore
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
-def _copy_optimizer_state(self, model_param, tensors):
-    """DistributedOptimizer's own, less the step of torch's AdamW, which the checkpoint keeps per
-    group: with it loading ends in a KeyError."""
-    group, order = self.model_param_group_index_map[model_param]
-    main_param = self.optimizer.param_groups[group]["params"][order]
-    state = {"param": main_param, **self.optimizer.state[main_param]}
-    for key in state.keys() - {"step"}:
-        state[key].copy_(tensors[key])
+
+def _sharded_state(self, model_sharded_state_dict, is_loading=False, metadata=None):
+    """In place of DistributedOptimizer's `sharded_param_state_fully_reshardable`: of every
+    parameter that this rank holds numbers of, the blocks of main parameter and moments, which are
+    views of what the optimizer works on. Nothing is sent."""
+    shares = {share.data: share for share in nested_values(model_sharded_state_dict)}
+    state = {}
+    for buffer in self.gbuf_ranges:
+        for bucket in (bucket for buckets in buffer.values() for bucket in buckets):
+            for parameter, held in bucket["param_map"].items():
+                share, numbers = shares[parameter], _numbers(self, parameter)
+                state[share.key] = {
+                    kind: dict(enumerate(_blocks(share, kind, flat, held["param"].start)))
+                    for kind, flat in numbers.items()
+                }
+    return state
+
+
+def _numbers(optimizer, parameter) -> dict[str, torch.Tensor]:
+    """The main parameter and its moments, which are 0 before the first step."""
+    found = optimizer._get_main_param_and_optimizer_states(parameter)
+    main = found["param"]
+    moments = {k: found[k] if k in found else torch.zeros_like(main) for k in _MOMENTS}
+    return {"param": main, **moments}
+
+
+def _blocks(
+    share: ShardedTensor | ShardedTensorFactory, kind: str, numbers: torch.Tensor, start: int
+) -> Iterator[ShardedTensor]:
+    """The numbers [n] of a rank's flattened share of a parameter, from `start` on, as blocks of the
+    whole parameter."""
+    numbers, begin = numbers.detach(), 0
+    # Gate and up are two parts, one behind the other.
+    for part in share.build() if isinstance(share, ShardedTensorFactory) else [share]:
+        end = begin + math.prod(part.local_shape)
+        place, stop = max(start, begin), min(start + len(numbers), end)
+        for offset, shape in blocks(part.local_shape, place - begin, stop - begin):
+            block = numbers[place - start :][: math.prod(shape)]
+            place += len(block)
+            yield dataclasses.replace(
+                part,
+                key=f"optimizer.state.{kind}.{part.key}",
+                data=block.view(shape),
+                dtype=block.dtype,
+                local_shape=shape,
+                global_offset=tuple(map(sum, zip(part.global_offset, offset, strict=True))),
+                axis_fragmentations=None,  # no regular grid
+                replica_id=(*part.replica_id[:2], 0),  # the data-parallel ranks hold no copies
+            )
+        begin = end
+
+
+def blocks(
+    shape: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offset and shape of the fewest blocks that hold the numbers from `start` to `stop` of a
+    flattened tensor of `shape`, in their order."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the rows that are whole
+    if first > last:
+        yield from _within(shape, last, start, stop)
+        return
+    yield from _within(shape, first - 1, start, first * row)
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    yield from _within(shape, last, last * row, stop)
+
+
+def _within(shape: Sequence[int], index: int, start: int, stop: int):
+    """The blocks of a part of one row."""
+    before = index * math.prod(shape[1:])
+    for offset, size in blocks(shape[1:], start - before, stop - before):
+        yield (index, *offset), (1, *size)
+
+
+def _read_in_place(self, state_dict) -> None:
+    """In place of DistributedOptimizer's `load_parameter_state_from_fully_reshardable`: the blocks
+    were views, so reading them has set the optimizer's own numbers."""
 
 
 def _optimizer_state(self):
@@ -32,8 +120,8 @@ def _optimizer_state(self):
 
 DistributedOptimizer = distrib_optimizer.DistributedOptimizer
 DistributedOptimizer.state_dict = _optimizer_state
-if not distrib_optimizer.HAVE_APEX_OR_TE:
-    DistributedOptimizer._set_main_param_and_optimizer_states = _copy_optimizer_state
+DistributedOptimizer.sharded_param_state_fully_reshardable = _sharded_state
+DistributedOptimizer.load_parameter_state_from_fully_reshardable = _read_in_place
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
@@ -46,7 +134,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                zeros = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
+                zeros = {k: torch.zeros_like(parameter) for k in _MOMENTS}
                 part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
 
