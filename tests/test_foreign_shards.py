@@ -10,9 +10,9 @@ import webdataset
 from tiny_data import encoded, picture, record
 
 from megatron_owl2.data.dataset import Dataset
+from megatron_owl2.data.index import index_shard
 from megatron_owl2.data.manifest import ShardError, write_manifest
 from megatron_owl2.data.records import Record
-from megatron_owl2.data.shards import index_shard
 from megatron_owl2.data.tar import members
 
 RECORDS = [record(i) for i in range(25)]

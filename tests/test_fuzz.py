@@ -18,10 +18,10 @@ from tiny_data import encoded, picture, record, write
 from megatron_owl2.config import StorageConfig
 from megatron_owl2.data.check import check, check_shard
 from megatron_owl2.data.dataset import Dataset
+from megatron_owl2.data.index import index_shard
 from megatron_owl2.data.ledger import DataError
 from megatron_owl2.data.manifest import ShardError, write_manifest
 from megatron_owl2.data.records import BadSampleError
-from megatron_owl2.data.shards import index_shard
 from megatron_owl2.data.storage import StorageError, StorageOptions
 
 SHARDS, PER_SHARD = 3, 8

@@ -13,9 +13,10 @@ from processes import open_below
 from tiny_data import encoded, picture, record, write
 
 from megatron_owl2.data.dataset import Dataset
+from megatron_owl2.data.index import index_shard
 from megatron_owl2.data.manifest import ShardError
 from megatron_owl2.data.records import BadSampleError, Record, Turn
-from megatron_owl2.data.shards import ShardWriter, index_shard
+from megatron_owl2.data.shards import ShardWriter
 from megatron_owl2.data.storage import StorageError, StorageOptions
 
 RECORDS = [record(i) for i in range(25)]

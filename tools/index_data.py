@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_owl2.data.check import index_directory
+from megatron_owl2.data.index import index_directory
 from megatron_owl2.data.manifest import ShardError
 
 

@@ -1,29 +1,20 @@
-"""Checking a whole data set, and indexing one that another program wrote: shard after shard in
-several processes, with progress."""
+"""Checking a whole data set: what can be read of every shard, and what is wrong with it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-from tqdm import tqdm
 
 from megatron_owl2.data import images
 from megatron_owl2.data.dataset import Dataset
+from megatron_owl2.data.each_shard import each_shard
 from megatron_owl2.data.hashing import KeyedRandom
-from megatron_owl2.data.manifest import MANIFEST, ShardError, write_manifest
+from megatron_owl2.data.manifest import ShardError
 from megatron_owl2.data.records import BadSampleError
-from megatron_owl2.data.shards import index_shard
 from megatron_owl2.data.storage import LocalStorage, StorageError, StorageOptions
 from megatron_owl2.data.tar import END
-from megatron_owl2.workers import Workers
 
 _DECODE = 64  # keeps the choice of samples apart from the order's keys
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -52,13 +43,9 @@ def check(
     """
     dataset = Dataset(location, options)
     work = partial(check_shard, dataset, decode)
-    progress = tqdm(
-        total=sum(row["bytes"] for row in dataset.shards), unit="B", unit_scale=True, desc="check"
-    )
-    with progress:
-        for index, result in each(work, range(len(dataset.shards)), workers):
-            progress.update(dataset.shards[index]["bytes"])
-            yield result
+    sizes = {index: row["bytes"] for index, row in enumerate(dataset.shards)}
+    for _, result in each_shard(work, sizes, workers, "check"):
+        yield result
 
 
 def check_shard(dataset: Dataset, decode: float, index: int) -> ShardCheck:
@@ -117,66 +104,3 @@ def unlisted(location: str) -> list[str]:
     named = {row["name"] for row in dataset.shards}
     tars = Path(dataset.storage.location).glob("*.tar")
     return sorted(path.name for path in tars if path.name not in named)
-
-
-def index_directory(directory: Path, workers: int = 1) -> tuple[list[dict], list[str]]:
-    """Make the tar files of a folder a data set where they lie.
-
-    Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Returns its rows
-    and the failures. Raises ShardError if the folder holds no tar file or is a data set already.
-    """
-    if (directory / MANIFEST).exists():
-        raise ShardError(
-            f"{directory} holds a {MANIFEST} already; check it with tools/check_data.py, or remove "
-            "the manifest to index its shards again"
-        )
-    paths = sorted(directory.glob("*.tar"))
-    if not paths:
-        raise ShardError(f"{directory} holds no .tar file")
-    rows: dict[str, dict] = {}
-    failures: list[str] = []
-    with tqdm(
-        total=sum(p.stat().st_size for p in paths), unit="B", unit_scale=True, desc="index"
-    ) as progress:
-        for path, (row, failure) in each(_index, paths, workers):
-            progress.update(path.stat().st_size)
-            if row is not None:
-                rows[path.name] = row
-            else:
-                failures.append(failure)
-    ordered = [rows[path.name] for path in paths if path.name in rows]
-    if not failures:
-        write_manifest(directory, ordered)
-    return ordered, sorted(failures)
-
-
-def _index(path: Path) -> tuple[dict | None, str]:
-    try:
-        return index_shard(path), ""
-    except ShardError as error:
-        return None, str(error)
-
-
-def each(
-    work: Callable[[_Item], _Result], items: Sequence[_Item], workers: int
-) -> Iterator[tuple[_Item, _Result]]:
-    """Items with what came of them, as they end, from `workers` processes.
-
-    Raises ShardError if the system killed a process.
-    """
-    if min(workers, len(items)) <= 1:
-        for item in items:
-            yield item, work(item)
-        return
-    with Workers(min(workers, len(items))) as pool:
-        futures = {pool.submit(work, item): item for item in items}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise ShardError(
-                "a process was killed, probably for lack of memory; use fewer --workers"
-            ) from None
-        except BaseException:  # an interrupt, or whoever iterates has stopped
-            pool.kill()
-            raise

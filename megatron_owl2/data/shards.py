@@ -21,8 +21,8 @@ from megatron_owl2.data.manifest import (
     write_atomically,
     write_manifest,
 )
-from megatron_owl2.data.records import BadSampleError, Record, are_usable
-from megatron_owl2.data.tar import BLOCK, END, members, pack_member, padding, split_name
+from megatron_owl2.data.records import BadSampleError, Record
+from megatron_owl2.data.tar import END, pack_member
 
 INDEX, SUMS = ".idx", ".sums"
 
@@ -115,7 +115,7 @@ class _ShardFile:
         self._file.close()
         os.replace(self._temporary, self.path)
         size = self._position + len(END)
-        return _write_sidecars(self.path, [*self.offsets, self._position], self._sums, size)
+        return write_sidecars(self.path, [*self.offsets, self._position], self._sums, size)
 
     def discard(self) -> None:
         with suppress(OSError):  # a full disk fails again when the buffer is flushed
@@ -123,89 +123,17 @@ class _ShardFile:
         self._temporary.unlink(missing_ok=True)
 
 
-def index_shard(path: str | os.PathLike) -> dict:
-    """Index a tar file written by another tool: writes `.idx` and `.sums`, returns its row.
-
-    A sample is a run of files with one key and different extensions. Checks the checksum of every
-    header, every size and the end marker. Raises ShardError if the file is damaged or cut, holds a
-    file that belongs to no sample, or if most samples are not of parts that training can use.
-    """
-    path = Path(path)
-    offsets: list[int] = []
-    sums: list[int] = []
-    last_key, extensions, position, usable = None, set(), 0, 0
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        window = _Window(file.fileno())
-        try:
-            for start, name, data, length in members(window.read, 0, size):
-                key, extension = split_name(name)
-                if key in ("", "/") or not extension or key.endswith("/"):
-                    raise BadSampleError(f"{name!r} belongs to no sample; remove it")
-                if key != last_key or extension in extensions:
-                    if offsets:
-                        sums.append(checksum(window.read(offsets[-1], start)))
-                        usable += are_usable(extensions)
-                    offsets.append(window.keep(start))
-                    last_key, extensions = key, set()
-                extensions.add(extension)
-                position = data + length + padding(length)
-            if offsets:
-                sums.append(checksum(window.read(offsets[-1], position)))
-                usable += are_usable(extensions)
-        except BadSampleError as error:
-            raise ShardError(f"{path} behind byte {position}: {error}") from None
-        if not offsets:
-            raise ShardError(f"{path} holds no sample")
-        if 2 * usable < len(offsets):
-            raise ShardError(
-                f"{path}: {len(offsets) - usable} of {len(offsets)} samples are not an image with "
-                ".txt or .json; the files of a sample must have one name and lie together"
-            )
-        _check_end(path, window, position, size)
-    return _write_sidecars(path, [*offsets, position], sums, size)
-
-
-class _Window:
-    """Reads a file forwards in large blocks; what lies before `keep` is not asked for again."""
-
-    _BLOCK = 2**18  # what is read stays in the processor's cache until its checksum is taken
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-        self._memory = bytearray(self._BLOCK)
-        self._start = self._stop = self._kept = 0
-
-    def keep(self, start: int) -> int:
-        self._kept = start
-        return start
-
-    def read(self, start: int, stop: int) -> memoryview:
-        """The bytes from start to stop, fewer at the end of the file; valid until the next call."""
-        if stop > self._stop:
-            needed = stop - self._kept
-            if needed > len(self._memory):
-                self._memory = bytearray(2 * needed)
-            self._start = self._stop = self._kept
-            view = memoryview(self._memory)
-            while count := os.preadv(
-                self._descriptor, [view[self._stop - self._start :]], self._stop
-            ):
-                self._stop += count
-                if self._stop >= stop:
-                    break
-        return memoryview(self._memory)[start - self._start : min(stop, self._stop) - self._start]
-
-
-def _check_end(path: Path, window: _Window, position: int, size: int) -> None:
-    """The end marker is the only proof that a tar was not cut between two samples."""
-    if size - position < BLOCK:
-        raise ShardError(f"{path} is cut: it has no end marker after byte {position}")
-    while position < size:
-        data = bytes(window.read(window.keep(position), min(size, position + 2**20)))
-        if not data or data.strip(b"\0"):
-            raise ShardError(f"{path} has data after the end marker at byte {position}")
-        position += len(data)
+def write_sidecars(path: Path, offsets: list[int], sums: list[int], size: int) -> dict:
+    """Write index and checksums of a shard of `size` bytes beside it; returns its manifest row."""
+    row = {"name": path.name, "samples": len(sums), "bytes": size}
+    for suffix, values, digest in (
+        (INDEX, offsets, "index_sha256"),
+        (SUMS, sums, "sums_sha256"),
+    ):
+        data = np.asarray(values, dtype="<u8").tobytes()
+        write_atomically(Path(f"{path}{suffix}"), data)
+        row[digest] = hashlib.sha256(data).hexdigest()
+    return row
 
 
 def load_index(path: str, row: dict, index: bytes, sums: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -230,15 +158,3 @@ def load_index(path: str, row: dict, index: bytes, sums: bytes) -> tuple[np.ndar
     ):
         raise ShardError(f"{path}{INDEX} does not hold {row['samples']} samples in order")
     return offsets, np.frombuffer(sums, dtype="<u8")
-
-
-def _write_sidecars(path: Path, offsets: list[int], sums: list[int], size: int) -> dict:
-    row = {"name": path.name, "samples": len(sums), "bytes": size}
-    for suffix, values, digest in (
-        (INDEX, offsets, "index_sha256"),
-        (SUMS, sums, "sums_sha256"),
-    ):
-        data = np.asarray(values, dtype="<u8").tobytes()
-        write_atomically(Path(f"{path}{suffix}"), data)
-        row[digest] = hashlib.sha256(data).hexdigest()
-    return row

@@ -38,11 +38,12 @@ from megatron_owl2.config import DataConfig, SourceConfig
 from megatron_owl2.data import images
 from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.hashing import KeyedRandom
+from megatron_owl2.data.index import index_shard
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.manifest import write_manifest
 from megatron_owl2.data.phases import first_phase
 from megatron_owl2.data.records import Record
-from megatron_owl2.data.shards import ShardWriter, index_shard
+from megatron_owl2.data.shards import ShardWriter
 from megatron_owl2.data.tokenizer import Tokenizer
 
 BATCH, SHARD, SIZES = 32, 500, (224, 448)
