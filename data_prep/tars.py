@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_owl2.data.records import BadSampleError
-from megatron_owl2.data.tar import BLOCK, members, padding, split_name
+from megatron_owl2.data.tar import BLOCK, entries, padding, split_name
 from megatron_owl2.preprocess.parts import Skipped
 
 DAMAGED = "rest of a damaged file"
@@ -25,7 +25,10 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
 
         sample_key, parts, repeated, end = None, {}, False, 0
         try:
-            for _, name, start, length in members(read, 0, size):
+            for _, name, start, length in entries(read, 0, size):
+                end = start + length + padding(length)
+                if name is None:
+                    continue
                 key, extension = split_name(name)
                 if key != sample_key:
                     if parts:
@@ -33,7 +36,6 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
                     sample_key, parts, repeated = key, {}, False
                 repeated |= extension in parts
                 parts[extension] = read(start, start + length)
-                end = start + length + padding(length)
             intact = _ends_here(file, end)
         except BadSampleError:
             intact = False

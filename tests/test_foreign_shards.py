@@ -1,5 +1,6 @@
 """Shards of other programs: indexed where they lie and read like our own."""
 
+import hashlib
 import io
 import os
 import subprocess
@@ -9,8 +10,9 @@ import pytest
 import webdataset
 from tiny_data import encoded, picture, record
 
+from megatron_owl2.data.check import check
 from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.index import index_shard
+from megatron_owl2.data.index import index_directory, index_shard
 from megatron_owl2.data.manifest import ShardError, write_manifest
 from megatron_owl2.data.records import Record
 from megatron_owl2.data.tar import members
@@ -83,12 +85,75 @@ def add(tar: tarfile.TarFile, name: str, data: bytes, **fields) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def test_a_key_that_comes_twice_is_two_samples(tmp_path):
-    with tarfile.open(tmp_path / "d.tar", "w") as tar:
-        for text in (b"one", b"two"):
-            add(tar, "k.jpg", IMAGE)
-            add(tar, "k.txt", text)
-    assert [r.caption for r in adopt(tmp_path)] == ["one", "two"]
+FOLDERS = {"type": tarfile.DIRTYPE}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["./", "./a", "./b"],
+        [f"{'long' * 50}/", "a", "b"],
+        ["a", "empty/", "b", "last/", f"{'long' * 50}/"],
+        ["a", "b", "a"],
+        ["a", "a"],
+    ],
+    ids=["folder first", "long folder first", "folders last", "key again", "key twice in a row"],
+)
+@pytest.mark.parametrize("headers", [{}, {"comment": "of the whole archive"}], ids=["", "global"])
+def test_what_is_indexed_is_sound_when_it_is_checked(tmp_path, names, headers):
+    path = tmp_path / "d.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
+        for name in names:
+            if name.endswith("/"):
+                add(tar, name, b"", **FOLDERS)
+            else:
+                add(tar, f"{name}.jpg", IMAGE)
+                add(tar, f"{name}.txt", name.encode())
+    keys = [name for name in names if not name.endswith("/")]
+    rows, failures = index_directory(tmp_path)
+    assert failures == [] and [row["samples"] for row in rows] == [len(keys)]
+    (result,) = check(str(tmp_path))
+    assert (result.good, result.bad, result.faults) == (len(keys), [], [])
+    assert [(r.key, r.caption) for r in everything(tmp_path)] == [(key, key) for key in keys]
+
+
+def test_the_index_of_an_archive_with_folders_is_energons(tmp_path):
+    """Where tarfile finds the first file of every sample, and the end of the last member."""
+    with tarfile.open(tmp_path / "d.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("./", "a", "b/", "b/c", "d/"):
+            if name.endswith("/"):
+                add(tar, name, b"", **FOLDERS)
+            else:
+                add(tar, f"{name}.jpg", IMAGE)
+                add(tar, f"{name}.txt", b"text")
+    index_shard(tmp_path / "d.tar")
+    with tarfile.open(tmp_path / "d.tar") as tar:
+        expected = [member.offset for member in tar if member.name.endswith(".jpg")]
+        expected.append(tar.offset)
+    index = (tmp_path / "d.tar.idx").read_bytes()
+    assert [int.from_bytes(index[i : i + 8], "little") for i in range(0, 24, 8)] == expected
+
+
+@pytest.mark.parametrize("change", [0, 3])
+def test_a_file_before_the_first_sample_is_a_fault(tmp_path, change):
+    """The index has lost a sample and the manifest knows no better; perhaps its header is bad."""
+    path = tmp_path / "d.tar"
+    with tarfile.open(path, "w") as tar:
+        for key in "ab":
+            add(tar, f"{key}.jpg", IMAGE)
+            add(tar, f"{key}.txt", b"text")
+    row = index_shard(path)
+    for suffix, digest in ((".idx", "index_sha256"), (".sums", "sums_sha256")):
+        sidecar = tmp_path / f"d.tar{suffix}"
+        sidecar.write_bytes(sidecar.read_bytes()[8:])
+        row[digest] = hashlib.sha256(sidecar.read_bytes()).hexdigest()
+    write_manifest(tmp_path, [row | {"samples": 1}])
+    data = bytearray(path.read_bytes())
+    data[change] ^= change
+    path.write_bytes(data)
+    (result,) = check(str(tmp_path))
+    assert result.good == 1 and len(result.faults) == 1
+    assert "d.tar: not only folders lie before its first sample, at byte" in result.faults[0]
 
 
 def test_names_that_lead_elsewhere_are_only_names(tmp_path):

@@ -108,6 +108,18 @@ def test_webdataset_tars_of_other_tools(tmp_path):
     assert [r.caption for r in records] == ["in json", "j"]
 
 
+def test_folders_in_a_tar_are_no_damage(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("./", "one.jpg", "one.txt", "empty/"):
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            data = {"one.jpg": encoded(picture(1)), "one.txt": b"text"}.get(name, b"")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    records, skipped = collect("webdataset", tmp_path)
+    assert [r.caption for r in records] == ["text"] and skipped == {}
+
+
 def test_webdataset_reads_our_shards_back(tmp_path):
     originals = [record(index) for index in range(25)]
     folder = write(tmp_path / "set", originals)

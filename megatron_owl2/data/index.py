@@ -9,7 +9,7 @@ from megatron_owl2.data.each_shard import each_shard
 from megatron_owl2.data.manifest import MANIFEST, ShardError, write_manifest
 from megatron_owl2.data.records import BadSampleError, are_usable
 from megatron_owl2.data.shards import write_sidecars
-from megatron_owl2.data.tar import BLOCK, members, padding, split_name
+from megatron_owl2.data.tar import BLOCK, entries, padding, split_name
 
 
 def index_directory(directory: Path, workers: int = 1) -> tuple[list[dict], list[str]]:
@@ -62,17 +62,18 @@ def index_shard(path: str | os.PathLike) -> dict:
         size = os.fstat(file.fileno()).st_size
         window = _Window(file.fileno())
         try:
-            for start, name, data, length in members(window.read, 0, size):
-                key, extension = split_name(name)
-                if key in ("", "/") or not extension or key.endswith("/"):
-                    raise BadSampleError(f"{name!r} belongs to no sample; remove it")
-                if key != last_key or extension in extensions:
-                    if offsets:
-                        sums.append(checksum(window.read(offsets[-1], start)))
-                        usable += are_usable(extensions)
-                    offsets.append(window.keep(start))
-                    last_key, extensions = key, set()
-                extensions.add(extension)
+            for start, name, data, length in entries(window.read, 0, size):
+                if name is not None:
+                    key, extension = split_name(name)
+                    if key in ("", "/") or not extension or key.endswith("/"):
+                        raise BadSampleError(f"{name!r} belongs to no sample; remove it")
+                    if key != last_key or extension in extensions:
+                        if offsets:
+                            sums.append(checksum(window.read(offsets[-1], start)))
+                            usable += are_usable(extensions)
+                        offsets.append(window.keep(start))
+                        last_key, extensions = key, set()
+                    extensions.add(extension)
                 position = data + length + padding(length)
             if offsets:
                 sums.append(checksum(window.read(offsets[-1], position)))

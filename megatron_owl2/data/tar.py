@@ -16,8 +16,8 @@ BLOCK = 512
 END = bytes(2 * BLOCK)  # closes an archive
 
 _FILE = (b"0", b"\0")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories
-_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
+_NO_FILE = (b"1", b"2", b"3", b"4", b"5", b"6", b"g")  # links, devices, folders, global headers
+_PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"
 _MAX_EXTENDED = 2**20  # bytes of an extended header; a larger one is damage
 _TRAILER = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
 _CHECKSUM_BASE = sum(_TRAILER) + 8 * ord(" ")
@@ -54,11 +54,19 @@ def split_name(name: str) -> tuple[str, str]:
 def members(
     read: Callable[[int, int], bytes | memoryview], position: int, stop: int
 ) -> Iterator[tuple[int, str, int, int]]:
-    """The files of an archive between two byte offsets, until `stop` or the end marker.
+    """The files of an archive between two byte offsets: entries() that have a name."""
+    return (entry for entry in entries(read, position, stop) if entry[1] is not None)
 
-    `read(start, stop)` gives bytes of the archive. Yields (offset of the file's first header,
-    name, offset of its data, size). Directories and links are passed over. Raises BadSampleError if
-    a header is damaged, or a member is of an unknown type or reaches beyond `stop`.
+
+def entries(
+    read: Callable[[int, int], bytes | memoryview], position: int, stop: int
+) -> Iterator[tuple[int, str | None, int, int]]:
+    """What an archive holds between two byte offsets, until `stop` or the end marker.
+
+    `read(start, stop)` gives bytes of the archive. Yields (offset of the first header of a file,
+    name, offset of its data, size). What is no file (directories, links, global headers) has None
+    for a name. Raises BadSampleError if a header is damaged, or a member is of an unknown type or
+    reaches beyond `stop`.
     """
     first, long_name, long_size = position, None, None
     while position < stop:
@@ -83,9 +91,11 @@ def members(
             else:
                 long_name = _text(body)
             continue
-        elif kind in (_PAX_GLOBAL, _LONG_LINK):
+        elif kind == _LONG_LINK:
             continue
-        elif kind not in _WITHOUT_DATA:
+        elif kind in _NO_FILE:
+            yield first, None, data, size
+        else:
             raise BadSampleError(f"member {_name(header)!r} is of the unknown type {kind!r}")
         first, long_name, long_size = position, None, None
 
