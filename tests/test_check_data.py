@@ -143,3 +143,24 @@ def test_a_damaged_foreign_shard_leaves_no_manifest(tmp_path):
     assert done.returncode == 1
     assert f"damaged: {path}" in done.stderr and "--format webdataset" in done.stderr
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_samples_without_a_part_are_counted_with_what_they_lack(tmp_path):
+    image = encoded(picture(0))
+    parts = [{"jpg": image, "txt": "x"}] * 6 + [{"jpg": image}] * 2 + [{"txt": "x"}]
+    parts += [{"jpg": image, "txt": "x", "cls": "1"}]
+    for number in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"{number}.tar")) as writer:
+            for i, part in enumerate(parts):
+                writer.write({"__key__": f"{number}{i}", **part})
+    done = run("index_data", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second, *reasons = done.stdout.splitlines()
+    assert first.endswith("20 samples in 2 sound shards")
+    assert second.startswith("8 of them cannot be used")
+    assert reasons == [
+        "  4 x no txt or json",
+        "  2 x no image (jpg, jpeg, png or webp)",
+        "  2 x a part that is neither an image (jpg, jpeg, png or webp) nor txt nor json",
+    ]
+    assert "12 good (0 pictures decoded), 8 bad" in run("check_data", tmp_path).stdout

@@ -27,7 +27,7 @@ def everything(folder) -> list[Record]:
 
 
 def adopt(folder) -> list[Record]:
-    write_manifest(folder, [index_shard(path) for path in sorted(folder.glob("*.tar"))])
+    write_manifest(folder, [index_shard(path)[0] for path in sorted(folder.glob("*.tar"))])
     return everything(folder)
 
 
@@ -110,8 +110,8 @@ def test_what_is_indexed_is_sound_when_it_is_checked(tmp_path, names, headers):
                 add(tar, f"{name}.jpg", IMAGE)
                 add(tar, f"{name}.txt", name.encode())
     keys = [name for name in names if not name.endswith("/")]
-    rows, failures = index_directory(tmp_path)
-    assert failures == [] and [row["samples"] for row in rows] == [len(keys)]
+    found = index_directory(tmp_path)
+    assert not found.failures and [row["samples"] for row in found.rows] == [len(keys)]
     (result,) = check(str(tmp_path))
     assert (result.good, result.bad, result.faults) == (len(keys), [], [])
     assert [(r.key, r.caption) for r in everything(tmp_path)] == [(key, key) for key in keys]
@@ -142,7 +142,7 @@ def test_a_file_before_the_first_sample_is_a_fault(tmp_path, change):
         for key in "ab":
             add(tar, f"{key}.jpg", IMAGE)
             add(tar, f"{key}.txt", b"text")
-    row = index_shard(path)
+    row, _ = index_shard(path)
     for suffix, digest in ((".idx", "index_sha256"), (".sums", "sums_sha256")):
         sidecar = tmp_path / f"d.tar{suffix}"
         sidecar.write_bytes(sidecar.read_bytes()[8:])

@@ -264,7 +264,7 @@ def test_foreign_shards_are_indexed_whole_or_refused(tmp_path):
             data[start : start + chance.randrange(1, 512)] = b""
         path.write_bytes(data)
         try:
-            row = index_shard(path)
+            row, _ = index_shard(path)
         except ShardError as error:
             assert "f.tar" in str(error)
             refused += 1

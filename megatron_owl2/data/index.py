@@ -1,54 +1,69 @@
 """Indexing the tar files that another program wrote, so that they are a data set where they lie."""
 
 import os
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest as checksum
 
 from megatron_owl2.data.each_shard import each_shard
 from megatron_owl2.data.manifest import MANIFEST, ShardError, write_manifest
-from megatron_owl2.data.records import BadSampleError, are_usable
+from megatron_owl2.data.records import BadSampleError, why_unusable
 from megatron_owl2.data.shards import write_sidecars
 from megatron_owl2.data.tar import BLOCK, entries, padding, split_name
 
 
-def index_directory(directory: Path, workers: int = 1) -> tuple[list[dict], list[str]]:
+@dataclass
+class Indexed:
+    """What came of a folder: the `rows` of its sound shards, how many of their samples training
+    cannot use (`unusable`, by reason), and the `failures`, a message for each damaged shard."""
+
+    rows: list[dict] = field(default_factory=list)
+    unusable: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def index_directory(directory: Path, workers: int = 1) -> Indexed:
     """Make the tar files of a folder a data set where they lie.
 
-    Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Returns its rows
-    and the failures. Raises ShardError if the folder holds no tar file or is a data set already.
+    Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Raises
+    ShardError if the folder holds no tar file or is a data set already.
     """
     if (directory / MANIFEST).exists():
         raise ShardError(
             f"{directory} holds a {MANIFEST} already; check it with tools/check_data.py, or remove "
             "the manifest to index its shards again"
         )
-    paths = sorted(directory.glob("*.tar"))
-    if not paths:
+    sizes = {path: path.stat().st_size for path in sorted(directory.glob("*.tar"))}
+    if not sizes:
         raise ShardError(f"{directory} holds no .tar file")
-    rows: dict[str, dict] = {}
-    failures: list[str] = []
-    sizes = {path: path.stat().st_size for path in paths}
-    for path, (row, failure) in each_shard(_index, sizes, workers, "index"):
-        if row is not None:
-            rows[path.name] = row
+    found = Indexed()
+    for _, result in each_shard(_index, sizes, workers, "index"):
+        if isinstance(result, str):
+            found.failures.append(result)
         else:
-            failures.append(failure)
-    ordered = [rows[path.name] for path in paths if path.name in rows]
-    if not failures:
-        write_manifest(directory, ordered)
-    return ordered, sorted(failures)
+            row, unusable = result
+            found.rows.append(row)
+            found.unusable += unusable
+    found.rows.sort(key=lambda row: row["name"])
+    found.failures.sort()
+    if not found.failures:
+        write_manifest(directory, found.rows)
+    return found
 
 
-def _index(path: Path) -> tuple[dict | None, str]:
+def _index(path: Path) -> tuple[dict, Counter[str]] | str:
+    """As index_shard, or why the file cannot be indexed."""
     try:
-        return index_shard(path), ""
+        return index_shard(path)
     except ShardError as error:
-        return None, str(error)
+        return str(error)
 
 
-def index_shard(path: str | os.PathLike) -> dict:
-    """Index a tar file written by another tool: writes `.idx` and `.sums`, returns its row.
+def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
+    """Index a tar file written by another tool: writes `.idx` and `.sums`; returns its row and
+    how many samples training cannot use, by reason.
 
     A sample is a run of files with one key and different extensions. Checks the checksum of every
     header, every size and the end marker. Raises ShardError if the file is damaged or cut, holds a
@@ -57,10 +72,17 @@ def index_shard(path: str | os.PathLike) -> dict:
     path = Path(path)
     offsets: list[int] = []
     sums: list[int] = []
-    last_key, extensions, position, usable = None, set(), 0, 0
+    unusable: Counter[str] = Counter()
+    last_key, extensions, position = None, set(), 0
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         window = _Window(file.fileno())
+
+        def finish(stop: int) -> None:
+            sums.append(checksum(window.read(offsets[-1], stop)))
+            if reason := why_unusable(extensions):
+                unusable[reason] += 1
+
         try:
             for start, name, data, length in entries(window.read, 0, size):
                 if name is not None:
@@ -69,26 +91,26 @@ def index_shard(path: str | os.PathLike) -> dict:
                         raise BadSampleError(f"{name!r} belongs to no sample; remove it")
                     if key != last_key or extension in extensions:
                         if offsets:
-                            sums.append(checksum(window.read(offsets[-1], start)))
-                            usable += are_usable(extensions)
+                            finish(start)
                         offsets.append(window.keep(start))
                         last_key, extensions = key, set()
                     extensions.add(extension)
                 position = data + length + padding(length)
             if offsets:
-                sums.append(checksum(window.read(offsets[-1], position)))
-                usable += are_usable(extensions)
+                finish(position)
         except BadSampleError as error:
             raise ShardError(f"{path} behind byte {position}: {error}") from None
         if not offsets:
             raise ShardError(f"{path} holds no sample")
-        if 2 * usable < len(offsets):
+        if 2 * unusable.total() > len(offsets):
+            reason, count = unusable.most_common(1)[0]
             raise ShardError(
-                f"{path}: {len(offsets) - usable} of {len(offsets)} samples are not an image with "
-                ".txt or .json; the files of a sample must have one name and lie together"
+                f"{path}: {unusable.total()} of {len(offsets)} samples are not an image with "
+                f".txt or .json ({count} x {reason}); the files of a sample must have one name and "
+                "lie together"
             )
         _check_end(path, window, position, size)
-    return write_sidecars(path, [*offsets, position], sums, size)
+    return write_sidecars(path, [*offsets, position], sums, size), unusable
 
 
 class _Window:

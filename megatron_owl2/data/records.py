@@ -100,11 +100,8 @@ class Record:
         Raises BadSampleError if a part is missing, unknown or malformed.
         """
         images = [extension for extension in members if extension in _IMAGES]
-        if not are_usable(members.keys()):
-            raise BadSampleError(
-                f"sample {key!r} has the parts {sorted(members)}; expected an image (jpg, png or "
-                "webp) with txt or json, or json alone"
-            )
+        if reason := why_unusable(members.keys()):
+            raise BadSampleError(f"sample {key!r} has the parts {sorted(members)}: {reason}")
         image = members[images[0]] if images else None
         body = _json(key, members["json"]) if "json" in members else {}
         try:
@@ -139,12 +136,17 @@ def _json(key: str, data: bytes) -> dict:
     return body
 
 
-def are_usable(extensions: Set[str]) -> bool:
-    """Whether parts with these extensions can be a record."""
+def why_unusable(extensions: Set[str]) -> str | None:
+    """Why parts with these extensions cannot be a record, or None if they can: an image with .txt
+    or .json, or .json alone."""
     images, texts = extensions & _IMAGES, extensions & _TEXTS
     if len(images) + len(texts) < len(extensions):
-        return False
-    return len(texts) > 0 if len(images) == 1 else extensions == {"json"}
+        return "a part that is neither an image (jpg, jpeg, png or webp) nor txt nor json"
+    if len(images) > 1:
+        return "more than one image"
+    if not images and extensions != {"json"}:
+        return "no image (jpg, jpeg, png or webp)"
+    return None if texts else "no txt or json"
 
 
 def image_extension(data: bytes) -> str:
