@@ -1,7 +1,10 @@
 """The files of a corpus in batches of columns, under the names that the corpus declares."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from data_prep import tables
 from data_prep.corpus import Corpus
@@ -22,7 +25,7 @@ class Published:
         tables.parquet()
         self.corpus = corpus
         self.paths = paths
-        self.malformed = 0  # rows of TSV that the last pass left out
+        self.left_out: Counter[str] = Counter()  # rows that the last pass could not read
         self._names = _resolve(corpus, paths[0], _columns(corpus, paths[0]))
         self._schema = None
 
@@ -48,7 +51,7 @@ class Published:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        self.malformed = 0
+        self.left_out.clear()
         for path in self.paths:
             names = _resolve(self.corpus, path, _columns(self.corpus, path))
             if names.keys() != self._names.keys():
@@ -60,6 +63,7 @@ class Published:
                 for batch in self._read(path, list(names.values())):
                     table = pa.Table.from_batches([batch])
                     table = table.select(list(names.values())).rename_columns(list(names))
+                    table = self._readable(table)
                     for index, text in enumerate(("url", "caption")):
                         column = pc.utf8_trim_whitespace(table[text].cast("string"))
                         table = table.set_column(index, text, column)
@@ -77,7 +81,7 @@ class Published:
         from pyarrow import csv
 
         def leave_out(row) -> str:
-            self.malformed += 1
+            self.left_out["row has another number of columns"] += 1
             return "skip"
 
         header = self.corpus.header
@@ -85,9 +89,38 @@ class Published:
             path,
             csv.ReadOptions(column_names=header, block_size=_BLOCK, use_threads=False),
             csv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=leave_out),
-            csv.ConvertOptions(column_types=dict.fromkeys(header, "string")),
+            # As texts, one wrong byte would stop the file.
+            csv.ConvertOptions(column_types=dict.fromkeys(header, "binary")),
         ) as file:
             yield from file
+
+    def _readable(self, table):
+        """The rows whose address and caption are UTF-8; the others are counted."""
+        for name in ("url", "caption"):
+            bad = _not_utf8(table[name])
+            if bad.any():
+                self.left_out["row is not UTF-8"] += int(bad.sum())
+                table = table.filter(~bad)
+        return table
+
+
+def _not_utf8(column) -> np.ndarray:
+    """Which values are no texts: bool [rows]."""
+    import pyarrow as pa
+
+    try:
+        column.cast("string").validate(full=True)
+    except pa.ArrowInvalid:
+        return np.array([not _is_utf8(value) for value in column.cast("binary").to_pylist()])
+    return np.zeros(len(column), dtype=bool)
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        (value or b"").decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _columns(corpus: Corpus, path: Path) -> Sequence[str]:

@@ -119,8 +119,8 @@ def _write(published: Published, folder: Path, selection: Selection) -> ListRepo
             mask = drawn
         writer.write(table, mask)
     writer.close()
-    rows += published.malformed
-    left_out["row has another number of columns"] += published.malformed
+    rows += published.left_out.total()
+    left_out += published.left_out
     report = ListReport(
         rows,
         sum(count for _, count in writer.files),

@@ -81,6 +81,29 @@ def test_cc3m_and_cc12m_have_no_header_and_no_quotes(tmp_path):
         assert report.left_out == {"no caption": 1, "row has another number of columns": 1}
 
 
+@pytest.mark.parametrize("form", ["tsv", "parquet"])
+def test_a_row_that_is_not_utf8_is_left_out_alone(tmp_path, form):
+    """Latin-1 in a caption or an address, wherever in it, and at any place of the table."""
+    captions = [f"caption {i} \u00e9".encode() for i in range(1000)]
+    addresses = [url(i).encode() for i in range(1000)]
+    captions[0], captions[500], captions[999] = b"caf\xe9 au lait", b"\xff", b"end\xe9"
+    addresses[7] = b"https://example.com/\xe9.jpg"
+    path = tmp_path / f"cc3m.{form}"
+    if form == "tsv":
+        path.write_bytes(
+            b"".join(b"%b\t%b\n" % row for row in zip(captions, addresses, strict=True))
+        )
+    else:
+        columns = {"caption": captions, "url": addresses}
+        texts = {name: pa.array(rows, pa.binary()).view("string") for name, rows in columns.items()}
+        pq.write_table(pa.table(texts), path)
+    report = make("cc3m", path, tmp_path / "list", sample=900)
+    assert report.left_out == {"row is not UTF-8": 4, "not drawn": 96}
+    assert (report.rows, report.listed) == (1000, 900)
+    assert all(row["caption"].endswith(" \u00e9") for row in listed(tmp_path / "list"))
+    assert not set(numbers(tmp_path / "list")) & {0, 7, 500, 999}
+
+
 def test_laion_filters_count_every_row_once(tmp_path):
     rows = {
         "URL": [*(url(i) for i in range(98)), None, "ftp://x"],
