@@ -44,10 +44,12 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
             "from img2dataset"
         )
     unfinished = [path.name for path in shards if not _stats_file(path).exists()]
-    if 0 < len(unfinished) < len(shards):
+    if unfinished:
+        lost = "use --format webdataset" if tars else "write {} to the _stats.json of each"
         raise PreprocessError(
-            f"img2dataset has not finished {', '.join(unfinished[:3])} in {source} (no "
-            "_stats.json); start the download again, it continues"
+            f"img2dataset has not finished {len(unfinished)} of {len(shards)} shards "
+            f"({', '.join(unfinished[:3])}) in {source}: they have no _stats.json; start the "
+            f"download again, it continues. If nothing but the statistics is lost, {lost}"
         )
     return [Part(path.stem, _identity(path), path) for path in shards]
 

@@ -56,11 +56,28 @@ def test_img2dataset_unfinished_and_lost(tmp_path):
     _, skipped = collect("img2dataset", folder)
     assert skipped["counted in the statistics but not there"] == 1 and skipped["no image"] == 1
     (folder / "00001_stats.json").unlink()
-    assert "has not finished 00001" in refused("img2dataset", folder)
+    assert "has not finished 1 of 2 shards (00001)" in refused("img2dataset", folder)
     only_metadata = tmp_path / "metadata"
     only_metadata.mkdir()
     shutil.copy(REAL / "files/00000.parquet", only_metadata)
     assert "not from img2dataset" in refused("img2dataset", only_metadata)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])
+def test_img2dataset_stopped_in_its_first_shards(tmp_path, form):
+    """Statistics come when a shard is complete; so without any, all may be half."""
+    folder = shutil.copytree(REAL / form, tmp_path / form)
+    for path in folder.glob("*_stats.json"):
+        path.unlink()
+    error = refused("img2dataset", folder)
+    assert "has not finished 2 of 2 shards" in error and "start the download again" in error
+    assert ("--format webdataset" if form == "webdataset" else "write {} to") in error
+    if form == "webdataset":
+        assert len(collect("webdataset", folder)[0]) == 5
+        return
+    for shard in range(2):
+        (folder / f"{shard:05d}_stats.json").write_text("{}")
+    assert len(collect("img2dataset", folder)[0]) == 5
 
 
 def test_img2dataset_damaged_parquet(tmp_path):

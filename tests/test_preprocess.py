@@ -91,6 +91,7 @@ def test_img2dataset_files(tmp_path):
         folder.mkdir(parents=True)
         for name, data in img2dataset_rows(shard).items():
             (folder / name).write_bytes(data)
+        (source / f"{shard:05d}_stats.json").write_text("{}")
     succeeded(tool(source, "img2dataset", tmp_path / "set"))
     check_pairs(tmp_path / "set", shards=2)
     assert report(tmp_path / "set")["skipped"] == {k: 2 * n for k, n in SKIPPED.items()}
@@ -108,6 +109,7 @@ def test_the_rest_of_a_damaged_tar_is_reported(tmp_path, damage):
     source.mkdir()
     path = source / "00000.tar"
     add_members(path, img2dataset_rows(0))
+    (source / "00000_stats.json").write_text("{}")
     with tarfile.open(path) as tar:
         third = tar.getmember("000000002.jpg").offset
     if damage == "header":
