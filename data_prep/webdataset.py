@@ -1,10 +1,11 @@
 """Reads plain webdataset tars: an image with a caption in .txt or .json; our own shards too."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from data_prep.inputs import (
     CAPTION_COLUMNS,
@@ -16,10 +17,9 @@ from data_prep.inputs import (
     scalars,
 )
 from data_prep.tars import read_tar
-from megatron_owl2.data.records import BadSampleError, Record
+from megatron_owl2.data.records import KEY, BadSampleError, Record
 from megatron_owl2.preprocess.parts import Part, PreprocessError, ReadOptions, Skipped
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 _OURS = {"source", "metadata"}  # with a caption or turns, what the .json part of our shards holds
 
 
@@ -49,24 +49,22 @@ def read(payload: tuple[Path, str | None]) -> Iterator[Record | Skipped]:
     """The samples of one tar file.
 
     The caption is the .txt part or, without one or with `caption_column`, a value of the .json
-    part. A key that a record cannot have gives way to the sample's number; `metadata["key"]` is the
-    key as it was.
+    part. A key that a record cannot have gives way to what of it can be kept and a hash of all;
+    `metadata["key"]` is the key as it was.
     """
     path, caption_column = payload
-    for number, item in enumerate(read_tar(path)):
+    for item in read_tar(path):
         if isinstance(item, Skipped):
             yield item
             continue
         key, parts = item
         try:
-            yield _record(number, key, parts, caption_column, path)
+            yield _record(key, parts, caption_column, path)
         except (SkipError, BadSampleError) as error:
             yield Skipped(str(error), f"{path.name}, {key}")
 
 
-def _record(
-    number: int, key: str, parts: dict[str, bytes], caption_column: str | None, path: Path
-) -> Record:
+def _record(key: str, parts: dict[str, bytes], caption_column: str | None, path: Path) -> Record:
     row = _row(parts.get("json", b"{}"))
     if row.keys() - {"caption", "turns"} == _OURS:
         try:
@@ -82,9 +80,9 @@ def _record(
     else:
         text = row.get(name)
     metadata = scalars(row, without=(name,))
-    if not _KEY.fullmatch(key):
+    if not KEY.fullmatch(key):
         metadata["key"] = key
-        key = f"{number:09d}"
+        key = f"{part_name(key)[-60:]}-{xxhash.xxh3_64_hexdigest(key.encode())}"
     return Record(
         key,
         image=parts[images[0]],

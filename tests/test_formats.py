@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
+import xxhash
 from read_corpus import collect, refused, write_pictures
 from tiny_data import encoded, picture, record, write
 
@@ -89,6 +90,10 @@ def test_img2dataset_damaged_parquet(tmp_path):
     assert len(records) + sum(skipped.values()) == 9 + 1
 
 
+def stand_in(readable: str, key: str) -> str:
+    return f"{readable}-{xxhash.xxh3_64_hexdigest(key.encode())}"
+
+
 def test_webdataset_tars_of_other_tools(tmp_path):
     (tmp_path / "data/deep").mkdir(parents=True)
     jpg = encoded(picture(1))
@@ -109,10 +114,10 @@ def test_webdataset_tars_of_other_tools(tmp_path):
     records, skipped = collect("webdataset", tmp_path / "data")
     assert [(r.key, r.caption, r.metadata) for r in records] == [
         ("one", "in txt", {}),
-        ("000000001", "in json", {"score": 0.5, "key": "x/two"}),
+        (stand_in("x_two", "x/two"), "in json", {"score": 0.5, "key": "x/two"}),
         ("three", "t", {"n": 1}),
-        ("000000007", "long key", {"key": "k" * 95}),
-        ("000000000", "long name", {"key": "y" * 120}),
+        (stand_in("k" * 60, "k" * 95), "long key", {"key": "k" * 95}),
+        (stand_in("y" * 60, "y" * 120), "long name", {"key": "y" * 120}),
     ]
     assert all(item.image == jpg for item in records)
     assert skipped == {
@@ -123,6 +128,19 @@ def test_webdataset_tars_of_other_tools(tmp_path):
     }
     records, _ = collect("webdataset", tmp_path / "data/a.tar", caption_column="caption")
     assert [r.caption for r in records] == ["in json", "j"]
+
+
+def test_a_key_that_stands_in_for_another_is_like_no_other(tmp_path):
+    """Samples numbered as img2dataset does it, beside keys that a record cannot have."""
+    names = ["000000001", "a/000000001", "b/000000001", "a_000000001", "a b", "a_b", "é" * 70, "猫"]
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for name in names:
+            tar.write({"__key__": name, "jpg": encoded(picture(1)), "txt": name})
+    records, skipped = collect("webdataset", tmp_path)
+    assert [r.caption for r in records] == names and skipped == {}
+    assert len({r.key for r in records}) == len(names)
+    assert all(r.to_members() for r in records)
+    assert [r.metadata.get("key", r.key) for r in records] == names
 
 
 def test_folders_in_a_tar_are_no_damage(tmp_path):

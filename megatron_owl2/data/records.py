@@ -8,7 +8,7 @@ from typing import Any
 
 IMAGE_PLACEHOLDER = "<|image|>"  # stands for the picture in a question; the official spelling
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # webdataset ends a key at the first dot, ustar at 100
+KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # webdataset ends a key at the first dot, ustar at 100
 _IMAGES, _TEXTS = {"jpg", "jpeg", "png", "webp"}, {"json", "txt"}
 _FIELDS = {"caption", "turns", "source", "metadata"}
 
@@ -71,7 +71,7 @@ class Record:
         Raises BadSampleError for a key with other characters than letters, digits, `_`, `-`, an
         image that is not JPEG, PNG or WebP, or metadata that JSON cannot hold.
         """
-        if not _KEY.fullmatch(self.key):
+        if not KEY.fullmatch(self.key):
             raise BadSampleError(
                 f"key {self.key!r}: use 1 to 90 letters, digits, '_' and '-' (a dot ends the key)"
             )
