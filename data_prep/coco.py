@@ -89,6 +89,7 @@ def _plan(source: Path, options: ReadOptions, one_caption: bool) -> list[Part]:
             f"{name}-{start // size:05d}",
             f"{identity} from {start}",
             (rows[start : start + size], images, source.stem),
+            source,
         )
         for start in range(0, len(rows), size)
     ]

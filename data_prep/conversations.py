@@ -37,6 +37,7 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
             f"{name}-{start // options.samples_per_part:05d}",
             f"{digest} from {start}",
             (start, entries[start : start + options.samples_per_part], images, source.stem),
+            source,
         )
         for start in range(0, len(entries), options.samples_per_part)
     ]

@@ -30,6 +30,7 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
             f"{name}-{index:05d}",
             f"{digest.hexdigest()} from {index * rows}",
             (source, start, index * rows, rows),
+            source,
         )
         for index, start in enumerate(starts)
     ]

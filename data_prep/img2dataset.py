@@ -51,7 +51,7 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
             f"({', '.join(unfinished[:3])}) in {source}: they have no _stats.json; start the "
             f"download again, it continues. If nothing but the statistics is lost, {lost}"
         )
-    return [Part(path.stem, _identity(path), path) for path in shards]
+    return [Part(path.stem, _identity(path), path, path) for path in shards]
 
 
 def read(path: Path) -> Iterator[Record | Skipped]:

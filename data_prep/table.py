@@ -47,7 +47,8 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
                 ),
             )
             name = f"{part_name(path.stem)}-{index:05d}"
-            parts.append(Part(name, f"{piece.identity} {columns}", (piece, columns, images)))
+            identity = f"{piece.identity} {columns}"
+            parts.append(Part(name, identity, (piece, columns, images), path))
     return parts
 
 

@@ -40,6 +40,7 @@ def plan(source: Path, options: ReadOptions) -> list[Part]:
             part_name(str(path.relative_to(root).with_suffix(""))),
             f"{path.stat().st_size} bytes, changed {path.stat().st_mtime_ns}",
             (path, options.caption_column),
+            path,
         )
         for path in paths
     ]

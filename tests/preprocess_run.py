@@ -92,7 +92,7 @@ def read_list(items: list[Record | Skipped]) -> Iterator[Record | Skipped]:
 
 
 def as_parts(contents: list[list[Record | Skipped]]) -> list[Part]:
-    return [Part(f"part{i}", str(i), items) for i, items in enumerate(contents)]
+    return [Part(f"part{i}", str(i), items, Path(f"input{i}")) for i, items in enumerate(contents)]
 
 
 def job(contents: list[list[Record | Skipped]], output: Path, **options) -> Outcome:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -247,6 +248,24 @@ def test_wrong_use_is_a_clear_error(tars, images, tmp_path):
     assert "must hold a list" in failed(tool(text, "conversations", out))
     write_json(text, [{"image": "2.png", "conversations": []}])
     assert "--images DIR" in failed(tool(text, "conversations", out))
+    assert not out.exists()
+
+
+def test_files_whose_shards_cannot_be_named_are_told_with_what_to_do(tars, tmp_path):
+    source, out = tmp_path / "tars", tmp_path / "set"
+    for name in ("a b.tar", "deep/c.tar", "a_b.tar"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tars / "00000.tar", source / name)
+    error = failed(tool(source, "webdataset", out))
+    assert f"{source}/a b.tar and of {source}/a_b.tar would both be named a_b" in error
+    assert "rename one of them" in error
+    (source / "a_b.tar").rename(source / "deep_c.tar")
+    error = failed(tool(source, "webdataset", out))
+    assert f"{source}/deep/c.tar and of {source}/deep_c.tar would both" in error
+    (source / "a b_stats.json").write_text("{}")
+    (source / "deep_c.tar").unlink()
+    error = failed(tool(source, "img2dataset", out))
+    assert f"shards of {source}/a b.tar cannot be named 'a b'; rename it" in error
     assert not out.exists()
 
 

@@ -139,7 +139,7 @@ def test_a_changed_input_between_two_readings_is_refused(corpus, tmp_path):
     preprocess(parts, settings, output, {}, merge=True)
     another = pair(corpus[3][7].key, corpus[3][7].image, "another caption")
     for changed in ([*corpus[3][:7], another], corpus[3][:7], [*corpus[3][1:], corpus[3][0]]):
-        parts[3] = Part("part3", "3", changed)
+        parts[3] = Part("part3", "3", changed, Path("input3"))
         with pytest.raises(PreprocessError, match="part part3: sample . is not what the first"):
             preprocess(parts, settings, output, {})
         assert not list(output.glob("part3*")) and not list((output / UNFINISHED).iterdir())

@@ -56,14 +56,11 @@ def preprocess(
     Partition (i, n) scans its parts i, i + n, ... or, once the selection is there, writes them.
     With n > 1 it leaves the selection and the end to a run with `merge`, which does those two and
     no more. `arguments` (JSON) say, with `settings`, what the job is: a folder made by the same job
-    is continued, or left alone if finished. Raises PreprocessError if the folder holds anything
-    else, if `merge` finds parts missing, if no sample was kept, or if a part cannot be done.
+    is continued, or left alone if finished. Raises PreprocessError if two parts have one name or
+    one has a name that shards cannot have, if the folder holds anything else, if `merge` finds
+    parts missing, if no sample was kept, or if a part cannot be done.
     """
-    names = [part.name for part in parts]
-    if len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)):
-        raise PreprocessError(
-            f"parts of the input need different names of letters, digits, '_', '-': {names[:5]}"
-        )
+    _check_names(parts)
     folder = Folder(output)
     folder.claim(_describe(parts, settings, arguments))
     if (output / MANIFEST).exists():
@@ -90,6 +87,23 @@ def preprocess(
     if count > 1:
         return Outcome(None, written=written)
     return Outcome(_finish(folder, parts, settings), scanned, written, selected, finished=True)
+
+
+def _check_names(parts: Sequence[Part]) -> None:
+    known: dict[str, Path] = {}
+    for part in parts:
+        if not _NAME.fullmatch(part.name):
+            raise PreprocessError(
+                f"shards of {part.origin} cannot be named {part.name!r}; rename it with letters, "
+                "digits, '_' and '-' alone"
+            )
+        if part.name in known:
+            raise PreprocessError(
+                f"shards of {known[part.name]} and of {part.origin} would both be named "
+                f"{part.name}; rename one of them (all but letters, digits, '_' and '-' count as "
+                "'_')"
+            )
+        known[part.name] = part.origin
 
 
 def _describe(parts: Sequence[Part], settings: Settings, arguments: dict) -> dict[str, Any]:

@@ -26,12 +26,13 @@ class Part:
     """A piece of the input that one process turns into shards.
 
     `name` goes into shard names, `identity` changes when the input does, `payload` is what the
-    reader needs and can be pickled.
+    reader needs and can be pickled, `origin` is the file or folder it is of.
     """
 
     name: str
     identity: str
     payload: Any
+    origin: Path
 
 
 @dataclass(frozen=True)
