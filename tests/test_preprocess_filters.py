@@ -13,7 +13,7 @@ from tiny_data import encoded, picture
 from megatron_owl2.data.images import decode, image_size
 from megatron_owl2.data.records import BadSampleError, Record, Turn
 from megatron_owl2.preprocess.filters import Filters
-from megatron_owl2.preprocess.parts import PreprocessError
+from megatron_owl2.preprocess.parts import PreprocessError, Skipped
 from megatron_owl2.preprocess.transform import Reencoding
 
 
@@ -75,6 +75,16 @@ def test_a_score_that_no_record_has_is_an_error_that_names_those_there_are(tmp_p
     content = [[pair(f"{i}", clip=0.5, width=3, name="x", good=True)] for i in range(2)]
     limits = Filters(max_score={"watermark": 0.5})
     with pytest.raises(PreprocessError, match="'watermark'.* hold numbers are: clip, width$"):
+        job(content, tmp_path, filters=limits, sample=1 if two_readings else None)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("two_readings", [False, True])
+def test_limits_of_a_score_do_not_hide_why_no_record_could_be_read(tmp_path, two_readings):
+    content = [[Skipped("no image", "row 1"), pair("page", b"<html>404</html>", clip=0.5)]]
+    reasons = "(?s)kept 0, skipped 2\n.*  1 x image is not .* \\(such as page\\)\n  1 x no image"
+    limits = Filters(min_score={"clip": 0.3})
+    with pytest.raises(PreprocessError, match=reasons):
         job(content, tmp_path, filters=limits, sample=1 if two_readings else None)
     assert not (tmp_path / "manifest.json").exists()
 

@@ -76,9 +76,10 @@ class Tally:
                 total[:] = map(sum, zip(total, more, strict=True))
 
     def check_scores(self, names: Iterable[str]) -> None:
-        """Raise PreprocessError for a score that not one record has."""
-        for name in sorted(names):
-            if not any(self.histograms["read"][score_title(name)]):
+        """Raise PreprocessError for a score that not one of the records that were read has."""
+        read = self.histograms["read"]
+        for name in sorted(names) if any(read["text length"]) else ():
+            if not any(read[score_title(name)]):
                 raise PreprocessError(
                     f"no record has a score {name!r}; the columns that hold numbers are: "
                     f"{', '.join(sorted(self.columns)) or 'none'}"
