@@ -44,7 +44,7 @@ class Settings:
 @dataclass(frozen=True)
 class _Candidate:
     """A record that stays so far, the place of it among its part's samples, and its picture's
-    pixels (uint8 [3, H, W]) if they had to be decoded."""
+    pixels (uint8 [3, H, W]) if it is to be encoded anew."""
 
     record: Record
     position: int
@@ -87,9 +87,7 @@ def write_part(settings: Settings, folder: Folder, part: Part, tick: Tick) -> No
         with writer:
             for candidate in choose(settings, part, tally, tick, *arguments):
                 record, facts = candidate.record, candidate.facts
-                if candidate.pixels is not None and settings.reencoding.needed(
-                    record.image, facts.size
-                ):
+                if candidate.pixels is not None:
                     image = settings.reencoding.encode(candidate.pixels)
                     record = replace(record, image=image)
                     facts = measure(record, settings.filters.score_names)
