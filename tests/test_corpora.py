@@ -327,7 +327,8 @@ def test_command_line(tmp_path):
     assert result.returncode == 1 and "error: " in result.stderr
     assert "--input is missing" in run("--corpus", "coyo", "--output", tmp_path / "x").stderr
     for wrong in ("similarity", "=1", "similarity=nan"):
-        assert run(*arguments, "--min-score", wrong).returncode == 2
+        result = run(*arguments, "--min-score", wrong)
+        assert result.returncode == 2 and f"{wrong!r} is not NAME=NUMBER" in result.stderr
     for wrong in (["--shard-size", 0], ["--image-size", -1], ["--quality", 101]):
         result = run(*arguments, *wrong)
         assert result.returncode == 1 and "must be positive" in result.stderr

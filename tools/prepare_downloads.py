@@ -9,11 +9,11 @@ exact img2dataset command. For COCO there is only the script, which fetches the 
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 from data_prep import coco, download
+from data_prep.arguments import score_limit
 from data_prep.corpora import CORPORA
 from data_prep.selection import Selection
 from data_prep.url_list import write_url_list
@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--input", type=Path, help="file of the corpus as published, or folder")
     parser.add_argument("--output", type=Path, required=True, help="new folder of the list")
     rows = parser.add_argument_group("rows to list")
-    rows.add_argument("--min-score", type=_score, action="append", metavar="NAME=VALUE")
-    rows.add_argument("--max-score", type=_score, action="append", metavar="NAME=VALUE")
+    rows.add_argument("--min-score", type=score_limit, action="append", metavar="NAME=VALUE")
+    rows.add_argument("--max-score", type=score_limit, action="append", metavar="NAME=VALUE")
     rows.add_argument(
         "--only", type=_labels, action="append", metavar="NAME=LABEL[,LABEL]", help="labels to keep"
     )
@@ -98,13 +98,6 @@ def _list(options: argparse.Namespace) -> int:
         print("was complete already, nothing done")
     print(f"now: bash {options.output / download.SCRIPT} FOLDER")
     return 0
-
-
-def _score(text: str) -> tuple[str, float]:
-    name, _, value = text.rpartition("=")
-    if not name or not math.isfinite(float(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER")
-    return name, float(value)
 
 
 def _labels(text: str) -> tuple[str, list[str]]:

@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from data_prep.arguments import score_limit
 from data_prep.formats import FORMATS
 from megatron_owl2.preprocess.filters import Filters
 from megatron_owl2.preprocess.job import PAGE, Outcome, preprocess
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("--min-score", "least"), ("--max-score", "largest")):
         add(
             name,
-            type=_score,
+            type=score_limit,
             action="append",
             default=[],
             metavar="NAME=VALUE",
@@ -179,17 +180,6 @@ def _ratio(text: str) -> float:
     if not 1 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
-
-
-def _score(text: str) -> tuple[str, float]:
-    name, equals, value = text.rpartition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not name or not equals or not abs(number) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER")
-    return name, number
 
 
 def _sample(text: str) -> int | float:
