@@ -89,6 +89,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.directory.exists():
         parser.error(f"{options.directory} exists already")
+    if options.memory and options.memory < 2 * BATCH:
+        parser.error(f"--memory {options.memory}: two batches, {2 * BATCH} samples, are the least")
     torch.set_num_threads(1)
     options.directory.mkdir(parents=True)
     try:
@@ -286,23 +288,29 @@ def write_synthetic_manifest(folder: Path) -> None:
 
 
 def worker_memory(folder: Path, tokenizer: Tokenizer, samples: int) -> dict:
-    """Unique memory of one data worker in MB, at 20 points of `samples` small pictures."""
+    """Unique memory of one data worker in MB, at up to 20 points of `samples` small pictures."""
     with ShardWriter(folder / "small", SHARD) as writer:
-        for record in make_records(20_000, 96, 72):
+        for record in make_records(min(samples, 20_000), 96, 72):
             writer.write(record)
     before = {child.pid for child in psutil.Process().children()}
     batches = iter(open_ours(folder / "small", tokenizer, None, SIZES[0], workers=1))
     next(batches)
     (worker,) = [c for c in psutil.Process().children() if c.pid not in before]
     points: list[float] = []
-    steps = samples // BATCH
-    for step in range(1, steps + 1):
+    steps = memory_steps(samples)
+    for step in range(1, steps[-1] + 1):
         next(batches)
-        if step % max(1, steps // 20) == 0:
+        if step in steps:
             points.append(worker.memory_full_info().uss / 1e6)
             print(f"{step * BATCH:,} samples: {points[-1]:.1f} MB", file=sys.stderr)
     batches.close()
-    return {"samples": steps * BATCH, "worker_megabytes": points}
+    return {"samples": steps[-1] * BATCH, "worker_megabytes": points}
+
+
+def memory_steps(samples: int) -> list[int]:
+    """After which batches the memory is measured: up to 20, evenly, the last one of them."""
+    last = samples // BATCH
+    return sorted({last * point // 20 for point in range(1, 21)} - {0})
 
 
 def table(figures: dict) -> str:
@@ -332,7 +340,8 @@ def table(figures: dict) -> str:
     ]
     if "memory" in figures:
         count, points = figures["memory"].values()
-        first, second = (statistics.median(half) for half in (points[:10], points[10:]))
+        middle = len(points) // 2
+        first, second = map(statistics.median, (points[:middle], points[middle:]))
         lines.append(
             f"a worker over {count:,} samples: {first:.0f} MB in the first half, {second:.0f} MB "
             f"in the second (medians), {min(points):.0f} to {max(points):.0f} MB in all"
