@@ -196,6 +196,21 @@ def test_damaged_extended_headers_are_noticed(tmp_path):
             index_shard(path)
 
 
+def test_bytes_that_are_missing_in_the_last_picture_are_noticed(tmp_path):
+    """The header behind it is read from its empty end on, which looks like the end marker."""
+    path = tmp_path / "d.tar"
+    with tarfile.open(path, "w") as tar:
+        for key in "ab":
+            add(tar, f"{key}.txt", b"text")
+            add(tar, f"{key}.jpg", IMAGE)
+        add(tar, "b.json", b"")
+    data = path.read_bytes()
+    place = data.rindex(IMAGE) + 100
+    path.write_bytes(data[:place] + data[place + 400 :])
+    with pytest.raises(ShardError, match=f"{len(data) - 400} bytes, no multiple of 512"):
+        index_shard(path)
+
+
 def test_members_are_where_tarfile_finds_them(tmp_path):
     path = tmp_path / "m.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:

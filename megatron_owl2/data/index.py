@@ -66,8 +66,9 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
     how many samples training cannot use, by reason.
 
     A sample is a run of files with one key and different extensions. Checks the checksum of every
-    header, every size and the end marker. Raises ShardError if the file is damaged or cut, holds a
-    file that belongs to no sample, or if most samples are not of parts that training can use.
+    header, every size, the end marker, and that the archive is of whole blocks. Raises ShardError
+    if the file is damaged or cut, holds a file that belongs to no sample, or if most samples are
+    not of parts that training can use.
     """
     path = Path(path)
     offsets: list[int] = []
@@ -76,6 +77,11 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
     last_key, extensions, position = None, set(), 0
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
+        if size % BLOCK:
+            raise ShardError(
+                f"{path} has {size} bytes, no multiple of {BLOCK} as tar's always are: it lost "
+                "bytes or got more; copy it again"
+            )
         window = _Window(file.fileno())
 
         def finish(stop: int) -> None:
