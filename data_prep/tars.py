@@ -50,11 +50,12 @@ def _sample(key: str, parts: dict[str, bytes], repeated: bool) -> Sample | Skipp
 
 
 def _ends_here(file, position: int) -> bool:
-    """Whether the end marker follows and nothing after it; without it the file may be cut."""
+    """Whether the end marker follows and nothing after it, and the file is of whole blocks; else
+    it may be cut, or have lost bytes before."""
     file.seek(position)
     length = 0
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             return False
         length += len(chunk)
-    return length >= BLOCK
+    return length >= BLOCK and (position + length) % BLOCK == 0

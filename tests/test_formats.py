@@ -181,6 +181,22 @@ def test_webdataset_damage_is_counted(tmp_path):
     assert "leave out --images" in refused("webdataset", folder, images=tmp_path)
 
 
+def test_bytes_that_are_missing_before_an_empty_last_file_are_damage(tmp_path):
+    """What is left of the last header is empty, like the end of the archive."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        parts = {"one.jpg": encoded(picture(1)), "one.txt": b"text", "two.txt": b""}
+        for name, part in parts.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(part)
+            tar.addfile(member, io.BytesIO(part))
+    data = path.read_bytes()
+    place = data.index(b"text") + 4
+    path.write_bytes(data[:place] + data[place + 400 :])
+    _, skipped = collect("webdataset", tmp_path)
+    assert skipped == {"rest of a damaged file": 1}
+
+
 def coco(folder: Path) -> Path:
     content = {
         "info": {},
