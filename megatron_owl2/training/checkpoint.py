@@ -19,7 +19,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
@@ -128,9 +127,7 @@ def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
     """
     directory = resolve(directory)
     _compare_names(directory, chunks)
-    loaded = _load(directory, {"model": sharded_weights(chunks)}, StrictHandling.IGNORE_ALL)[
-        "model"
-    ]
+    loaded = _load(directory, {"model": sharded_weights(chunks)})["model"]
     with torch.no_grad():
         for name, parameter in _parameters(chunks):
             parameter.copy_(loaded[name])
@@ -157,7 +154,7 @@ def load_training(
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA),
     }
     _compare_optimizer(directory, template["optimizer"])
-    loaded = _load(directory, template, StrictHandling.RAISE_ALL)
+    loaded = _load(directory, template)
     with torch.no_grad():
         for name, parameter in _parameters(chunks):
             parameter.copy_(loaded["model"][name])
@@ -169,7 +166,7 @@ def load_training(
     scheduler.load_state_dict(loaded["scheduler"])
 
 
-def _load(directory: Path, template: dict, strict: StrictHandling) -> dict:
+def _load(directory: Path, template: dict) -> dict:
     """Read what `template` names; all ranks together.
 
     What a rank reads alone may raise RuntimeError where it is damaged; together with others that is
@@ -181,7 +178,8 @@ def _load(directory: Path, template: dict, strict: StrictHandling) -> dict:
     except alone as error:
         raise unreadable(directory, error) from error
     try:
-        return dist_checkpointing.load(template, str(directory), strict=strict)
+        # What there is has been compared with the template already, without asking all ranks.
+        return dist_checkpointing.load(template, str(directory), validate_access_integrity=False)
     except (OSError, CheckpointException, ValueError) as error:
         raise unreadable(directory, error) from error
 

@@ -87,7 +87,13 @@ class Writing:
     def __init__(self, state: dict, folder: Path):
         self._folder = folder
         self._plan = _Plan(*_FORMAT)
-        dist_checkpointing.save(state, str(folder), self._plan, async_sharded_save=True)
+        dist_checkpointing.save(
+            state,
+            str(folder),
+            self._plan,
+            async_sharded_save=True,
+            validate_access_integrity=False,  # the plan is validated by torch, on one rank
+        )
         self._results: list[WriteResult] = []
         self._failures: list[BaseException] = []
         self._threads = [
