@@ -17,18 +17,16 @@ from processes import killed_by_errors, single_threaded, wait_until
 from megatron_owl2.training import checkpoint
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 class Ranks:
     """The ranks of a job, each on a node of its own, started without a launcher that would end
     them: their exit codes and what they say."""
 
     def __init__(self, *folders: Path, program: list[str], environment: dict[str, str]):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+        # A store that is there already, as torchrun's is, has a port that nobody else can take.
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        place |= {"LOCAL_RANK": "0"}
         self.jobs = [
             subprocess.Popen(
                 [sys.executable, *program],
