@@ -25,9 +25,13 @@ start() {
     done
     mkdir -p "$folder"/{state,log,munge,spool/127.0.0.2,spool/127.0.0.3}
     chmod 700 "$folder/munge"
-    read -ra ports < <(python3 -c 'import socket
-free = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-print(*(s.getsockname()[1] for s in free))')
+    # Above those of the jobs and below those that Linux gives to whoever asks for any.
+    read -ra ports < <(python3 -c 'import contextlib, random, socket
+free = []
+for port in random.sample(range(30000, 32700), 200):
+    with contextlib.suppress(OSError):
+        free.append(socket.create_server(("127.0.0.1", port)))
+print(*(s.getsockname()[1] for s in free[:3]))')
     cat > "$folder/slurm.conf" << END
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
