@@ -60,12 +60,9 @@ def main() -> int:
 
 
 def _refuse(error: ValueError) -> int:
-    """What one rank of a node lacks all of them do, but another node may have it: one rank of each
-    says it."""
-    if os.environ.get("RANK", "0") == "0":
-        _tell(str(error))
-    elif os.environ.get("LOCAL_RANK") == "0":
-        _tell(f"rank {os.environ['RANK']} on {socket.gethostname()}: {error}")
+    """What is wrong may be so on one node or one rank alone, so every rank says it."""
+    rank = os.environ.get("RANK", "0")
+    _tell(str(error) if rank == "0" else f"rank {rank} on {socket.gethostname()}: {error}")
     return 2
 
 

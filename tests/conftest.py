@@ -1,6 +1,7 @@
 """Nothing of one test file reaches the next that runs in the same process."""
 
 import gc
+import os
 import signal
 import sys
 
@@ -18,6 +19,15 @@ def leaves_no_process_groups():
     if mcore := sys.modules.get("megatron_owl2.mcore"):
         mcore.shutdown()
     gc.collect()  # a group that is garbage crashes a forked child whose collector frees it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_environment():
+    """Tools that run in this process, and libraries that they import, set variables."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """A checkpoint under another layout and back: the same numbers, the same rates, the same run."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_owl2 import mcore
 from megatron_owl2.config import ParallelConfig
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import checkpoint
+from megatron_owl2.training.checkpoint_index import read_index
 
 STEPS, SAVED = 3, "iter_0000002"
 FOUR = ["parallel.tensor=2", "parallel.pipeline=2"]
@@ -61,6 +63,42 @@ def test_weights_optimizer_and_rates_are_bitwise_the_same(whole, reloaded, layou
         old = groups[group["wd_mult"], group["lr_mult"]]
         assert group == {name: float(old[name]) for name in group}
         assert group["lr"] == pytest.approx(rates_of_one(rates)["lr"] * group["lr_mult"], rel=1e-12)
+
+
+def test_main_parameters_outlive_a_change_of_precision(whole, tmp_path):
+    """In fp32 they are the weights themselves, which the checkpoint has in bf16 too."""
+    config, _ = whole
+    run, other = tmp_path / "run", tmp_path / "other"
+    options = ["train.precision=bf16", "train.micro_batch_size=1", "train.steps=1"]
+    done = tiny_run.train(config, run, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    saved = checkpoint.resolve(run)
+    script = str(Path(__file__).with_name("reload.py"))
+    (saved / "run.yaml").write_text((saved / "run.yaml").read_text().replace("bf16", "fp32"))
+    other.mkdir()
+    done = run_ranks(2, script, saved, other, "1x1")
+    assert done.returncode == 0, done.stderr
+    before, after = (stored.read(d, "optimizer.state.param.") for d in (saved, other / "1x1"))
+    assert before.keys() == after.keys() and len(before) > 100
+    assert all(after[name].equal(before[name]) for name in before)
+
+
+def test_an_optimizer_that_is_not_whole_is_refused(whole, tmp_path):
+    config, run = whole
+    broken = tmp_path / "run" / "checkpoints" / SAVED
+    shutil.copytree(run / "checkpoints" / SAVED, broken)
+    (broken.parent / checkpoint.LATEST).write_text(SAVED)
+    index = read_index(broken)
+    name = f"{stored.MOMENT}output_layer.weight"
+    entry = index.state_dict_metadata[name]
+    lost = entry.chunks.pop()
+    del index.storage_data[
+        next(i for i in index.storage_data if (i.fqn, i.offset) == (name, lost.offsets))
+    ]
+    (broken / ".metadata").write_bytes(pickle.dumps(index))
+    done = tiny_run.train(config, tmp_path / "run", *DATA, processes=4)
+    assert done.returncode != 0
+    assert f"{name} is not whole" in done.stderr
 
 
 def rates_of_one(rates):

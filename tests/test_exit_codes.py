@@ -1,6 +1,7 @@
 """How ranks end: 2 where trying again does not help, 1 where it may."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import tiny_run
 import torch
 from processes import killed_by_errors, single_threaded, wait_until
 
+from megatron_owl2 import checks
+from megatron_owl2.config import RunConfig
 from megatron_owl2.training import checkpoint
 
 
@@ -146,7 +149,8 @@ def test_a_node_that_lacks_a_file_says_which_it_is(saved, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPUs of this machine")
-def test_gpus_that_torch_does_not_see_are_not_left_idle(saved, tmp_path):
+def test_gpus_that_torch_does_not_see_are_not_left_idle(saved, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for environment, refused in (
         ({"SLURM_GPUS_ON_NODE": "8"}, True),
         ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
@@ -158,3 +162,55 @@ def test_gpus_that_torch_does_not_see_are_not_left_idle(saved, tmp_path):
         assert code == 2
         assert ("has GPUs, but torch" in line) == refused, line
         assert refused or "data.sources is empty" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPUs of this machine")
+def test_a_driver_that_does_not_run_is_no_matter_of_the_configuration(monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(RuntimeError, match=f"none of the GPUs of {socket.gethostname()}"):
+        checks.check_machine(RunConfig())
+
+
+DEVICE = """
+import os
+from torch.distributed.checkpoint import filesystem
+def broken(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+if os.environ["RANK"] == "1":
+    filesystem.FileSystemReader.read_data = broken
+"""
+
+
+def test_a_device_that_fails_while_a_checkpoint_is_read_is_no_damage_of_it(saved):
+    config, run = saved
+    ends = two_ranks(config, run, "train.steps=2", body=DEVICE).end()
+    assert [code for code, _ in ends] == [1, 1]
+    assert all("CUDA out of memory" in line for _, (line,) in ends)
+
+
+LATE = """
+import os
+from megatron_owl2.training import checkpoint
+looks, lacks = 0, checkpoint._lacks
+def late(directory):
+    global looks
+    looks += 1
+    return ["run.yaml"] if looks < 4 else lacks(directory)
+if os.environ["RANK"] == "1":
+    checkpoint._lacks = late
+    checkpoint._SEEN_WITHIN = float(os.environ["SEEN_WITHIN"])
+"""
+
+
+@pytest.mark.parametrize("seconds, codes", [("100", [0, 0]), ("0", [1, 1])])
+def test_a_node_may_see_a_checkpoint_later_than_the_first(
+    saved, tmp_path, seconds, codes, monkeypatch
+):
+    monkeypatch.setenv("SEEN_WITHIN", seconds)
+    config, run = saved
+    shutil.copytree(run, tmp_path / "run")
+    ends = two_ranks(config, tmp_path / "run", "train.steps=2", body=LATE).end()
+    assert [code for code, _ in ends] == codes
+    assert all("but not on" in line for code, lines in ends if code for line in lines)

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import socket
 from pathlib import Path
 
 from megatron_owl2.checks.require import require
@@ -54,14 +55,20 @@ def _check_gpus_are_seen() -> None:
     allotted = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and not re.match(r"\d|GPU|MIG", visible)
-    if hidden or not (allotted or Path("/dev/nvidia0").exists()):
+    if hidden or not (allotted or list(Path("/dev").glob("nvidia[0-9]*"))):
         return
     import torch
 
+    if torch.version.cuda and not torch.cuda.is_available():  # another machine may do
+        raise RuntimeError(
+            f"torch {torch.__version__} sees none of the GPUs of {socket.gethostname()}: the "
+            "driver does not run or is too old for this build; to train on the CPU set "
+            "CUDA_VISIBLE_DEVICES to nothing"
+        )
     require(
         torch.cuda.is_available(),
         f"this machine has GPUs, but torch {torch.__version__} sees none: it needs a build for "
-        "CUDA and a driver that fits; to train on the CPU set CUDA_VISIBLE_DEVICES to nothing",
+        "CUDA; to train on the CPU set CUDA_VISIBLE_DEVICES to nothing",
     )
 
 

@@ -11,6 +11,8 @@ dropout, and order, crops and flips of the data are functions of the seed and th
 import itertools
 import json
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,7 +38,9 @@ from megatron_owl2.files import put
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint_index import (
     CheckpointError,
+    CheckpointIOError,
     read_index,
+    stored_optimizer,
     stored_weights,
     unreadable,
 )
@@ -44,6 +48,7 @@ from megatron_owl2.training.checkpoint_writer import Writing, agreed
 from megatron_owl2.training.optimizer_state import allocate_optimizer_state, load_optimizer_state
 
 LATEST = "latest"
+_SEEN_WITHIN = 60.0  # seconds in which a node sees what another one has written
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -127,10 +132,7 @@ def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
     """
     directory = resolve(directory)
     _compare_names(directory, chunks)
-    loaded = _load(directory, {"model": sharded_weights(chunks)})["model"]
-    with torch.no_grad():
-        for name, parameter in _parameters(chunks):
-            parameter.copy_(loaded[name])
+    _fill(chunks, _load(directory, {"model": sharded_weights(chunks)})["model"])
 
 
 def load_training(
@@ -149,21 +151,23 @@ def load_training(
     _compare_names(directory, chunks)
     allocate_optimizer_state(optimizer)
     weights = sharded_weights(chunks)
-    template = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA),
-    }
-    _compare_optimizer(directory, template["optimizer"])
-    loaded = _load(directory, template)
-    with torch.no_grad():
-        for name, parameter in _parameters(chunks):
-            parameter.copy_(loaded["model"][name])
+    state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
+    _compare_optimizer(directory, state)
+    _fill(chunks, _load(directory, {"model": weights})["model"])
+    # Only now: in fp32 these are the same numbers, of which the file may have weights in bf16.
+    loaded = _load(directory, {"optimizer": state})
     configured = ("max_lr", "min_lr", "betas", "eps")  # the decay is the schedule's
     settings = [{key: group[key] for key in configured} for group in optimizer.param_groups]
     load_optimizer_state(optimizer, loaded["optimizer"])
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
     scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _fill(chunks: Sequence[Owl2], weights: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in _parameters(chunks):
+            parameter.copy_(weights[name])
 
 
 def _load(directory: Path, template: dict) -> dict:
@@ -196,24 +200,38 @@ def resolve(path: str | Path) -> Path:
             break
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist")
-    needed = (".metadata", "metadata.json", "common.pt", "run.yaml", "progress.json")
-    missing = [name for name in needed if not (path / name).is_file()]
-    if missing:
+    if missing := _lacks(path):
         raise CheckpointError(f"{path} is not a complete checkpoint: {', '.join(missing)} missing")
     return path
+
+
+def _lacks(directory: Path) -> list[str]:
+    needed = (".metadata", "metadata.json", "common.pt", "run.yaml", "progress.json")
+    return [name for name in needed if not (directory / name).is_file()]
 
 
 def latest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run directory, or None for a run that has saved none.
 
-    All ranks together: rank 0 looks, as another node may not see yet what was written last.
+    All ranks together: rank 0 looks, and the others wait until they see it too, as nodes do later
+    on network disks. Raises CheckpointIOError if one does not.
     """
-    found = [None]
+    shared = [None]
     with agreed(run):
         if torch.distributed.get_rank() == 0 and (Path(run) / "checkpoints" / LATEST).is_file():
-            found = [resolve(run)]
-    torch.distributed.broadcast_object_list(found)
-    return found[0]
+            shared = [resolve(run)]
+    torch.distributed.broadcast_object_list(shared)
+    (found,) = shared
+    with agreed(run):
+        deadline = time.monotonic() + _SEEN_WITHIN
+        while found is not None and _lacks(found):
+            if time.monotonic() > deadline:
+                raise CheckpointIOError(
+                    f"{found} is there for rank 0, but not on {socket.gethostname()}: "
+                    "train.output must lie on a disk that all nodes share"
+                )
+            time.sleep(0.2)
+    return found
 
 
 def read_config(directory: str | Path) -> RunConfig:
@@ -228,9 +246,12 @@ def read_config(directory: str | Path) -> RunConfig:
 
 
 def read_progress(directory: str | Path) -> dict:
-    """What `Save` was given as progress. Raises CheckpointError if that was nothing."""
+    """What `Save` was given as progress. Raises CheckpointError if it is nothing or damaged."""
     directory = resolve(directory)
-    progress = json.loads((directory / "progress.json").read_text())
+    try:
+        progress = json.loads((directory / "progress.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{directory / 'progress.json'} is damaged: {error}") from None
     if not progress:
         raise CheckpointError(
             f"{directory} holds weights only, so no run can go on from it; start one with "
@@ -264,23 +285,26 @@ def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> None:
     stages = chunks[0].layout.groups.pp  # between them they have the whole model
     shares = [None] * stages.size()
     torch.distributed.all_gather_object(shares, global_shapes(chunks), group=stages)
-    compare(directory, {name: shape for share in shares for name, shape in share.items()})
+    with agreed(directory):  # one rank asks for all files, of which there may be thousands
+        if torch.distributed.get_rank() == 0:
+            compare(directory, {name: shape for share in shares for name, shape in share.items()})
 
 
 def _compare_optimizer(directory: Path, template: dict) -> None:
     """Hold the names of the optimizer's tensors against the checkpoint's, on all ranks alike."""
-    shares = [None] * torch.distributed.get_world_size()
-    shared = (ShardedTensor, ShardedTensorFactory)
-    names = {entry.key for entry in nested_values(template) if isinstance(entry, shared)}
-    torch.distributed.all_gather_object(shares, names)
-    stored = {n for n in read_index(directory).state_dict_metadata if n.startswith("optimizer.")}
-    wanted = set().union(*shares)
-    _refuse(
-        directory,
-        [f"missing: {name}" for name in sorted(wanted - stored)]
-        + [f"unexpected: {name}" for name in sorted(stored - wanted)],
-        "optimizer",
-    )
+    main = torch.distributed.get_rank() == 0
+    names = {entry.key for entry in nested_values(template) if isinstance(entry, ShardedTensor)}
+    shares = [None] * torch.distributed.get_world_size() if main else None
+    torch.distributed.gather_object(names, shares)
+    with agreed(directory):
+        if main:
+            wanted, stored = set().union(*shares), stored_optimizer(read_index(directory)).keys()
+            _refuse(
+                directory,
+                [f"missing: {name}" for name in sorted(wanted - stored)]
+                + [f"unexpected: {name}" for name in sorted(stored - wanted)],
+                "optimizer",
+            )
 
 
 def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -1,12 +1,14 @@
 """What a checkpoint holds: its index, read without running code that somebody put there."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+_OPTIMIZER = "optimizer."
 _FILE = ".metadata"  # torch.distributed.checkpoint writes its index as a pickle
 _CHECKPOINT = "torch.distributed.checkpoint."
 _ALLOWED = {
@@ -39,7 +41,7 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointIOError(CheckpointError):
-    """A disk that did not read or write a checkpoint, which it may do another time."""
+    """A disk or device that did not read or write a checkpoint, which it may do another time."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -90,13 +92,22 @@ def stored_weights(index: Metadata) -> dict[str, TensorStorageMetadata]:
 
     Raises CheckpointError for one that is not stored whole or is no floating-point tensor.
     """
-    weights = {
+    return _whole(index, lambda name: not name.startswith(_OPTIMIZER))
+
+
+def stored_optimizer(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The optimizer's tensors in a checkpoint; raises CheckpointError as `stored_weights`."""
+    return _whole(index, lambda name: name.startswith(_OPTIMIZER))
+
+
+def _whole(index: Metadata, wanted: Callable[[str], bool]) -> dict[str, TensorStorageMetadata]:
+    tensors = {
         name: entry
         for name, entry in index.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        if isinstance(entry, TensorStorageMetadata) and wanted(name)
     }
     stored = {(place.fqn, place.offset) for place in index.storage_data}
-    for name, entry in weights.items():
+    for name, entry in tensors.items():
         kept = [chunk.sizes.numel() for chunk in entry.chunks if (name, chunk.offsets) in stored]
         if sum(kept) != entry.size.numel():
             raise CheckpointError(
@@ -104,14 +115,15 @@ def stored_weights(index: Metadata) -> dict[str, TensorStorageMetadata]:
             )
         if not entry.properties.dtype.is_floating_point:
             raise CheckpointError(f"{name} holds {entry.properties.dtype}, no weights")
-    return weights
+    return tensors
 
 
 def unreadable(what: object, error: BaseException) -> CheckpointError:
     """What to raise when reading `what` has failed: CheckpointIOError if it was the disk, and the
-    file is there, else CheckpointError."""
+    file is there, or the device or its memory, else CheckpointError."""
     root = _root(error)
-    lasting = not isinstance(root, OSError) or isinstance(root, FileNotFoundError)
+    passing = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+    lasting = not isinstance(root, passing) or isinstance(root, FileNotFoundError)
     kind = CheckpointError if lasting else CheckpointIOError
     return kind(f"{what} cannot be read: {first_failure(error)}")
 

@@ -18,6 +18,7 @@ from megatron_owl2.model.owl2 import build
 from megatron_owl2.signals import StopRequest
 from megatron_owl2.training import checkpoint, health, metrics, optim, pictures, stages
 from megatron_owl2.training.agreement import Agreement
+from megatron_owl2.training.checkpoint_index import CheckpointError
 from megatron_owl2.training.counts import without_sources
 from megatron_owl2.training.feed import Feed
 from megatron_owl2.training.norms import PartNorms
@@ -162,8 +163,12 @@ def train(config: RunConfig, stop: StopRequest) -> int:
             judge = partial(gradients.accept, step, read)
             try:
                 norm, by_part = update(optimizer, judge, part_norms if logging else None)
-            except FloatingPointError:  # on all ranks; the run goes on from what is being saved
-                saver.finish()
+            except FloatingPointError as error:  # on all ranks
+                watchdog.begin("the last save")  # the run can go on from what is being saved
+                try:
+                    saver.finish()
+                except CheckpointError as failure:
+                    raise error from failure
                 raise
         slots = read.stop
         log.add(sums, feed.take_counts(), timers.backward.take())
