@@ -228,4 +228,16 @@ def test_files_that_do_not_lie_together_are_no_samples(tmp_path):
             for i in range(10):
                 add(tar, f"{i}.{extension}", data)
     with pytest.raises(ShardError, match="20 of 20 samples are not .* lie together"):
-        index_shard(tmp_path / "d.tar")
+        index_directory(tmp_path)
+
+
+def test_a_small_shard_of_unusable_samples_does_not_refuse_the_others(tmp_path):
+    for name, samples, parts in (("a", 20, ("jpg", "txt")), ("b", 1, ("jpg",))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i in range(samples):
+                for extension in parts:
+                    add(tar, f"{name}{i}.{extension}", IMAGE if extension == "jpg" else b"text")
+    found = index_directory(tmp_path)
+    assert [row["samples"] for row in found.rows] == [20, 1]
+    assert found.unusable == {"no txt or json": 1} and found.failures == []
+    assert (tmp_path / "manifest.json").exists()

@@ -28,7 +28,8 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
     """Make the tar files of a folder a data set where they lie.
 
     Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Raises
-    ShardError if the folder holds no tar file or is a data set already.
+    ShardError if the folder holds no tar file or is a data set already, or if most samples are
+    not of parts that training can use.
     """
     if (directory / MANIFEST).exists():
         raise ShardError(
@@ -48,6 +49,13 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
             found.unusable += unusable
     found.rows.sort(key=lambda row: row["name"])
     found.failures.sort()
+    samples, unusable = sum(row["samples"] for row in found.rows), found.unusable.total()
+    if 2 * unusable > samples:
+        reason, count = found.unusable.most_common(1)[0]
+        raise ShardError(
+            f"{directory}: {unusable} of {samples} samples are not an image with .txt or .json "
+            f"({count} x {reason}); the files of a sample must have one name and lie together"
+        )
     if not found.failures:
         write_manifest(directory, found.rows)
     return found
@@ -67,8 +75,7 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
 
     A sample is a run of files with one key and different extensions. Checks the checksum of every
     header, every size, the end marker, and that the archive is of whole blocks. Raises ShardError
-    if the file is damaged or cut, holds a file that belongs to no sample, or if most samples are
-    not of parts that training can use.
+    if the file is damaged or cut, or holds a file that belongs to no sample.
     """
     path = Path(path)
     offsets: list[int] = []
@@ -108,13 +115,6 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
             raise ShardError(f"{path} behind byte {position}: {error}") from None
         if not offsets:
             raise ShardError(f"{path} holds no sample")
-        if 2 * unusable.total() > len(offsets):
-            reason, count = unusable.most_common(1)[0]
-            raise ShardError(
-                f"{path}: {unusable.total()} of {len(offsets)} samples are not an image with "
-                f".txt or .json ({count} x {reason}); the files of a sample must have one name and "
-                "lie together"
-            )
         _check_end(path, window, position, size)
     return write_sidecars(path, [*offsets, position], sums, size), unusable
 
