@@ -11,7 +11,11 @@ from megatron_owl2.config import ConfigError, RunConfig
 
 
 def check_machine(config: RunConfig) -> None:
-    """Refuse what this machine cannot do, before anything is built; raises ConfigError."""
+    """Refuse what this machine cannot do, before anything is built.
+
+    Raises ConfigError, and RuntimeError for GPUs whose driver does not run, as another machine's
+    may.
+    """
     _check_gpus_are_seen()
     own_kernels, profiler = config.kernels.backend == "local", config.watch.profiler
     if own_kernels and profiler != "nsys":

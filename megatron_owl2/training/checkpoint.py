@@ -58,7 +58,7 @@ class Save:
     Made by all ranks together; from then on the model may change, for what is written are copies.
     `chunks` are this rank's parts of the model. The tokenizer is copied from
     `config.data.tokenizer`. Without optimizer and scheduler the checkpoint holds weights only.
-    Raises CheckpointError on all ranks if the disk refuses one.
+    Raises CheckpointIOError on all ranks if the disk refuses one.
     """
 
     def __init__(

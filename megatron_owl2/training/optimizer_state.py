@@ -74,8 +74,8 @@ def _blocks(
 def blocks(
     shape: Sequence[int], start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offset and shape of the fewest blocks that hold the numbers from `start` to `stop` of a
-    flattened tensor of `shape`, in their order."""
+    """Offset and shape of the blocks, in their order, that hold the numbers from `start` to `stop`
+    of a flattened tensor of `shape`: at most 2 n - 1 of them for n dimensions."""
     if start >= stop:
         return
     if len(shape) == 1:
