@@ -11,6 +11,13 @@ from hypothesis import settings
 settings.register_profile("any machine", deadline=None)  # a busy one stands still now and then
 settings.load_profile("any machine")
 
+# A shell that runs the tests in the background has SIGINT and SIGQUIT ignored, and children would
+# inherit that; what tests send to processes must arrive.
+for _kind in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    if signal.getsignal(_kind) is signal.SIG_IGN:
+        _interrupt = _kind == signal.SIGINT
+        signal.signal(_kind, signal.default_int_handler if _interrupt else signal.SIG_DFL)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def leaves_no_process_groups():

@@ -30,11 +30,15 @@ from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
 from megatron_owl2.convert.hf import export_hf
 from megatron_owl2.convert.lazy import LazyTensor
-from megatron_owl2.convert.mapping import Interleave, LeadingOnes, rules
+from megatron_owl2.convert.mapping import Interleave, LeadingOnes, constants, rules
 from megatron_owl2.convert.stream import write_checkpoint
 from megatron_owl2.convert.weights import ConversionError
+from megatron_owl2.model.layers import weights
 from megatron_owl2.model.modality import Modality
+from megatron_owl2.model.position_tables import NAMES as TABLES
 from megatron_owl2.training import checkpoint
+
+ENDS = list(zip(TABLES, ("q_pos_embed", "k_pos_embed"), strict=True))
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):
@@ -81,9 +85,11 @@ def test_query_rows_stand_before_the_key_and_value_they_share():
 def test_every_parameter_and_every_tensor_has_one_rule():
     model = from_owl2(OWL2).build()
     table = rules("owl2", model.model)
-    assert sorted(rule.ours for rule in table) == sorted(n for n, _ in model.named_parameters())
+    assert sorted(rule.ours for rule in table) == sorted(weights(model))
+    tables = {rule.ours for rule in table if rule.constant}
+    assert weights(model).keys() - tables == {name for name, _ in model.named_parameters()}
     theirs = [name for rule in table for name in rule.theirs]
-    stored = {n for n in tensors_of(OWL2) if not is_table(n) and not n.endswith("inv_freq")}
+    stored = {n for n in tensors_of(OWL2) if not n.endswith("inv_freq")}
     assert sorted(theirs) == sorted(stored)
 
 
@@ -116,10 +122,13 @@ def test_there_and_back_is_bitwise(tmp_path, dtype, files):
     assert whole.config.train.precision == ("bf16" if dtype is torch.bfloat16 else "fp32")
     write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
     whole = from_checkpoint(tmp_path / "ckpt")
-    assert {t.dtype for t in whole.tensors.values()} == {dtype}
+    assert {t.dtype for n, t in whole.tensors.items() if n not in TABLES} == {dtype}
     export_hf(whole.tensors, whole.config.model, tmp_path / "out")
     wanted = {n: t for n, t in tensors_of(OWL2).items() if not n.endswith("inv_freq")}
     wanted = {n: t if is_table(n) else t.to(dtype) for n, t in wanted.items()}
+    if files == "bin shards":  # which had no tables
+        made = constants(whole.config.model)
+        wanted |= {n: made[TABLES["k_pos" in n]] for n in wanted if is_table(n)}
     assert_same(tensors_of(tmp_path / "out"), wanted)
     tree = json.loads((tmp_path / "out" / "config.json").read_text())
     assert tree["torch_dtype"] == str(dtype).removeprefix("torch.")
@@ -360,3 +369,37 @@ def test_tools_convert_there_and_back(tmp_path, capsys):
         json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
         == "LlamaTokenizer"
     )
+
+
+def test_position_tables_are_kept_unless_they_do_not_fit(tmp_path):
+    """Those of a directory, whatever processor made them; not rounded ones, nor another grid's."""
+    config = from_owl2(OWL2).config
+    made = constants(config.model)
+    tensors = {n: t + 1e-6 if is_table(n) else t for n, t in tensors_of(OWL2).items()}
+    stored = {ours: next(t for n, t in tensors.items() if n.endswith(end)) for ours, end in ENDS}
+    source = editable(OWL2, tmp_path / "in")
+    save_file(tensors, source / "model.safetensors")
+    whole = from_owl2(source)
+    model = whole.build()
+    for name in TABLES:
+        assert torch.equal(whole.tensors[name].read(), stored[name])
+        assert torch.equal(weights(model)[name], stored[name])
+
+    config.model.vision.image_size *= 2
+    larger = from_owl2(source, config=config).tensors
+    grid = config.model.vision.grid_size
+    assert larger[TABLES[1]].shape == (1 + grid**2, config.model.vision.hidden_size)
+    assert torch.equal(larger[TABLES[1]].read(), constants(config.model)[TABLES[1]])
+
+    rounded = {n: t.bfloat16() if is_table(n) else t for n, t in tensors.items()}
+    save_file(rounded, source / "model.safetensors")
+    for name in TABLES:
+        assert torch.equal(from_owl2(source).tensors[name].read(), made[name])
+
+    name = next(n for n in tensors if is_table(n))
+    save_file(tensors | {name: tensors[name] + 1}, source / "model.safetensors")
+    with pytest.raises(ConversionError, match="which hold one position table"):
+        from_owl2(source)
+    save_file({n: t for n, t in tensors.items() if n != name}, source / "model.safetensors")
+    with pytest.raises(ConversionError, match=f"missing: {name}"):
+        from_owl2(source)

@@ -70,7 +70,7 @@ def compare(
         return
     if first:
         yield Finding("settings", not settings, "; ".join(settings) or "equal")
-        yield Finding("keys", True, f"{len(theirs)} parameters, names and shapes agree")
+        yield Finding("keys", True, f"{len(theirs)} weights, names and shapes agree")
         yield _compare_weights(stored, theirs)
     common = {name: _common(stored[name].dtype, theirs[name].dtype) for name in theirs}
     _round(proof.model, common)
@@ -108,7 +108,9 @@ def _compare_weights(ours: dict[str, LazyTensor], theirs: dict[str, LazyTensor])
             different.append(f"{name} (by {(a.double() - b.double()).abs().max():.2g})")
     if different:
         return Finding("weights", False, f"{len(different)} differ: {', '.join(different)}")
-    return Finding("weights", True, f"all {len(theirs)} equal bit by bit in {', '.join(dtypes)}")
+    return Finding(
+        "weights", True, f"all {len(theirs)} equal bit by bit in {', '.join(sorted(dtypes))}"
+    )
 
 
 def _common(ours: torch.dtype, theirs: torch.dtype) -> torch.dtype:

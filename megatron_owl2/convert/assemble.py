@@ -11,13 +11,15 @@ import torch
 from megatron_owl2 import mcore
 from megatron_owl2.checks import check_model
 from megatron_owl2.config import ModelConfig, ParallelConfig, RunConfig
-from megatron_owl2.convert import hf_config
+from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.hf import read_hf
 from megatron_owl2.convert.lazy import LazyTensor, of_model
 from megatron_owl2.convert.stream import read_checkpoint
 from megatron_owl2.convert.weights import ConversionError
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.model import position_tables
 from megatron_owl2.model.abstractor import Abstractor
+from megatron_owl2.model.layers import weights
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import checkpoint
 
@@ -31,7 +33,7 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Whole:
-    """A run's configuration for one process, and every parameter of its model by our name."""
+    """A run's configuration for one process, and every weight of its model by our name."""
 
     config: RunConfig
     tensors: dict[str, LazyTensor]
@@ -40,8 +42,8 @@ class Whole:
         """The model in memory, cast to the precision of `config`."""
         model = Owl2(_layout(self.config), self.config.model)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.tensors[name].read())
+            for name, tensor in weights(model).items():
+                tensor.copy_(self.tensors[name].read())
         return model
 
 
@@ -106,8 +108,11 @@ def from_checkpoint(path: str | Path) -> Whole:
     directory = checkpoint.resolve(path)
     config = checkpoint.read_config(directory)
     config.parallel = ParallelConfig()
-    checkpoint.compare(directory, parameter_shapes(config))
-    return Whole(config, read_checkpoint(directory))
+    tensors = read_checkpoint(directory)
+    if absent := checkpoint.compare(directory, parameter_shapes(config)):
+        made = mapping.constants(config.model)
+        tensors |= {name: LazyTensor.of(made[name]) for name in absent}
+    return Whole(config, tensors)
 
 
 def _agreed(
@@ -140,7 +145,8 @@ def _agreed(
 
 def _lossless(tensors: dict[str, LazyTensor]) -> str:
     """The narrowest precision that keeps every bit of weights in 32 bit or less."""
-    return "bf16" if {t.dtype for t in tensors.values()} == {torch.bfloat16} else "fp32"
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if name not in position_tables.NAMES}
+    return "bf16" if dtypes == {torch.bfloat16} else "fp32"
 
 
 def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: ModelConfig) -> str:
@@ -165,7 +171,7 @@ def _layout(config: RunConfig) -> mcore.Layout:
 
 
 def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape, without memory for any."""
+    """Every weight's shape, without memory for any."""
     with torch.device("meta"):
         return checkpoint.global_shapes([Owl2(_layout(config), config.model)])
 

@@ -13,7 +13,9 @@ from megatron_owl2.convert.lazy import LazyTensor
 from megatron_owl2.convert.partition import share
 from megatron_owl2.convert.weights import ConversionError, TensorReader, write_shards
 from megatron_owl2.files import new_directory
+from megatron_owl2.model.layers import weights
 from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.model.position_tables import IMAGE_POSITIONS
 from megatron_owl2.training.checkpoint import global_shapes
 
 _POSITIONS = "vision_model.position_embedding"
@@ -46,19 +48,33 @@ def read_hf(
     stored = dict(shapes)
     if stored_grid is not None and _POSITIONS in stored:
         stored[_POSITIONS] = (1, stored_grid**2 + 1, model.vision.hidden_size)
-    _check(reader, layout, model, stored)
+    resized = {n for n in shapes if stored[n] != shapes[n]}
+
+    def is_made(rule: mapping.Rule) -> bool:
+        """A table that the directory lacks, has rounded to 16 bits, or has for another grid."""
+        if not rule.constant or (rule.ours == IMAGE_POSITIONS and resized):
+            return rule.constant
+        found = reader.names().intersection(rule.theirs)
+        return all(reader.dtype(name) in (torch.float16, torch.bfloat16) for name in found)
 
     def lazy(rule: mapping.Rule) -> LazyTensor:
         def read() -> torch.Tensor:
             tensor = rule.transform.join([reader[name] for name in rule.theirs])
-            if stored[rule.ours] != shapes[rule.ours]:
+            if rule.ours in resized:
                 tensor = resize_positions(tensor, model.vision.grid_size).to(tensor.dtype)
             return tensor
 
         dtype = reduce(torch.promote_types, map(reader.dtype, rule.theirs))
         return LazyTensor(shapes[rule.ours], dtype, read)
 
-    return {r.ours: lazy(r) for r in mapping.rules(layout, model) if r.ours in shapes}
+    rules = mapping.rules(layout, model)
+    made = [rule for rule in rules if is_made(rule)]
+    read = [rule for rule in rules if rule not in made]
+    ignored = {name for rule in made for name in rule.theirs}
+    _check(reader, layout, model, read, stored, ignored)
+    tables = mapping.constants(model) if made else {}
+    found = {rule.ours: lazy(rule) for rule in read if rule.ours in shapes}
+    return found | {r.ours: LazyTensor.of(tables[r.ours]) for r in made if r.ours in shapes}
 
 
 def load_hf_weights(directory: str | Path, model: Owl2) -> None:
@@ -69,8 +85,8 @@ def load_hf_weights(directory: str | Path, model: Owl2) -> None:
     """
     tensors = read_hf(directory, "owl2", model.model, global_shapes([model]))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(share(tensors[name].read(), parameter, model.layout))
+        for name, tensor in weights(model).items():
+            tensor.copy_(share(tensors[name].read(), tensor, model.layout))
 
 
 def export_hf(
@@ -92,7 +108,9 @@ def export_hf(
     weights' own, the wider one if they have several. `output` appears when complete. Raises
     ConversionError if it exists, if there is no room, or if a weight is not finite in `dtype`.
     """
-    dtype = dtype or reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+    constants = {rule.ours for rule in mapping.rules("owl2", model) if rule.constant}
+    dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in constants)
+    dtype = dtype or reduce(torch.promote_types, dtypes)
     theirs = _theirs(tensors, layout, model, dtype)
     try:
         with new_directory(Path(output), sum(t.nbytes for t in theirs.values())) as partial:
@@ -131,9 +149,10 @@ def _theirs(
             if rule.ours not in current:
                 current.clear()
                 current[rule.ours] = rule.transform.split(tensors[rule.ours].read().cpu())
-            return _cast(name, current[rule.ours][index], dtype)
+            return _cast(name, current[rule.ours][index], kind)
 
-        return LazyTensor(tuple(shape), dtype, read)
+        kind = tensors[rule.ours].dtype if rule.constant else dtype
+        return LazyTensor(tuple(shape), kind, read)
 
     theirs = {}
     for rule in mapping.rules(layout, model):
@@ -143,8 +162,6 @@ def _theirs(
                 theirs[name] = lazy(rule, i, name, part.shape)
     for name, same in mapping.twins(layout, model).items():
         theirs[name] = theirs[same]
-    for name, constant in mapping.constants(layout, model).items():
-        theirs[name] = LazyTensor.of(constant)
     return theirs
 
 
@@ -158,11 +175,16 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _check(
-    reader: TensorReader, layout: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
+    reader: TensorReader,
+    layout: str,
+    model: ModelConfig,
+    rules: list[mapping.Rule],
+    shapes: dict[str, tuple[int, ...]],
+    ignored: set[str],
 ) -> None:
     """Hold the directory's names, shapes and kinds of numbers against what the table asks for."""
     wanted = {}  # their shape, or None for what lies on another pipeline stage
-    for rule in mapping.rules(layout, model):
+    for rule in rules:
         parts = [None] * len(rule.theirs)
         if rule.ours in shapes:
             parts = rule.transform.split(torch.empty(shapes[rule.ours], device="meta"))
@@ -172,9 +194,8 @@ def _check(
     wanted |= {name: wanted[same] for name, same in twins.items()}
     found = reader.names()
     problems = [f"missing: {n}" for n in sorted(wanted.keys() - found)]
-    problems += [
-        f"unexpected: {n}" for n in sorted(found - wanted.keys()) if not mapping.needless(layout, n)
-    ]
+    unexpected = sorted(found - wanted.keys() - ignored)
+    problems += [f"unexpected: {n}" for n in unexpected if not mapping.needless(layout, n)]
     for name in sorted(wanted.keys() & found):
         shape, dtype = reader.shape(name), reader.dtype(name)
         if wanted[name] and shape != wanted[name]:
@@ -188,6 +209,13 @@ def _check(
             f"different: {name} and {same}, which model.decoder.modality_split has as one"
             for name, same in twins.items()
             if not torch.equal(reader[name], reader[same])
+        ]
+        problems += [
+            f"different: {name} and {rule.theirs[0]}, which hold one position table"
+            for rule in rules
+            if rule.constant
+            for name in rule.theirs[1:]
+            if not torch.equal(reader[name], reader[rule.theirs[0]])
         ]
     if problems:
         listing = "\n  ".join(problems)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_owl2.model.layers import weights
+
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -27,8 +29,8 @@ class LazyTensor:
 
 
 def of_model(model: torch.nn.Module) -> dict[str, LazyTensor]:
-    """The parameters of a model by name, as they are when they are read."""
-    return {name: LazyTensor.of(parameter) for name, parameter in model.named_parameters()}
+    """The weights of a model by name, as they are when they are read."""
+    return {name: LazyTensor.of(tensor) for name, tensor in weights(model).items()}
 
 
 def read_ahead(tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from megatron_owl2.config import ModelConfig
-from megatron_owl2.model.abstractor import image_positions, query_positions
+from megatron_owl2.model.position_tables import (
+    IMAGE_POSITIONS,
+    QUERY_POSITIONS,
+    image_positions,
+    query_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,20 @@ class LeadingOnes:
         return [tensor.reshape(tensor.shape[self.count :])]
 
 
-Transform = Copy | Interleave | LeadingOnes
+@dataclass(frozen=True)
+class Repeat:
+    """One tensor, of which the other side has `count` equal copies."""
+
+    count: int
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return parts[0]
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor] * self.count
+
+
+Transform = Copy | Interleave | LeadingOnes | Repeat
 
 
 @dataclass(frozen=True)
@@ -67,12 +85,14 @@ class Rule:
     """One parameter of ours and the Hugging Face tensors it is joined from.
 
     `import_only`: the tensors belong to another parameter, from which this one is initialised.
+    `constant`: a buffer, which a directory may lack and which keeps its dtype.
     """
 
     ours: str
     theirs: tuple[str, ...]
     transform: Transform
     import_only: bool = False
+    constant: bool = False
 
 
 def _copy(model: ModelConfig) -> Transform:
@@ -234,8 +254,10 @@ _BRANCHES = {
     "llama": {"text": "", "vision": ""},
     "clip": {},
 }
+_LAYER = "model.visual_abstractor.encoder.layers.{i}.crossattention.attention."
+_TABLES = {QUERY_POSITIONS: _LAYER + "q_pos_embed", IMAGE_POSITIONS: _LAYER + "k_pos_embed"}
 _NEEDLESS = {  # computed by the model, or parts of a CLIP that Owl2 does not have
-    "owl2": r".*\.(rotary_emb\.inv_freq|[qk]_pos_embed)",
+    "owl2": r".*\.rotary_emb\.inv_freq",
     "llama": r".*\.rotary_emb\.inv_freq",
     "clip": r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
     r"|vision_model\.embeddings\.position_ids",
@@ -244,12 +266,18 @@ LAYOUTS = tuple(_BLOCKS)
 
 
 def rules(layout: str, model: ModelConfig) -> list[Rule]:
-    """The table of a layout for a model's sizes, one Rule per parameter of ours it covers."""
-    return [
+    """The table of a layout for a model's sizes, one Rule per weight of ours it covers."""
+    table = [
         Rule(ours, theirs, transform(model), layout == "llama" and part is not None)
         for ours, theirs, transform, part in _rows(layout, model, _BRANCHES[layout])
         if part is None or part in model.decoder.modality_split
     ]
+    if layout == "owl2":  # the released abstractor has a copy of both tables in every layer
+        layers = model.abstractor.num_layers
+        for name, theirs in _TABLES.items():
+            names = tuple(theirs.format(i=i) for i in range(layers))
+            table.append(Rule(name, names, Repeat(layers), constant=True))
+    return table
 
 
 def twins(layout: str, model: ModelConfig) -> dict[str, str]:
@@ -287,18 +315,10 @@ def needless(layout: str, name: str) -> bool:
     return re.fullmatch(_NEEDLESS[layout], name) is not None
 
 
-def constants(layout: str, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Tensors fp32 that an export carries beside the parameters.
-
-    The position tables of the released abstractor are persistent buffers, one copy per layer.
-    """
-    if layout != "owl2":
-        return {}
+def constants(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """The abstractor's position tables under our names, fp32, for weights that lack them."""
     size = model.vision.hidden_size
-    query = query_positions(model.abstractor.num_queries, size)
-    key = image_positions(model.vision.grid_size, size)
-    tables = {}
-    for i in range(model.abstractor.num_layers):
-        prefix = f"model.visual_abstractor.encoder.layers.{i}.crossattention.attention."
-        tables[prefix + "q_pos_embed"], tables[prefix + "k_pos_embed"] = query, key
-    return tables
+    return {
+        QUERY_POSITIONS: query_positions(model.abstractor.num_queries, size),
+        IMAGE_POSITIONS: image_positions(model.vision.grid_size, size),
+    }

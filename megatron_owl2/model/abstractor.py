@@ -1,6 +1,5 @@
 """The visual abstractor (paper, section 3.1, eq. 2): learnable queries read the ViT's tokens."""
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -8,6 +7,7 @@ from megatron_owl2.config import ModelConfig
 from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
 from megatron_owl2.model.attention import attend
 from megatron_owl2.model.layers import Again, LayerStack, gate
+from megatron_owl2.model.position_tables import image_positions, query_positions
 
 OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatever its config says
 
@@ -25,20 +25,17 @@ class Abstractor(nn.Module):
             layout, lambda number: AbstractorLayer(layout, model), 0, config.num_layers
         )
         self.visual_fc = nn.Linear(size, width, dtype=dtype)
-        key_positions = torch.cat(
-            [
-                query_positions(config.num_queries, size),
-                image_positions(model.vision.grid_size, size),
-            ]
-        )
-        self.register_buffer(
-            "positions", key_positions.to(dtype).unsqueeze(1), persistent=False
-        )  # [queries + t, 1, h]; the first rows are the queries' own
+        # In fp32 whatever the model computes in, as the released model stores them.
+        self.register_buffer("query_positions", query_positions(config.num_queries, size))
+        self.register_buffer("image_positions", image_positions(model.vision.grid_size, size))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         queries = self.query_embeds.transpose(0, 1).expand(-1, features.shape[1], -1)
+        # [queries + t, 1, h], the queries' own first, as the keys are ordered.
+        positions = torch.cat([self.query_positions, self.image_positions]).to(features.dtype)
+        positions = positions.unsqueeze(1)
         for layer in self.layers:
-            queries = self.layers.run(layer, queries, features, self.positions)
+            queries = self.layers.run(layer, queries, features, positions)
         tokens = self.visual_fc(queries).transpose(0, 1)
         return torch.cat([tokens, self.vit_eos.expand(len(tokens), -1, -1)], dim=1)
 
@@ -104,26 +101,3 @@ class SplitLayerNorm(nn.Module):
         variance = self.layout.sum_over_tensor_ranks(centred.square().sum(-1, keepdim=True))
         normed = centred * torch.rsqrt(variance / self.size + self.eps)
         return (normed * self.weight + self.bias).to(x.dtype)
-
-
-def query_positions(count: int, size: int) -> torch.Tensor:
-    """Positions of the learnable queries, fp32 [count, size]."""
-    return torch.from_numpy(_sincos(np.arange(count), size))
-
-
-def image_positions(grid: int, size: int) -> torch.Tensor:
-    """Positions of the ViT's tokens, fp32 [1 + grid^2, size]: zeros for the class token, then
-    row-major patches whose first half encodes the column and whose second half the row."""
-    rows, columns = np.indices((grid, grid)).reshape(2, -1)
-    patches = np.concatenate([_sincos(columns, size // 2), _sincos(rows, size // 2)], axis=1)
-    return torch.from_numpy(np.concatenate([np.zeros((1, size), np.float32), patches]))
-
-
-def _sincos(positions: np.ndarray, size: int) -> np.ndarray:
-    """[sin(p w_j) | cos(p w_j)] with w_j = 10000^(-j / (size/2)); [n] to [n, size].
-
-    In numpy's fp32 like the released tables, to which an export's are then equal bit by bit.
-    """
-    exponents = np.arange(size // 2, dtype=np.float32) / np.float32(size / 2)
-    angles = np.outer(positions.astype(np.float32), np.float32(1) / np.float32(10000) ** exponents)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

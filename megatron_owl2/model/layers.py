@@ -64,3 +64,13 @@ class LayerStack(nn.Module):
 def gate(gates: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """silu(gates) * values, the SwiGLU of decoder and abstractor."""
     return F.silu(gates) * values
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name: what a checkpoint holds of a model."""
+    state = model.state_dict(keep_vars=True)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.endswith("_extra_state")  # what the linears of megatron-core add is no weight
+    }

@@ -29,12 +29,13 @@ from megatron.core.utils import (
     make_tp_sharded_tensor_for_checkpoint,
 )
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.nn import Parameter
 
 from megatron_owl2 import config as configuration
 from megatron_owl2.checks import check_model
 from megatron_owl2.config import RunConfig
 from megatron_owl2.files import put
+from megatron_owl2.model import position_tables
+from megatron_owl2.model.layers import weights as weights_of
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint_index import (
     CheckpointError,
@@ -131,8 +132,10 @@ def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
     Raises CheckpointError listing every missing, unexpected or misshapen parameter.
     """
     directory = resolve(directory)
-    _compare_names(directory, chunks)
-    _fill(chunks, _load(directory, {"model": sharded_weights(chunks)})["model"])
+    weights = sharded_weights(chunks)
+    for name in _compare_names(directory, chunks):
+        weights.pop(name, None)
+    _fill(chunks, _load(directory, {"model": weights})["model"])
 
 
 def load_training(
@@ -148,11 +151,13 @@ def load_training(
     Raises CheckpointError listing what is missing, unexpected or misshapen.
     """
     directory = resolve(directory)
-    _compare_names(directory, chunks)
+    absent = _compare_names(directory, chunks)
     allocate_optimizer_state(optimizer)
     weights = sharded_weights(chunks)
     state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
     _compare_optimizer(directory, state)
+    for name in absent:
+        weights.pop(name, None)
     _fill(chunks, _load(directory, {"model": weights})["model"])
     # Only now: in fp32 these are the same numbers, of which the file may have weights in bf16.
     loaded = _load(directory, {"optimizer": state})
@@ -164,10 +169,11 @@ def load_training(
     scheduler.load_state_dict(loaded["scheduler"])
 
 
-def _fill(chunks: Sequence[Owl2], weights: dict[str, torch.Tensor]) -> None:
+def _fill(chunks: Sequence[Owl2], loaded: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        for name, parameter in _parameters(chunks):
-            parameter.copy_(weights[name])
+        for name, tensor in _weights(chunks):
+            if name in loaded:
+                tensor.copy_(loaded[name])
 
 
 def _load(directory: Path, template: dict) -> dict:
@@ -261,11 +267,11 @@ def read_progress(directory: str | Path) -> dict:
 
 
 def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """Each local parameter as its share of the whole model's, for megatron-core's checkpoints."""
+    """Each local weight as its share of the whole model's, for megatron-core's checkpoints."""
     groups = chunks[0].layout.groups
     where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
     state = {}
-    for name, parameter in _parameters(chunks):
+    for name, parameter in _weights(chunks):
         if not getattr(parameter, "tensor_model_parallel", False):
             state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **where)
             continue
@@ -280,14 +286,19 @@ def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | Sharded
     return state
 
 
-def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> None:
-    """Hold the model's parameters against what the checkpoint has, on all ranks alike."""
+def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> set[str]:
+    """Hold the model's weights against what the checkpoint has, on all ranks alike; returns the
+    position tables that it lacks."""
     stages = chunks[0].layout.groups.pp  # between them they have the whole model
     shares = [None] * stages.size()
     torch.distributed.all_gather_object(shares, global_shapes(chunks), group=stages)
+    absent = [None]
     with agreed(directory):  # one rank asks for all files, of which there may be thousands
         if torch.distributed.get_rank() == 0:
-            compare(directory, {name: shape for share in shares for name, shape in share.items()})
+            wanted = {name: shape for share in shares for name, shape in share.items()}
+            absent = [compare(directory, wanted)]
+    torch.distributed.broadcast_object_list(absent)
+    return absent[0]
 
 
 def _compare_optimizer(directory: Path, template: dict) -> None:
@@ -307,11 +318,16 @@ def _compare_optimizer(directory: Path, template: dict) -> None:
             )
 
 
-def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless the checkpoint has exactly the parameters `wanted`; the message
-    lists every missing, unexpected and misshapen one."""
+def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
+    """Raise CheckpointError unless the checkpoint has exactly the weights `wanted`; the message
+    lists every missing, unexpected and misshapen one.
+
+    Returns the names of the position tables that it lacks, as older checkpoints do.
+    """
     stored = {n: tuple(t.size) for n, t in stored_weights(read_index(directory)).items()}
-    problems = [f"missing: {n} {wanted[n]}" for n in sorted(wanted.keys() - stored.keys())]
+    absent = set(position_tables.NAMES) & wanted.keys() - stored.keys()
+    missing = sorted(wanted.keys() - stored.keys() - absent)
+    problems = [f"missing: {n} {wanted[n]}" for n in missing]
     problems += [f"unexpected: {n} {stored[n]}" for n in sorted(stored.keys() - wanted.keys())]
     problems += [
         f"shape: {n} is {stored[n]} in the checkpoint, {wanted[n]} in the model"
@@ -319,6 +335,7 @@ def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> None:
         if wanted[n] != stored[n]
     ]
     _refuse(directory, problems, "model")
+    return absent
 
 
 def _refuse(directory: Path, problems: list[str], what: str) -> None:
@@ -328,9 +345,9 @@ def _refuse(directory: Path, problems: list[str], what: str) -> None:
 
 
 def global_shapes(chunks: Sequence[Owl2]) -> dict[str, tuple[int, ...]]:
-    """The whole shape of each local parameter, over its tensor-parallel ranks."""
+    """The whole shape of each local weight, over its tensor-parallel ranks."""
     shapes = {}
-    for name, parameter in _parameters(chunks):
+    for name, parameter in _weights(chunks):
         shape = list(parameter.shape)
         if getattr(parameter, "tensor_model_parallel", False):
             shape[parameter.partition_dim] *= chunks[0].layout.tensor
@@ -338,6 +355,6 @@ def global_shapes(chunks: Sequence[Owl2]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _parameters(chunks: Sequence[Owl2]) -> Iterator[tuple[str, Parameter]]:
-    """The parameters of all chunks; their names are those of the whole model."""
-    return itertools.chain.from_iterable(chunk.named_parameters() for chunk in chunks)
+def _weights(chunks: Sequence[Owl2]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of all chunks; their names are those of the whole model."""
+    return itertools.chain.from_iterable(weights_of(chunk).items() for chunk in chunks)

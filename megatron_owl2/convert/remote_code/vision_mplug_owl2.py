@@ -221,8 +221,11 @@ def position_table(queries: int, grid: int, size: int) -> torch.Tensor:
 
 
 def _sincos(count: int, size: int) -> torch.Tensor:
-    """[sin(p w_j) | cos(p w_j)] of p < count, w_j = 10000^(-j / (size/2)); fp32 [count, size]."""
-    options = {"dtype": torch.float64, "device": "cpu"}
-    frequencies = 10000.0 ** (-torch.arange(size // 2, **options) / (size // 2))
-    angles = torch.arange(count, **options).outer(frequencies)
+    """[sin(p w_j) | cos(p w_j)] of p < count, w_j = 10000^(-j / (size/2)); fp32 [count, size].
+
+    As in the released code every step is rounded to fp32, each once, from fp64.
+    """
+    exponents = torch.arange(size // 2, dtype=torch.float32, device="cpu") / (size / 2)
+    frequencies = 1 / (10000.0 ** exponents.double()).float()
+    angles = torch.arange(count, dtype=torch.float32, device="cpu").outer(frequencies).double()
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
