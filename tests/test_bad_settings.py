@@ -27,6 +27,7 @@ from megatron_owl2.convert import assemble, hf_config
 from megatron_owl2.convert.assemble import from_owl2, from_parts
 from megatron_owl2.convert.weights import ConversionError
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.model.position_tables import NAMES as TABLES
 
 COUNT = "a number, whole and from 1 to 16777216"
 LAYERS = "a number, whole and from 1 to 1000"
@@ -321,5 +322,7 @@ def test_the_precision_follows_from_both_parts(tmp_path, llama, clip, precision,
     clip = cast(CLIP, tmp_path / "clip", [clip], dtype="bfloat16")
     whole = from_parts(llama, clip)
     assert whole.config.train.precision == precision
-    random = {t.dtype for n, t in whole.tensors.items() if n.startswith("abstractor.")}
+    made = {n: t.dtype for n, t in whole.tensors.items() if n.startswith("abstractor.")}
+    assert {made.pop(name) for name in TABLES} == {FP32}
+    random = set(made.values())
     assert random == {BF16 if precision == "bf16" else FP32}

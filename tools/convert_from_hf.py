@@ -35,6 +35,7 @@ def main() -> int:
     from megatron_owl2.convert import assemble, command
     from megatron_owl2.convert.stream import write_checkpoint
     from megatron_owl2.convert.weights import ConversionError
+    from megatron_owl2.model import position_tables
 
     def convert() -> None:
         output = Path(arguments.output)
@@ -51,8 +52,9 @@ def main() -> int:
         write_checkpoint(output, whole.tensors, whole.config, progress=True)
         if not whole.config.data.tokenizer:
             print("warning: no tokenizer.model, so it cannot train or generate (--tokenizer)")
-        count = sum(math.prod(tensor.shape) for tensor in whole.tensors.values())
-        print(f"wrote {output}: {count:,} parameters")
+        tables = position_tables.NAMES
+        sizes = (math.prod(t.shape) for n, t in whole.tensors.items() if n not in tables)
+        print(f"wrote {output}: {sum(sizes):,} parameters")
 
     return command.run(convert)
 

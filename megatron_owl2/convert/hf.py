@@ -55,7 +55,8 @@ def read_hf(
         if not rule.constant or (rule.ours == IMAGE_POSITIONS and resized):
             return rule.constant
         found = reader.names().intersection(rule.theirs)
-        return all(reader.dtype(name) in (torch.float16, torch.bfloat16) for name in found)
+        rounded = (torch.float16, torch.bfloat16)
+        return not found or any(reader.dtype(name) in rounded for name in found)
 
     def lazy(rule: mapping.Rule) -> LazyTensor:
         def read() -> torch.Tensor:

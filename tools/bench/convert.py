@@ -25,6 +25,7 @@ from megatron_owl2.config import RunConfig
 from megatron_owl2.convert.assemble import parameter_shapes
 from megatron_owl2.convert.hf import export_hf
 from megatron_owl2.convert.lazy import LazyTensor
+from megatron_owl2.convert.mapping import constants
 from megatron_owl2.convert.weights import TensorReader
 
 TOOLS = Path(__file__).parent.parent
@@ -123,7 +124,11 @@ def _write_source(directory: Path, config: RunConfig) -> int:
         part = pool[start : start + math.prod(shape)].view(shape)
         return LazyTensor(shape, torch.bfloat16, lambda: part)
 
+    tables = constants(config.model)
+    for name in tables:
+        del shapes[name]
     tensors = {name: lazy(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+    tensors |= {name: LazyTensor.of(table) for name, table in tables.items()}
     print("making the source", file=sys.stderr)
     export_hf(tensors, config.model, directory, progress=True)
     return sum(map(math.prod, shapes.values()))
