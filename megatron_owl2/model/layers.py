@@ -68,9 +68,10 @@ def gate(gates: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name: what a checkpoint holds of a model."""
-    state = model.state_dict(keep_vars=True)
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.endswith("_extra_state")  # what the linears of megatron-core add is no weight
-    }
+    buffers = {
+        f"{owner}.{name}" if owner else name: buffer
+        for owner, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }  # state_dict would ask Transformer Engine for the state of its scales, too
+    return dict(model.named_parameters()) | buffers
