@@ -38,8 +38,6 @@ from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.position_tables import NAMES as TABLES
 from megatron_owl2.training import checkpoint
 
-ENDS = list(zip(TABLES, ("q_pos_embed", "k_pos_embed"), strict=True))
-
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):
     assert found.keys() == wanted.keys()
@@ -369,37 +367,3 @@ def test_tools_convert_there_and_back(tmp_path, capsys):
         json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
         == "LlamaTokenizer"
     )
-
-
-def test_position_tables_are_kept_unless_they_do_not_fit(tmp_path):
-    """Those of a directory, whatever processor made them; not rounded ones, nor another grid's."""
-    config = from_owl2(OWL2).config
-    made = constants(config.model)
-    tensors = {n: t + 1e-6 if is_table(n) else t for n, t in tensors_of(OWL2).items()}
-    stored = {ours: next(t for n, t in tensors.items() if n.endswith(end)) for ours, end in ENDS}
-    source = editable(OWL2, tmp_path / "in")
-    save_file(tensors, source / "model.safetensors")
-    whole = from_owl2(source)
-    model = whole.build()
-    for name in TABLES:
-        assert torch.equal(whole.tensors[name].read(), stored[name])
-        assert torch.equal(weights(model)[name], stored[name])
-
-    config.model.vision.image_size *= 2
-    larger = from_owl2(source, config=config).tensors
-    grid = config.model.vision.grid_size
-    assert larger[TABLES[1]].shape == (1 + grid**2, config.model.vision.hidden_size)
-    assert torch.equal(larger[TABLES[1]].read(), constants(config.model)[TABLES[1]])
-
-    rounded = {n: t.bfloat16() if is_table(n) else t for n, t in tensors.items()}
-    save_file(rounded, source / "model.safetensors")
-    for name in TABLES:
-        assert torch.equal(from_owl2(source).tensors[name].read(), made[name])
-
-    name = next(n for n in tensors if is_table(n))
-    save_file(tensors | {name: tensors[name] + 1}, source / "model.safetensors")
-    with pytest.raises(ConversionError, match="which hold one position table"):
-        from_owl2(source)
-    save_file({n: t for n, t in tensors.items() if n != name}, source / "model.safetensors")
-    with pytest.raises(ConversionError, match=f"missing: {name}"):
-        from_owl2(source)

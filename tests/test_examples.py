@@ -7,7 +7,7 @@ import torch
 
 from megatron_owl2 import checks, mcore
 from megatron_owl2 import config as configuration
-from megatron_owl2.convert.assemble import parameter_shapes
+from megatron_owl2.convert.assemble import weight_shapes
 from megatron_owl2.convert.mapping import rules
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,7 +25,7 @@ def test_every_recipe_loads_and_fits_its_ranks(name):
 def test_the_7b_model_has_the_released_tensors_and_counts():
     config = configuration.load(EXAMPLES / "7b/finetune.yaml", ["parallel.tensor=1"])
     config.parallel.sequence = False
-    shapes = parameter_shapes(config)
+    shapes = weight_shapes(config)
     mcore.shutdown()
     counts, tensors = dict.fromkeys(("LLaMA", "modality", "ViT", "abstractor"), 0), 0
     for rule in rules("owl2", config.model):

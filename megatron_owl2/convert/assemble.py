@@ -64,7 +64,7 @@ def from_owl2(
     owners = dict.fromkeys(_FREE, str(directory))
     given, config = config, _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
-    grid, shapes = _stored_grid(stored, config), parameter_shapes(config)
+    grid, shapes = _stored_grid(stored, config), weight_shapes(config)
     tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
     if given is None:
         config.train.precision = _lossless(tensors)
@@ -92,7 +92,7 @@ def from_parts(
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
     given, config = config, _agreed(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)
-    grid, shapes = _stored_grid(stored, config), parameter_shapes(config)
+    grid, shapes = _stored_grid(stored, config), weight_shapes(config)
     tensors = read_hf(language_model, "llama", config.model, shapes)
     tensors |= read_hf(vision_model, "clip", config.model, shapes, stored_grid=grid)
     if given is None:
@@ -109,7 +109,7 @@ def from_checkpoint(path: str | Path) -> Whole:
     config = checkpoint.read_config(directory)
     config.parallel = ParallelConfig()
     tensors = read_checkpoint(directory)
-    if absent := checkpoint.compare(directory, parameter_shapes(config)):
+    if absent := checkpoint.compare(directory, weight_shapes(config)):
         made = mapping.constants(config.model)
         tensors |= {name: LazyTensor.of(made[name]) for name in absent}
     return Whole(config, tensors)
@@ -170,7 +170,7 @@ def _layout(config: RunConfig) -> mcore.Layout:
     return mcore.Layout(config, mcore.initialize(ParallelConfig()))
 
 
-def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Every weight's shape, without memory for any."""
     with torch.device("meta"):
         return checkpoint.global_shapes([Owl2(_layout(config), config.model)])

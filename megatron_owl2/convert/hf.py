@@ -16,6 +16,7 @@ from megatron_owl2.files import new_directory
 from megatron_owl2.model.layers import weights
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.model.position_tables import IMAGE_POSITIONS
+from megatron_owl2.model.position_tables import NAMES as TABLES
 from megatron_owl2.training.checkpoint import global_shapes
 
 _POSITIONS = "vision_model.position_embedding"
@@ -35,7 +36,10 @@ def read_hf(
     *,
     stored_grid: int | None = None,
 ) -> dict[str, LazyTensor]:
-    """Those of our parameters in `shapes` that `layout` covers, whole and in the stored dtype.
+    """Those of our weights in `shapes` that `layout` covers, whole and in the stored dtype.
+
+    A position table of the abstractor that the directory lacks, has rounded to 16 bits, or has for
+    another grid is made.
 
     With "llama" both branches of every modality-adaptive layer start from the LLaMA's one (paper,
     section 4.1). `stored_grid`, patches on a side, resizes the ViT's position table from that
@@ -51,7 +55,6 @@ def read_hf(
     resized = {n for n in shapes if stored[n] != shapes[n]}
 
     def is_made(rule: mapping.Rule) -> bool:
-        """A table that the directory lacks, has rounded to 16 bits, or has for another grid."""
         if not rule.constant or (rule.ours == IMAGE_POSITIONS and resized):
             return rule.constant
         found = reader.names().intersection(rule.theirs)
@@ -70,11 +73,10 @@ def read_hf(
 
     rules = mapping.rules(layout, model)
     made = [rule for rule in rules if is_made(rule)]
-    read = [rule for rule in rules if rule not in made]
-    ignored = {name for rule in made for name in rule.theirs}
-    _check(reader, layout, model, read, stored, ignored)
+    kept = [rule for rule in rules if rule not in made]
+    _check(reader, layout, model, kept, stored)
     tables = mapping.constants(model) if made else {}
-    found = {rule.ours: lazy(rule) for rule in read if rule.ours in shapes}
+    found = {rule.ours: lazy(rule) for rule in kept if rule.ours in shapes}
     return found | {r.ours: LazyTensor.of(tables[r.ours]) for r in made if r.ours in shapes}
 
 
@@ -106,11 +108,11 @@ def export_hf(
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
     CLIPVisionModel; "owl2" brings its code for transformers along. `dtype` is by default the
-    weights' own, the wider one if they have several. `output` appears when complete. Raises
-    ConversionError if it exists, if there is no room, or if a weight is not finite in `dtype`.
+    weights' own, the wider one if they have several; position tables keep theirs. `output` appears
+    when complete. Raises ConversionError if it exists, if there is no room, or if a weight is not
+    finite in `dtype`.
     """
-    constants = {rule.ours for rule in mapping.rules("owl2", model) if rule.constant}
-    dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in constants)
+    dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in TABLES)
     dtype = dtype or reduce(torch.promote_types, dtypes)
     theirs = _theirs(tensors, layout, model, dtype)
     try:
@@ -181,7 +183,6 @@ def _check(
     model: ModelConfig,
     rules: list[mapping.Rule],
     shapes: dict[str, tuple[int, ...]],
-    ignored: set[str],
 ) -> None:
     """Hold the directory's names, shapes and kinds of numbers against what the table asks for."""
     wanted = {}  # their shape, or None for what lies on another pipeline stage
@@ -195,8 +196,9 @@ def _check(
     wanted |= {name: wanted[same] for name, same in twins.items()}
     found = reader.names()
     problems = [f"missing: {n}" for n in sorted(wanted.keys() - found)]
-    unexpected = sorted(found - wanted.keys() - ignored)
-    problems += [f"unexpected: {n}" for n in unexpected if not mapping.needless(layout, n)]
+    problems += [
+        f"unexpected: {n}" for n in sorted(found - wanted.keys()) if not mapping.needless(layout, n)
+    ]
     for name in sorted(wanted.keys() & found):
         shape, dtype = reader.shape(name), reader.dtype(name)
         if wanted[name] and shape != wanted[name]:

@@ -82,7 +82,7 @@ Transform = Copy | Interleave | LeadingOnes | Repeat
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter of ours and the Hugging Face tensors it is joined from.
+    """One weight of ours and the Hugging Face tensors it is joined from.
 
     `import_only`: the tensors belong to another parameter, from which this one is initialised.
     `constant`: a buffer, which a directory may lack and which keeps its dtype.
@@ -256,8 +256,8 @@ _BRANCHES = {
 }
 _LAYER = "model.visual_abstractor.encoder.layers.{i}.crossattention.attention."
 _TABLES = {QUERY_POSITIONS: _LAYER + "q_pos_embed", IMAGE_POSITIONS: _LAYER + "k_pos_embed"}
-_NEEDLESS = {  # computed by the model, or parts of a CLIP that Owl2 does not have
-    "owl2": r".*\.rotary_emb\.inv_freq",
+_NEEDLESS = {  # what the model can compute, or parts of a CLIP that Owl2 does not have
+    "owl2": r".*\.(rotary_emb\.inv_freq|[qk]_pos_embed)",
     "llama": r".*\.rotary_emb\.inv_freq",
     "clip": r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
     r"|vision_model\.embeddings\.position_ids",

@@ -127,14 +127,13 @@ def write_companions(partial: Path, config: RunConfig, progress: dict) -> None:
 
 
 def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
-    """Fill the model from a checkpoint, whatever layout it was saved under; strict.
+    """Fill the model from a checkpoint, whatever layout it was saved under; strict, but for the
+    position tables that older checkpoints lack.
 
-    Raises CheckpointError listing every missing, unexpected or misshapen parameter.
+    Raises CheckpointError listing every missing, unexpected or misshapen weight.
     """
     directory = resolve(directory)
-    weights = sharded_weights(chunks)
-    for name in _compare_names(directory, chunks):
-        weights.pop(name, None)
+    weights = _stored_weights(directory, chunks)
     _fill(chunks, _load(directory, {"model": weights})["model"])
 
 
@@ -151,13 +150,10 @@ def load_training(
     Raises CheckpointError listing what is missing, unexpected or misshapen.
     """
     directory = resolve(directory)
-    absent = _compare_names(directory, chunks)
+    weights = _stored_weights(directory, chunks)
     allocate_optimizer_state(optimizer)
-    weights = sharded_weights(chunks)
     state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
     _compare_optimizer(directory, state)
-    for name in absent:
-        weights.pop(name, None)
     _fill(chunks, _load(directory, {"model": weights})["model"])
     # Only now: in fp32 these are the same numbers, of which the file may have weights in bf16.
     loaded = _load(directory, {"optimizer": state})
@@ -286,9 +282,11 @@ def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | Sharded
     return state
 
 
-def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> set[str]:
-    """Hold the model's weights against what the checkpoint has, on all ranks alike; returns the
-    position tables that it lacks."""
+def _stored_weights(
+    directory: Path, chunks: Sequence[Owl2]
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """The local weights, once the model's are held against the checkpoint's, on all ranks alike;
+    without the position tables that an older checkpoint lacks."""
     stages = chunks[0].layout.groups.pp  # between them they have the whole model
     shares = [None] * stages.size()
     torch.distributed.all_gather_object(shares, global_shapes(chunks), group=stages)
@@ -298,7 +296,7 @@ def _compare_names(directory: Path, chunks: Sequence[Owl2]) -> set[str]:
             wanted = {name: shape for share in shares for name, shape in share.items()}
             absent = [compare(directory, wanted)]
     torch.distributed.broadcast_object_list(absent)
-    return absent[0]
+    return {n: share for n, share in sharded_weights(chunks).items() if n not in absent[0]}
 
 
 def _compare_optimizer(directory: Path, template: dict) -> None:

@@ -88,7 +88,7 @@ def read_index(directory: Path) -> Metadata:
 
 
 def stored_weights(index: Metadata) -> dict[str, TensorStorageMetadata]:
-    """Size and dtype of every parameter in a checkpoint, without the optimizer's tensors.
+    """Size and dtype of every weight in a checkpoint, without the optimizer's tensors.
 
     Raises CheckpointError for one that is not stored whole or is no floating-point tensor.
     """

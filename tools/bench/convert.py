@@ -22,7 +22,7 @@ import torch
 
 from megatron_owl2 import config as configuration
 from megatron_owl2.config import RunConfig
-from megatron_owl2.convert.assemble import parameter_shapes
+from megatron_owl2.convert.assemble import weight_shapes
 from megatron_owl2.convert.hf import export_hf
 from megatron_owl2.convert.lazy import LazyTensor
 from megatron_owl2.convert.mapping import constants
@@ -116,7 +116,7 @@ def _full_size() -> RunConfig:
 
 def _write_source(directory: Path, config: RunConfig) -> int:
     """A released-layout directory of random numbers; returns how many parameters it has."""
-    shapes = parameter_shapes(config)
+    shapes = weight_shapes(config)
     pool = torch.randn(max(map(math.prod, shapes.values())) + 8191, dtype=torch.bfloat16)
 
     def lazy(number: int, shape: tuple[int, ...]) -> LazyTensor:
