@@ -5,17 +5,21 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from processes import killed_by_errors
 from streams import assert_equal, config, loader, two_sets
 from tiny_data import LetterTokenizer
 from torch.utils.data._utils import signal_handling
 
 from megatron_owl2.data import loader as loading
 from megatron_owl2.data.loader import LoaderError
+from megatron_owl2.workers import SPAWN
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,39 @@ def test_workers_killed_at_any_moment_cost_nothing(folders, seed, monkeypatch):
             time.sleep(chance.choice((0, 0.02, 0.2)))
             chance.choice(multiprocessing.active_children()).kill()
     assert number == 99 and batches.restarts >= 1
+
+
+class _DeadlyInside(Deadly):
+    """Kills a worker while it asks torch's flag of the end, which the trainer asks as well."""
+
+    def encode(self, text):
+        if "7" in text and self.fuse.exists():
+            frame = sys._getframe()
+            while "done_event" not in frame.f_locals:
+                frame = frame.f_back
+            if condition := getattr(frame.f_locals["done_event"], "_cond", None):
+                condition.acquire()  # as `is_set` of multiprocessing's events does
+        return super().encode(text)
+
+
+def _read_past_a_death(folders, fuse: Path) -> None:
+    expected = list(loader(config(*folders), limit_slots=80))
+    tokenizer = _DeadlyInside(fuse, once=True)
+    batches = loader(config(*folders, workers=2), tokenizer=tokenizer, limit_slots=80)
+    for a, b in zip(expected, batches, strict=True):
+        assert_equal(a, b)
+    assert not fuse.exists() and batches.restarts == 1
+
+
+def test_a_worker_killed_with_a_lock_holds_up_nobody(folders, tmp_path):
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    # A process of its own, since one that waits for such a lock can only be killed.
+    reader = SPAWN.Process(target=_read_past_a_death, args=(folders, fuse))
+    reader.start()
+    with killed_by_errors(reader):
+        reader.join(120)
+        assert reader.exitcode == 0
 
 
 class _Handle:

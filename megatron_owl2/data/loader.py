@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import mmap
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import ForkContext
 from pathlib import Path
 
 import torch
@@ -157,6 +159,7 @@ class BatchLoader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the global random state belongs to the model
             worker_init_fn=_leave_signals_to_the_trainer,
+            multiprocessing_context=_WorkerContext() if workers else None,
         )
         # torch reports a death from a signal handler, that is anywhere in a training step; without
         # it the death shows when a batch is asked for, where it can be mended.
@@ -172,6 +175,31 @@ class BatchLoader:
             torchs = getattr(handler, "__module__", "").startswith("torch.")  # another loader's
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else handler)
         return iterator
+
+
+class _WorkerContext(ForkContext):
+    """Forks workers, with a flag of the end that none can leave locked.
+
+    torch shares one event among all workers and the trainer and asks it at every batch. A worker
+    that is killed inside would keep the lock of multiprocessing's event, for which all of them,
+    the trainer too, would wait for ever.
+    """
+
+    def Event(self) -> "_Flag":
+        return _Flag()
+
+
+class _Flag:
+    """An event in a byte that forked processes share: set once, asked without waiting."""
+
+    def __init__(self):
+        self._byte = mmap.mmap(-1, 1)
+
+    def is_set(self) -> bool:
+        return self._byte[0] != 0
+
+    def set(self) -> None:
+        self._byte[0] = 1
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
