@@ -27,8 +27,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep import shapes_formats as formats
-from data_prep import shapes_world as world
+from data_prep.toy_corpus import formats as formats
+from data_prep.toy_corpus import world as world
 from megatron_owl2.data.tokenizer import train_tokenizer
 
 VERSION = 5  # raised whenever the same parameters give other bytes
@@ -105,31 +105,31 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
     seed, held_out_pictures = parameters.seed, parameters.eval // 2
     pictures = parameters.pairs + parameters.instructions + parameters.eval + held_out_pictures
     total = pictures + 3 * parameters.texts
-    ledger = formats.Ledger()
+    record = formats.AnswerRecord()
     with (
         tqdm(total=total, desc="shapes", unit=" samples") as progress,
         _renderer(seed, workers, progress.update) as render,
     ):
-        pixels = formats.write_pairs(folder / "pairs", render("pairs", parameters.pairs), ledger)
+        pixels = formats.write_pairs(folder / "pairs", render("pairs", parameters.pairs), record)
         formats.write_instructions(
-            folder / "instructions", render("instructions", parameters.instructions), seed, ledger
+            folder / "instructions", render("instructions", parameters.instructions), seed, record
         )
         documents = folder / "text/documents.jsonl"
-        formats.write_documents(documents, parameters.texts, seed, ledger, progress.update)
+        formats.write_documents(documents, parameters.texts, seed, record, progress.update)
         for name in ("sharegpt_start", "sharegpt_instructions"):
             path = folder / "text" / f"{name}.json"
-            formats.write_texts(path, parameters.texts, seed, ledger, progress.update)
+            formats.write_texts(path, parameters.texts, seed, record, progress.update)
         seen = render("eval/seen", parameters.eval)
-        formats.write_eval(folder / "eval/seen", seen, seed, ledger)
+        formats.write_eval(folder / "eval/seen", seen, seed, record)
         held_out = render("eval/heldout", held_out_pictures, held_out=True)
-        formats.write_eval(folder / "eval/heldout", held_out, seed, ledger)
+        formats.write_eval(folder / "eval/heldout", held_out, seed, record)
         formats.write_text_eval(
-            folder / "eval/text/sharegpt_text.json", parameters.eval // 2, seed, ledger
+            folder / "eval/text/sharegpt_text.json", parameters.eval // 2, seed, record
         )
     (folder / "tokenizer").mkdir()
-    tokenizer = train_tokenizer(ledger.texts, folder / "tokenizer/tokenizer.model", VOCAB_SIZE)
-    known = {*ledger.captions["pairs"], *ledger.captions["instructions"]}
-    seen_captions = ledger.captions["eval/seen"]
+    tokenizer = train_tokenizer(record.texts, folder / "tokenizer/tokenizer.model", VOCAB_SIZE)
+    known = {*record.captions["pairs"], *record.captions["instructions"]}
+    seen_captions = record.captions["eval/seen"]
     corpus = {
         "version": VERSION,
         "parameters": asdict(parameters),
@@ -148,7 +148,7 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             "eval/heldout": held_out_pictures,
             "eval/text": parameters.eval // 2,
         },
-        "answers": ledger.statistics(),
+        "answers": record.statistics(),
         # Pictures of eval/seen are new; with so few kinds of scenes, what they show may not be.
         "eval_seen_captions_in_training": round(
             sum(caption in known for caption in seen_captions) / len(seen_captions), 4

@@ -12,13 +12,13 @@ import signal
 import socket
 import sys
 
-from megatron_owl2.signals import StopRequest
+from megatron_owl2.training.signals import StopSignal
 
-GO_ON_LATER = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main() -> int:
-    stop = StopRequest()  # the imports below take seconds, in which a signal can come
+    stop = StopSignal()  # the imports below take seconds, in which a signal can come
     usage, _, codes = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         prog="megatron_owl2.train", description=usage, epilog=codes.strip()
@@ -27,26 +27,30 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
 
-    from megatron_owl2 import checks
-    from megatron_owl2 import config as configuration
+    from megatron_owl2.config.validate import validate
+    from megatron_owl2.config.load import load_config
+    from megatron_owl2.errors import ConfigError
 
     try:
-        config = configuration.load(arguments.config, arguments.overrides)
-        checks.check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    except configuration.ConfigError as error:
+        config = load_config(arguments.config, arguments.overrides)
+        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
         return _refuse(error)
 
-    from megatron_owl2.data.ledger import DataError
-    from megatron_owl2.data.loader import LoaderError
-    from megatron_owl2.data.manifest import ShardError
-    from megatron_owl2.data.storage import StorageError
-    from megatron_owl2.training.checkpoint_index import CheckpointError, CheckpointIOError
-    from megatron_owl2.training.loop import train
+    from megatron_owl2.errors import (
+        CheckpointError,
+        CheckpointIOError,
+        DataError,
+        LoaderError,
+        ShardError,
+        StorageError,
+    )
+    from megatron_owl2.training.trainer import train
 
     rank = os.environ.get("RANK", "0")
     try:
         received = train(config, stop)
-    except configuration.ConfigError as error:
+    except ConfigError as error:
         return _refuse(error)
     except (CheckpointIOError, LoaderError, StorageError) as error:
         _tell(f"rank {rank}: {error}")
@@ -56,7 +60,7 @@ def main() -> int:
         return 2
     if received == signal.SIGINT:
         return 128 + received
-    return GO_ON_LATER if received else 0
+    return EXIT_RESUMABLE if received else 0
 
 
 def _refuse(error: ValueError) -> int:

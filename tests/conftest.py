@@ -23,8 +23,8 @@ for _kind in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, sig
 def leaves_no_process_groups():
     """A file may leave its groups open; later ones plan, fork or join groups of their own."""
     yield
-    if mcore := sys.modules.get("megatron_owl2.mcore"):
-        mcore.shutdown()
+    if setup := sys.modules.get("megatron_owl2.mcore.setup"):
+        setup.shutdown()
     gc.collect()  # a group that is garbage crashes a forked child whose collector frees it
 
 

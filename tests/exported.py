@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_owl2 import mcore
-from megatron_owl2.config import (
+from megatron_owl2.config.schema import (
     AbstractorConfig,
     DecoderConfig,
     ModelConfig,
@@ -19,6 +18,8 @@ from megatron_owl2.config import (
 )
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.inference.inputs import left_padded
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
 
 ATTENTIONS = ("eager", "sdpa")
@@ -35,7 +36,7 @@ def offline(folder: Path) -> Iterator[None]:
 def build(model: ModelConfig) -> Owl2:
     config = RunConfig(model=model)
     config.train.precision = "fp32"
-    return Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model).eval()
+    return Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model).eval()
 
 
 def grouped_model() -> Owl2:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_owl2.config import AbstractorConfig, RunConfig
+from megatron_owl2.config.schema import AbstractorConfig, RunConfig
 from megatron_owl2.convert import hf_config
-from megatron_owl2.convert.hf import export_hf
-from megatron_owl2.convert.lazy import of_model
-from megatron_owl2.convert.weights import TensorReader
+from megatron_owl2.convert.hf_weights import export_hf
+from megatron_owl2.convert.lazy_tensor import of_model
+from megatron_owl2.convert.safetensors_io import TensorReader
 from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.model.owl2 import Owl2
 

@@ -6,7 +6,7 @@ _FINDER = """
 import importlib.abc, importlib.util, sys
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "megatron_owl2.training.loop":
+        if name != "megatron_owl2.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -22,7 +22,7 @@ sys.meta_path.insert(0, Finder())
 
 
 def write(folder: Path, body: str) -> dict[str, str]:
-    """Have Python processes run `body` after they import megatron_owl2.training.loop, which it
+    """Have Python processes run `body` after they import megatron_owl2.training.trainer, which it
     knows as `loop`; returns the environment that does it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "sitecustomize.py").write_text(_FINDER.format(body=body))

@@ -15,17 +15,20 @@ import torch
 from processes import run_ranks
 from safetensors.torch import load_file
 
-from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
-from megatron_owl2.config import RunConfig
-from megatron_owl2.convert import verify as proof
-from megatron_owl2.convert.hf import load_hf_weights, read_hf_config
+from megatron_owl2.config.load import load_config, save_config
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.convert.hf_weights import load_hf_weights, read_hf_config
+from megatron_owl2.convert.verify import verify as proof
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import checkpoint, optim, stages
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
+from megatron_owl2.training.checkpoint import save_load
 from megatron_owl2.training.step import forward_backward, update
 
 OFFICIAL = Path(__file__).parent / "data" / "official_tiny"
@@ -76,7 +79,7 @@ def run(name: str, folder: Path) -> dict[str, dict]:
     """The worst deviation of each of BOUNDS under a layout: `deviation`, `where` it is and how
     many were `compared`. Writes into `folder`; raises RuntimeError if a process fails."""
     processes, overrides = LAYOUTS[name]
-    configuration.save(recorded_config(), folder / "run.yaml")
+    save_config(recorded_config(), folder / "run.yaml")
     done = run_ranks(processes, __file__, folder, *overrides)
     if done.returncode != 0:
         raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr}")
@@ -116,13 +119,13 @@ def micro_batch(case: str, config: RunConfig, multiple_of: int = 1) -> Batch:
     """A case as the training step takes it, padded to a multiple of so many positions."""
     inputs = case_inputs(case)
     expanded, _ = proof._expand(inputs, config, multiple_of)
-    return proof._batch(inputs, expanded, config).to(mcore.device())
+    return proof._batch(inputs, expanded, config).to(setup.device())
 
 
 def build(config: RunConfig, directory: Path) -> Owl2:
     """This rank's part of the model with the weights of a Hugging Face directory."""
-    groups = mcore.initialize(config.parallel)
-    model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device())
+    groups = setup.initialize(config.parallel)
+    model = Owl2(ParallelContext(config, groups), config.model).to(setup.device())
     load_hf_weights(directory, model)
     return model
 
@@ -145,9 +148,9 @@ def recorded_config() -> RunConfig:
 
 def _measure(folder: Path, overrides: list[str]) -> None:
     """Every rank's part of `run`."""
-    config = configuration.load(folder / "run.yaml", overrides)
+    config = load_config(folder / "run.yaml", overrides)
     model = build(config, OFFICIAL / "hf_ckpt")
-    checkpoint.save(folder / "checkpoint", [model], config)
+    save_load.save(folder / "checkpoint", [model], config)
 
     def verify(inputs: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
         return proof.verify(folder / "checkpoint", inputs, overrides, **options)
@@ -162,7 +165,7 @@ def _measure(folder: Path, overrides: list[str]) -> None:
     if torch.distributed.get_rank() == 0:
         worst = {quantity: _worst(deviations) for quantity, deviations in found.items()}
         (folder / "worst.json").write_text(json.dumps(worst, indent=1))
-    mcore.shutdown()
+    setup.shutdown()
 
 
 def _worst(deviations: Deviations) -> dict:
@@ -176,8 +179,8 @@ def _vision(model: Owl2) -> dict[str, Deviations]:
     if not model.pre_process:
         return {}
     with torch.no_grad():
-        features = model.vision_model(IMAGES.to(mcore.device())).transpose(0, 1)
-        tokens = model.encode_images(IMAGES.to(mcore.device()))
+        features = model.vision_model(IMAGES.to(setup.device())).transpose(0, 1)
+        tokens = model.encode_images(IMAGES.to(setup.device()))
     pairs = {
         "ViT features": (features, REFERENCE["batch/vit_features"]),
         "visual tokens": (tokens, REFERENCE["batch/visual_tokens"]),
@@ -259,9 +262,9 @@ def _without_cache(
         inputs = {"input_ids": ids, "attention_mask": mask, "images": torch.stack(images)}
         expanded, _ = proof._expand(inputs, config, multiple_of)
         proof._settle(config, expanded)
-        batch = proof._batch(inputs, expanded, config).to(mcore.device())
+        batch = proof._batch(inputs, expanded, config).to(setup.device())
         logits = proof._forward(config, model, batch, None)
-        chosen = torch.zeros(len(rows), dtype=torch.int64, device=mcore.device())
+        chosen = torch.zeros(len(rows), dtype=torch.int64, device=setup.device())
         if logits is not None:
             last = expanded.valid.sum(1) - 1
             chosen = logits[torch.arange(len(rows)), last].argmax(-1)
@@ -277,9 +280,9 @@ def _adamw(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
     length = -(-REFERENCE["batch/logits"].shape[1] // tensor) * tensor
     batches = [micro_batch(case, config, multiple_of=length) for case in SINGLES]
     config.data.sequence_length, config.train.micro_batch_size = length, 1
-    stages.apply(config, [model])
-    wrapped = optim.wrap([model], overlap=False)
-    optimizer, scheduler = optim.build(config, wrapped)
+    parameter_groups.freeze(config, [model])
+    wrapped = optim.wrap_ddp([model], overlap=False)
+    optimizer, scheduler = optim.build_optimizer(config, wrapped)
     # One-dimensional weights do not decay here. The recording spared only biases and LayerNorms
     # (`optimizer_no_decay_params`), so the decoder's RMSNorms have to decay for once.
     for group in optimizer.param_groups:

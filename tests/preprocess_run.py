@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 from tiny_data import encoded, picture
 
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.records import Record
-from megatron_owl2.preprocess.job import Outcome, preprocess
-from megatron_owl2.preprocess.parts import Part, Skipped
-from megatron_owl2.preprocess.steps import Settings
+from data_prep.job import Outcome, preprocess
+from data_prep.splits import InputSplit, Skipped
+from data_prep.worker import Settings
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.shards.records import Record
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -49,7 +49,7 @@ def failed(result: SimpleNamespace) -> str:
 
 
 def records(folder: Path) -> list[Record]:
-    data = Dataset(folder)
+    data = ShardedDataset(folder)
     return [data.read(s, i) for s, size in enumerate(data.sizes) for i in range(size)]
 
 
@@ -91,8 +91,10 @@ def read_list(items: list[Record | Skipped]) -> Iterator[Record | Skipped]:
     yield from items
 
 
-def as_parts(contents: list[list[Record | Skipped]]) -> list[Part]:
-    return [Part(f"part{i}", str(i), items, Path(f"input{i}")) for i, items in enumerate(contents)]
+def as_parts(contents: list[list[Record | Skipped]]) -> list[InputSplit]:
+    return [
+        InputSplit(f"part{i}", str(i), items, Path(f"input{i}")) for i, items in enumerate(contents)
+    ]
 
 
 def job(contents: list[list[Record | Skipped]], output: Path, **options) -> Outcome:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from tiny_data import encoded, picture
 
-from data_prep.formats import FORMATS
-from megatron_owl2.data.records import Record
-from megatron_owl2.preprocess.parts import PreprocessError, ReadOptions, Skipped
+from data_prep.formats.registry import FORMATS
+from data_prep.splits import ReadOptions, Skipped
+from megatron_owl2.data.shards.records import Record
+from megatron_owl2.errors import PreprocessError
 
 
 def collect(kind: str, source: Path, **options) -> tuple[list[Record], Counter]:

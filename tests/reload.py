@@ -11,24 +11,27 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_owl2 import mcore
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.training import checkpoint, optim, stages
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
+from megatron_owl2.training.checkpoint import save_load
 
 RATES = ("wd_mult", "lr_mult", "max_lr", "min_lr", "lr", "weight_decay", "step")
 
 
 def reload(source: Path, folder: Path, layout: str) -> Path:
     """Load `source` under the layout and save it again; returns where."""
-    config = checkpoint.read_config(source)
+    config = save_load.read_config(source)
     config.parallel.tensor, config.parallel.pipeline = map(int, layout.split("x"))
-    groups = mcore.initialize(config.parallel)
+    groups = setup.initialize(config.parallel)
     torch.manual_seed(groups.pp.rank())
-    chunks = build(mcore.Layout(config, groups), config.model, 1)
-    stages.apply(config, chunks)
-    wrapped = optim.wrap(chunks, overlap=config.parallel.overlap)
-    optimizer, scheduler = optim.build(config, wrapped)
-    checkpoint.load_training(source, chunks, optimizer, scheduler)
+    chunks = build(ParallelContext(config, groups), config.model, 1)
+    parameter_groups.freeze(config, chunks)
+    wrapped = optim.wrap_ddp(chunks, overlap=config.parallel.overlap)
+    optimizer, scheduler = optim.build_optimizer(config, wrapped)
+    save_load.load_training(source, chunks, optimizer, scheduler)
     for part in optimizer.chained_optimizers:  # each group holds the parameters of its factor
         parameters = part.model_float16_groups, part.model_fp32_groups
         for group, *owned in zip(part.param_groups, *parameters, strict=True):
@@ -37,9 +40,9 @@ def reload(source: Path, folder: Path, layout: str) -> Path:
     output = folder / layout
     if torch.distributed.get_rank() == 0:
         output.with_suffix(".json").write_text(json.dumps(rates))
-    progress = checkpoint.read_progress(source)
+    progress = save_load.read_progress(source)
     state = {"optimizer": optimizer, "scheduler": scheduler, "progress": progress}
-    checkpoint.save(output, chunks, config, **state)
+    save_load.save(output, chunks, config, **state)
     parallel_state.destroy_model_parallel()
     return output
 

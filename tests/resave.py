@@ -2,14 +2,15 @@
 
 import sys
 
-from megatron_owl2 import mcore
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import checkpoint
+from megatron_owl2.training.checkpoint import save_load
 
 source, output, tensor, pipeline = sys.argv[1:]
-config = checkpoint.read_config(source)
+config = save_load.read_config(source)
 config.parallel.tensor, config.parallel.pipeline = int(tensor), int(pipeline)
-groups = mcore.initialize(config.parallel)
-model = Owl2(mcore.Layout(config, groups), config.model)
-checkpoint.load_weights(source, [model])
-checkpoint.save(output, [model], config)
+groups = setup.initialize(config.parallel)
+model = Owl2(ParallelContext(config, groups), config.model)
+save_load.load_weights(source, [model])
+save_load.save(output, [model], config)

@@ -25,18 +25,18 @@ def launch(
 def main() -> None:
     import torch.distributed as dist
 
-    from megatron_owl2 import checks
-    from megatron_owl2 import config as configuration
-    from megatron_owl2.signals import StopRequest
-    from megatron_owl2.training.loop import train
+    from megatron_owl2.config.validate import validate
+    from megatron_owl2.config.load import load_config
+    from megatron_owl2.training.signals import StopSignal
+    from megatron_owl2.training.trainer import train
 
-    stop = StopRequest()
+    stop = StopSignal()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, size, is_master=False)
     for number, (output, overrides) in enumerate(json.loads(os.environ["RUNS_IN_TURN"])):
-        config = configuration.load(sys.argv[1], [f"train.output={output}", *overrides])
-        checks.check(config, size)
+        config = load_config(sys.argv[1], [f"train.output={output}", *overrides])
+        validate(config, size)
         # Their addresses lie in the store; those of the group before must not be found there.
         own = dist.PrefixStore(f"run {number}", store)
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megatron_owl2.training.checkpoint_index import read_index
+from megatron_owl2.training.checkpoint.index import read_index
 
 MOMENT = "optimizer.state.exp_avg."
 

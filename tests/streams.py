@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from tiny_data import LetterTokenizer, encoded, picture, record, write
 
-from megatron_owl2.config import DataConfig, SourceConfig
+from megatron_owl2.config.schema import DataConfig, SourceConfig
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.loader import build_loader
-from megatron_owl2.data.phases import first_phase
-from megatron_owl2.data.records import Record
+from megatron_owl2.data.sampling.phases import first_phase
+from megatron_owl2.data.shards.dataset import open_sources
+from megatron_owl2.data.shards.records import Record
 
 ROWS, SIZE = 3, 14
 
@@ -40,7 +40,7 @@ def config(*folders, weights=(0.6, 0.4), **changes) -> DataConfig:
 def loader(
     data: DataConfig, start=0, rank=0, ranks=1, micro=4, tokenizer=None, phase=None, **options
 ):
-    datasets = open_datasets(data)
+    datasets = open_sources(data)
     return build_loader(
         data,
         datasets,

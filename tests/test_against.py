@@ -9,10 +9,10 @@ from hf_dirs import OWL2, TOOLS, editable, run_tool
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2.convert.assemble import from_owl2
-from megatron_owl2.convert.hf import export_hf
-from megatron_owl2.convert.lazy import LazyTensor
-from megatron_owl2.convert.stream import write_checkpoint
+from megatron_owl2.convert.hf_weights import export_hf
+from megatron_owl2.convert.lazy_tensor import LazyTensor
+from megatron_owl2.convert.megatron_io import write_checkpoint
+from megatron_owl2.convert.sources import from_owl2
 from megatron_owl2.model.position_tables import NAMES as TABLES
 
 COMPUTED = [

@@ -6,14 +6,14 @@ import torch.multiprocessing
 from streams import config, loader
 from tiny_data import record, write
 
-from megatron_owl2.data.ledger import DataError
-from megatron_owl2.training.agreement import Agreement
+from megatron_owl2.errors import DataError
+from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 
 
 def read(rank: int, folders: list[str], store: str, found: str) -> None:
     """One of two ranks; what `check` said after every step goes into a file."""
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    agreement = Agreement([torch.distributed.group.WORLD], torch.device("cpu"))
+    agreement = SampleConsistencyCheck([torch.distributed.group.WORLD], torch.device("cpu"))
     said = []
     for step, batch in enumerate(loader(config(folders[rank], weights=(1,)), limit_slots=40), 1):
         agreement.add(batch)

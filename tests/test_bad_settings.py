@@ -21,12 +21,13 @@ from hf_dirs import (
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
-from megatron_owl2 import checks
-from megatron_owl2.config import AbstractorConfig, ConfigError, ModelConfig, VisionConfig
-from megatron_owl2.convert import assemble, hf_config
-from megatron_owl2.convert.assemble import from_owl2, from_parts
-from megatron_owl2.convert.weights import ConversionError
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.schema import AbstractorConfig, ModelConfig, VisionConfig
+from megatron_owl2.convert import hf_config
+from megatron_owl2.convert import sources as assemble
+from megatron_owl2.convert.sources import from_llama_and_clip, from_owl2
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.model.position_tables import NAMES as TABLES
 
 COUNT = "a number, whole and from 1 to 16777216"
@@ -183,20 +184,20 @@ def test_a_spread_of_zero_is_read(tmp_path):
 )
 def test_run_configurations_no_model_has(key, value, wanted):
     model = ModelConfig()
-    checks.check_model(model)
+    validate_model(model)
     *sections, name = key.split(".")
     setattr(getattr(model, sections[0]) if sections else model, name, value)
     with pytest.raises(ConfigError) as refused:
-        checks.check_model(model)
+        validate_model(model)
     assert str(refused.value) == f"model.{key} is {value!r}; it must be {wanted}"
 
 
 def test_position_tables_have_a_limit():
     model = ModelConfig(vision=VisionConfig(image_size=14 * 511, hidden_size=1024))
-    checks.check_model(model)
+    validate_model(model)
     model.abstractor = AbstractorConfig(num_queries=2**20)
     with pytest.raises(ConfigError, match="position tables of 1341130752 numbers"):
-        checks.check_model(model)
+        validate_model(model)
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
@@ -320,7 +321,7 @@ def test_the_precision_follows_from_both_parts(tmp_path, llama, clip, precision,
     monkeypatch.setattr(assemble, "ModelConfig", small)
     llama = cast(LLAMA, tmp_path / "llama", [llama], dtype="bfloat16")
     clip = cast(CLIP, tmp_path / "clip", [clip], dtype="bfloat16")
-    whole = from_parts(llama, clip)
+    whole = from_llama_and_clip(llama, clip)
     assert whole.config.train.precision == precision
     made = {n: t.dtype for n, t in whole.tensors.items() if n.startswith("abstractor.")}
     assert {made.pop(name) for name in TABLES} == {FP32}

@@ -8,7 +8,7 @@ import pytest
 import tool
 import torch
 
-from megatron_owl2.config import DecoderConfig
+from megatron_owl2.config.schema import DecoderConfig
 
 DECODER = DecoderConfig(hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=48)
 

@@ -9,8 +9,9 @@ import pytest
 import tool
 import torch
 
-from megatron_owl2 import checks, mcore
-from megatron_owl2.flops import Load, training_flops
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.mcore import setup
+from megatron_owl2.model.flops import Load, training_flops
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_shapes_are_the_papers_and_every_kernel_takes_them(bench, stage, length,
         assert model.vision.image_size == size and model.vision.num_layers == 24
         assert model.decoder.hidden_size == 4096 and model.decoder.num_layers == 2
         assert config.train.precision == "bf16" and config.parallel.recompute == "full"
-        checks.check_layout(config, world_size=1)
+        validate_parallel(config, world_size=1)
 
 
 def test_every_row_is_full_and_has_its_picture(bench):
@@ -37,7 +38,7 @@ def test_every_row_is_full_and_has_its_picture(bench):
     batch = bench.full_batch(config)
     assert batch.tokens.shape == (2, 32) and batch.image.shape == (2, 3, 28, 28)
     assert batch.lengths.tolist() == [32, 32]
-    seen = batch.modality.t().flatten()[batch.vision_rows]
+    seen = batch.modality.t().flatten()[batch.vision_token_index]
     assert seen.all() and len(seen) == int(batch.modality.sum()) == 2 * 5
     text = batch.tokens[:, 1:][batch.loss_mask[:, :-1].bool()]
     assert text.equal(batch.labels[:, :-1][batch.loss_mask[:, :-1].bool()])
@@ -54,7 +55,7 @@ def test_what_is_measured_is_a_training_step(bench):
         if parameter.ndim > 1 and name in step.trained:
             assert parameter.main_grad.norm() > 0, name
     assert "decoder.layers.0.mlp.linear_fc1.weight" not in step.trained
-    mcore.shutdown()
+    setup.shutdown()
 
 
 def test_command_line_reports_every_combination(bench, tmp_path):
@@ -70,7 +71,7 @@ def test_command_line_reports_every_combination(bench, tmp_path):
     written = json.loads(output.read_text())
     assert written["torch"] == torch.__version__ and written["device"] in done.stdout
     rows = {(r["stage"], r["kernels"], r["recompute"]): r for r in written["results"]}
-    if mcore.ON_CPU:
+    if setup.on_cpu():
         for stage in "12":
             refused = rows.pop((stage, "te-blockwise", "any"))
             assert "needs a GPU" in refused["refused"]
@@ -81,7 +82,7 @@ def test_command_line_reports_every_combination(bench, tmp_path):
         assert len(times) >= 3 and len(row["update_milliseconds"]) == len(times)
         assert row["tflops"] == pytest.approx(row["flops"] / statistics.median(times) / 1e9)
         assert row["mfu"] == row["tflops"] / 2
-        assert (row["peak_gib"] is None) == mcore.ON_CPU
+        assert (row["peak_gib"] is None) == setup.on_cpu()
         assert row["flops"] == rows[stage, kernels, "none"]["flops"]
         assert (
             f"| {stage} | {kernels} | {recompute} | {statistics.median(times):.1f}" in done.stdout
@@ -133,7 +134,7 @@ def test_a_device_that_is_lost_takes_no_measured_row_with_it(bench, monkeypatch)
     assert bench.attempt(config, 0, None) == {"flops": 1.0}
 
 
-@pytest.mark.skipif(not mcore.ON_CPU, reason="there is a GPU")
+@pytest.mark.skipif(not setup.on_cpu(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(bench, capsys):
     assert bench.main(["--stage", "1"]) == 1
     assert "no CUDA device here" in capsys.readouterr().err

@@ -13,8 +13,8 @@ from http_server import HttpServer
 from processes import group_is_gone, wait_until
 from tiny_data import encoded, picture, record, write
 
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.records import Record
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.shards.records import Record
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -39,7 +39,7 @@ def test_a_sound_set_is_ok(folder):
 def test_every_kind_of_damage_is_counted_and_named(folder):
     tars = sorted(folder.glob("*.tar"))
     data = bytearray(tars[0].read_bytes())
-    start, _ = Dataset(folder).range_of(0, 2)
+    start, _ = ShardedDataset(folder).range_of(0, 2)
     data[start + 600] ^= 1
     tars[0].write_bytes(data)
     tars[1].write_bytes(tars[1].read_bytes()[:-2048])
@@ -66,7 +66,7 @@ def test_pictures_that_were_broken_before_show_only_when_decoded(tmp_path):
     whole = run("check_data", folder, "--decode", "1", "--show", "2")
     assert whole.returncode == 1 and "35 good (35 pictures decoded), 5 bad" in whole.stdout
     assert whole.stdout.count("cannot be decoded") == 2
-    start = Dataset(folder).range_of(0, 8)[0]
+    start = ShardedDataset(folder).range_of(0, 8)[0]
     place = f"{next(folder.glob('*.tar')).name} at byte {start}: 008: image cannot be decoded"
     assert place in whole.stdout
     assert "and 3 more bad samples" in whole.stdout
@@ -124,7 +124,7 @@ def test_foreign_shards_become_a_data_set_where_they_lie(tmp_path):
     assert {n: s.st_mtime_ns for n, s in before.items()} == {
         n: s.st_mtime_ns for n, s in after.items()
     }
-    dataset = Dataset(tmp_path)
+    dataset = ShardedDataset(tmp_path)
     assert [dataset.read(2, i).caption for i in range(5)] == [f"picture {i}" for i in range(20, 25)]
     assert run("check_data", tmp_path, "--decode", "1").returncode == 0
     again = run("index_data", tmp_path)

@@ -4,15 +4,19 @@ import pytest
 import tiny_run
 import torch
 
-from megatron_owl2 import checks
-from megatron_owl2 import config as configuration
-from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.config.machine import check_machine
+from megatron_owl2.config.validate import validate
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.config.load import load_config, save_config
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.errors import ConfigError
 
 
 def test_the_defaults_are_the_papers_model_and_pass_the_checks():
     config = RunConfig()
-    checks.check_model(config.model)
-    checks.check_layout(config, world_size=64)
+    validate_model(config.model)
+    validate_parallel(config, world_size=64)
     assert config.model.tokens_per_image == 65
     assert config.model.vision.grid_size == 16
 
@@ -20,14 +24,14 @@ def test_the_defaults_are_the_papers_model_and_pass_the_checks():
 def test_files_extend_others_and_overrides_win(tmp_path):
     (tmp_path / "parent.yaml").write_text("train: {steps: 5, micro_batch_size: 3}\n")
     (tmp_path / "child.yaml").write_text("extends: parent.yaml\ntrain: {steps: 6}\n")
-    config = configuration.load(
+    config = load_config(
         tmp_path / "child.yaml", ["optimizer.lr=2e-3", "stage.rates={'vision_model.*': 0.5}"]
     )
     assert (config.train.steps, config.train.micro_batch_size) == (6, 3)
     assert config.optimizer.lr == 2e-3
     assert config.stage.rates == {"vision_model.*": 0.5}
-    configuration.save(config, tmp_path / "saved.yaml")
-    assert configuration.load(tmp_path / "saved.yaml") == config
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -47,12 +51,12 @@ def test_files_extend_others_and_overrides_win(tmp_path):
 def test_keys_and_values_that_do_not_exist(tmp_path, override, words):
     (tmp_path / "run.yaml").write_text("train: {steps: 5}\n")
     with pytest.raises(ConfigError, match=words):
-        configuration.load(tmp_path / "run.yaml", [override])
+        load_config(tmp_path / "run.yaml", [override])
 
 
 def test_a_reference_to_nothing_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"FOO.*\(key train.output\)"):
-        configuration.load(tiny_run.make(tmp_path), ["train.output=${FOO}"])
+        load_config(tiny_run.make(tmp_path), ["train.output=${FOO}"])
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_a_reference_to_nothing_is_named(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, text, words):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
-        configuration.load(tmp_path / "run.yaml")
+        load_config(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize(
@@ -130,18 +134,18 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
 )
 def test_runs_that_cannot_work(tmp_path, override, world_size, words):
     path = tiny_run.make(tmp_path)
-    config = configuration.load(path, [f"train.output={tmp_path / 'run'}"])
-    checks.check(config, world_size=1)
-    config = configuration.load(path, [f"train.output={tmp_path / 'run'}", *override.split(" & ")])
+    config = load_config(path, [f"train.output={tmp_path / 'run'}"])
+    validate(config, world_size=1)
+    config = load_config(path, [f"train.output={tmp_path / 'run'}", *override.split(" & ")])
     with pytest.raises(ConfigError, match=words):
-        checks.check(config, world_size)
+        validate(config, world_size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
 def test_nsys_without_a_gpu(tmp_path):
-    config = configuration.load(tiny_run.make(tmp_path), ["watch.profiler=nsys"])
+    config = load_config(tiny_run.make(tmp_path), ["watch.profiler=nsys"])
     with pytest.raises(ConfigError, match="nsys needs a GPU, .*; use watch.profiler=torch"):
-        checks.check_machine(config)
+        check_machine(config)
 
 
 # Sizes that FP8 GEMMs take, and a layout that gathers their rows.
@@ -180,9 +184,9 @@ def test_kernels_that_are_not_there_or_do_not_fit(tmp_path, overrides, words):
     narrow = "model.decoder.num_kv_heads=1"
     path = tiny_run.make(tmp_path)
     output = f"train.output={tmp_path / 'run'}"
-    config = configuration.load(path, [output, *backend, narrow, *overrides])
+    config = load_config(path, [output, *backend, narrow, *overrides])
     with pytest.raises(ConfigError, match=words):
-        checks.check(config, world_size=config.parallel.tensor)
+        validate(config, world_size=config.parallel.tensor)
 
 
 @pytest.mark.parametrize(

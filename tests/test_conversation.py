@@ -14,8 +14,9 @@ from megatron_owl2.data.conversation import (
     prompt,
     prompt_ids,
 )
-from megatron_owl2.data.records import BadSampleError, Record, Turn
+from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import train_tokenizer
+from megatron_owl2.errors import BadSampleError
 
 IMAGE = encoded(picture(0))
 TOKENIZER = LetterTokenizer()
@@ -172,15 +173,21 @@ def test_batch_puts_every_image_row_where_it_belongs():
         Record("c", image=IMAGE, turns=(Turn("q", "a"),)),
     )
     assert batch.image.shape == (2, 3, 4, 4) and batch.image[:, 0, 0, 0].tolist() == [0, 2]
-    assert batch.vision_rows.tolist() == [0, 3, 6, 7 * 3 + 2, 8 * 3 + 2, 9 * 3 + 2]
+    assert batch.vision_token_index.tolist() == [0, 3, 6, 7 * 3 + 2, 8 * 3 + 2, 9 * 3 + 2]
     flat = batch.modality.T.reshape(-1)  # sequence first, as the model's hidden states
-    assert flat[batch.vision_rows].all() and flat.sum() == 6
-    assert batch.tokens.T.reshape(-1)[batch.vision_rows].tolist() == [0] * 6
+    assert flat[batch.vision_token_index].all() and flat.sum() == 6
+    assert batch.tokens.T.reshape(-1)[batch.vision_token_index].tolist() == [0] * 6
     assert batch.position_ids.tolist() == [list(range(64))] * 3
     assert torch.equal(batch.loss_mask, (batch.labels != -100).float())
     assert batch.lengths.tolist() == [sample.length for sample in samples] == [6, 6, 24]
     assert batch.slots.tolist() == [100, 101, 102] and batch.keys == ["a", "b", "c"]
-    integers = (batch.tokens, batch.labels, batch.modality, batch.position_ids, batch.vision_rows)
+    integers = (
+        batch.tokens,
+        batch.labels,
+        batch.modality,
+        batch.position_ids,
+        batch.vision_token_index,
+    )
     assert {tensor.dtype for tensor in (*integers, batch.slots)} == {torch.int64}
     assert (batch.loss_mask.dtype, batch.image.dtype) == (torch.float32, torch.uint8)
 
@@ -188,7 +195,7 @@ def test_batch_puts_every_image_row_where_it_belongs():
 def test_text_only_batch_has_one_black_image_without_rows():
     _, batch = batch_of(Record("a", caption="x"), Record("b", caption="y"))
     assert batch.image.shape == (1, 3, 4, 4) and not batch.image.any()
-    assert batch.vision_rows.shape == (0,) and batch.vision_rows.dtype == torch.int64
+    assert batch.vision_token_index.shape == (0,) and batch.vision_token_index.dtype == torch.int64
 
 
 def test_moving_a_batch_keeps_what_is_not_a_tensor():

@@ -25,18 +25,18 @@ from hf_dirs import (
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2.config import save as save_config
+from megatron_owl2.config.load import save_config
 from megatron_owl2.convert import hf_config
-from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
-from megatron_owl2.convert.hf import export_hf
-from megatron_owl2.convert.lazy import LazyTensor
+from megatron_owl2.convert.hf_weights import export_hf
+from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import Interleave, LeadingOnes, constants, rules
-from megatron_owl2.convert.stream import write_checkpoint
-from megatron_owl2.convert.weights import ConversionError
-from megatron_owl2.model.layers import weights
+from megatron_owl2.convert.megatron_io import write_checkpoint
+from megatron_owl2.convert.sources import from_checkpoint, from_llama_and_clip, from_owl2
+from megatron_owl2.errors import ConversionError
+from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.position_tables import NAMES as TABLES
-from megatron_owl2.training import checkpoint
+from megatron_owl2.training.checkpoint import save_load
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]):
@@ -52,7 +52,7 @@ def is_table(name: str) -> bool:
 
 def text_logits(model, ids, modality):
     rows, positions = modality.nonzero(as_tuple=True)
-    split = Modality.of(modality, positions * len(ids) + rows, model.layout)
+    split = Modality.of(modality, positions * len(ids) + rows, model.context)
     position_ids = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         x = model.decoder(model.embedding(ids).transpose(0, 1), split, position_ids)
@@ -234,7 +234,7 @@ def test_parts_compute_what_transformers_computes(tmp_path, bare):
         prefix = "vision_model."
         vision = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
         save_file(vision, clip / "model.safetensors")
-    model = from_parts(LLAMA, clip, config=parts_config()).build()
+    model = from_llama_and_clip(LLAMA, clip, config=parts_config()).build()
     reference = load_file(DATA / "hf_tiny" / "reference.safetensors")
     with torch.no_grad():
         features = model.vision_model(reference["pixels"]).transpose(0, 1)
@@ -247,7 +247,7 @@ def test_parts_compute_what_transformers_computes(tmp_path, bare):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_part_layouts_round_trip(tmp_path, dtype):
-    model = from_parts(LLAMA, CLIP, config=parts_config()).build()
+    model = from_llama_and_clip(LLAMA, CLIP, config=parts_config()).build()
     with torch.no_grad():  # the vision branch is not what a LLaMA export holds
         for name, parameter in model.named_parameters():
             if name.endswith(("linear_kv_vision.weight", "weight_vision")):
@@ -265,7 +265,7 @@ def test_part_layouts_round_trip(tmp_path, dtype):
 def test_what_the_modalities_share_is_written_to_both_branches(tmp_path):
     config = parts_config()
     config.model.decoder.modality_split = ["input_norm"]
-    whole = from_parts(LLAMA, CLIP, config=config)
+    whole = from_llama_and_clip(LLAMA, CLIP, config=config)
     assert "decoder.layers.0.input_norm.weight_vision" in whole.tensors
     assert not any("linear_kv_vision" in n or "pre_mlp_norm.weight_v" in n for n in whole.tensors)
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_what_the_modalities_share_is_written_to_both_branches(tmp_path):
 
 
 def test_exports_load_in_transformers(tmp_path):
-    model = from_parts(LLAMA, CLIP, config=parts_config()).build()
+    model = from_llama_and_clip(LLAMA, CLIP, config=parts_config()).build()
     reference = load_file(DATA / "hf_tiny" / "reference.safetensors")
     for layout in ("llama", "clip"):
         export(model, tmp_path / layout, layout=layout, dtype=torch.float32)
@@ -309,7 +309,7 @@ def test_exports_load_in_transformers(tmp_path):
 
 def test_the_seed_decides_the_abstractor():
     first, again, other = (
-        from_parts(LLAMA, CLIP, config=parts_config(), seed=seed)
+        from_llama_and_clip(LLAMA, CLIP, config=parts_config(), seed=seed)
         .tensors["abstractor.query_embeds"]
         .read()
         for seed in (1, 1, 2)
@@ -318,7 +318,7 @@ def test_the_seed_decides_the_abstractor():
 
 
 def test_another_image_size_resizes_the_positions():
-    model = from_parts(LLAMA, CLIP, config=parts_config(image_size=56)).build()
+    model = from_llama_and_clip(LLAMA, CLIP, config=parts_config(image_size=56)).build()
     table = load_file(CLIP / "model.safetensors")[
         "vision_model.embeddings.position_embedding.weight"
     ]
@@ -350,7 +350,7 @@ def test_tools_convert_there_and_back(tmp_path, capsys):
     assert_same(tensors_of(out), tensors_of(LLAMA))
     status, _, complaint = run_tool("convert_to_hf", *arguments, capsys=capsys)
     assert status == 2 and f"{out} exists already" in complaint
-    assert checkpoint.read_config(ckpt).model.image_mean == [0.5, 0.5, 0.5]
+    assert save_load.read_config(ckpt).model.image_mean == [0.5, 0.5, 0.5]
 
     ckpt, out = tmp_path / "owl2 ckpt", tmp_path / "owl2 out"
     arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)

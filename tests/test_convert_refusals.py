@@ -28,17 +28,16 @@ from hf_dirs import (
 )
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2.config import ConfigError
-from megatron_owl2.config import save as save_config
+from megatron_owl2.config.load import save_config
 from megatron_owl2.convert import hf_config
-from megatron_owl2.convert.assemble import from_checkpoint, from_owl2, from_parts
-from megatron_owl2.convert.hf import export_hf
-from megatron_owl2.convert.stream import write_checkpoint
-from megatron_owl2.convert.verify import Proof
-from megatron_owl2.convert.weights import ConversionError, TensorReader
-from megatron_owl2.training import checkpoint
-from megatron_owl2.training.checkpoint import CheckpointError
-from megatron_owl2.training.checkpoint_index import read_index
+from megatron_owl2.convert.hf_weights import export_hf
+from megatron_owl2.convert.megatron_io import write_checkpoint
+from megatron_owl2.convert.safetensors_io import TensorReader
+from megatron_owl2.convert.sources import from_checkpoint, from_llama_and_clip, from_owl2
+from megatron_owl2.convert.verify.verify import Verification
+from megatron_owl2.errors import CheckpointError, ConfigError, ConversionError
+from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint.index import read_index
 
 
 def test_all_misfits_are_listed(tmp_path):
@@ -139,7 +138,7 @@ def test_a_configuration_of_another_model_is_refused_with_all_differences():
     config.model.decoder.max_positions = 65
     config.model.vision.num_layers = 3
     with pytest.raises(ConversionError) as refusal:
-        from_parts(LLAMA, CLIP, config=config)
+        from_llama_and_clip(LLAMA, CLIP, config=config)
     for line in (
         f"model.decoder.norm_eps: 1e-06 in the configuration, 1e-05 in {LLAMA}",
         f"model.decoder.max_positions: 65 in the configuration, 64 in {LLAMA}",
@@ -151,7 +150,7 @@ def test_a_configuration_of_another_model_is_refused_with_all_differences():
 def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(tmp_path):
     tokenizer = small_tokenizer(tmp_path)
     with pytest.raises(ConversionError, match="320 pieces, the embedding only 64 rows"):
-        from_parts(LLAMA, CLIP, config=parts_config(), tokenizer=tokenizer)
+        from_llama_and_clip(LLAMA, CLIP, config=parts_config(), tokenizer=tokenizer)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
@@ -215,7 +214,7 @@ def test_a_damaged_checkpoint_is_refused(converted):
         whole.build()
     model = from_owl2(OWL2).build()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load_weights(converted, [model])
+        save_load.load_weights(converted, [model])
     largest.unlink()
     with pytest.raises(CheckpointError, match=f"{largest.name} is missing"):
         from_checkpoint(converted)
@@ -229,13 +228,13 @@ def test_a_checkpoint_runs_no_code(converted, tmp_path):
     model = from_owl2(OWL2).build()
     index = (converted / ".metadata").read_bytes()
     (converted / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    for read in (from_checkpoint, partial(checkpoint.load_weights, chunks=[model])):
+    for read in (from_checkpoint, partial(save_load.load_weights, chunks=[model])):
         with pytest.raises(CheckpointError, match="which no index needs"):
             read(converted)
     (converted / ".metadata").write_bytes(index)
     torch.save({"hidden": Hostile()}, converted / "common.pt")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load_weights(converted, [model])
+        save_load.load_weights(converted, [model])
     assert not (tmp_path / "owned").exists()
 
 
@@ -244,7 +243,7 @@ def test_a_damaged_or_missing_companion_is_refused(converted, name):
     model = from_owl2(OWL2).build()
     (converted / name).write_bytes((converted / name).read_bytes()[:-20])
     with pytest.raises(CheckpointError, match="cannot be read|is damaged") as refusal:
-        checkpoint.load_weights(converted, [model])
+        save_load.load_weights(converted, [model])
     assert "\n" not in str(refusal.value)
     (converted / name).unlink()
     with pytest.raises(CheckpointError, match=f"not a complete checkpoint: {name} missing"):
@@ -353,7 +352,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_all_differences(converted):
-    config = checkpoint.read_config(converted)
+    config = save_load.read_config(converted)
     config.model.decoder.vocab_size = 500
     config.model.vision.num_layers = 1
     save_config(config, converted / "run.yaml")
@@ -366,10 +365,10 @@ def test_a_checkpoint_of_another_model_is_refused_with_all_differences(converted
 
 
 def test_settings_that_no_model_has_are_refused_in_a_checkpoint(converted):
-    config = checkpoint.read_config(converted)
+    config = save_load.read_config(converted)
     config.model.vision.patch_size = 0
     save_config(config, converted / "run.yaml")
-    for read in (from_checkpoint, Proof):
+    for read in (from_checkpoint, Verification):
         with pytest.raises(ConfigError, match="model.vision.patch_size is 0"):
             read(converted)
 

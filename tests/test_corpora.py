@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from fake_img2dataset import OPTIONS
 
-from data_prep import url_list
-from data_prep.corpora import CORPORA
-from data_prep.download import Options
-from data_prep.selection import Selection
-from megatron_owl2.preprocess.parts import PreprocessError
+from data_prep.downloads import url_list
+from data_prep.downloads.corpora import CORPORA
+from data_prep.downloads.img2dataset_script import Options
+from data_prep.downloads.selection import Selection
+from megatron_owl2.errors import PreprocessError
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,9 +17,9 @@ from streams import assert_equal, config, loader, two_sets
 from tiny_data import LetterTokenizer
 from torch.utils.data._utils import signal_handling
 
-from megatron_owl2.data import loader as loading
-from megatron_owl2.data.loader import LoaderError
-from megatron_owl2.workers import SPAWN
+from megatron_owl2.data import loader as loader_module
+from megatron_owl2.errors import LoaderError
+from megatron_owl2.utils.process_pool import SPAWN
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(folders, tmp_path, work
 @pytest.mark.parametrize("seed", range(3))
 def test_workers_killed_at_any_moment_cost_nothing(folders, seed, monkeypatch):
     """With finished batches still in the pipe, too: torch then fails in other ways."""
-    monkeypatch.setattr(loading, "MAX_RESTARTS", 100)
+    monkeypatch.setattr(loader_module, "MAX_RESTARTS", 100)
     chance = random.Random(seed)
     expected = list(loader(config(*folders), limit_slots=400))
     batches = loader(config(*folders, workers=2, prefetch=3), limit_slots=400)
@@ -157,7 +157,9 @@ def test_workers_that_give_nothing_stop_the_run(folders):
 
 
 def test_workers_that_are_killed_again_and_again_stop_the_run(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "MAX_RESTARTS", 1)  # torch notices a death after five seconds
+    monkeypatch.setattr(
+        loader_module, "MAX_RESTARTS", 1
+    )  # torch notices a death after five seconds
     fuse = tmp_path / "fuse"
     fuse.touch()
     batches = loader(

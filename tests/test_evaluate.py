@@ -11,8 +11,7 @@ from PIL import Image
 from processes import run_ranks
 
 from data_prep import shapes
-from megatron_owl2 import mcore
-from megatron_owl2.config import (
+from megatron_owl2.config.schema import (
     AbstractorConfig,
     DecoderConfig,
     ModelConfig,
@@ -21,11 +20,14 @@ from megatron_owl2.config import (
     VisionConfig,
 )
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import runner, tasks
 from megatron_owl2.evaluation.runner import Settings
-from megatron_owl2.evaluation.tasks import TASKS, TaskError
+from megatron_owl2.evaluation.tasks import TASKS
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training.saver import Saver
+from megatron_owl2.training.checkpoint.manager import CheckpointManager
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SHORT = " Answer the question using a single word or phrase."
@@ -51,10 +53,10 @@ def model(corpus, tmp_path_factory):
     config.data.tokenizer = str(tokenizer)
     config.train.precision = "fp32"
     torch.manual_seed(1)
-    owl = Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model)
+    owl = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model)
     run = tmp_path_factory.mktemp("run")
     config.train.async_save = False
-    Saver(run, config.train, print).save(1, [owl], config)
+    CheckpointManager(run, config.train, print).save(1, [owl], config)
     return run
 
 
@@ -187,7 +189,7 @@ class NamesColors:
 def fake(monkeypatch):
     monkeypatch.setattr(runner, "Generator", NamesColors)
     monkeypatch.setattr(NamesColors, "seen", [])
-    mcore.initialize(ParallelConfig())
+    setup.initialize(ParallelConfig())
     config = ModelConfig(vision=VisionConfig(image_size=28))
     return type("Loaded", (), {"config": config})
 

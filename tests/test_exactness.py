@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from streams import config, loader, pairs, rows_of
 from tiny_data import write
 
-from megatron_owl2.data.dataset import open_datasets
-from megatron_owl2.data.phases import first_phase
+from megatron_owl2.data.sampling.phases import first_phase
+from megatron_owl2.data.shards.dataset import open_sources
 
 BATCH, STEPS = 24, 40  # 960 slots of 300 samples: more than three epochs
 RANKS, WORKERS = (1, 2, 3, 4, 8), (0, 1, 2, 3)
@@ -115,7 +115,7 @@ def test_a_fresh_process_continues_from_any_step(data, expected, step):
 
 def test_a_later_phase_starts_its_own_order_at_its_slot(data, expected):
     """Slot 100 of a phase that starts there is drawn like slot 0 of one that starts at 0."""
-    phase = first_phase(data, open_datasets(data))
+    phase = first_phase(data, open_sources(data))
     phase.start_slot = 100
     rows = rows_of(loader(data, start=100, micro=10, limit_slots=200, phase=phase))
     for slot in range(200):

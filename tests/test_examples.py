@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_owl2 import checks, mcore
-from megatron_owl2 import config as configuration
-from megatron_owl2.convert.assemble import weight_shapes
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.config.load import load_config
 from megatron_owl2.convert.mapping import rules
+from megatron_owl2.convert.sources import weight_shapes
+from megatron_owl2.mcore import setup
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -16,17 +18,17 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.parametrize("name", [f"{p.parent.name}/{p.name}" for p in EXAMPLES.glob("*/*.yaml")])
 def test_every_recipe_loads_and_fits_its_ranks(name):
     path = EXAMPLES / name
-    config = configuration.load(path)
-    checks.check_model(config.model)
+    config = load_config(path)
+    validate_model(config.model)
     if path.stem != "model":
-        checks.check_layout(config, config.parallel.tensor * config.parallel.pipeline)
+        validate_parallel(config, config.parallel.tensor * config.parallel.pipeline)
 
 
 def test_the_7b_model_has_the_released_tensors_and_counts():
-    config = configuration.load(EXAMPLES / "7b/finetune.yaml", ["parallel.tensor=1"])
+    config = load_config(EXAMPLES / "7b/finetune.yaml", ["parallel.tensor=1"])
     config.parallel.sequence = False
     shapes = weight_shapes(config)
-    mcore.shutdown()
+    setup.shutdown()
     counts, tensors = dict.fromkeys(("LLaMA", "modality", "ViT", "abstractor"), 0), 0
     for rule in rules("owl2", config.model):
         if rule.constant:  # a position table

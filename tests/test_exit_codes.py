@@ -15,9 +15,9 @@ import tiny_run
 import torch
 from processes import killed_by_errors, single_threaded, wait_until
 
-from megatron_owl2 import checks
-from megatron_owl2.config import RunConfig
-from megatron_owl2.training import checkpoint
+from megatron_owl2.config.machine import check_machine
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.training.checkpoint import save_load
 
 
 class Ranks:
@@ -92,7 +92,7 @@ import os
 from megatron_owl2.training import checkpoint
 def write_companions(*arguments):
     raise KeyError("a mistake of ours")
-checkpoint.write_companions = write_companions
+save_load.write_companions = write_companions
 """
 
 
@@ -105,12 +105,12 @@ def test_a_mistake_shows_where_it_is_and_ends_all_ranks(saved, tmp_path):
 LOST = """
 import os, signal
 from megatron_owl2.training import checkpoint
-load = checkpoint.dist_checkpointing.load
+load = save_load.dist_checkpointing.load
 def lost(*arguments, **options):
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return load(*arguments, **options)
-checkpoint.dist_checkpointing.load = lost
+save_load.dist_checkpointing.load = lost
 """
 
 
@@ -122,7 +122,7 @@ def test_a_rank_that_is_lost_while_a_checkpoint_is_read_is_no_damage_of_it(saved
 
 def test_a_damaged_checkpoint_stays_so(saved, tmp_path):
     config, run = saved
-    start = checkpoint.resolve(run)
+    start = save_load.resolve(run)
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in start.iterdir():
@@ -170,7 +170,7 @@ def test_a_driver_that_does_not_run_is_no_matter_of_the_configuration(monkeypatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(RuntimeError, match=f"none of the GPUs of {socket.gethostname()}"):
-        checks.check_machine(RunConfig())
+        check_machine(RunConfig())
 
 
 DEVICE = """
@@ -193,14 +193,14 @@ def test_a_device_that_fails_while_a_checkpoint_is_read_is_no_damage_of_it(saved
 LATE = """
 import os
 from megatron_owl2.training import checkpoint
-looks, lacks = 0, checkpoint._lacks
+looks, lacks = 0, save_load._lacks
 def late(directory):
     global looks
     looks += 1
     return ["run.yaml"] if looks < 4 else lacks(directory)
 if os.environ["RANK"] == "1":
-    checkpoint._lacks = late
-    checkpoint._SEEN_WITHIN = float(os.environ["SEEN_WITHIN"])
+    save_load._lacks = late
+    save_load._SEEN_WITHIN = float(os.environ["SEEN_WITHIN"])
 """
 
 

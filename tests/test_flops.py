@@ -5,10 +5,12 @@ from test_plan_activations import STAGE_1, run_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_owl2 import flops, mcore
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model import flops
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.planner import activations
-from megatron_owl2.training import stages
+from megatron_owl2.training import parameter_groups
 
 ROWS, LENGTH = 2, 128
 MODULES = ("vision_model", "abstractor", "decoder", "output_layer")  # of flops.PARTS
@@ -16,16 +18,20 @@ MODULES = ("vision_model", "abstractor", "decoder", "output_layer")  # of flops.
 
 def counted(config) -> tuple[dict[str, float], set[str]]:
     """Operations of a real forward and backward pass by part, and the names of what trains."""
-    layout = mcore.Layout(config, mcore.initialize(config.parallel))
+    layout = ParallelContext(config, setup.initialize(config.parallel))
     model = Owl2(layout, config.model)
-    trained = {name for name, _ in model.named_parameters() if stages.trains(name, config.stage)}
+    trained = {
+        name
+        for name, _ in model.named_parameters()
+        if parameter_groups.is_trainable(name, config.stage)
+    }
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in trained
     counter = FlopCounterMode(model, display=False)
     # The counter knows no flash attention on CPUs; the plain one computes all pairs.
     with counter, sdpa_kernel(SDPBackend.MATH):
         model(*activations._batch(config, ROWS)).sum().backward()
-    mcore.shutdown()
+    setup.shutdown()
     found = {}
     for part, name in zip(flops.PARTS, MODULES, strict=True):
         found[part] = float(sum(counter.get_flop_counts()[f"Owl2.{name}"].values()))

@@ -10,19 +10,20 @@ import pytest
 import webdataset
 from tiny_data import encoded, picture, record
 
-from megatron_owl2.data.check import check
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.index import index_directory, index_shard
-from megatron_owl2.data.manifest import ShardError, write_manifest
-from megatron_owl2.data.records import Record
-from megatron_owl2.data.tar import members
+from data_prep.check import check
+from data_prep.index import index_directory, index_shard
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.shards.manifest import write_manifest
+from megatron_owl2.data.shards.records import Record
+from megatron_owl2.data.shards.tar import members
+from megatron_owl2.errors import ShardError
 
 RECORDS = [record(i) for i in range(25)]
 IMAGE = encoded(picture(0))
 
 
 def everything(folder) -> list[Record]:
-    dataset = Dataset(folder)
+    dataset = ShardedDataset(folder)
     return [dataset.read(s, i) for s, size in enumerate(dataset.sizes) for i in range(size)]
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from read_corpus import collect, refused, write_pictures
 from tiny_data import encoded, picture
 
-from data_prep import tables
-from data_prep.formats import FORMATS
-from megatron_owl2.preprocess.parts import ReadOptions
+from data_prep.formats import tables
+from data_prep.formats.registry import FORMATS
+from data_prep.splits import ReadOptions
 
 
 @pytest.fixture(scope="module")

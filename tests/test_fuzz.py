@@ -16,15 +16,13 @@ import pytest
 from streams import config, loader
 from tiny_data import encoded, picture, record, write
 
-from megatron_owl2.config import StorageConfig
-from megatron_owl2.data.check import check, check_shard
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.index import index_shard
-from megatron_owl2.data.ledger import DataError
-from megatron_owl2.data.manifest import ShardError
-from megatron_owl2.data.records import BadSampleError
-from megatron_owl2.data.storage import StorageError, StorageOptions
-from megatron_owl2.data.tar import unpack_sample
+from data_prep.check import check, check_shard
+from data_prep.index import index_shard
+from megatron_owl2.config.schema import StorageConfig
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.shards.tar import unpack_sample
+from megatron_owl2.data.storage import StorageOptions
+from megatron_owl2.errors import BadSampleError, DataError, ShardError, StorageError
 
 SHARDS, PER_SHARD = 3, 8
 RECORDS = [record(i) for i in range(SHARDS * PER_SHARD)]
@@ -187,7 +185,7 @@ def judge(folder: Path, damage) -> Counter:
     """Read every sample; anything but a right record or an error with the file's name fails."""
     counts = Counter(dict.fromkeys(("seen", "bad", "unreadable"), 0))
     try:
-        dataset = Dataset(folder, ONCE)
+        dataset = ShardedDataset(folder, ONCE)
     except (ShardError, StorageError) as error:
         assert "manifest.json" in str(error), error
         counts["unreadable"] = len(RECORDS)
@@ -213,7 +211,7 @@ def damage_and_judge(whole: Path, folder: Path, damage, seed: int) -> tuple[Coun
     damage(folder, random.Random(f"{damage.__name__} {seed}"))
     counts = judge(folder, damage)
     try:
-        dataset = Dataset(folder, ONCE)
+        dataset = ShardedDataset(folder, ONCE)
     except (ShardError, StorageError):
         return counts, True
     results = [check_shard(dataset, 0.0, index) for index in range(SHARDS)]

@@ -9,8 +9,7 @@ import torch
 from hf_dirs import export
 from safetensors.torch import load_file
 
-from megatron_owl2 import mcore
-from megatron_owl2.config import (
+from megatron_owl2.config.schema import (
     AbstractorConfig,
     DecoderConfig,
     ModelConfig,
@@ -18,13 +17,16 @@ from megatron_owl2.config import (
     RunConfig,
     VisionConfig,
 )
-from megatron_owl2.convert import hf
+from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_owl2.inference.engine import Generator, InferenceError, LoadedModel, load_model
+from megatron_owl2.errors import InferenceError
+from megatron_owl2.inference.engine import Generator, LoadedModel, load_model
 from megatron_owl2.inference.inputs import left_padded
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training.saver import Saver
+from megatron_owl2.training.checkpoint.manager import CheckpointManager
 
 OFFICIAL = Path(__file__).parent / "data" / "official_tiny"
 SIZE = 28
@@ -33,7 +35,7 @@ SIZE = 28
 def build(model: ModelConfig) -> Owl2:
     config = RunConfig(model=model, parallel=ParallelConfig())
     config.train.precision = "fp32"
-    return Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), model).eval()
+    return Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model).eval()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,11 @@ def recompute(loaded, prompt_ids, images, steps, min_new_tokens=1) -> list[int]:
         inputs = left_padded([[*prompt_ids, *new]], loaded.config.tokens_per_image, "cpu")
         with torch.no_grad():
             logits = loaded.model(
-                inputs.tokens, picture, inputs.vision_rows, inputs.modality, inputs.position_ids
+                inputs.tokens,
+                picture,
+                inputs.vision_token_index,
+                inputs.modality,
+                inputs.position_ids,
             )[0, -1]
         if step < min_new_tokens:
             logits[loaded.tokenizer.eos_id] = float("-inf")
@@ -232,7 +238,7 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
     config.parallel.tensor = 2  # of the run that wrote it; the loader takes what it has
     run = tmp_path / "run"
     config.train.async_save = False
-    Saver(run, config.train, print).save(3, [loaded.model], config)
+    CheckpointManager(run, config.train, print).save(3, [loaded.model], config)
     prompts, images = cases(loaded)
     answers = Generator(loaded).generate_ids(prompts, images, 8)
     export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)

@@ -10,10 +10,12 @@ import tiny_run
 import torch
 from megatron.core.tensor_parallel import layers
 
-from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
+from megatron_owl2.config.load import load_config
+from megatron_owl2.mcore import parallel, setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.training import optim, stages
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
 from megatron_owl2.training.step import forward_backward
 
 FROZEN = "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.weight','*vision']"
@@ -22,7 +24,7 @@ FROZEN = "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.w
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tiny_run.make(tmp_path_factory.mktemp("fusion"))
-    config = configuration.load(path)
+    config = load_config(path)
     batches = list(tiny_run.batches(config, 1, limit_slots=4))
     assert {bool(batch.modality.any()) for batch in batches} == {True, False}
     return path, batches
@@ -40,18 +42,18 @@ def kernel(monkeypatch):
     played = SimpleNamespace(wgrad_gemm_accum_fp32=add)
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", played, raising=False)
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
-    monkeypatch.setattr(mcore, "fused_gradients_found", lambda: True)
+    monkeypatch.setattr(parallel, "fused_gradients_found", lambda: True)
     return added
 
 
 def gradients(run, overrides, *, fused):
     path, batches = run
-    config = configuration.load(path, ["train.micro_batch_size=1", *overrides])
+    config = load_config(path, ["train.micro_batch_size=1", *overrides])
     torch.manual_seed(0)
-    layout = mcore.Layout(config, mcore.initialize(config.parallel), fuses_gradients=fused)
+    layout = ParallelContext(config, setup.initialize(config.parallel), fuses_gradients=fused)
     chunks = build(layout, config.model, 1)
-    stages.apply(config, chunks)
-    wrapped = optim.wrap(chunks, overlap=config.parallel.overlap)
+    parameter_groups.freeze(config, chunks)
+    wrapped = optim.wrap_ddp(chunks, overlap=config.parallel.overlap)
     wrapped[0].zero_grad_buffer()
     forward_backward(config, wrapped, iter(batches), len(batches))
     return {n: p.main_grad.clone() for n, p in chunks[0].named_parameters() if p.requires_grad}

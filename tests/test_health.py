@@ -11,16 +11,16 @@ import pytest
 import stored
 import tiny_run
 
-from megatron_owl2.config import HealthConfig
-from megatron_owl2.training import checkpoint
-from megatron_owl2.training.health import Gradients
+from megatron_owl2.config.schema import HealthConfig
+from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.fault_tolerance import GradientSpikeGuard
 
 
 def judge(folder, norms, state=None, **settings):
     """What is decided about the norms of the steps 1, 2, ..., each of 4 slots."""
-    policy = Gradients(HealthConfig(**settings), folder, state, writes=True)
+    policy = GradientSpikeGuard(HealthConfig(**settings), folder, state, writes=True)
     slots = [range(4 * step, 4 * step + 4) for step in range(len(norms))]
-    return policy, [policy.accept(n + 1, slots[n], norm) for n, norm in enumerate(norms)]
+    return policy, [policy.should_apply(n + 1, slots[n], norm) for n, norm in enumerate(norms)]
 
 
 def test_a_norm_that_is_no_number_is_skipped_and_recorded(tmp_path):
@@ -132,7 +132,7 @@ def test_what_is_being_saved_when_a_run_gives_up_is_saved(tmp_path):
     done = tiny_run.train(config, run, *options, environment=poisoned)
     assert done.returncode != 0
     assert "error: rank 0: 1 steps in a row were skipped" in done.stderr
-    assert checkpoint.resolve(run).name == "iter_0000001"
+    assert save_load.resolve(run).name == "iter_0000001"
 
 
 HANG = """
@@ -166,7 +166,7 @@ def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
         stacks = (run / "stacks" / f"rank-{rank:05d}.txt").read_text()
         assert ("in sleeps" in stacks) == (rank == 1), stacks
         assert "in train" in stacks, stacks
-    assert checkpoint.resolve(run).name == "iter_0000002"
+    assert save_load.resolve(run).name == "iter_0000002"
     assert len(tiny_run.rows(run)) == 2
 
 
@@ -175,7 +175,7 @@ def test_a_thread_that_never_yields_cannot_hold_up_the_end():
     program = (
         "import re, tempfile; from megatron_owl2.training import health\n"
         "health._GRACE = 0.2\n"
-        "dog = health.Watchdog(0.5, tempfile.mkdtemp(), 0)\n"
+        "dog = fault_tolerance.Watchdog(0.5, tempfile.mkdtemp(), 0)\n"
         "dog.begin('a step')\n"
         "re.match('(a|a)*b', 'a' * 40)\n"
     )

@@ -10,9 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 from tiny_data import encoded, picture
 
 from megatron_owl2.data import images
-from megatron_owl2.data.hashing import KeyedRandom
 from megatron_owl2.data.images import augment, decode, resize_square
-from megatron_owl2.data.records import BadSampleError
+from megatron_owl2.data.sampling.keyed_random import KeyedRandom
+from megatron_owl2.errors import BadSampleError
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

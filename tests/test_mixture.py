@@ -14,10 +14,10 @@ import yaml
 from preprocess_run import records
 from tiny_data import encoded, picture
 
-from data_prep.mixture import Mixture
-from data_prep.recipe import Recipe, Source, read_recipe
-from megatron_owl2 import config
-from megatron_owl2.preprocess.parts import PreprocessError
+from data_prep.downloads.mixture import Mixture
+from data_prep.downloads.recipe import Recipe, Source, read_recipe
+from megatron_owl2.config.load import load_config
+from megatron_owl2.errors import PreprocessError
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {
@@ -129,7 +129,7 @@ def test_a_tiny_mixture_from_tables_to_the_configuration(folder):
     # 150 rows are similar enough, 100 of them drawn, of which 75 answer and 50 are kept.
     assert table(build(folder).stdout)["large"][0] == "100"
     assert f"the mixture is ready: {folder}/config.yaml" in made.stdout
-    found = config.load(folder / "config.yaml", [])
+    found = load_config(folder / "config.yaml", [])
     assert found.data.sequence_length == 99
     assert [(s.path, s.weight) for s in found.data.sources] == [
         (str(folder / "shards/small"), 0.3),

@@ -11,18 +11,21 @@ from hypothesis import strategies as st
 from processes import run_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
-from megatron_owl2 import checks, kernels, mcore
-from megatron_owl2.config import (
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.schema import (
     MODALITY_SPLIT,
-    ConfigError,
     DecoderConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,
 )
-from megatron_owl2.kernels.local import LocalKernels
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model import modality
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
+from megatron_owl2.model.kernels import build_kernels
+from megatron_owl2.model.kernels.local import LocalKernels
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 EPS = 1e-6
@@ -30,7 +33,7 @@ EPS = 1e-6
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group():
-    mcore.initialize(ParallelConfig())
+    setup.initialize(ParallelConfig())
 
 
 def run_config(decoder=None, precision="fp32", **parallel) -> RunConfig:
@@ -40,9 +43,9 @@ def run_config(decoder=None, precision="fp32", **parallel) -> RunConfig:
     return config
 
 
-def layout(config: RunConfig) -> mcore.Layout:
+def layout(config: RunConfig) -> ParallelContext:
     parallel = config.parallel
-    return mcore.Layout(config, mcore.initialize(parallel))
+    return ParallelContext(config, setup.initialize(parallel))
 
 
 def modality_of(is_vision: torch.Tensor) -> Modality:
@@ -111,7 +114,7 @@ def test_keys_and_values_are_both_projections_everywhere_then_selected(
     heads, size = groups * sharing, groups * sharing * head_size
     config = run_config({"hidden_size": size, "num_heads": heads, "num_kv_heads": groups})
     here = layout(config)
-    qkv = ModalityQKV(here, kernels.of(here), config.model.decoder, config.model.init_std)
+    qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, config.model.init_std)
     x = torch.randn(*is_vision.shape, size, requires_grad=True)
     inputs = (x, qkv.linear_qkv.weight, qkv.linear_kv_vision.weight)
 
@@ -177,7 +180,7 @@ def layer_of(split) -> DecoderLayer:
     sizes = {"hidden_size": 24, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 40}
     config = run_config({**sizes, "modality_split": list(split)})
     here = layout(config)
-    return DecoderLayer(here, kernels.of(here), config.model, 0)
+    return DecoderLayer(here, build_kernels(here), config.model, 0)
 
 
 VISION = {
@@ -230,9 +233,9 @@ def test_what_is_not_split_is_the_text_weight_for_both(split):
 def test_unknown_and_repeated_names_are_refused(wrong):
     config = run_config({"modality_split": wrong})
     with pytest.raises(ConfigError, match="modality_split.*input_norm, key_value, mlp_norm"):
-        checks.check_model(config.model)
+        validate_model(config.model)
     config.model.decoder.modality_split = ["mlp_norm", "input_norm"]
-    checks.check_model(config.model)
+    validate_model(config.model)
 
 
 def test_one_gather_and_one_reduce_scatter_serve_all_projections():
@@ -251,7 +254,7 @@ def count_collectives():
     )
     here = layout(config)
     norm = ModalityNorm(here, 24, EPS, split=True)
-    qkv = ModalityQKV(here, kernels.of(here), config.model.decoder, 0.1)
+    qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, 0.1)
     x = torch.randn(3, 2, 24, requires_grad=True)
     is_vision = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = is_vision.t().flatten().nonzero().flatten()
@@ -265,7 +268,7 @@ def count_collectives():
         counts[name] = {str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()}
     if torch.distributed.get_rank() == 0:
         print(json.dumps(counts))
-    mcore.shutdown()
+    setup.shutdown()
 
 
 if __name__ == "__main__":
@@ -275,7 +278,7 @@ if __name__ == "__main__":
 class SixteenRows(LocalKernels):
     """Kernels as FP8 ones are: the rows of a GEMM are a multiple of 16, and not none."""
 
-    row_multiple = 16
+    gemm_row_alignment = 16
 
     class ColumnLinear(LocalKernels.ColumnLinear):
         def forward(self, x):
@@ -288,7 +291,7 @@ def test_rows_that_fill_up_a_gemm_change_nothing(vision):
     config = run_config({"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2})
     here = layout(config)
     found = []
-    for library in (kernels.of(here), SixteenRows()):
+    for library in (build_kernels(here), SixteenRows()):
         torch.manual_seed(0)
         qkv = ModalityQKV(here, library, config.model.decoder, config.model.init_std)
         torch.manual_seed(1)
@@ -306,6 +309,6 @@ def test_one_process_does_not_look_like_a_rank_to_those_it_starts(monkeypatch):
     told = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     for name in told:
         monkeypatch.delenv(name, raising=False)
-    mcore.shutdown()
-    mcore.initialize(ParallelConfig())
+    setup.shutdown()
+    setup.initialize(ParallelConfig())
     assert not [name for name in told if name in os.environ]

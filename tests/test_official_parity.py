@@ -7,8 +7,8 @@ import pytest
 import torch
 from official_layouts import META, OFFICIAL, REFERENCE
 
-from megatron_owl2 import mcore
 from megatron_owl2.convert.expand import expand
+from megatron_owl2.mcore import setup
 
 TOKENS_PER_IMAGE = layouts.recorded_config().model.tokens_per_image
 
@@ -35,9 +35,9 @@ def test_weights_as_the_official_converter_writes_them():
     batch = layouts.micro_batch("batch", config)
     with torch.no_grad():
         logits = model(
-            batch.tokens, batch.image, batch.vision_rows, batch.modality, batch.position_ids
+            batch.tokens, batch.image, batch.vision_token_index, batch.modality, batch.position_ids
         )
-    mcore.shutdown()
+    setup.shutdown()
     valid = REFERENCE["batch/expanded_attention_mask"]
     apart = (logits.cpu() - REFERENCE["batch/logits"])[valid].abs().max().item()
     # Rounding the weights moved the official code's logits as far.

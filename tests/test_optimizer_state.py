@@ -9,20 +9,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
+from megatron_owl2.config.load import load_config
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.training import optim, optimizer_state, stages
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
+from megatron_owl2.training.checkpoint import optimizer_state
 
 
 @pytest.fixture
 def optimizer(tmp_path):
-    config = configuration.load(tiny_run.make(tmp_path))
+    config = load_config(tiny_run.make(tmp_path))
     torch.manual_seed(0)
-    chunks = build(mcore.Layout(config, mcore.initialize(config.parallel)), config.model, 1)
-    stages.apply(config, chunks)
-    yield optim.build(config, optim.wrap(chunks, overlap=False))[0]
-    mcore.shutdown()
+    chunks = build(ParallelContext(config, setup.initialize(config.parallel)), config.model, 1)
+    parameter_groups.freeze(config, chunks)
+    yield optim.build_optimizer(config, optim.wrap_ddp(chunks, overlap=False))[0]
+    setup.shutdown()
 
 
 def test_settings_that_only_this_one_has_stay(optimizer):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_owl2.data.hashing import KeyedRandom, combine, permutation, splitmix64
-from megatron_owl2.data.loader import MicroBatches
-from megatron_owl2.data.order import Order
+from megatron_owl2.data.loader import MicroBatchSampler
+from megatron_owl2.data.sampling.keyed_random import KeyedRandom, combine, permutation, splitmix64
+from megatron_owl2.data.sampling.shuffle import ShuffleOrder
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 small = dict(lanes=st.integers(1, 7), chunk=st.integers(1, 20), window=st.integers(1, 50))
@@ -43,11 +43,11 @@ def test_keyed_floats_are_uniform_and_repeat():
 @settings(max_examples=60)
 @given(shards=sizes, seed=st.integers(0, 2**63), **small)
 def test_every_sample_once_in_every_epoch(shards, seed, lanes, chunk, window):
-    order = Order([shards], [0.3], seed, lanes, chunk, window)
+    order = ShuffleOrder([shards], [0.3], seed, lanes, chunk, window)
     length = sum(shards)
     assert order.slots_per_epoch == length
     for epoch in range(3):
-        seen = [order.locate(slot)[1:] for slot in range(epoch * length, (epoch + 1) * length)]
+        seen = [order.sample_at(slot)[1:] for slot in range(epoch * length, (epoch + 1) * length)]
         assert len(seen) == len(set(seen)) and set(seen) == all_samples(shards)
 
 
@@ -59,8 +59,8 @@ def test_every_sample_once_in_every_epoch(shards, seed, lanes, chunk, window):
 )
 def test_shares_are_the_weights_and_nothing_is_left_out(sources, seed, lanes, chunk, window):
     shards, weights = zip(*sources, strict=True)
-    order = Order(shards, weights, seed, lanes, chunk, window)
-    seen = Counter(order.locate(slot) for slot in range(order.slots_per_epoch))
+    order = ShuffleOrder(shards, weights, seed, lanes, chunk, window)
+    seen = Counter(order.sample_at(slot) for slot in range(order.slots_per_epoch))
     length = max(sum(s) * sum(weights) / w for s, w in sources)
     for index, (source, weight) in enumerate(sources):
         counts = [seen[index, shard, i] for shard, i in all_samples(source)]
@@ -72,16 +72,16 @@ def test_shares_are_the_weights_and_nothing_is_left_out(sources, seed, lanes, ch
 @settings(max_examples=40)
 @given(shards=sizes, seed=st.integers(0, 2**32), slots=st.lists(st.integers(0, 2000)), **small)
 def test_a_slot_does_not_depend_on_what_was_asked_before(shards, seed, slots, lanes, chunk, window):
-    used = Order([shards, shards], [1, 2], seed, lanes, chunk, window)
+    used = ShuffleOrder([shards, shards], [1, 2], seed, lanes, chunk, window)
     for slot in slots:
-        fresh = Order([shards, shards], [1, 2], seed, lanes, chunk, window)
-        assert used.locate(slot) == fresh.locate(slot)
+        fresh = ShuffleOrder([shards, shards], [1, 2], seed, lanes, chunk, window)
+        assert used.sample_at(slot) == fresh.sample_at(slot)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("start", [0, 48, 96])
 def test_global_batches_are_the_same_for_any_number_of_ranks(ranks, start):
-    streams = [iter(MicroBatches(start, rank, ranks, 2, None)) for rank in range(ranks)]
+    streams = [iter(MicroBatchSampler(start, rank, ranks, 2, None)) for rank in range(ranks)]
     for step in range(4):
         batch = []
         for stream in streams:
@@ -92,35 +92,35 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(ranks, start):
 
 
 def test_ranks_may_change_at_any_global_batch():
-    first = next(iter(MicroBatches(7, 0, 2, 3, None)))
+    first = next(iter(MicroBatchSampler(7, 0, 2, 3, None)))
     assert first == [8, 10, 12]  # slots keep their rank s % R even from an odd start
-    assert list(MicroBatches(10, 1, 2, 2, 8)) == [[11, 13], [15, 17]]
+    assert list(MicroBatchSampler(10, 1, 2, 2, 8)) == [[11, 13], [15, 17]]
     with pytest.raises(ValueError, match="limit_slots 10 is not a multiple"):
-        MicroBatches(0, 0, 2, 2, 10)
+        MicroBatchSampler(0, 0, 2, 2, 10)
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        MicroBatches(0, 2, 2, 2, None)
+        MicroBatchSampler(0, 2, 2, 2, None)
 
 
 @settings(max_examples=40)
 @given(shards=sizes, seed=st.integers(0, 2**32), slot=st.integers(0, 500), **small)
 def test_substitutes_come_from_the_same_window(shards, seed, slot, lanes, chunk, window):
-    order = Order([shards], [1], seed, lanes, chunk, window)
+    order = ShuffleOrder([shards], [1], seed, lanes, chunk, window)
     length = sum(shards)
     epoch, position = divmod(slot, length)
     neighbours = {}  # samples of the same lane and epoch, and when they come
     for p in range(position % order.lanes, length, order.lanes):
-        neighbours[order.locate(epoch * length + p)] = p // order.lanes
+        neighbours[order.sample_at(epoch * length + p)] = p // order.lanes
     turn = position // order.lanes
     for attempt in range(1, 9):
-        other = order.locate(slot, attempt)
-        assert other == order.locate(slot, attempt)
+        other = order.sample_at(slot, attempt)
+        assert other == order.sample_at(slot, attempt)
         assert abs(neighbours[other] - turn) < 2 * window
-        assert other != order.locate(slot) or len(neighbours) == 1 or window == 1
+        assert other != order.sample_at(slot) or len(neighbours) == 1 or window == 1
 
 
 def test_small_sets_are_shuffled_completely():
     """A set of 3,000 sorted samples: any 64 slots are spread over it evenly."""
-    order = Order([[1000, 1000, 1000]], [1], seed=5)
+    order = ShuffleOrder([[1000, 1000, 1000]], [1], seed=5)
     assert order.lanes == 1
     places = np.array([s * 1000 + i for _, s, i in map(order.locate, range(2 * 3000))])
     for start in range(0, 6000 - 64, 640):
@@ -131,38 +131,38 @@ def test_small_sets_are_shuffled_completely():
 
 
 def test_neighbours_of_a_large_set_come_from_many_chunks_and_lanes_stay_local():
-    order = Order([[1000] * 4000], [1], seed=5)
+    order = ShuffleOrder([[1000] * 4000], [1], seed=5)
     assert order.lanes == 256
-    batch = [order.locate(slot) for slot in range(10_240, 10_240 + 256)]
+    batch = [order.sample_at(slot) for slot in range(10_240, 10_240 + 256)]
     assert len({(shard, i // 256) for _, shard, i in batch}) > 230
-    lane = [order.locate(slot) for slot in range(3, 256 * 4096, 256)]
+    lane = [order.sample_at(slot) for slot in range(3, 256 * 4096, 256)]
     chunks = {(shard, i // 256) for _, shard, i in lane}
     assert 16 <= len(chunks) <= 19  # one window of 4,096 samples, chunks of 232 or 256
 
 
 def test_every_epoch_joins_other_chunks_into_windows():
-    order = Order([[100] * 200], [1], seed=5, lanes=4, chunk=100, window=1000)
+    order = ShuffleOrder([[100] * 200], [1], seed=5, lanes=4, chunk=100, window=1000)
     first, second = (
-        {order.locate(slot)[1] for slot in range(epoch * 20_000, epoch * 20_000 + 4000, 4)}
+        {order.sample_at(slot)[1] for slot in range(epoch * 20_000, epoch * 20_000 + 4000, 4)}
         for epoch in (0, 1)
     )
     assert len(first) in (10, 11) and len(first & second) < 5
 
 
 def test_an_unknown_future_slot_is_cheap():
-    order = Order([[10_000] * 3000], [1], seed=1)  # 30 M samples
-    assert len(order.locate(123_456_789_012)) == 3
+    order = ShuffleOrder([[10_000] * 3000], [1], seed=1)  # 30 M samples
+    assert len(order.sample_at(123_456_789_012)) == 3
 
 
 def test_impossible_mixtures_are_refused():
     with pytest.raises(ValueError, match="data set 1 is empty"):
-        Order([[1], []], [1, 1], 0)
+        ShuffleOrder([[1], []], [1, 1], 0)
     with pytest.raises(ValueError, match="weights must be positive"):
-        Order([[1], [1]], [1, 0], 0)
+        ShuffleOrder([[1], [1]], [1, 0], 0)
     with pytest.raises(
         ValueError, match="data set 1 of 10 samples in 1 shards would come 4e.07 times"
     ):
-        Order([[10_000] * 40_000, [10]], [1, 1], 0)
+        ShuffleOrder([[10_000] * 40_000, [10]], [1, 1], 0)
 
 
 @settings(max_examples=40)
@@ -170,7 +170,7 @@ def test_impossible_mixtures_are_refused():
 def test_windows_say_which_chunks_they_read_and_which_window_is_next(
     shards, seed, slot, lanes, chunk, window
 ):
-    order = Order([shards], [1], seed, lanes, chunk, window)
+    order = ShuffleOrder([shards], [1], seed, lanes, chunk, window)
     here, following = order.window(slot), order.next_window(slot)
     number = slot
     while order.window(number) == here:
@@ -180,5 +180,5 @@ def test_windows_say_which_chunks_they_read_and_which_window_is_next(
     assert following == number and order.window(following)[1] == here[1]
     chunks = {(s, first - first % chunk) for _, s, first in order.chunks(slot)}
     slots = [s for s in range(slot // order.slots_per_epoch * order.slots_per_epoch, following)]
-    read = {order.locate(s)[1:] for s in slots if order.window(s) == here}
+    read = {order.sample_at(s)[1:] for s in slots if order.window(s) == here}
     assert {(s, sample - sample % chunk) for s, sample in read} == chunks

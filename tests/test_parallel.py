@@ -13,9 +13,9 @@ import runs_in_turn
 import stored
 import tiny_run
 
-from megatron_owl2 import config as configuration
-from megatron_owl2.flops import Load, training_flops
-from megatron_owl2.training import checkpoint
+from megatron_owl2.config.load import load_config
+from megatron_owl2.model.flops import Load, training_flops
+from megatron_owl2.training.checkpoint import save_load
 
 STEPS = 3
 TP, PP, CP, SP = (
@@ -133,7 +133,7 @@ def runs(tmp_path_factory):
 
 def gradients(run):
     """The gradient of every trained parameter at the last step."""
-    return stored.read(checkpoint.resolve(run), stored.MOMENT)
+    return stored.read(save_load.resolve(run), stored.MOMENT)
 
 
 def error(ours, expected) -> float:
@@ -189,7 +189,7 @@ def test_a_run_goes_on_where_a_pipeline_rank_trains_nothing(runs, stage, name):
 
 @pytest.mark.parametrize("stage", ["everything", "stage 1"])
 def test_norms_by_part_are_those_of_the_whole_gradients(runs, stage):
-    run, config = runs.of(stage, "one process"), configuration.load(runs.config).model.decoder
+    run, config = runs.of(stage, "one process"), load_config(runs.config).model.decoder
     norms = tiny_run.rows(run)[-1]["grad_norms"]
     parts = dict.fromkeys(norms, 0.0)
     for name, gradient in gradients(run).items():
@@ -215,7 +215,7 @@ def test_norms_by_part_are_those_of_the_whole_gradients(runs, stage):
 
 def test_work_is_counted_by_what_the_samples_hold(runs):
     """Images, tokens and operations of the last step, from the batches it has read."""
-    config = configuration.load(runs.config)
+    config = load_config(runs.config)
     load = collections.Counter()
     for batch in tiny_run.batches(config, 2, start_slot=8 * (STEPS - 1), limit_slots=8):
         for row, length in enumerate(batch.lengths.tolist()):
@@ -234,7 +234,7 @@ def test_work_is_counted_by_what_the_samples_hold(runs):
 
 def test_micro_batches_without_pictures_are_first_and_last_and_between(runs):
     """What DP 2 with overlapped reduction reads above, so that its proof covers them."""
-    config = configuration.load(runs.config)
+    config = load_config(runs.config)
     patterns = []
     for rank in range(2):
         share = {"data_parallel_rank": rank, "data_parallel_size": 2}

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_owl2 import checks
-from megatron_owl2 import config as configuration
-from megatron_owl2.config import ConfigError
-from megatron_owl2.planner import plan, report, search, timing, traffic, weights
-from megatron_owl2.planner.activations import Costs
+from megatron_owl2.config.validate import validate_settings
+from megatron_owl2.config.load import load_config
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.planner import plan, report, search, timing, traffic
+from megatron_owl2.planner import static_memory as weights
+from megatron_owl2.planner.activations import ActivationCosts
 from megatron_owl2.planner.timing import Machine
 
 ROOT = Path(__file__).parent.parent
@@ -29,8 +30,8 @@ def run_tool(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def tiny_plan():
-    config = configuration.load(TINY, SMALLER)
-    return plan.of(config, Machine(gpus=8, memory_gib=8, reserve_gib=1), count=4)
+    config = load_config(TINY, SMALLER)
+    return plan.plan_run(config, Machine(gpus=8, memory_gib=8, reserve_gib=1), count=4)
 
 
 def test_the_tool_prints_a_plan_and_writes_it(tmp_path):
@@ -66,9 +67,9 @@ def test_exit_codes_tell_what_does_not_fit_from_what_cannot_run():
     ],
 )
 def test_what_no_run_could_be_is_not_planned(overrides, tokens, said):
-    config = configuration.load(TINY, overrides)
+    config = load_config(TINY, overrides)
     with pytest.raises(ConfigError, match=re.escape(said)):
-        plan.of(config, Machine(gpus=2, memory_gib=8), tokens=tokens, count=1)
+        plan.plan_run(config, Machine(gpus=2, memory_gib=8), tokens=tokens, count=1)
 
 
 def test_proposals_are_valid_fit_and_are_in_order(tiny_plan):
@@ -77,18 +78,18 @@ def test_proposals_are_valid_fit_and_are_in_order(tiny_plan):
     times = [layout.time.total for layout in layouts]
     assert times == sorted(times)
     for layout in layouts:
-        checks.check_settings(layout.config, 8)
+        validate_settings(layout.config, 8)
         assert layout.memory.total <= tiny_plan.machine.usable
         changed = search.overrides(layout.config, tiny_plan.config).split()
-        again = configuration.load(TINY, [*SMALLER, *changed])
+        again = load_config(TINY, [*SMALLER, *changed])
         assert again.parallel == layout.config.parallel
         assert again.train == layout.config.train
 
 
 def test_no_layout_that_fits_is_faster_than_the_first(tiny_plan):
     config, machine = tiny_plan.config, tiny_plan.machine
-    whole = weights.inventory(config)
-    costs = Costs(whole)
+    whole = weights.model_weights(config)
+    costs = ActivationCosts(whole)
     times = [
         timing.step_time(layout, machine, whole, costs).total
         for layout in search.candidates(config, machine)
@@ -114,12 +115,12 @@ def test_days_follow_from_flops_and_steps(tiny_plan):
 
 
 def test_traffic_of_gradients_parameters_and_stages():
-    config = configuration.load(
+    config = load_config(
         FINETUNE, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.recompute=none"]
     )
-    whole = weights.inventory(config)
-    sent = traffic.of_ranks(config, 64, whole, Costs(whole))
-    held = weights.held(config, 64, whole)
+    whole = weights.model_weights(config)
+    sent = traffic.per_pipeline_rank(config, 64, whole, ActivationCosts(whole))
+    held = weights.static_memory(config, 64, whole)
     for ours, kept in zip(sent, held, strict=True):
         assert ours.gradients == kept.gradients * 15 // 16  # 16 data-parallel ranks
         assert ours.parameters == kept.buffer * 2 * 15 // 16
@@ -131,9 +132,9 @@ def test_traffic_of_gradients_parameters_and_stages():
 
 def test_time_knows_bubble_overlap_and_recomputation():
     machine = Machine(gpus=64, memory_gib=80)
-    config = configuration.load(FINETUNE, ["parallel.recompute=none"])
-    whole = weights.inventory(config)
-    costs = Costs(whole)
+    config = load_config(FINETUNE, ["parallel.recompute=none"])
+    whole = weights.model_weights(config)
+    costs = ActivationCosts(whole)
 
     def time(**parallel):
         layout = replace(config, parallel=replace(config.parallel, **parallel))
@@ -151,19 +152,19 @@ def test_time_knows_bubble_overlap_and_recomputation():
 
 
 def test_transformer_engine_is_planned_on_a_laptop_and_says_so():
-    config = configuration.load(TINY, [*SMALLER, "kernels.backend=transformer_engine"])
-    found = plan.of(config, Machine(gpus=2, memory_gib=80), count=1)
+    config = load_config(TINY, [*SMALLER, "kernels.backend=transformer_engine"])
+    found = plan.plan_run(config, Machine(gpus=2, memory_gib=80), count=1)
     assert "kernels.backend=transformer_engine keeps other tensors" in report.text(found)
 
 
 def test_what_fits_in_bf16_need_not_fit_with_copies_in_fp8():
     sizes = ["model.decoder.ffn_size=384", "data.sequence_length=64"]  # that FP8 GEMMs take
     options = [*SMALLER, *sizes, "kernels.backend=transformer_engine"]
-    plain = configuration.load(TINY, options)
-    fp8 = configuration.load(TINY, [*options, "kernels.fp8=tensorwise"])
-    (need,) = (rank.total for rank in plan.of(plain, Machine(gpus=2, memory_gib=80)).memory)
+    plain = load_config(TINY, options)
+    fp8 = load_config(TINY, [*options, "kernels.fp8=tensorwise"])
+    (need,) = (rank.total for rank in plan.plan_run(plain, Machine(gpus=2, memory_gib=80)).memory)
     machine = Machine(gpus=2, memory_gib=(need + 1000) / 2**30, reserve_gib=0)
-    without, found = (plan.of(config, machine, count=1) for config in (plain, fp8))
+    without, found = (plan.plan_run(config, machine, count=1) for config in (plain, fp8))
     assert without.fits and "FP8 copies" not in report.text(without)
     assert not found.fits and "FP8 copies" in report.text(found)
     assert found.memory[0].total - need == found.memory[0].held.copies > 1000

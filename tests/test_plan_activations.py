@@ -7,8 +7,7 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_owl2 import mcore
-from megatron_owl2.config import (
+from megatron_owl2.config.schema import (
     AbstractorConfig,
     DataConfig,
     DecoderConfig,
@@ -19,9 +18,13 @@ from megatron_owl2.config import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.planner import activations, ranks, weights
-from megatron_owl2.training import stages
+from megatron_owl2.planner import activations
+from megatron_owl2.planner import static_memory as weights
+from megatron_owl2.planner.fake_process_groups import fake_process_groups
+from megatron_owl2.training import parameter_groups
 
 STAGE_1 = ["vision_model.*", "abstractor.*", "*.linear_kv_vision.weight", "*.weight_vision"]
 
@@ -60,7 +63,7 @@ def run_config(
 
 
 def planned(config: RunConfig, stage: int = 0) -> activations.StageCost:
-    return activations.Costs(weights.inventory(config))(config, stage)
+    return activations.ActivationCosts(weights.model_weights(config))(config, stage)
 
 
 def allocations(recorded: profile) -> list[int]:
@@ -71,10 +74,10 @@ def allocations(recorded: profile) -> list[int]:
 
 def measured(config: RunConfig) -> tuple[int, int]:
     """Bytes that a real forward pass leaves, and the most in both passes."""
-    layout = mcore.Layout(config, mcore.initialize(config.parallel))
+    layout = ParallelContext(config, setup.initialize(config.parallel))
     model = Owl2(layout, config.model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = stages.trains(name, config.stage)
+        parameter.requires_grad = parameter_groups.is_trainable(name, config.stage)
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     model(*activations._batch(config, 1)).sum().backward()  # what kernels allocate at first use
@@ -85,7 +88,7 @@ def measured(config: RunConfig) -> tuple[int, int]:
         output = model(*batch)
     with profile(**options) as backward:
         torch.autograd.backward(output, torch.ones_like(output))
-    mcore.shutdown()
+    setup.shutdown()
     now = most = kept = 0
     for number, recorded in enumerate((forward, backward)):
         for size in allocations(recorded):
@@ -178,14 +181,14 @@ def test_collectives_are_those_that_the_model_calls():
     vision = replace(config.model.vision, num_layers=2)
     abstractor = replace(config.model.abstractor, num_layers=2)
     config = replace(config, model=replace(config.model, vision=vision, abstractor=abstractor))
-    with ranks.pretend(config.parallel, 4, 0) as groups:
-        model = Owl2(mcore.Layout(config, groups), config.model)
+    with fake_process_groups(config.parallel, 4, 0) as groups:
+        model = Owl2(ParallelContext(config, groups), config.model)
         with CommDebugMode() as counted:
             model(*activations._batch(config, 1)).sum().backward()
     calls = {str(op).split(".")[-1]: n for op, n in counted.get_comm_counts().items()}
     assert set(calls) == set(activations._RING)
     seen = 0
-    original = activations._Living._send
+    original = activations._LiveMemory._send
 
     def count(self, name, args):
         nonlocal seen
@@ -193,6 +196,6 @@ def test_collectives_are_those_that_the_model_calls():
         original(self, name, args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations._Living, "_send", count)
-        activations.pieces(config, 1)
+        patch.setattr(activations._LiveMemory, "_send", count)
+        activations.measure_activations(config, 1)
     assert seen == sum(calls.values())

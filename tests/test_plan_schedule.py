@@ -34,7 +34,7 @@ def test_every_rank_runs_every_micro_batch_once_in_an_order_that_ends():
 def test_what_waits_is_what_1f1b_and_its_interleaved_form_hold():
     def waiting(rank, pipeline, chunks, count):
         runs = schedule.order(rank, pipeline, chunks, count)
-        return schedule.most_kept(runs, [1] * chunks, [0] * chunks)
+        return schedule.peak_memory(runs, [1] * chunks, [0] * chunks)
 
     assert [waiting(rank, 4, 1, 16) for rank in range(4)] == [4, 3, 2, 1]
     assert [waiting(rank, 4, 1, 2) for rank in range(4)] == [2, 2, 2, 1]
@@ -44,4 +44,4 @@ def test_what_waits_is_what_1f1b_and_its_interleaved_form_hold():
 
 def test_working_memory_counts_on_top_of_what_waits():
     runs = schedule.order(0, 2, 1, 4)
-    assert schedule.most_kept(runs, [10], [3]) == 2 * 10 + 3
+    assert schedule.peak_memory(runs, [10], [3]) == 2 * 10 + 3

@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from megatron.core import parallel_state
 from processes import run_ranks
 from tiny_run import MODEL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
-from megatron_owl2.config import RunConfig
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.planner import ranks, weights
-from megatron_owl2.training import optim, stages
+from megatron_owl2.planner import static_memory as weights
+from megatron_owl2.planner.fake_process_groups import fake_process_groups
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
 
 RECIPES = Path(__file__).parent.parent / "examples" / "7b"
 STAGE_1 = 'stage.trainable=["vision_model.*", "abstractor.*", "*_vision.weight", "*_vision"]'
@@ -39,12 +43,12 @@ def tiny(tmp_path):
 
 
 def wrapped_model(config: RunConfig, groups):
-    chunks = build(mcore.Layout(config, groups), config.model, config.parallel.virtual_pipeline)
+    chunks = build(ParallelContext(config, groups), config.model, config.parallel.virtual_pipeline)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad = stages.trains(name, config.stage)
+            parameter.requires_grad = parameter_groups.is_trainable(name, config.stage)
             parameter.rate_factor = 1.0
-    return optim.wrap(chunks, overlap=config.parallel.overlap)
+    return optim.wrap_ddp(chunks, overlap=config.parallel.overlap)
 
 
 def bytes_of(tensors) -> int:
@@ -61,9 +65,9 @@ def parameters_and_gradients(wrapped) -> tuple[int, int]:
 def weigh_layouts(path: str):
     """Four ranks: what every layout really holds after a step, one line of JSON from rank 0."""
     for name, overrides in LAYOUTS.items():
-        config = configuration.load(path, overrides)
-        wrapped = wrapped_model(config, mcore.initialize(config.parallel))
-        optimizer, _ = optim.build(config, wrapped)
+        config = load_config(path, overrides)
+        wrapped = wrapped_model(config, setup.initialize(config.parallel))
+        optimizer, _ = optim.build_optimizer(config, wrapped)
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.step()
@@ -77,7 +81,7 @@ def weigh_layouts(path: str):
         torch.distributed.all_gather_object(shares, share)
         if torch.distributed.get_rank() == 0:
             print(json.dumps([name, shares]), flush=True)
-        mcore.parallel_state.destroy_model_parallel()
+        parallel_state.destroy_model_parallel()
 
 
 def test_bytes_equal_those_of_real_ranks_after_a_step(tiny):
@@ -86,8 +90,8 @@ def test_bytes_equal_those_of_real_ranks_after_a_step(tiny):
     real = dict(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
     assert real.keys() == LAYOUTS.keys()
     for name, overrides in LAYOUTS.items():
-        config = configuration.load(tiny, overrides)
-        planned = weights.held(config, 4, weights.inventory(config))
+        config = load_config(tiny, overrides)
+        planned = weights.static_memory(config, 4, weights.model_weights(config))
         pipeline = config.parallel.pipeline
         for rank, expected in enumerate(planned):
             shares = real[name][4 // pipeline * rank : 4 // pipeline * (rank + 1)]
@@ -106,12 +110,12 @@ def test_bytes_equal_those_of_real_ranks_after_a_step(tiny):
     ],
 )
 def test_bytes_of_the_7b_model_equal_its_gradient_buffers(recipe, overrides, world_size):
-    config = configuration.load(RECIPES / f"{recipe}.yaml", overrides)
-    planned = weights.held(config, world_size, weights.inventory(config))
+    config = load_config(RECIPES / f"{recipe}.yaml", overrides)
+    planned = weights.static_memory(config, world_size, weights.model_weights(config))
     for rank, expected in enumerate(planned):
         first = world_size // config.parallel.pipeline * rank
         with (
-            ranks.pretend(config.parallel, world_size, first) as groups,
+            fake_process_groups(config.parallel, world_size, first) as groups,
             FakeTensorMode(),  # no memory, but all sizes
         ):
             wrapped = wrapped_model(config, groups)
@@ -134,11 +138,11 @@ def test_the_fullest_optimizer_share_is_found():
 
 
 def test_the_whole_model_is_inventoried_once():
-    found = weights.inventory(configuration.load(RECIPES / "finetune.yaml"))
+    found = weights.model_weights(load_config(RECIPES / "finetune.yaml"))
     assert sum(weight.numel for weight in found) == 8_197_859_328
     assert len({weight.name for weight in found}) == len(found)
-    config = configuration.load(RECIPES / "pretrain.yaml", ["model.vision.image_size=448"])
-    found = weights.inventory(config)
+    config = load_config(RECIPES / "pretrain.yaml", ["model.vision.image_size=448"])
+    found = weights.model_weights(config)
     assert sum(weight.numel for weight in found) == 8_197_859_328
     trained = {weight.name for weight in found if weight.trained}
     assert not any("linear_qkv" in name and name.startswith("decoder") for name in trained)
@@ -148,10 +152,12 @@ def test_the_whole_model_is_inventoried_once():
 def test_fp8_holds_every_matrix_of_the_decoder_twice_more(fp8):
     layout = ["parallel.tensor=4", "parallel.pipeline=2", "parallel.layers=[15,17]"]
     kernels = ["kernels.backend=transformer_engine", f"kernels.fp8={fp8}"]
-    config = configuration.load(RECIPES / "finetune.yaml", layout)
-    whole = weights.inventory(config)
-    plain = weights.held(config, 64, whole)
-    found = weights.held(configuration.load(RECIPES / "finetune.yaml", layout + kernels), 64, whole)
+    config = load_config(RECIPES / "finetune.yaml", layout)
+    whole = weights.model_weights(config)
+    plain = weights.static_memory(config, 64, whole)
+    found = weights.static_memory(
+        load_config(RECIPES / "finetune.yaml", layout + kernels), 64, whole
+    )
     # Queries, keys, values, keys and values of vision, output; gate, up and down.
     layer = 6 * 4096**2 + 3 * 4096 * 11008
     for layers, ours, without in zip((15, 17), found, plain, strict=True):
@@ -167,15 +173,15 @@ def test_fp8_holds_every_matrix_of_the_decoder_twice_more(fp8):
     ],
 )
 def test_sharding_is_checked_among_thousands_of_ranks(overrides, world_size, stages):
-    config = configuration.load(RECIPES / "finetune.yaml", overrides)
-    whole = weights.inventory(config)
+    config = load_config(RECIPES / "finetune.yaml", overrides)
+    whole = weights.model_weights(config)
     words = weights.check_sharding(config, world_size, whole)
     assert f"{world_size:,} ranks: {stages} stages" in words and "8,197,859,328" in words
 
 
 def test_a_wrong_shard_is_found(tiny):
-    config = configuration.load(tiny, ["parallel.tensor=2"])
-    whole = weights.inventory(config)
+    config = load_config(tiny, ["parallel.tensor=2"])
+    whole = weights.model_weights(config)
     wrong = [replace(whole[0], split=True), *whole[1:]]
     with pytest.raises(RuntimeError, match=r"stage 0 has \('vision_model.cls_token', 32\)"):
         weights.check_sharding(config, 1024, wrong)
@@ -186,9 +192,9 @@ def test_a_wrong_shard_is_found(tiny):
 def test_a_process_in_a_group_cannot_pretend():
     config = RunConfig()
     with (
-        ranks.pretend(config.parallel, 2, 1) as groups,
+        fake_process_groups(config.parallel, 2, 1) as groups,
         pytest.raises(RuntimeError, match="process group already"),
-        ranks.pretend(config.parallel, 2, 0),
+        fake_process_groups(config.parallel, 2, 0),
     ):
         pass
     assert groups.dp is not None and not torch.distributed.is_initialized()

@@ -12,11 +12,11 @@ import torch
 from hf_dirs import OWL2, editable, tensors_of
 from safetensors.torch import save_file
 
-from megatron_owl2.convert.assemble import from_owl2
 from megatron_owl2.convert.mapping import constants
 from megatron_owl2.convert.remote_code.vision_mplug_owl2 import position_table
-from megatron_owl2.convert.weights import ConversionError
-from megatron_owl2.model.layers import weights
+from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.errors import ConversionError
+from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.position_tables import NAMES, image_positions, query_positions
 
 ENDS = ("q_pos_embed", "k_pos_embed")

@@ -11,8 +11,8 @@ import pytest
 from preprocess_run import failed, records, report, succeeded, tool, tree
 from tiny_data import encoded, picture
 
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.records import Turn
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.shards.records import Turn
 
 
 def img2dataset_rows(shard: int) -> dict[str, bytes]:
@@ -173,7 +173,7 @@ def test_conversations(images, tmp_path):
     assert [r.metadata for r in found] == [{"id": "x/1"}, {}, {}, {}, {"id": 7}]
     assert {r.source for r in found} == {"llava v1"}
     assert found[0].image == encoded(picture(1)) and found[4].image is None
-    names = [row["name"] for row in Dataset(tmp_path / "set").shards]
+    names = [row["name"] for row in ShardedDataset(tmp_path / "set").shards]
     assert names == [f"llava_v1-{i:05d}-000000.tar" for i in range(3)]
 
 

@@ -10,11 +10,12 @@ from PIL import Image
 from preprocess_run import job, keys, pair, records, report
 from tiny_data import encoded, picture
 
+from data_prep.filters import Filters
+from data_prep.reencode import Reencoding
+from data_prep.splits import Skipped
 from megatron_owl2.data.images import decode, image_size
-from megatron_owl2.data.records import BadSampleError, Record, Turn
-from megatron_owl2.preprocess.filters import Filters
-from megatron_owl2.preprocess.parts import PreprocessError, Skipped
-from megatron_owl2.preprocess.transform import Reencoding
+from megatron_owl2.data.shards.records import Record, Turn
+from megatron_owl2.errors import BadSampleError, PreprocessError
 
 
 def sized(key: str, width: int, height: int, **more) -> Record:

@@ -8,11 +8,11 @@ import pytest
 from preprocess_run import job, pair, pairs, report
 from tiny_data import encoded, picture
 
+from data_prep.corpus_statistics import histogram_edges
+from data_prep.filters import Filters
+from data_prep.splits import Skipped
 from megatron_owl2.data.images import image_size
-from megatron_owl2.data.records import Record, Turn
-from megatron_owl2.preprocess.filters import Filters
-from megatron_owl2.preprocess.parts import Skipped
-from megatron_owl2.preprocess.report import histogram_edges
+from megatron_owl2.data.shards.records import Record, Turn
 
 VOID = {"meta", "img", "rect", "line"}
 HOSTILE = "<script>alert('1')</script>\"&amp; \ud800"

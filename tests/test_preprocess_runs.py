@@ -28,10 +28,11 @@ from preprocess_run import (
 )
 from processes import group_is_gone, wait_until
 
-from megatron_owl2.preprocess.job import preprocess
-from megatron_owl2.preprocess.parts import Part, PreprocessError
-from megatron_owl2.preprocess.steps import Settings
-from megatron_owl2.preprocess.transform import Reencoding
+from data_prep.job import preprocess
+from data_prep.reencode import Reencoding
+from data_prep.splits import InputSplit
+from data_prep.worker import Settings
+from megatron_owl2.errors import PreprocessError
 
 OPTIONS = {
     "one reading": {"reencoding": Reencoding(max_side=20), "sample": 0.5},
@@ -139,7 +140,7 @@ def test_a_changed_input_between_two_readings_is_refused(corpus, tmp_path):
     preprocess(parts, settings, output, {}, merge=True)
     another = pair(corpus[3][7].key, corpus[3][7].image, "another caption")
     for changed in ([*corpus[3][:7], another], corpus[3][:7], [*corpus[3][1:], corpus[3][0]]):
-        parts[3] = Part("part3", "3", changed, Path("input3"))
+        parts[3] = InputSplit("part3", "3", changed, Path("input3"))
         with pytest.raises(PreprocessError, match="part part3: sample . is not what the first"):
             preprocess(parts, settings, output, {})
         assert not list(output.glob("part3*")) and not list((output / UNFINISHED).iterdir())

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from preprocess_run import as_parts, job, keys, pair, pairs, records, report
 from tiny_data import encoded, picture
 
-from megatron_owl2.data.records import Record, Turn
-from megatron_owl2.preprocess import selection
-from megatron_owl2.preprocess.filters import Filters
-from megatron_owl2.preprocess.transform import Reencoding
+from data_prep import dedup
+from data_prep.filters import Filters
+from data_prep.reencode import Reencoding
+from megatron_owl2.data.shards.records import Record, Turn
 
 A, B = (encoded(picture(seed)) for seed in (1, 2))
 
@@ -94,9 +94,9 @@ def test_a_larger_sample_contains_a_smaller_one(tmp_path):
 
 def test_a_fraction_keeps_its_share():
     part = as_parts([[]])[0]
-    numbers = [selection.priority(pair(str(i), A), part, seed=4) for i in range(4000)]
+    numbers = [dedup.priority(pair(str(i), A), part, seed=4) for i in range(4000)]
     for fraction in (0.01, 0.3, 0.9):
-        kept = sum(selection.below_fraction(number, fraction) for number in numbers)
+        kept = sum(dedup.below_fraction(number, fraction) for number in numbers)
         deviation = (4000 * fraction * (1 - fraction)) ** 0.5
         assert abs(kept - 4000 * fraction) < 4 * deviation
 
@@ -119,12 +119,12 @@ def test_fewer_than_asked_for_is_said(tmp_path):
 def brute_force(tables, deduplicate, sample):
     """The definition: one loop over all rows."""
     rows = np.concatenate(tables)
-    seen, fates = set(), []
+    seen, keep_decisions = set(), []
     for row in rows:
         again = deduplicate and tuple(row["identity"]) in seen
         seen.add(tuple(row["identity"]))
-        fates.append(selection.DUPLICATE if again else selection.KEEP)
-    left = [i for i, fate in enumerate(fates) if fate == selection.KEEP]
+        keep_decisions.append(dedup.DUPLICATE if again else dedup.KEEP)
+    left = [i for i, fate in enumerate(keep_decisions) if fate == dedup.KEEP]
     if isinstance(sample, int):
         chosen = set(sorted(left, key=lambda i: (int(rows["priority"][i]), i))[:sample])
     elif sample is not None:
@@ -132,8 +132,8 @@ def brute_force(tables, deduplicate, sample):
     else:
         chosen = set(left)
     return [
-        selection.NOT_SAMPLED if fate == selection.KEEP and i not in chosen else fate
-        for i, fate in enumerate(fates)
+        dedup.NOT_SAMPLED if fate == dedup.KEEP and i not in chosen else fate
+        for i, fate in enumerate(keep_decisions)
     ]
 
 
@@ -154,7 +154,7 @@ def test_selection_is_what_it_is_defined_to_be(
     random = np.random.default_rng(seed)
     tables = []
     for size in sizes:
-        table = np.zeros(size, dtype=selection.ROW)
+        table = np.zeros(size, dtype=dedup.ROW)
         values = random.integers(0, identities, size).astype(np.uint64)
         # Equal first halves with other second ones, and the other way round.
         table["identity"] = np.stack([values // 3, values % 5], axis=1)
@@ -163,6 +163,6 @@ def test_selection_is_what_it_is_defined_to_be(
         table["priority"] = (upper << np.uint64(48)) + lower
         tables.append(table)
     loaders = [lambda table=table: table for table in tables]
-    fates = list(selection.select(loaders, deduplicate, sample, rows_at_once))
-    assert [len(fate) for fate in fates] == sizes
-    assert np.concatenate(fates).tolist() == brute_force(tables, deduplicate, sample)
+    keep_decisions = list(dedup.select(loaders, deduplicate, sample, rows_at_once))
+    assert [len(fate) for fate in keep_decisions] == sizes
+    assert np.concatenate(keep_decisions).tolist() == brute_force(tables, deduplicate, sample)

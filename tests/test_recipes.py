@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_owl2 import checks, mcore
-from megatron_owl2 import config as configuration
-from megatron_owl2.config import ConfigError, ParallelConfig
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import stages
+from megatron_owl2.training import parameter_groups
 
 RECIPES = Path(__file__).parent.parent / "examples" / "7b"
 TABLE_15 = {  # key: pre-training, instruction tuning
@@ -68,14 +72,12 @@ def value(config, key):
 
 @pytest.mark.parametrize("key", TABLE_15)
 def test_the_recipes_are_table_15(key):
-    found = [configuration.load(RECIPES / f"{name}.yaml") for name in ("pretrain", "finetune")]
+    found = [load_config(RECIPES / f"{name}.yaml") for name in ("pretrain", "finetune")]
     assert tuple(value(config, key) for config in found) == TABLE_15[key]
 
 
 def test_the_recipes_see_what_the_paper_saw():
-    pretrain, finetune = (
-        configuration.load(RECIPES / f"{n}.yaml") for n in ("pretrain", "finetune")
-    )
+    pretrain, finetune = (load_config(RECIPES / f"{n}.yaml") for n in ("pretrain", "finetune"))
     assert pretrain.train.steps * pretrain.train.global_batch_size == 348_160_000
     assert finetune.train.steps * finetune.train.global_batch_size == 1_228_800
     # 16 micro-batches, the accumulation that the table prints, on 32 GPUs.
@@ -87,14 +89,14 @@ def test_a_variant_changes_one_thing_and_can_run(name):
     key, expected, used_in = VARIANTS[name]
     for stage in used_in:
         recipe, variant = RECIPES / f"{stage}.yaml", str(RECIPES / "ablations" / f"{name}.yaml")
-        config = configuration.load(recipe, [variant])
+        config = load_config(recipe, [variant])
         assert value(config, key) == expected
-        checks.check_model(config.model)
-        checks.check_layout(config, 64)
-        tiny = configuration.load(recipe, [*TINY, variant])
-        model = Owl2(mcore.Layout(tiny, mcore.initialize(ParallelConfig())), tiny.model)
-        plan = stages.apply(tiny, [model])  # every pattern matches something
-        mcore.shutdown()
+        validate_model(config.model)
+        validate_parallel(config, 64)
+        tiny = load_config(recipe, [*TINY, variant])
+        model = Owl2(ParallelContext(tiny, setup.initialize(ParallelConfig())), tiny.model)
+        plan = parameter_groups.freeze(tiny, [model])  # every pattern matches something
+        setup.shutdown()
         vision = {p.trained for p in plan if p.name.startswith("vision_model.")}
         assert vision == {name != "frozen_vit"}
 
@@ -106,7 +108,7 @@ def test_every_variant_is_tested():
 def test_files_and_keys_apply_in_their_order():
     variant = str(RECIPES / "ablations" / "queries_8.yaml")
     key = "model.abstractor.num_queries=5"
-    load = configuration.load
+    load = load_config
     assert load(RECIPES / "pretrain.yaml", [variant, key]).model.abstractor.num_queries == 5
     assert load(RECIPES / "pretrain.yaml", [key, variant]).model.abstractor.num_queries == 8
     with pytest.raises(ConfigError, match="nowhere.yaml does not exist"):
@@ -114,8 +116,8 @@ def test_files_and_keys_apply_in_their_order():
 
 
 def test_a_pattern_of_frozen_must_match():
-    config = configuration.load(RECIPES / "pretrain.yaml", [*TINY, "stage.frozen=['vison.*']"])
-    model = Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), config.model)
+    config = load_config(RECIPES / "pretrain.yaml", [*TINY, "stage.frozen=['vison.*']"])
+    model = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), config.model)
     with pytest.raises(ConfigError, match=r"stage.frozen: pattern 'vison.\*' matches no parameter"):
-        stages.apply(config, [model])
-    mcore.shutdown()
+        parameter_groups.freeze(config, [model])
+    setup.shutdown()

@@ -11,7 +11,7 @@ from exported import ATTENTIONS, answers, batch, build, export, load, offline
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_owl2.convert import hf
+from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.convert.expand import expand
 
 OFFICIAL = Path(__file__).parent / "data" / "official_tiny"

@@ -52,7 +52,7 @@ def test_logits_of_our_model(ours, grouped, attention):
         wanted = ours(
             rows.tokens,
             inputs["pixel_values"],
-            rows.vision_rows,
+            rows.vision_token_index,
             rows.modality,
             rows.position_ids,
             attention_mask=rows.attention_mask,

@@ -23,7 +23,7 @@ from transformers import (
 
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, build_sample, prompt, prompt_ids
 from megatron_owl2.data.images import decode, resize_square
-from megatron_owl2.data.records import Record, Turn
+from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_owl2.inference.engine import Generator, LoadedModel
 

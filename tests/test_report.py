@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_owl2.evaluation import figure, report
-from megatron_owl2.evaluation.report import Answer, ReportError, SkillScore
+from megatron_owl2.errors import ReportError
+from megatron_owl2.plotting import figure, report
+from megatron_owl2.plotting.report import Answer, SkillScore
 
 TOOL = Path(__file__).parents[1] / "tools" / "report.py"
 

@@ -2,14 +2,8 @@
 
 import pytest
 
-from megatron_owl2.evaluation.scorers import (
-    ScoreError,
-    exact_match,
-    normalize_answer,
-    pope,
-    pope_answer,
-    vqa,
-)
+from megatron_owl2.errors import ScoreError
+from megatron_owl2.evaluation.scoring import exact_match, normalize_answer, pope, pope_answer, vqa
 
 
 def annotation(answers, kind="colour"):

@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 import data_prep
-from data_prep import shapes, shapes_formats
-from data_prep import shapes_language as language
-from data_prep import shapes_world as world
+from data_prep import shapes
+from data_prep.toy_corpus import formats as shapes_formats
+from data_prep.toy_corpus import language as language
+from data_prep.toy_corpus import world as world
 
 SMALL = shapes.Parameters(seed=7, pairs=40, instructions=60, texts=200, eval=40)
 SCRIPT = Path(data_prep.__file__).with_name("shapes.py")
@@ -153,7 +154,7 @@ def test_pairs_are_an_img2dataset_folder(corpus):
 def test_pairs_continue_in_the_next_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_formats, "SHARD_SIZE", 3)
     pictures = [world.draw_picture(1, "pairs", i) for i in range(7)]
-    shapes_formats.write_pairs(tmp_path / "pairs", pictures, shapes_formats.Ledger())
+    shapes_formats.write_pairs(tmp_path / "pairs", pictures, shapes_formats.BadSampleLog())
     counts = []
     for shard in range(3):
         counts.append(load(tmp_path / f"pairs/{shard:05d}_stats.json")["count"])

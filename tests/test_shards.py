@@ -12,12 +12,12 @@ import webdataset
 from processes import open_below
 from tiny_data import encoded, picture, record, write
 
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.index import index_shard
-from megatron_owl2.data.manifest import ShardError
-from megatron_owl2.data.records import BadSampleError, Record, Turn
-from megatron_owl2.data.shards import ShardWriter
-from megatron_owl2.data.storage import StorageError, StorageOptions
+from data_prep.index import index_shard
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.shards.records import Record, Turn
+from megatron_owl2.data.shards.writer import ShardWriter
+from megatron_owl2.data.storage import StorageOptions
+from megatron_owl2.errors import BadSampleError, ShardError, StorageError
 
 RECORDS = [record(i) for i in range(25)]
 ONCE = StorageOptions(attempts=1)
@@ -28,12 +28,12 @@ def folder(tmp_path):
     return write(tmp_path / "set", RECORDS)
 
 
-def everything(dataset: Dataset) -> list[Record]:
+def everything(dataset: ShardedDataset) -> list[Record]:
     return [dataset.read(s, i) for s, size in enumerate(dataset.sizes) for i in range(size)]
 
 
 def test_reads_back_what_was_written(folder):
-    dataset = Dataset(folder)
+    dataset = ShardedDataset(folder)
     assert dataset.sizes == [10, 10, 5] and len(dataset) == 25
     assert everything(dataset) == RECORDS
 
@@ -82,7 +82,7 @@ def test_plain_webdataset_reads_the_shards(folder):
 
 
 def test_indexing_reproduces_the_writers_row(folder):
-    rows = Dataset(folder).shards
+    rows = ShardedDataset(folder).shards
     assert [index_shard(folder / row["name"]) for row in rows] == [(row, {}) for row in rows]
 
 
@@ -102,7 +102,7 @@ def test_interrupted_writing_is_not_a_data_set(tmp_path):
         raise KeyboardInterrupt
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
     with pytest.raises(ShardError, match="did not finish"):
-        Dataset(tmp_path)
+        ShardedDataset(tmp_path)
 
 
 def test_writer_refuses_a_finished_folder_and_an_empty_set(folder, tmp_path):
@@ -125,14 +125,14 @@ def test_a_record_that_cannot_be_stored_leaves_no_trace(tmp_path):
         writer.write(RECORDS[0])
         with pytest.raises(BadSampleError, match="'tiny00000' is already in shard-000000.tar"):
             writer.write(RECORDS[0])
-    assert everything(Dataset(tmp_path)) == RECORDS[:1]
+    assert everything(ShardedDataset(tmp_path)) == RECORDS[:1]
 
 
 @pytest.mark.parametrize("change", [-512, +512])
 def test_another_size_than_the_manifest_names_the_shard(folder, change):
     path = folder / "shard-000001.tar"
     os.truncate(path, path.stat().st_size + change)
-    dataset = Dataset(folder)
+    dataset = ShardedDataset(folder)
     assert dataset.read(0, 0) == RECORDS[0]
     with pytest.raises(ShardError, match="shard-000001.tar has .* manifest says"):
         dataset.read(1, 0)
@@ -144,13 +144,13 @@ def test_a_changed_or_missing_sidecar_is_named(folder, suffix):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ShardError, match=f"shard-000000.tar{suffix} does not match"):
-        Dataset(folder).read(0, 0)
+        ShardedDataset(folder).read(0, 0)
     path.write_bytes(whole[:-8])
     with pytest.raises(StorageError, match=f"shard-000000.tar{suffix}"):
-        Dataset(folder, ONCE).read(0, 0)
+        ShardedDataset(folder, ONCE).read(0, 0)
     path.unlink()
     with pytest.raises(StorageError, match=f"shard-000000.tar{suffix}"):
-        Dataset(folder, ONCE).read(0, 0)
+        ShardedDataset(folder, ONCE).read(0, 0)
 
 
 def test_an_edited_manifest_is_refused(folder):
@@ -168,14 +168,14 @@ def test_an_edited_manifest_is_refused(folder):
         assert damaged != whole
         path.write_text(damaged)
         with pytest.raises(ShardError, match="manifest.json"):
-            Dataset(folder)
+            ShardedDataset(folder)
 
 
 def test_every_flipped_byte_is_noticed(folder):
     """In a header, a caption or a picture: one bad sample with its place; its neighbours stay."""
     path = folder / "shard-000000.tar"
     whole = path.read_bytes()
-    dataset = Dataset(folder)
+    dataset = ShardedDataset(folder)
     name, (offset, stop) = "shard-000000.tar", dataset.range_of(0, 4)
     for byte in range(offset, stop, 7):
         changed = bytearray(whole)
@@ -188,7 +188,7 @@ def test_every_flipped_byte_is_noticed(folder):
 
 
 def test_a_data_set_survives_pickling_and_closing(folder):
-    dataset = Dataset(folder)
+    dataset = ShardedDataset(folder)
     assert dataset.read(0, 0) == RECORDS[0]
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.read(1, 7) == RECORDS[17]
@@ -200,15 +200,15 @@ def test_a_data_set_survives_pickling_and_closing(folder):
 
 
 def test_only_so_much_of_the_indexes_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_owl2.data.dataset._MAX_CHUNKS", 3)
-    dataset = Dataset(write(tmp_path / "many", RECORDS, samples_per_shard=2))
+    monkeypatch.setattr("megatron_owl2.data.shards.dataset._MAX_CHUNKS", 3)
+    dataset = ShardedDataset(write(tmp_path / "many", RECORDS, samples_per_shard=2))
     for _ in range(2):
         assert everything(dataset) == RECORDS
         assert len(dataset._chunks) == 3
 
 
 def test_a_shard_that_is_cut_while_in_use_is_an_error(folder):
-    dataset = Dataset(folder, ONCE)
+    dataset = ShardedDataset(folder, ONCE)
     dataset.read(0, 0)
     end = dataset.range_of(0, 9)[0] + 100
     os.truncate(folder / "shard-000000.tar", end)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from processes import run_ranks
 
-from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
-from megatron_owl2.config import ConfigError, ParallelConfig, RunConfig, StageConfig
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.schema import ParallelConfig, RunConfig, StageConfig
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2, build
-from megatron_owl2.training import stages
+from megatron_owl2.training import parameter_groups
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 VISION = {"ViT", "abstractor", "vision branch"}
@@ -27,12 +30,12 @@ LAYOUTS = [  # of four ranks
 @pytest.fixture
 def plan_of():
     def build(recipe: str, *overrides: str):
-        config = configuration.load(EXAMPLES / recipe, [*overrides, "parallel.tensor=1"])
-        model = Owl2(mcore.Layout(config, mcore.initialize(ParallelConfig())), config.model)
-        return stages.apply(config, [model]), model, config
+        config = load_config(EXAMPLES / recipe, [*overrides, "parallel.tensor=1"])
+        model = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), config.model)
+        return parameter_groups.freeze(config, [model]), model, config
 
     yield build
-    mcore.shutdown()
+    setup.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,7 @@ def test_the_recipes_train_the_parts_they_say(plan_of, recipe, trained):
     plan, model, _ = plan_of(recipe)
     found = {True: set(), False: set()}
     for parameter in plan:
-        found[parameter.trained].add(stages.part_of(parameter.name))
+        found[parameter.trained].add(parameter_groups.part_of(parameter.name))
     assert found == {True: trained, False: (VISION | LANGUAGE) - trained}
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {
         p.name: p.trained for p in plan
@@ -70,7 +73,7 @@ def test_rates_fall_with_the_depth_of_the_vit(plan_of):
 
 def test_the_table_counts_every_parameter_once(plan_of):
     plan, model, config = plan_of("tiny/pretrain.yaml")
-    lines = stages.table(plan, config).splitlines()
+    lines = parameter_groups.summary(plan, config).splitlines()
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert lines[-1].split() == ["trained", f"{trained:,}", "of", f"{everything:,}"]
@@ -89,9 +92,11 @@ def test_the_table_counts_every_parameter_once(plan_of):
 )
 def test_patterns_must_match_names_and_leave_something_to_train(stage, said):
     names = ["abstractor.vit_eos", "decoder.layers.0.mlp.linear_fc1.weight", "output_layer.weight"]
-    stages.check_patterns(StageConfig(frozen=["output_*"], rates={"abstractor.*": 2.0}), names)
+    parameter_groups.check_patterns(
+        StageConfig(frozen=["output_*"], rates={"abstractor.*": 2.0}), names
+    )
     with pytest.raises(ConfigError, match=said):
-        stages.check_patterns(stage, names)
+        parameter_groups.check_patterns(stage, names)
 
 
 def test_plans_that_differ_have_other_fingerprints(plan_of):
@@ -101,12 +106,14 @@ def test_plans_that_differ_have_other_fingerprints(plan_of):
         plan_of("tiny/finetune.yaml", "optimizer.vision_layer_decay=0.9")[0],
         plan_of("tiny/finetune.yaml", "stage.rates={'abstractor.*': 2}")[0],
     ]
-    assert len(set(map(stages.fingerprint, plans))) == 4
-    assert stages.fingerprint(plans[0]) == stages.fingerprint(plan_of("tiny/finetune.yaml")[0])
+    assert len(set(map(parameter_groups.fingerprint, plans))) == 4
+    assert parameter_groups.fingerprint(plans[0]) == parameter_groups.fingerprint(
+        plan_of("tiny/finetune.yaml")[0]
+    )
 
 
 def layout(overrides: list[str]) -> RunConfig:
-    return configuration.load(EXAMPLES / "tiny" / "pretrain.yaml", overrides)
+    return load_config(EXAMPLES / "tiny" / "pretrain.yaml", overrides)
 
 
 def plan_in_layouts():
@@ -119,13 +126,21 @@ def plan_in_layouts():
 
     found = []
     for config in map(layout, LAYOUTS):
-        groups = mcore.initialize(config.parallel)
-        chunks = build(mcore.Layout(config, groups), config.model, config.parallel.virtual_pipeline)
+        groups = setup.initialize(config.parallel)
+        chunks = build(
+            ParallelContext(config, groups), config.model, config.parallel.virtual_pipeline
+        )
         torch.distributed.all_gather_object = listen
-        plan = stages.apply(config, chunks)
+        plan = parameter_groups.freeze(config, chunks)
         torch.distributed.all_gather_object = gather
-        found.append([stages.fingerprint(plan), stages.table(plan, config), heard.pop()])
-        mcore.parallel_state.destroy_model_parallel()
+        found.append(
+            [
+                parameter_groups.fingerprint(plan),
+                parameter_groups.summary(plan, config),
+                heard.pop(),
+            ]
+        )
+        parallel_state.destroy_model_parallel()
     everybody = [None] * 4
     gather(everybody, found)
     if torch.distributed.get_rank() == 0:
@@ -134,7 +149,7 @@ def plan_in_layouts():
 
 def test_every_rank_has_the_whole_plan_from_the_ranks_of_its_pipeline(plan_of):
     plan, _, config = plan_of("tiny/pretrain.yaml")
-    whole = [stages.fingerprint(plan), stages.table(plan, config)]
+    whole = [parameter_groups.fingerprint(plan), parameter_groups.summary(plan, config)]
     run = run_ranks(4, __file__, "plan")
     assert run.returncode == 0, run.stderr[-2000:]
     everybody = json.loads(run.stdout.splitlines()[-1])

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 from processes import open_below
 
-from megatron_owl2.data.storage import (
-    LocalStorage,
-    StorageError,
-    StorageMissing,
-    StorageOptions,
-    base,
-    local,
-    open_storage,
-)
+from megatron_owl2.data.storage import LocalStorage, StorageOptions, base, local, open_storage
+from megatron_owl2.errors import StorageError, StorageMissing
 
 QUICK = StorageOptions(backoff=0.001, attempts=4)
 DATA = np.random.default_rng(0).bytes(50_000)

@@ -14,8 +14,9 @@ import pytest
 from http_server import HttpServer
 from processes import wait_until
 
-from megatron_owl2.data.storage import StorageError, StorageOptions, open_storage
+from megatron_owl2.data.storage import StorageOptions, open_storage
 from megatron_owl2.data.storage.cache import RangeCache
+from megatron_owl2.errors import StorageError
 
 SIZE = 10_000  # of an extent
 DATA = np.random.default_rng(0).bytes(40 * SIZE)

@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 from http_server import HttpServer
 from processes import wait_until
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from megatron_owl2.data.storage import (
-    StorageError,
-    StorageMissing,
-    StorageOptions,
-    open_storage,
-)
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.storage import StorageOptions, open_storage
+from megatron_owl2.errors import StorageError, StorageMissing
 
 DATA = np.random.default_rng(0).bytes(200_000)
 EXTENT = (1000, 5000)
@@ -231,7 +228,7 @@ def test_forked_children_and_their_parent_do_not_disturb_each_other(server):
     assert storage.counters["retries"] == 0
 
 
-class _Ranges(Dataset):
+class _Ranges(ShardedDataset):
     def __init__(self, storage):
         self.storage = storage
 

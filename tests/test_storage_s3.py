@@ -8,13 +8,9 @@ import pytest
 from streams import config, loader, pairs, rows_of
 from tiny_data import write
 
-from megatron_owl2.config import StorageConfig
-from megatron_owl2.data.storage import (
-    StorageError,
-    StorageMissing,
-    StorageOptions,
-    open_storage,
-)
+from megatron_owl2.config.schema import StorageConfig
+from megatron_owl2.data.storage import StorageOptions, open_storage
+from megatron_owl2.errors import StorageError, StorageMissing
 
 pytest.importorskip("s3fs")
 boto3 = pytest.importorskip("boto3")

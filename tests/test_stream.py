@@ -8,13 +8,13 @@ import torch
 from streams import SIZE, assert_equal, config, loader, rows_of, two_sets
 from tiny_data import LetterTokenizer, encoded, picture, record, write
 
-from megatron_owl2.config import ConfigError, StorageConfig
-from megatron_owl2.data.dataset import Dataset, open_datasets
+from megatron_owl2.config.schema import StorageConfig
+from megatron_owl2.data.bad_samples import drop_after, path_of
 from megatron_owl2.data.images import decode, resize_square
-from megatron_owl2.data.ledger import DataError, drop_after, path_of
-from megatron_owl2.data.phases import first_phase, go_on, to_json
-from megatron_owl2.data.records import Record
-from megatron_owl2.data.storage import StorageError
+from megatron_owl2.data.sampling.phases import first_phase, go_on, to_json
+from megatron_owl2.data.shards.dataset import ShardedDataset, open_sources
+from megatron_owl2.data.shards.records import Record
+from megatron_owl2.errors import ConfigError, DataError, StorageError
 
 BROKEN = encoded(picture(9, 200, 100))[:-300]
 
@@ -157,7 +157,7 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
     slots = {line["slot"] for line in ledger}
     assert len(slots) == sum(batch.bad for batch in batches) == 20
     first = next(line for line in ledger if line["key"] == "k005")
-    start, _ = Dataset(damaged).range_of(0, 5)
+    start, _ = ShardedDataset(damaged).range_of(0, 5)
     place = (str(damaged), "shard-000000.tar", start)
     assert (first["dataset"], first["shard"], first["offset"]) == place
     assert "cannot be decoded" in first["reason"]
@@ -165,7 +165,7 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
 
 def test_damage_in_a_shard_is_a_bad_sample(folders, tmp_path):
     folder = write(tmp_path / "set", (record(i, "a") for i in range(20)))
-    name, (offset, _) = "shard-000001.tar", Dataset(folder).range_of(1, 3)
+    name, (offset, _) = "shard-000001.tar", ShardedDataset(folder).range_of(1, 3)
     path = folder / name
     data = bytearray(path.read_bytes())
     data[offset + 1] ^= 1
@@ -258,7 +258,7 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path, workers):
 
 def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp_path):
     def fingerprint(data):
-        return first_phase(data, open_datasets(data)).fingerprint
+        return first_phase(data, open_sources(data)).fingerprint
 
     base = fingerprint(config(*folders))
     assert fingerprint(config(*folders, weights=(6, 4), workers=5, augment=False)) == base
@@ -285,7 +285,7 @@ def test_batches_say_where_their_rows_come_from(folders):
 
 def test_data_may_change_only_in_a_new_phase(folders):
     data, other = config(*folders), config(*folders, weights=(0.5, 0.5))
-    datasets = open_datasets(data)
+    datasets = open_sources(data)
     recorded = to_json([first_phase(data, datasets)])
     assert go_on(recorded, data, datasets, 96, "checkpoint") == [first_phase(data, datasets)]
     with pytest.raises(ConfigError, match=r"data.sources .* data.phase=2 .* from slot 96 on"):

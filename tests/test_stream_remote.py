@@ -12,9 +12,9 @@ from processes import wait_until
 from streams import config, loader, pairs, rows_of
 from tiny_data import write
 
-from megatron_owl2.config import StorageConfig
-from megatron_owl2.data import order
-from megatron_owl2.data.storage import StorageError
+from megatron_owl2.config.schema import StorageConfig
+from megatron_owl2.data.sampling import shuffle as order
+from megatron_owl2.errors import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def test_a_server_that_stays_broken_stops_the_run(server, tmp_path, kind, worker
 
 def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypatch):
     """When a lane enters a window, all of it and of the next is asked for."""
-    for name, value in (("LANES", 2), ("CHUNK", 10), ("WINDOW", 50)):
+    for name, value in (("STREAMS", 2), ("BLOCK_SIZE", 10), ("SHUFFLE_BLOCK_SIZE", 50)):
         monkeypatch.setattr(order, name, value)
-    monkeypatch.setattr("megatron_owl2.data.dataset.CHUNK", 10)
-    monkeypatch.setattr(order.Order.__init__, "__defaults__", (2, 10, 50))
+    monkeypatch.setattr("megatron_owl2.data.shards.dataset.BLOCK_SIZE", 10)
+    monkeypatch.setattr(order.ShuffleOrder.__init__, "__defaults__", (2, 10, 50))
     with HttpServer(folder) as server:
         stream = loader(over(server, tmp_path / "cache"), micro=1)._stream
         wanted = {

@@ -9,8 +9,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import shapes_language as language
 from data_prep.shapes import VOCAB_SIZE
+from data_prep.toy_corpus import language as language
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny_data
 import tiny_run
 
-from megatron_owl2.data.records import Record
+from megatron_owl2.data.shards.records import Record
 
 
 def with_bad_pictures(folder, every):

@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from processes import wait_until
 
-from megatron_owl2.training import checkpoint
+from megatron_owl2.training.checkpoint import save_load
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
@@ -103,7 +103,7 @@ class Job:
     def __init__(self, cluster: Cluster, number: str, gate: Path):
         self.cluster, self.number, self.gate = cluster, number, gate
 
-    def facts(self) -> dict[str, str]:
+    def stats(self) -> dict[str, str]:
         text = self.cluster.ask("scontrol", "--oneliner", "show", "job", self.number)
         return dict(word.partition("=")[::2] for word in text.splitlines()[0].split())
 
@@ -115,7 +115,7 @@ class Job:
         """Ranks that stand in the gate and their processes, when it is all of them."""
 
         def standing():
-            assert self.facts()["JobState"] not in OVER, self.log
+            assert self.stats()["JobState"] not in OVER, self.log
             found = [p.name.split(".") for p in self.gate.iterdir() if p.name[0].isdigit()]
             return len(found) == 2 and {int(rank): int(process) for rank, process in found}
 
@@ -131,20 +131,20 @@ class Job:
             subprocess.run(command, env=self.cluster.environment, timeout=60)
 
     def end(self) -> dict[str, str]:
-        """Wait until there is no other life to come; returns the job's facts.
+        """Wait until there is no other life to come; returns the job's stats.
 
         A job that is about to be queued again has, for a moment, failed too, but is still listed.
         """
 
         def over():
             listed = self.cluster.ask("squeue", "--noheader", f"--jobs={self.number}")
-            facts = self.facts()
-            return facts["JobState"] in OVER and not listed and facts
+            stats = self.stats()
+            return stats["JobState"] in OVER and not listed and stats
 
         try:
             return wait_until(over, LONG)
         except AssertionError:
-            pytest.fail(f"{self.facts()}\n{self.log}")
+            pytest.fail(f"{self.stats()}\n{self.log}")
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,9 @@ def uninterrupted(cluster):
 
 def finished(job: Job, output: Path, uninterrupted) -> str:
     """Assert that a run of two lives is the uninterrupted one; returns the job's log."""
-    facts = job.end()
+    stats = job.end()
     log = job.log
-    assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "1", log
+    assert stats["JobState"] == "COMPLETED" and stats["Restarts"] == "1", log
     assert "slurm: the run is finished" in log
     assert tiny_run.figures(output) == uninterrupted
     return log
@@ -213,7 +213,7 @@ def test_a_signal_saves_and_requeues_a_run_on_two_nodes(cluster, uninterrupted, 
     for life in (0, 1):
         logs = output / "logs" / f"{job.number}-{life}"
         assert {p.name for p in logs.glob("rank-*")} == {"rank-00000.log", "rank-00001.log"}
-    assert checkpoint.read_config(output).data.sources[0].path == str(shards)
+    assert save_load.read_config(output).data.sources[0].path == str(shards)
 
 
 def test_a_killed_rank_ends_the_life_and_the_next_goes_on(cluster, uninterrupted, tmp_path):
@@ -240,8 +240,8 @@ def test_an_interrupted_run_ends_with_a_checkpoint(cluster, uninterrupted, tmp_p
     output = tmp_path / "run"
     job = cluster.submit(output, "train.micro_batch_size=1", gpus="--gres=gpu:1")
     job.signal("INT")
-    facts = job.end()
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "130:0", "0")
+    stats = job.end()
+    assert (stats["JobState"], stats["ExitCode"], stats["Restarts"]) == ("FAILED", "130:0", "0")
     assert "the run was interrupted, last checkpoint: iter_0000005" in job.log
     assert tiny_run.figures(output) == uninterrupted[:5]
 
@@ -250,8 +250,8 @@ def test_a_signal_before_the_ranks_are_there_is_not_the_end(cluster, tmp_path):
     job = cluster.submit(tmp_path / "run", "parallel.tensor=3", python=SLOW_TO_BEGIN)
     wait_until((job.gate / "begun").exists, LONG)
     cluster.ask("scancel", "--signal=USR1", job.number)
-    facts = job.end()
-    assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "1"), job.log
+    stats = job.end()
+    assert (stats["ExitCode"], stats["Restarts"]) == ("2:0", "1"), job.log
     assert "slurm: the run was stopped before it began and goes on later" in job.log
 
 
@@ -262,8 +262,8 @@ def test_a_wrong_setting_is_not_tried_again(cluster, tmp_path):
 
 
 def wrong(job: Job) -> None:
-    facts = job.end()
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
+    stats = job.end()
+    assert (stats["JobState"], stats["ExitCode"], stats["Restarts"]) == ("FAILED", "2:0", "0")
     assert "error: 2 processes cannot be divided by parallel.tensor (3)" in job.log
 
 
@@ -291,10 +291,10 @@ def test_ranks_run_in_a_container(cluster, tmp_path):
 
 def test_crashes_in_a_row_have_an_end(cluster, tmp_path):
     job = cluster.submit(tmp_path / "run", python=CRASH)
-    facts = job.end()
+    stats = job.end()
     # The job's code is the greatest of its ranks', of which Slurm may have ended one itself.
-    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1"), job.log
-    assert facts["ExitCode"] in ("7:0", "143:0") and "(exit code " in job.log
+    assert (stats["JobState"], stats["Restarts"]) == ("FAILED", "1"), job.log
+    assert stats["ExitCode"] in ("7:0", "143:0") and "(exit code " in job.log
     assert "slurm: no further start after 2 crashes in a row" in job.log
 
 

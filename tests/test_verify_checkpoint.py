@@ -9,11 +9,10 @@ import torch
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
-from megatron_owl2.config import ConfigError
-from megatron_owl2.convert.assemble import from_owl2
-from megatron_owl2.convert.stream import write_checkpoint
-from megatron_owl2.convert.verify import verify
-from megatron_owl2.convert.weights import ConversionError
+from megatron_owl2.convert.megatron_io import write_checkpoint
+from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.verify.verify import verify
+from megatron_owl2.errors import ConfigError, ConversionError
 
 OFFICIAL = Path(__file__).parent / "data" / "official_tiny"
 META = json.loads((OFFICIAL / "meta.json").read_text())

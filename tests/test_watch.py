@@ -14,17 +14,20 @@ import tiny_run
 import torch
 from PIL import Image
 
-from megatron_owl2 import config as configuration
-from megatron_owl2 import mcore
-from megatron_owl2.config import ParallelConfig, WatchConfig
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.schema import ParallelConfig, WatchConfig
 from megatron_owl2.data.batch import collate
 from megatron_owl2.data.conversation import build_sample
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import devices, optim, pictures, stages
-from megatron_owl2.training.pace import Peers
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
+from megatron_owl2.training.metrics import device, sample_sheet
+from megatron_owl2.training.metrics.straggler import StragglerDetector
+from megatron_owl2.training.metrics.wandb_logger import flat
 from megatron_owl2.training.profiling import Profiler, Timers
-from megatron_owl2.training.tracking import flat
 
 TOOL = Path(__file__).parents[1] / "tools" / "plot_run.py"
 
@@ -87,7 +90,7 @@ def test_nsys_gets_its_range_and_the_spans_in_it(monkeypatch, tmp_path, steps):
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: asked.append("stop"))
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", asked.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: asked.append("pop"))
-    mcore.initialize(ParallelConfig())
+    setup.initialize(ParallelConfig())
     settings = WatchConfig(profiler="nsys", profile_step=2, profile_steps=1 if steps == 4 else 9)
     profiler = Profiler(settings, tmp_path, records=False)
     timers = Timers(profiler)
@@ -99,7 +102,7 @@ def test_nsys_gets_its_range_and_the_spans_in_it(monkeypatch, tmp_path, steps):
             pass
         profiler.end_step()
     profiler.close()
-    mcore.shutdown()
+    setup.shutdown()
     spans = ["step 102", "backward-compute", "pop", "optimizer", "pop", "pop"]
     assert asked == ["start", *spans, "stop"]
     assert timers.backward.take() > 0 == timers.backward.take()
@@ -135,15 +138,15 @@ def test_peaks_of_devices_by_name():
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
         "Tesla V100-SXM2-32GB": None,
     }
-    assert {name: devices.peak_of(name) for name in names} == names
-    assert devices.peak_tflops(77.0) == 77.0
+    assert {name: device.get_peak_flops(name) for name in names} == names
+    assert device.peak_tflops(77.0) == 77.0
 
 
 SLOW = """
 import time
 from megatron_owl2.training import step
-from megatron_owl2.training.agreement import Agreement
-original_add, original_loss = Agreement.add, step._summed_loss
+from megatron_owl2.training.agreement import SampleConsistencyCheck
+original_add, original_loss = SampleConsistencyCheck.add, step._summed_loss
 read = 0
 def add(self, batch):
     global read
@@ -160,7 +163,7 @@ class Slow(torch.autograd.Function):
         if torch.distributed.get_rank() == 1 and read > 2:
             time.sleep(0.4)
         return grad
-Agreement.add = add
+SampleConsistencyCheck.add = add
 step._summed_loss = lambda batch, losses: original_loss(batch, Slow.apply(losses))
 """
 
@@ -187,7 +190,7 @@ def test_the_slow_one_of_two_ranks_is_named(tmp_path):
 
 
 def test_ranks_are_compared_within_their_stage():
-    peers = object.__new__(Peers)
+    peers = object.__new__(StragglerDetector)
     peers._ranks = [(0, "a"), (0, "b"), (0, "c"), (1, "d"), (1, "e"), (1, "f")]
     slowest = peers.slowest([0.0] * 6, [9.0, 9.0, 9.9, 1.0, 1.5, 1.0])
     assert (slowest.rank, slowest.host, slowest.ratio) == (4, "e", 1.5)
@@ -200,23 +203,21 @@ def test_ranks_are_compared_within_their_stage():
 
 def test_rates_are_those_of_the_optimizer(tmp_path):
     path = tiny_run.make(tmp_path, 20)
-    config = configuration.load(
-        path, ["stage.rates={'abstractor.*': 3}", "stage.frozen=['embedding.*']"]
-    )
-    layout = mcore.Layout(config, mcore.initialize(ParallelConfig()), fuses_gradients=True)
+    config = load_config(path, ["stage.rates={'abstractor.*': 3}", "stage.frozen=['embedding.*']"])
+    layout = ParallelContext(config, setup.initialize(ParallelConfig()), fuses_gradients=True)
     model = Owl2(layout, config.model)
-    plan = stages.apply(config, [model])
-    optimizer, scheduler = optim.build(config, optim.wrap([model], overlap=False))
+    plan = parameter_groups.freeze(config, [model])
+    optimizer, scheduler = optim.build_optimizer(config, optim.wrap_ddp([model], overlap=False))
     for _ in range(7):
         scheduler.step(1)
-    rates = stages.rates(plan, scheduler, config)
+    rates = parameter_groups.learning_rates(plan, scheduler, config)
     assert list(rates)[:3] == ["ViT lowest", "ViT highest", "abstractor"]
     assert "embedding" not in rates
     assert rates["ViT lowest"] == pytest.approx(rates["decoder"] * 0.9**3)
     assert rates["abstractor"] == pytest.approx(rates["decoder"] * 3)
     assert set(rates.values()) <= {group["lr"] for group in optimizer.param_groups}
     assert max(rates.values()) == max(group["lr"] for group in optimizer.param_groups)
-    mcore.shutdown()
+    setup.shutdown()
 
 
 def test_a_picture_shows_pixels_and_text_of_its_rows(tmp_path):
@@ -227,13 +228,13 @@ def test_a_picture_shows_pixels_and_text_of_its_rows(tmp_path):
         sample.key, sample.slot = f"key{number}", number
     samples[0].image = torch.tensor([200, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
     batch = collate(samples[::-1], 28)
-    text, question = (pictures._words(batch, row, tokenizer) for row in (0, 1))
-    green = pictures._TARGET
+    text, question = (sample_sheet._words(batch, row, tokenizer) for row in (0, 1))
+    green = sample_sheet._TARGET
     assert [word for word, color in question if color == green] == ["1</s>", "yes</s>"]
     assert " ".join(word for word, _ in question).startswith("<s>USER: [5 vision tokens] what")
     assert [word for word, color in text if color == green] == ["it", "is", "2</s>"]
     assert not any("vision tokens" in word for word, _ in text)
-    page = pictures.draw(batch, tokenizer)
+    page = sample_sheet.draw(batch, tokenizer)
     upper, lower = (page.getpixel((100, y)) for y in (100, 100 + 224 + 12))
     assert (upper, lower) == ((0, 0, 0), (200, 0, 0))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_owl2.data.records import Record, Turn
-from megatron_owl2.data.shards import ShardWriter
+from megatron_owl2.data.shards.records import Record, Turn
+from megatron_owl2.data.shards.writer import ShardWriter
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:

@@ -11,11 +11,11 @@ import tiny_data
 import yaml
 from processes import killed_by_errors, run_ranks, single_threaded, torchrun, wait_until
 
-from megatron_owl2.config import RunConfig
-from megatron_owl2.data import phases
+from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.dataset import open_datasets
 from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.sampling import phases
+from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 
 MODEL = {
@@ -117,7 +117,7 @@ def interrupt(
 
 def batches(config: RunConfig, micro_batch_size: int, **options) -> Iterator[Batch]:
     """What a data-parallel rank reads, the only one by default; `options` are build_loader's."""
-    datasets = open_datasets(config.data)
+    datasets = open_sources(config.data)
     one = {"start_slot": 0, "data_parallel_rank": 0, "data_parallel_size": 1}
     loader = build_loader(
         config.data,

@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_prep.mixture import Mixture, State
-from data_prep.recipe import read_recipe
-from megatron_owl2.preprocess.parts import PreprocessError
+from data_prep.downloads.mixture import Mixture, State
+from data_prep.downloads.recipe import read_recipe
+from megatron_owl2.errors import PreprocessError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,9 +9,9 @@ anything is wrong and 2 if DIR is no data set.
 import argparse
 import sys
 
-from megatron_owl2.data.check import check, unlisted
-from megatron_owl2.data.manifest import ShardError
-from megatron_owl2.data.storage import StorageError, StorageOptions
+from data_prep.check import check, unlisted
+from megatron_owl2.data.storage import StorageOptions
+from megatron_owl2.errors import ShardError, StorageError
 
 
 def main(arguments: list[str] | None = None) -> int:

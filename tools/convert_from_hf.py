@@ -31,24 +31,23 @@ def main() -> int:
     if (arguments.owl2 is None) != all(parts) or (arguments.owl2 and any(parts)):
         parser.error("give either --owl2, or both --language-model and --vision-model")
 
-    from megatron_owl2 import config as configuration
-    from megatron_owl2.convert import assemble, command
-    from megatron_owl2.convert.stream import write_checkpoint
-    from megatron_owl2.convert.weights import ConversionError
+    from megatron_owl2.config.load import load_config
+    from megatron_owl2.convert import command
+    from megatron_owl2.convert import sources as assemble
+    from megatron_owl2.convert.megatron_io import write_checkpoint
+    from megatron_owl2.errors import ConversionError
     from megatron_owl2.model import position_tables
 
     def convert() -> None:
         output = Path(arguments.output)
         if os.path.lexists(output):
             raise ConversionError(f"{output} exists already; name a new directory or remove it")
-        config = (
-            configuration.load(arguments.config, arguments.overrides) if arguments.config else None
-        )
+        config = load_config(arguments.config, arguments.overrides) if arguments.config else None
         options = {"config": config, "tokenizer": arguments.tokenizer}
         if arguments.owl2:
             whole = assemble.from_owl2(arguments.owl2, **options)
         else:
-            whole = assemble.from_parts(*parts, seed=arguments.seed, **options)
+            whole = assemble.from_llama_and_clip(*parts, seed=arguments.seed, **options)
         write_checkpoint(output, whole.tensors, whole.config, progress=True)
         if not whole.config.data.tokenizer:
             print("warning: no tokenizer.model, so it cannot train or generate (--tokenizer)")

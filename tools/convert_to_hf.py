@@ -28,9 +28,9 @@ def main() -> int:
     import torch
 
     from megatron_owl2.convert import command
-    from megatron_owl2.convert.assemble import from_checkpoint
-    from megatron_owl2.convert.hf import export_hf
-    from megatron_owl2.convert.weights import ConversionError
+    from megatron_owl2.convert.hf_weights import export_hf
+    from megatron_owl2.convert.sources import from_checkpoint
+    from megatron_owl2.errors import ConversionError
 
     def convert() -> None:
         if os.path.lexists(arguments.output):

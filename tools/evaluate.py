@@ -9,9 +9,9 @@ import json
 import os
 import sys
 
+from megatron_owl2.errors import ScoreError, TaskError
 from megatron_owl2.evaluation import tasks
-from megatron_owl2.evaluation.scorers import ScoreError
-from megatron_owl2.evaluation.tasks import TASKS, TaskError
+from megatron_owl2.evaluation.tasks import TASKS
 
 
 def main() -> int:
@@ -44,11 +44,9 @@ def evaluate(arguments: list[str]) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
-    from megatron_owl2.config import ConfigError
-    from megatron_owl2.convert.weights import ConversionError
+    from megatron_owl2.errors import CheckpointError, ConfigError, ConversionError, InferenceError
     from megatron_owl2.evaluation import runner
-    from megatron_owl2.inference.engine import InferenceError, load_model
-    from megatron_owl2.training.checkpoint import CheckpointError
+    from megatron_owl2.inference.engine import load_model
 
     settings = runner.Settings(
         blind=options.blind,

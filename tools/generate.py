@@ -26,13 +26,17 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     arguments = parser.parse_args()
 
-    from megatron_owl2.config import ConfigError
-    from megatron_owl2.convert.weights import ConversionError
     from megatron_owl2.data import images
     from megatron_owl2.data.conversation import prompt
-    from megatron_owl2.data.records import IMAGE_PLACEHOLDER, BadSampleError
-    from megatron_owl2.inference.engine import Generator, InferenceError, load_model
-    from megatron_owl2.training.checkpoint import CheckpointError
+    from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
+    from megatron_owl2.errors import (
+        BadSampleError,
+        CheckpointError,
+        ConfigError,
+        ConversionError,
+        InferenceError,
+    )
+    from megatron_owl2.inference.engine import Generator, load_model
 
     question = arguments.prompt
     if IMAGE_PLACEHOLDER not in question:

@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_owl2.data.index import index_directory
-from megatron_owl2.data.manifest import ShardError
+from data_prep.index import index_directory
+from megatron_owl2.errors import ShardError
 
 
 def main(arguments: list[str] | None = None) -> int:

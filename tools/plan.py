@@ -12,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_owl2 import config as configuration
+from megatron_owl2.config.load import load_config
+from megatron_owl2.errors import ConfigError
 
 
 def main() -> int:
@@ -80,11 +81,11 @@ def main() -> int:
         inter_node=options.inter_node,
     )
     try:
-        run = configuration.load(options.config, options.overrides)
-        found = plan.of(run, machine, tokens=options.tokens_per_sample)
+        run = load_config(options.config, options.overrides)
+        found = plan.plan_run(run, machine, tokens=options.tokens_per_sample)
         if options.json:
             Path(options.json).write_text(json.dumps(found.to_json(), indent=1) + "\n")
-    except (configuration.ConfigError, OSError) as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report.text(found))

@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_owl2.evaluation import curves
-from megatron_owl2.evaluation.report import ReportError
+from megatron_owl2.errors import ReportError
+from megatron_owl2.plotting import curves
 
 
 def main() -> int:

@@ -12,12 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep import coco, download
 from data_prep.arguments import score_limit
-from data_prep.corpora import CORPORA
-from data_prep.selection import Selection
-from data_prep.url_list import write_url_list
-from megatron_owl2.preprocess.parts import PreprocessError
+from data_prep.downloads import img2dataset_script as download
+from data_prep.downloads.corpora import CORPORA
+from data_prep.downloads.selection import Selection
+from data_prep.downloads.url_list import write_url_list
+from data_prep.formats import coco
+from megatron_owl2.errors import PreprocessError
 
 
 def main(arguments: list[str] | None = None) -> int:

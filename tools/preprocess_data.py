@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 from data_prep.arguments import score_limit
-from data_prep.formats import FORMATS
-from megatron_owl2.preprocess.filters import Filters
-from megatron_owl2.preprocess.job import PAGE, Outcome, preprocess
-from megatron_owl2.preprocess.parts import PreprocessError, ReadOptions
-from megatron_owl2.preprocess.steps import Settings
-from megatron_owl2.preprocess.transform import DEFAULT_QUALITY, Reencoding
+from data_prep.filters import Filters
+from data_prep.formats.registry import FORMATS
+from data_prep.job import PAGE, Outcome, preprocess
+from data_prep.reencode import DEFAULT_QUALITY, Reencoding
+from data_prep.splits import ReadOptions
+from data_prep.worker import Settings
+from megatron_owl2.errors import PreprocessError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_owl2.evaluation import figure, report
+from megatron_owl2.errors import ReportError
+from megatron_owl2.plotting import figure, report
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def main() -> int:
         answers = report.read_answers(evaluations)
         shown = options.pictures or next(reversed(answers), None)
         if shown is not None and shown not in answers:
-            raise report.ReportError(
+            raise ReportError(
                 f"--pictures {shown}: no such set has answers about pictures; there are "
                 f"{', '.join(answers) or 'none'}"
             )
@@ -57,7 +58,7 @@ def main() -> int:
         }
         (output / report.SCORES).write_text(json.dumps(tree, indent=1) + "\n")
         figure.draw(output / "report.png", options.title, curves, scores, examples, shown)
-    except (report.ReportError, OSError) as error:
+    except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\n{output / 'report.png'}")

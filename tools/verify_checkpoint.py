@@ -35,11 +35,9 @@ def main() -> int:
     if arguments.against is not None and (any(files) or arguments.gradients):
         parser.error("--against makes its own inputs and always compares gradients")
 
-    from megatron_owl2.config import ConfigError
-    from megatron_owl2.convert.against import compare
-    from megatron_owl2.convert.verify import read_inputs, verify, write_results
-    from megatron_owl2.convert.weights import ConversionError
-    from megatron_owl2.training.checkpoint import CheckpointError
+    from megatron_owl2.convert.verify.compare import compare
+    from megatron_owl2.convert.verify.verify import read_inputs, verify, write_results
+    from megatron_owl2.errors import CheckpointError, ConfigError, ConversionError
 
     first = os.environ.get("RANK", "0") == "0"
     try:

@@ -4,9 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from megatron_owl2.config import ConfigError
-from megatron_owl2.convert.weights import ConversionError
-from megatron_owl2.training.checkpoint import CheckpointError
+from megatron_owl2.errors import CheckpointError, ConfigError, ConversionError
 
 
 def run(work: Callable[[], None]) -> int:

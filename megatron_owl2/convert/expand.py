@@ -16,7 +16,7 @@ class Expanded:
 
     tokens, modality, position_ids, labels int64 [b, s]; labels are shifted, -100 is ignored;
     valid bool [b, s], False on padding; lengths int64 [b] count what an expanded row has, its own
-    padding included. vision_rows int64 [n] as `data.batch.Batch` has it.
+    padding included. vision_token_index int64 [n] as `data.batch.Batch` has it.
     image_order int64 [images]: the images that own rows first, then those of rows without text
     placeholder, which own none.
     """
@@ -27,7 +27,7 @@ class Expanded:
     position_ids: torch.Tensor
     valid: torch.Tensor
     lengths: torch.Tensor
-    vision_rows: torch.Tensor
+    vision_token_index: torch.Tensor
     image_order: torch.Tensor
 
 
@@ -95,6 +95,6 @@ def expand(
         position_ids=torch.arange(length).expand(len(rows), -1).contiguous(),
         valid=valid.bool(),
         lengths=lengths,
-        vision_rows=position * len(rows) + batch,
+        vision_token_index=position * len(rows) + batch,
         image_order=torch.tensor(owners + idle),
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
-from megatron_owl2.convert.settings import Settings
-from megatron_owl2.convert.weights import ConversionError, read_json
+from megatron_owl2.config.schema import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
+from megatron_owl2.convert.json_settings import Settings
+from megatron_owl2.convert.safetensors_io import read_json
+from megatron_owl2.errors import ConversionError
 
 # Our field and theirs.
 _DECODER = {

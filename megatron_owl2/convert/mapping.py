@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_owl2.config import ModelConfig
+from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.model.position_tables import (
     IMAGE_POSITIONS,
     QUERY_POSITIONS,
@@ -256,7 +256,7 @@ _BRANCHES = {
 }
 _LAYER = "model.visual_abstractor.encoder.layers.{i}.crossattention.attention."
 _TABLES = {QUERY_POSITIONS: _LAYER + "q_pos_embed", IMAGE_POSITIONS: _LAYER + "k_pos_embed"}
-_NEEDLESS = {  # what the model can compute, or parts of a CLIP that Owl2 does not have
+_IGNORABLE = {  # what the model can compute, or parts of a CLIP that Owl2 does not have
     "owl2": r".*\.(rotary_emb\.inv_freq|[qk]_pos_embed)",
     "llama": r".*\.rotary_emb\.inv_freq",
     "clip": r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
@@ -280,7 +280,7 @@ def rules(layout: str, model: ModelConfig) -> list[Rule]:
     return table
 
 
-def twins(layout: str, model: ModelConfig) -> dict[str, str]:
+def shared_branches(layout: str, model: ModelConfig) -> dict[str, str]:
     """Tensors of a vision branch that this model shares with text, and their equals of the text
     branch: written twice, and held equal when read."""
     if layout != "owl2":
@@ -310,9 +310,9 @@ def _rows(layout: str, model: ModelConfig, branches: dict[str, str]) -> Iterator
                     yield (block.ours + ours).format(**fields), names, transform, *(part or [None])
 
 
-def needless(layout: str, name: str) -> bool:
+def ignorable(layout: str, name: str) -> bool:
     """Whether a Hugging Face tensor may be in a directory of this layout without being read."""
-    return re.fullmatch(_NEEDLESS[layout], name) is not None
+    return re.fullmatch(_IGNORABLE[layout], name) is not None
 
 
 def constants(model: ModelConfig) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from megatron_owl2 import context
 from megatron_owl2.data.conversation import IGNORE_INDEX, Sample
+from megatron_owl2.mcore import context_parallel
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Batch:
     text and padding, 1 vision) and position_ids are int64 [b, s], loss_mask is float32 [b, s].
     image is uint8 [n, 3, H, W], channels last in memory; without any picture one black image that
     owns no rows keeps every parameter in the graph. Where pictures are not wanted H and W are 0.
-    vision_rows, int64 [images * tokens_per_image], are the rows of the images in the flattened
+    vision_token_index, int64 [images * tokens_per_image], are the rows of the images in the flattened
     sequence-first [s * b] hidden states: position * b + row, image after image. lengths, int64 [b],
     are the positions that are not padding; slots and sources (which of the data sets each row is
     from) are int64 [b].
@@ -54,7 +54,7 @@ class Batch:
     modality: torch.Tensor
     position_ids: torch.Tensor
     image: torch.Tensor
-    vision_rows: torch.Tensor
+    vision_token_index: torch.Tensor
     lengths: torch.Tensor
     slots: torch.Tensor
     sources: torch.Tensor
@@ -62,7 +62,7 @@ class Batch:
     shortened: int = 0  # samples that lost turns or the end of an answer
     bad_samples: list[BadSample] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
-    local_vision_rows: torch.Tensor | None = None
+    local_vision_token_index: torch.Tensor | None = None
 
     @property
     def bad(self) -> int:
@@ -73,19 +73,19 @@ class Batch:
         """The share of context-parallel rank `rank` of `size` (context.py).
 
         labels, loss_mask, modality and position_ids become [b, s / size]. tokens, image and
-        vision_rows stay whole, because the model splits only after it has put the images in.
+        vision_token_index stay whole, because the model splits only after it has put the images in.
         """
         if size == 1:
             return self
         rows, length = self.tokens.shape
-        places = context.positions(length, rank, size)
+        places = context_parallel.positions(length, rank, size)
         local = torch.full((length,), -1)
         local[places] = torch.arange(len(places))
-        position, row = local[self.vision_rows // rows], self.vision_rows % rows
+        position, row = local[self.vision_token_index // rows], self.vision_token_index % rows
         names = ("labels", "loss_mask", "modality", "position_ids")
         return replace(
             self,
-            local_vision_rows=(position * rows + row)[position >= 0],
+            local_vision_token_index=(position * rows + row)[position >= 0],
             **{name: getattr(self, name)[:, places] for name in names},
         )
 
@@ -110,7 +110,7 @@ def collate(samples: Sequence[Sample], image_size: int) -> Batch:
     images = [sample.image for sample in samples if sample.image is not None]
     if not images:
         images = [torch.zeros(3, image_size, image_size, dtype=torch.uint8)]
-    vision_rows = [sample.image_positions * rows + row for row, sample in enumerate(samples)]
+    vision_token_index = [sample.image_positions * rows + row for row, sample in enumerate(samples)]
     positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
@@ -119,7 +119,7 @@ def collate(samples: Sequence[Sample], image_size: int) -> Batch:
         modality=torch.from_numpy(np.stack([sample.modality for sample in samples])),
         position_ids=torch.from_numpy(positions.copy()),
         image=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
-        vision_rows=torch.from_numpy(np.concatenate(vision_rows)),
+        vision_token_index=torch.from_numpy(np.concatenate(vision_token_index)),
         lengths=torch.tensor([sample.length for sample in samples]),
         slots=torch.tensor([sample.slot for sample in samples]),
         sources=torch.tensor([sample.source for sample in samples]),

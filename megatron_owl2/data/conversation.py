@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_owl2.data.records import IMAGE_PLACEHOLDER, BadSampleError, Record
+from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import BadSampleError
 
 IMAGE_TOKEN_ID = -200  # the placeholder among ids, before the image's rows take its place
 IGNORE_INDEX = -100  # a label that the loss skips

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from megatron_owl2.data.hashing import KeyedRandom
-from megatron_owl2.data.records import BadSampleError
+from megatron_owl2.data.sampling.keyed_random import KeyedRandom
+from megatron_owl2.errors import BadSampleError
 
 MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger picture is refused before it is decoded
 MAX_SIDE = 65_535  # JPEG's; resizing a longer line of pixels would take gigabytes

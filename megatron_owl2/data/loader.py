@@ -16,25 +16,22 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_owl2.config import DataConfig
+from megatron_owl2.config.schema import DataConfig
+from megatron_owl2.data.bad_samples import BadSampleLog
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.ledger import DataError, Ledger
-from megatron_owl2.data.lookahead import working_set
-from megatron_owl2.data.phases import Phase
-from megatron_owl2.data.stream import SampleStream
+from megatron_owl2.data.sampling.phases import Phase
+from megatron_owl2.data.sampling.prefetch import working_set
+from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.data.training_dataset import TrainingDataset
+from megatron_owl2.errors import DataError, LoaderError
 
 MAX_RESTARTS = 3  # of the workers, without CALM batches in between
 CALM = 1000
 _LOOK = 1.0  # seconds between two looks at workers that give nothing
 
 
-class LoaderError(RuntimeError):
-    """Data workers that do not work, which they may do on another machine or another day."""
-
-
-class MicroBatches:
+class MicroBatchSampler:
     """The slots of every micro-batch of one data-parallel rank, from `start_slot` on."""
 
     def __init__(self, start_slot: int, rank: int, ranks: int, size: int, limit: int | None):
@@ -50,7 +47,7 @@ class MicroBatches:
         self._size = size
         self._end = None if limit is None else start_slot + limit
 
-    def after(self, done: int) -> "MicroBatches":
+    def after(self, done: int) -> "MicroBatchSampler":
         """The same without the first `done` micro-batches."""
         rest = copy.copy(self)
         rest._first += done * self._ranks * self._size
@@ -72,7 +69,11 @@ class BatchLoader:
     """
 
     def __init__(
-        self, stream: SampleStream, batches: MicroBatches, config: DataConfig, ledger: Path | None
+        self,
+        stream: TrainingDataset,
+        batches: MicroBatchSampler,
+        config: DataConfig,
+        ledger: Path | None,
     ):
         self.slots_per_epoch = stream.order.slots_per_epoch
         self.restarts = 0  # of the workers, over all iterations
@@ -83,7 +84,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         config = self._config
-        ledger = Ledger(self._ledger, config.max_bad_fraction, config.max_bad_in_a_row)
+        ledger = BadSampleLog(self._ledger, config.max_bad_fraction, config.max_bad_in_a_row)
         try:
             for batch in self._survive():
                 ledger.add(batch)
@@ -129,7 +130,7 @@ class BatchLoader:
             finally:
                 _end(set(multiprocessing.active_children()) - others)
 
-    def _wait(self, batches: Iterator[Batch], rest: MicroBatches) -> Batch | None:
+    def _wait(self, batches: Iterator[Batch], rest: MicroBatchSampler) -> Batch | None:
         """The next batch, or None at the end; the slots of `rest` are still to come."""
         limit = self._config.stall_timeout
         started = time.monotonic()
@@ -147,7 +148,7 @@ class BatchLoader:
                         "the run can go on from its last checkpoint"
                     ) from error
 
-    def _open(self, batches: MicroBatches) -> Iterator[Batch]:
+    def _open(self, batches: MicroBatchSampler) -> Iterator[Batch]:
         workers = self._config.workers
         loader = DataLoader(
             self._stream,
@@ -222,7 +223,7 @@ def _end(workers: set[multiprocessing.Process]) -> None:
 
 def build_loader(
     config: DataConfig,
-    datasets: Sequence[Dataset],
+    datasets: Sequence[ShardedDataset],
     phase: Phase,
     *,
     tokenizer: Tokenizer,
@@ -238,7 +239,7 @@ def build_loader(
 ) -> BatchLoader:
     """The batches of one data-parallel rank from global slot `start_slot` on, in a phase.
 
-    `datasets` are those of `config.sources` (open_datasets).
+    `datasets` are those of `config.sources` (open_sources).
 
     Rank r of R gets the slots s with s % R == r in increasing order: if R divides the global batch
     size, every global batch holds the same samples for any R. Batches do not depend on
@@ -247,7 +248,7 @@ def build_loader(
     was handed out. Raises ConfigError for an impossible mixture and ValueError for a rank or limit
     that does not fit.
     """
-    stream = SampleStream(
+    stream = TrainingDataset(
         config, datasets, phase, tokenizer, tokens_per_image, image_size, decode_images
     )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -260,7 +261,7 @@ def build_loader(
             file=sys.stderr,
             flush=True,
         )
-    batches = MicroBatches(
+    batches = MicroBatchSampler(
         start_slot, data_parallel_rank, data_parallel_size, micro_batch_size, limit_slots
     )
     return BatchLoader(stream, batches, config, None if ledger is None else Path(ledger))

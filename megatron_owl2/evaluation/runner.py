@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from megatron_owl2.data import images
-from megatron_owl2.data.records import BadSampleError
+from megatron_owl2.errors import BadSampleError, TaskError
 from megatron_owl2.evaluation import tasks
-from megatron_owl2.evaluation.tasks import PREDICTIONS, SCORES, TASKS, Question, TaskError
+from megatron_owl2.evaluation.tasks import PREDICTIONS, SCORES, TASKS, Question
 from megatron_owl2.inference.engine import Generator, LoadedModel
 
 

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_owl2.data.conversation import prompt
-from megatron_owl2.data.records import IMAGE_PLACEHOLDER
-from megatron_owl2.evaluation import scorers
+from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation import scoring as scorers
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation leaves
 
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
-
-
-class TaskError(ValueError):
-    """Files that are not what the task reads; the message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,20 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2 import checks, mcore
-from megatron_owl2.config import KernelConfig, ModelConfig, ParallelConfig, RunConfig
-from megatron_owl2.convert import hf
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.config.schema import KernelConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
-from megatron_owl2.data.records import IMAGE_PLACEHOLDER
+from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.inputs import DecoderInputs, left_padded
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import KeyValueCache
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training import checkpoint
-
-
-class InferenceError(ValueError):
-    """A prompt that this model cannot answer, or a model that cannot be loaded; says why."""
+from megatron_owl2.training.checkpoint import save_load
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
         config = RunConfig(model=hf.read_hf_config(path))
         config.data.tokenizer = str(path / "tokenizer.model")
     else:
-        path = checkpoint.resolve(path)
-        config = checkpoint.read_config(path)
+        path = save_load.resolve(path)
+        config = save_load.read_config(path)
     if not config.data.tokenizer:
         raise InferenceError(f"{path} has no tokenizer.model; put the model's own there")
     try:
@@ -70,13 +69,13 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
     config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
     config.kernels = KernelConfig()
     config.train.precision = precision
-    checks.check_layout(config, config.parallel.tensor)
-    groups = mcore.initialize(config.parallel)
-    model = Owl2(mcore.Layout(config, groups), config.model).to(mcore.device()).eval()
+    validate_parallel(config, config.parallel.tensor)
+    groups = setup.initialize(config.parallel)
+    model = Owl2(ParallelContext(config, groups), config.model).to(setup.device()).eval()
     if exported:
         hf.load_hf_weights(path, model)
     else:
-        checkpoint.load_weights(path, [model])
+        save_load.load_weights(path, [model])
     return LoadedModel(model, config.model, tokenizer)
 
 
@@ -121,11 +120,11 @@ class Generator:
         self._check(prompts, images, max_new_tokens)
         if not prompts:
             return []
-        inputs = left_padded(prompts, self.config.tokens_per_image, mcore.device())
+        inputs = left_padded(prompts, self.config.tokens_per_image, setup.device())
         visual = self._visual_tokens(images)
         caches = {n: KeyValueCache() for n in self.model.decoder.layers.numbers()}
         eos = self.tokenizer.eos_id
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=mcore.device())
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=setup.device())
         chosen: list[torch.Tensor] = []
         while True:
             logits = self._next_logits(inputs, visual, caches)
@@ -145,15 +144,15 @@ class Generator:
     ) -> torch.Tensor:
         """What `Owl2.forward` does, after the last position only: logits fp32 [b, vocab]."""
         model = self.model
-        x = model.merge(inputs.tokens, visual, inputs.vision_rows)
+        x = model.merge(inputs.tokens, visual, inputs.vision_token_index)
         x = model.decoder(
             x,
-            Modality.of(inputs.modality, inputs.vision_rows, model.layout),
+            Modality.of(inputs.modality, inputs.vision_token_index, model.context),
             inputs.position_ids,
             attention_mask=inputs.attention_mask,
             caches=caches,
         )
-        return model.layout.gather_last(model.output_layer(model.final_norm(x[-1:])))[0].float()
+        return model.context.gather_logits(model.output_layer(model.final_norm(x[-1:])))[0].float()
 
     def _visual_tokens(self, images: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Visual tokens [n, tokens per image, h] of all images in order, equal objects once."""
@@ -161,8 +160,8 @@ class Generator:
         distinct = {id(image): image for image in flat}
         if not flat:
             shape = (0, self.config.tokens_per_image, self.config.decoder.hidden_size)
-            return torch.empty(shape, dtype=self.model.layout.dtype, device=mcore.device())
-        encoded = self.model.encode_images(torch.stack([*distinct.values()]).to(mcore.device()))
+            return torch.empty(shape, dtype=self.model.context.dtype, device=setup.device())
+        encoded = self.model.encode_images(torch.stack([*distinct.values()]).to(setup.device()))
         index = {key: i for i, key in enumerate(distinct)}
         return encoded[[index[id(image)] for image in flat]]
 

@@ -10,13 +10,13 @@ from megatron_owl2.data.conversation import IMAGE_TOKEN_ID
 
 @dataclass(frozen=True)
 class DecoderInputs:
-    """What one call of the decoder reads: tokens, modality, position_ids int64 [b, s], vision_rows
+    """What one call of the decoder reads: tokens, modality, position_ids int64 [b, s], vision_token_index
     int64 [n], valid bool [b, all positions so far], attention_mask bool [b, 1, s, so far]."""
 
     tokens: torch.Tensor
     modality: torch.Tensor
     position_ids: torch.Tensor
-    vision_rows: torch.Tensor
+    vision_token_index: torch.Tensor
     valid: torch.Tensor
     attention_mask: torch.Tensor
 
@@ -28,7 +28,7 @@ class DecoderInputs:
             tokens=token,
             modality=torch.zeros_like(token),
             position_ids=self.position_ids[:, -1:] + 1,
-            vision_rows=self.vision_rows[:0],
+            vision_token_index=self.vision_token_index[:0],
             valid=valid,
             attention_mask=valid[:, None, None],
         )
@@ -57,7 +57,7 @@ def left_padded(
         tokens=ids.masked_fill(vision, 0).to(device),
         modality=vision.long().to(device),
         position_ids=(torch.arange(s) - first).clamp(min=0).to(device),
-        vision_rows=(position * b + row).to(device),
+        vision_token_index=(position * b + row).to(device),
         valid=valid.to(device),
         attention_mask=allowed.unsqueeze(1).to(device),
     )

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from megatron_owl2.config import ModelConfig
-from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
+from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, RowLinear
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.layers import Again, LayerStack, gate
+from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack, swiglu
 from megatron_owl2.model.position_tables import image_positions, query_positions
 
 OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatever its config says
@@ -15,14 +16,14 @@ OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whateve
 class Abstractor(nn.Module):
     """ViT features [t, n, h] to visual tokens [n, queries + 1, decoder width], vit_eos last."""
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, context: ParallelContext, model: ModelConfig):
         super().__init__()
-        config, size, dtype = model.abstractor, model.vision.hidden_size, layout.dtype
+        config, size, dtype = model.abstractor, model.vision.hidden_size, context.dtype
         width = model.decoder.hidden_size
         self.query_embeds = nn.Parameter(torch.randn(1, config.num_queries, size, dtype=dtype))
         self.vit_eos = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * model.init_std)
         self.layers = LayerStack(
-            layout, lambda number: AbstractorLayer(layout, model), 0, config.num_layers
+            context, lambda number: AbstractorLayer(context, model), 0, config.num_layers
         )
         self.visual_fc = nn.Linear(size, width, dtype=dtype)
         # In fp32 whatever the model computes in, as the released model stores them.
@@ -35,7 +36,7 @@ class Abstractor(nn.Module):
         positions = torch.cat([self.query_positions, self.image_positions]).to(features.dtype)
         positions = positions.unsqueeze(1)
         for layer in self.layers:
-            queries = self.layers.run(layer, queries, features, positions)
+            queries = self.layers(layer, queries, features, positions)
         tokens = self.visual_fc(queries).transpose(0, 1)
         return torch.cat([tokens, self.vit_eos.expand(len(tokens), -1, -1)], dim=1)
 
@@ -47,57 +48,62 @@ class AbstractorLayer(nn.Module):
     and keys after the norms, never to values (official behaviour, not visible in the paper).
     """
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, context: ParallelContext, model: ModelConfig):
         super().__init__()
         config, size = model.abstractor, model.vision.hidden_size
         self.head_size = size // config.num_heads
-        self.again = Again(layout, "selective")
-        narrow = {"bias": True, "init_std": model.init_std}
-        wide = {"bias": True, "init_std": config.attention_init_std}
-        self.norm1 = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=layout.dtype)
-        self.normk = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=layout.dtype)
-        self.query = ColumnLinear(layout, size, size, **wide)
-        self.key = ColumnLinear(layout, size, size, **wide)
-        self.value = ColumnLinear(layout, size, size, **narrow)
-        self.out_proj = RowLinear(layout, size, size, **narrow)
-        self.norm2 = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=layout.dtype)
-        self.w1 = ColumnLinear(layout, size, config.ffn_size, **narrow)
-        self.w3 = ColumnLinear(layout, size, config.ffn_size, **narrow)
-        self.ffn_ln = SplitLayerNorm(layout, config.ffn_size, config.norm_eps)
-        self.w2 = RowLinear(layout, config.ffn_size, size, **narrow)
+        self.activation_checkpoint = ActivationCheckpoint(context, "selective")
+        narrow, wide = model.init_std, config.attention_init_std
+
+        def spec(inputs: int, outputs: int, init_std: float) -> LinearSpec:
+            return LinearSpec(inputs=inputs, outputs=outputs, bias=True, init_std=init_std)
+
+        self.norm1 = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=context.dtype)
+        self.normk = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=context.dtype)
+        self.query = ColumnLinear(context, spec(size, size, wide))
+        self.key = ColumnLinear(context, spec(size, size, wide))
+        self.value = ColumnLinear(context, spec(size, size, narrow))
+        self.out_proj = RowLinear(context, spec(size, size, narrow))
+        self.norm2 = nn.LayerNorm(size, OUTER_NORM_EPS, dtype=context.dtype)
+        self.w1 = ColumnLinear(context, spec(size, config.ffn_size, narrow))
+        self.w3 = ColumnLinear(context, spec(size, config.ffn_size, narrow))
+        self.ffn_ln = SplitLayerNorm(context, config.ffn_size, config.norm_eps)
+        self.w2 = RowLinear(context, spec(config.ffn_size, size, narrow))
 
     def forward(
         self, queries: torch.Tensor, features: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         normed = self.norm1(queries)
-        context = torch.cat([normed, self.normk(features)])  # queries first, then the image
+        attended_to = torch.cat([normed, self.normk(features)])  # queries first, then the image
         query = self.query(normed + positions[: len(queries)])
-        key, value = self.key(context + positions), self.value(context)
+        key, value = self.key(attended_to + positions), self.value(attended_to)
         heads = (-1, self.head_size)
-        attended = self.again(attend, *(x.unflatten(-1, heads) for x in (query, key, value)))
+        attended = self.activation_checkpoint(
+            attend, *(x.unflatten(-1, heads) for x in (query, key, value))
+        )
         x = normed + self.out_proj(attended)
         normed = self.norm2(x)
-        gated = self.again(gate, self.w1(normed), self.w3(normed))
+        gated = self.activation_checkpoint(swiglu, self.w1(normed), self.w3(normed))
         return x + self.w2(self.ffn_ln(gated))
 
 
 class SplitLayerNorm(nn.Module):
     """LayerNorm over a last dimension of `size` that is split over the tensor-parallel ranks."""
 
-    def __init__(self, layout: Layout, size: int, eps: float):
+    def __init__(self, context: ParallelContext, size: int, eps: float):
         super().__init__()
-        self.layout, self.size, self.eps = layout, size, eps
-        local = size // layout.tensor
-        self.weight = nn.Parameter(torch.ones(local, dtype=layout.dtype))
-        self.bias = nn.Parameter(torch.zeros(local, dtype=layout.dtype))
+        self.context, self.size, self.eps = context, size, eps
+        local = size // context.tensor_parallel_size
+        self.weight = nn.Parameter(torch.ones(local, dtype=context.dtype))
+        self.bias = nn.Parameter(torch.zeros(local, dtype=context.dtype))
         for parameter in (self.weight, self.bias):
             parameter.tensor_model_parallel, parameter.partition_dim = True, 0
             parameter.partition_stride = 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        mean = self.layout.sum_over_tensor_ranks(wide.sum(-1, keepdim=True)) / self.size
+        mean = self.context.sum_over_tensor_ranks(wide.sum(-1, keepdim=True)) / self.size
         centred = wide - mean
-        variance = self.layout.sum_over_tensor_ranks(centred.square().sum(-1, keepdim=True))
+        variance = self.context.sum_over_tensor_ranks(centred.square().sum(-1, keepdim=True))
         normed = centred * torch.rsqrt(variance / self.size + self.eps)
         return (normed * self.weight + self.bias).to(x.dtype)

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from megatron_owl2 import kernels
-from megatron_owl2.config import DecoderConfig, ModelConfig
-from megatron_owl2.mcore import Layout
-from megatron_owl2.model.layers import Again, LayerStack, gate
+from megatron_owl2.config.schema import DecoderConfig, ModelConfig
+from megatron_owl2.mcore.linear import LinearSpec
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.kernels import build_kernels
+from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack, swiglu
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 
@@ -30,13 +31,13 @@ class Decoder(nn.Module):
     hidden states [s, b, h] ([s/tp, b, h] under sequence parallelism) to the same.
     """
 
-    def __init__(self, layout: Layout, model: ModelConfig, first: int, last: int):
+    def __init__(self, context: ParallelContext, model: ModelConfig, first: int, last: int):
         super().__init__()
         self.config = model.decoder
-        self.kernels = kernels.of(layout)
+        self.kernels = build_kernels(context)
         self.layers = LayerStack(
-            layout,
-            lambda number: DecoderLayer(layout, self.kernels, model, number),
+            context,
+            lambda number: DecoderLayer(context, self.kernels, model, number),
             first,
             last,
             self.kernels.checkpoint,
@@ -54,25 +55,25 @@ class Decoder(nn.Module):
         """position_ids [b, s]; attention is causal unless `attention_mask` (bool [b, 1, s, s'],
         True where allowed) says more; `caches` by layer number extend the context."""
         rotary = rotary_tables(position_ids, self.config, x.dtype)
-        with self.kernels.around_layers():
+        with self.kernels.fp8_context():
             for number, layer in zip(self.layers.numbers(), self.layers, strict=True):
                 cache = caches[number] if caches is not None else None
-                with self.kernels.around_layer(number):
-                    x = self.layers.run(layer, x, modality, rotary, attention_mask, cache)
+                with self.kernels.layer_fp8_context(number):
+                    x = self.layers(layer, x, modality, rotary, attention_mask, cache)
         return x
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm layer: split norms, split key and value; shared query, output and MLP (fig. 3)."""
 
-    def __init__(self, layout: Layout, kernels, model: ModelConfig, number: int):
+    def __init__(self, context: ParallelContext, kernels, model: ModelConfig, number: int):
         super().__init__()
         size, eps = model.decoder.hidden_size, model.decoder.norm_eps
         split = model.decoder.modality_split
-        self.input_norm = ModalityNorm(layout, size, eps, split="input_norm" in split)
-        self.attention = ModalityAttention(layout, kernels, model, number)
-        self.pre_mlp_norm = ModalityNorm(layout, size, eps, split="mlp_norm" in split)
-        self.mlp = GatedMLP(layout, kernels, model)
+        self.input_norm = ModalityNorm(context, size, eps, split="input_norm" in split)
+        self.attention = ModalityAttention(context, kernels, model, number)
+        self.pre_mlp_norm = ModalityNorm(context, size, eps, split="mlp_norm" in split)
+        self.mlp = GatedMLP(context, kernels, model)
 
     def forward(self, x, modality, rotary, attention_mask, cache):
         normed = self.input_norm(x, modality)
@@ -83,20 +84,21 @@ class DecoderLayer(nn.Module):
 class ModalityAttention(nn.Module):
     """Causal self-attention over text and vision alike, keys and values split by modality."""
 
-    def __init__(self, layout: Layout, kernels, model: ModelConfig, number: int):
+    def __init__(self, context: ParallelContext, kernels, model: ModelConfig, number: int):
         super().__init__()
         size = model.decoder.hidden_size
-        self.again = Again(layout, "selective")
-        self.qkv = ModalityQKV(layout, kernels, model.decoder, model.init_std)
-        self.core = kernels.attention(layout, number)
-        self.linear_proj = kernels.RowLinear(
-            layout, size, size, bias=False, init_std=model.init_std, sequence_parallel=True
+        self.activation_checkpoint = ActivationCheckpoint(context, "selective")
+        self.qkv = ModalityQKV(context, kernels, model.decoder, model.init_std)
+        self.core = kernels.attention(context, number)
+        spec = LinearSpec(
+            inputs=size, outputs=size, init_std=model.init_std, sequence_parallel=True
         )
+        self.linear_proj = kernels.RowLinear(context, spec)
 
     def forward(self, x, modality, rotary, attention_mask, cache):
         query, key, value = self.qkv(x, modality)
         if cache is None:
-            mixed = self.again(self._mix, query, key, value, rotary, attention_mask)
+            mixed = self.activation_checkpoint(self._mix, query, key, value, rotary, attention_mask)
         else:
             query, key = rotate(query, rotary), rotate(key, rotary)
             mixed = self.core(query, *cache.extend(key, value), attention_mask)
@@ -109,16 +111,21 @@ class ModalityAttention(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h]."""
 
-    def __init__(self, layout: Layout, kernels, model: ModelConfig):
+    def __init__(self, context: ParallelContext, kernels, model: ModelConfig):
         super().__init__()
-        self.again = Again(layout, "selective")
+        self.activation_checkpoint = ActivationCheckpoint(context, "selective")
         size, ffn = model.decoder.hidden_size, model.decoder.ffn_size
-        options = {"bias": False, "init_std": model.init_std, "sequence_parallel": True}
-        self.linear_fc1 = kernels.ColumnLinear(layout, size, 2 * ffn, stride=2, **options)
-        self.linear_fc2 = kernels.RowLinear(layout, ffn, size, **options)
+        options = {"init_std": model.init_std, "sequence_parallel": True}
+        gate_up = LinearSpec(inputs=size, outputs=2 * ffn, stride=2, **options)
+        self.linear_fc1 = kernels.ColumnLinear(context, gate_up)
+        self.linear_fc2 = kernels.RowLinear(
+            context, LinearSpec(inputs=ffn, outputs=size, **options)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(self.again(gate, *self.linear_fc1(x).chunk(2, dim=-1)))
+        return self.linear_fc2(
+            self.activation_checkpoint(swiglu, *self.linear_fc1(x).chunk(2, dim=-1))
+        )
 
 
 def rotary_tables(

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from megatron_owl2.config import DecoderConfig
-from megatron_owl2.mcore import Layout
+from megatron_owl2.config.schema import DecoderConfig
+from megatron_owl2.mcore.linear import LinearSpec
+from megatron_owl2.mcore.parallel import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,20 @@ class Modality:
     With several micro-batches in flight and recomputation, a remembered indicator would be the
     wrong one in the backward pass.
     is_vision: bool [s, b, 1], or [s/tp, b, 1] of this rank under sequence parallelism.
-    vision_rows: int64 [n], the vision rows of the hidden states flattened to [s * b, h].
+    vision_token_index: int64 [n], the vision rows of the hidden states flattened to [s * b, h].
     Under context parallelism s is this rank's share of the sequence.
     """
 
     is_vision: torch.Tensor
-    vision_rows: torch.Tensor
+    vision_token_index: torch.Tensor
 
     @classmethod
-    def of(cls, modality: torch.Tensor, vision_rows: torch.Tensor, layout: Layout) -> "Modality":
-        """From a batch's `modality` [b, s] and `vision_rows` [n]."""
+    def of(
+        cls, modality: torch.Tensor, vision_token_index: torch.Tensor, context: ParallelContext
+    ) -> "Modality":
+        """From a batch's `modality` [b, s] and `vision_token_index` [n]."""
         is_vision = modality.bool().t().unsqueeze(-1)
-        return cls(layout.sequence_slice(is_vision), vision_rows)
+        return cls(context.sequence_slice(is_vision), vision_token_index)
 
 
 class ModalityNorm(nn.Module):
@@ -44,12 +47,12 @@ class ModalityNorm(nn.Module):
     scale, as LLaMA does.
     """
 
-    def __init__(self, layout: Layout, hidden_size: int, eps: float, *, split: bool):
+    def __init__(self, context: ParallelContext, hidden_size: int, eps: float, *, split: bool):
         super().__init__()
         self.eps = eps
-        self.weight_text = nn.Parameter(torch.ones(hidden_size, dtype=layout.dtype))
+        self.weight_text = nn.Parameter(torch.ones(hidden_size, dtype=context.dtype))
         self.weight_vision = nn.Parameter(torch.ones_like(self.weight_text)) if split else None
-        layout.mark_sequence_parallel(*self.parameters())
+        context.mark_sequence_parallel(*self.parameters())
 
     def forward(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
         return _Norm.apply(x, modality.is_vision, self.eps, self.weight_text, self.weight_vision)
@@ -114,19 +117,19 @@ class ModalityQKV(nn.Module):
     Without "key_value" in `modality_split` there is no `linear_kv_vision`.
     """
 
-    def __init__(self, layout: Layout, kernels, config: DecoderConfig, init_std: float):
+    def __init__(self, context: ParallelContext, kernels, config: DecoderConfig, init_std: float):
         super().__init__()
-        self.layout = layout
-        self.row_multiple = kernels.row_multiple
+        self.context = context
+        self.gemm_row_alignment = kernels.gemm_row_alignment
         self.head_size = config.hidden_size // config.num_heads
-        self.groups = config.num_kv_heads // layout.tensor
+        self.groups = config.num_kv_heads // context.tensor_parallel_size
         kv_size = config.num_kv_heads * self.head_size
-        options = {"bias": False, "init_std": init_std, "share_input": True}
-        self.linear_qkv = kernels.ColumnLinear(
-            layout, config.hidden_size, config.hidden_size + 2 * kv_size, **options
-        )
+        size = config.hidden_size
+        options = {"inputs": size, "init_std": init_std, "share_input": True}
+        qkv = LinearSpec(outputs=size + 2 * kv_size, **options)
+        self.linear_qkv = kernels.ColumnLinear(context, qkv)
         self.linear_kv_vision = (
-            kernels.ColumnLinear(layout, config.hidden_size, 2 * kv_size, **options)
+            kernels.ColumnLinear(context, LinearSpec(outputs=2 * kv_size, **options))
             if "key_value" in config.modality_split
             else None
         )
@@ -135,13 +138,13 @@ class ModalityQKV(nn.Module):
         self, x: torch.Tensor, modality: Modality
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns q [s, b, heads/tp, d] and k, v [s, b, kv_heads/tp, d], unrotated."""
-        x = self.layout.enter(x)
+        x = self.context.copy_to_tensor_parallel(x)
         s, b, _ = x.shape
         qkv = self.linear_qkv(x).view(s * b, self.groups, -1, self.head_size)
         # One split, because its backward pass is one concatenation; slices would each be padded.
         query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
         if self.linear_kv_vision is not None:
-            rows = modality.vision_rows
+            rows = modality.vision_token_index
             kv_vision = self._project_vision(x.flatten(0, 1).index_select(0, rows))
             key, value = (
                 text.index_copy(0, rows, vision)
@@ -155,9 +158,9 @@ class ModalityQKV(nn.Module):
 
         FP8 GEMMs take rows in multiples, and not none; rows of zeros fill up and leave no gradient.
         """
-        missing = -len(x) % self.row_multiple
-        if self.row_multiple > 1 and len(x) == 0:
-            missing = self.row_multiple
+        missing = -len(x) % self.gemm_row_alignment
+        if self.gemm_row_alignment > 1 and len(x) == 0:
+            missing = self.gemm_row_alignment
         padded = F.pad(x, (0, 0, 0, missing)) if missing else x
         projected = self.linear_kv_vision(padded)[: len(x)]
         return projected.view(len(x), self.groups, 2, self.head_size)

@@ -1,17 +1,14 @@
 """mPLUG-Owl2 (paper, figure 2): ViT -> abstractor -> visual tokens among the words -> decoder."""
 
 import torch
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from megatron_owl2.config import ModelConfig
-from megatron_owl2.mcore import (
-    ColumnLinear,
-    Layout,
-    MegatronModule,
-    ModelType,
-    VocabEmbedding,
-    vocab_parallel_cross_entropy,
-)
+from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, VocabEmbedding
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.decoder import Decoder, KeyValueCache
 from megatron_owl2.model.modality import Modality, rms_normalize
@@ -23,37 +20,36 @@ class Owl2(MegatronModule):
 
     The first stage has the ViT, the abstractor and the embedding, the last one the final norm
     and the output layer. A virtual pipeline gives a rank several stages, its chunks. Parameter
-    names are the same in every parallel layout.
+    names are the same in every parallel context.
     """
 
     # Asked for by megatron-core, as are `pre_process` and `post_process`.
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
-    def __init__(self, layout: Layout, model: ModelConfig, chunk: int = 0):
-        super().__init__(layout.transformer)
-        self.layout, self.model, self.vp_stage = layout, model, chunk
-        stage, first, last = layout.stage(chunk)
-        self.pre_process, self.post_process = stage == 0, stage == layout.stages - 1
+    def __init__(self, context: ParallelContext, model: ModelConfig, chunk: int = 0):
+        super().__init__(context.transformer)
+        self.context, self.model, self.vp_stage = context, model, chunk
+        stage, first, last = context.layer_range(chunk)
+        self.pre_process, self.post_process = stage == 0, stage == context.num_stages - 1
         config = model.decoder
         size = config.hidden_size
         if self.pre_process:
-            self.vision_model = VisionModel(layout, model)
-            self.abstractor = Abstractor(layout, model)
+            self.vision_model = VisionModel(context, model)
+            self.abstractor = Abstractor(context, model)
             self.embedding = VocabEmbedding(
-                layout, config.vocab_size, size, init_std=model.init_std
+                context, config.vocab_size, size, init_std=model.init_std
             )
-        self.decoder = Decoder(layout, model, first, last)
+        self.decoder = Decoder(context, model, first, last)
         if self.post_process:
-            self.final_norm = RMSNorm(layout, size, config.norm_eps)
-            self.output_layer = ColumnLinear(
-                layout,
-                size,
-                config.vocab_size,
-                bias=False,
+            self.final_norm = RMSNorm(context, size, config.norm_eps)
+            spec = LinearSpec(
+                inputs=size,
+                outputs=config.vocab_size,
                 init_std=model.init_std,
                 sequence_parallel=True,
             )
+            self.output_layer = ColumnLinear(context, spec)
         mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
         self.register_buffer("image_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", std.view(3, 1, 1), persistent=False)
@@ -67,11 +63,11 @@ class Owl2(MegatronModule):
         self,
         tokens: torch.Tensor,
         image: torch.Tensor,
-        vision_rows: torch.Tensor,
+        vision_token_index: torch.Tensor,
         modality: torch.Tensor,
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
-        local_vision_rows: torch.Tensor | None = None,
+        local_vision_token_index: torch.Tensor | None = None,
         *,
         attention_mask: torch.Tensor | None = None,
         caches: dict[int, KeyValueCache] | None = None,
@@ -79,24 +75,24 @@ class Owl2(MegatronModule):
         """A micro-batch, as `data.batch.Batch` has it, through this stage.
 
         tokens, modality, position_ids, labels int64 [b, s]; image uint8 or normalised float
-        [n, 3, H, W]; vision_rows int64 [images in the text * tokens per image]. Images beyond
+        [n, 3, H, W]; vision_token_index int64 [images in the text * tokens per image]. Images beyond
         those that own rows take part in the backward pass with zero gradient. Under context
-        parallelism all but tokens, image and vision_rows are this rank's share
+        parallelism all but tokens, image and vision_token_index are this rank's share
         (`Batch.local_to`). Returns hidden states [s, b, h] on all but the last stage; there the
         loss per token fp32 [b, s], or without labels the logits [b, s, vocab].
         """
         if self.pre_process:
-            x = self.merge(tokens, self.encode_images(image), vision_rows)
+            x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:
             x = self._received
-        rows = vision_rows if local_vision_rows is None else local_vision_rows
-        split = Modality.of(modality, rows, self.layout)
+        rows = vision_token_index if local_vision_token_index is None else local_vision_token_index
+        split = Modality.of(modality, rows, self.context)
         x = self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
         if not self.post_process:
             return x
         logits = self.output_layer(self.final_norm(x))
         if labels is None:
-            return self.layout.gather_last(logits).transpose(0, 1)
+            return self.context.gather_logits(logits).transpose(0, 1)
         return vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t()
 
     def encode_images(self, image: torch.Tensor) -> torch.Tensor:
@@ -104,33 +100,33 @@ class Owl2(MegatronModule):
         if image.dtype == torch.uint8:
             image = image.float(memory_format=torch.contiguous_format)  # batches are channels last
             image = (image / 255 - self.image_mean) / self.image_std
-        return self.abstractor(self.vision_model(image.to(self.layout.dtype)))
+        return self.abstractor(self.vision_model(image.to(self.context.dtype)))
 
     def merge(
-        self, tokens: torch.Tensor, visual: torch.Tensor, vision_rows: torch.Tensor
+        self, tokens: torch.Tensor, visual: torch.Tensor, vision_token_index: torch.Tensor
     ) -> torch.Tensor:
         """Embed tokens [b, s] and put the visual tokens on their rows: [s, b, h], split over the
         ranks under context and sequence parallelism."""
         words = self.embedding(tokens).transpose(0, 1).contiguous()
-        rows = visual.flatten(0, 1)[: len(vision_rows)]
-        merged = words.flatten(0, 1).index_copy(0, vision_rows, rows)
-        merged = self.layout.split_context(merged.view_as(words))
-        return self.layout.split_sequence(merged)
+        rows = visual.flatten(0, 1)[: len(vision_token_index)]
+        merged = words.flatten(0, 1).index_copy(0, vision_token_index, rows)
+        merged = self.context.split_context(merged.view_as(words))
+        return self.context.split_sequence(merged)
 
 
-def build(layout: Layout, model: ModelConfig, chunks: int) -> list[Owl2]:
+def build(context: ParallelContext, model: ModelConfig, chunks: int) -> list[Owl2]:
     """This rank's `chunks` stages of the model, in the order of their layers."""
-    return [Owl2(layout, model, chunk) for chunk in range(chunks)]
+    return [Owl2(context, model, chunk) for chunk in range(chunks)]
 
 
 class RMSNorm(nn.Module):
     """LLaMA's norm over the last dimension, one weight for both modalities."""
 
-    def __init__(self, layout: Layout, size: int, eps: float):
+    def __init__(self, context: ParallelContext, size: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, dtype=layout.dtype))
-        layout.mark_sequence_parallel(self.weight)
+        self.weight = nn.Parameter(torch.ones(size, dtype=context.dtype))
+        context.mark_sequence_parallel(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * rms_normalize(x, self.eps)

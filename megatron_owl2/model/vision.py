@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from megatron_owl2.config import ModelConfig
-from megatron_owl2.mcore import ColumnLinear, Layout, RowLinear
+from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, RowLinear
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.layers import Again, LayerStack
+from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
 
 
 class VisionModel(nn.Module):
@@ -16,10 +17,10 @@ class VisionModel(nn.Module):
     alone (official behaviour).
     """
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, context: ParallelContext, model: ModelConfig):
         super().__init__()
         config = model.vision
-        size, dtype = config.hidden_size, layout.dtype
+        size, dtype = config.hidden_size, context.dtype
         tokens = config.grid_size**2 + 1
         self.cls_token = nn.Parameter(torch.randn(1, 1, size, dtype=dtype) * model.init_std)
         self.position_embedding = nn.Parameter(
@@ -30,7 +31,7 @@ class VisionModel(nn.Module):
         )
         self.pre_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
         self.layers = LayerStack(
-            layout, lambda number: VisionLayer(layout, model), 0, config.num_layers
+            context, lambda number: VisionLayer(context, model), 0, config.num_layers
         )
         self.post_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
 
@@ -39,34 +40,37 @@ class VisionModel(nn.Module):
         x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], dim=1)
         x = self.pre_layernorm(x + self.position_embedding).transpose(0, 1)
         for layer in self.layers:
-            x = self.layers.run(layer, x)
+            x = self.layers(layer, x)
         return self.post_layernorm(x)
 
 
 class VisionLayer(nn.Module):
     """Pre-norm transformer layer with biases and quick-GELU; [tokens, n, h] to the same."""
 
-    def __init__(self, layout: Layout, model: ModelConfig):
+    def __init__(self, context: ParallelContext, model: ModelConfig):
         super().__init__()
         config = model.vision
         size = config.hidden_size
         self.head_size = size // config.num_heads
-        self.again = Again(layout, "selective")
-        options = {"bias": True, "init_std": model.init_std}
-        self.input_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=layout.dtype)
+        self.activation_checkpoint = ActivationCheckpoint(context, "selective")
+
+        def spec(inputs: int, outputs: int) -> LinearSpec:
+            return LinearSpec(inputs=inputs, outputs=outputs, bias=True, init_std=model.init_std)
+
+        self.input_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=context.dtype)
         # Rows grouped by head (its query, key, value), as the official checkpoint has them.
-        self.linear_qkv = ColumnLinear(layout, size, 3 * size, **options)
-        self.linear_proj = RowLinear(layout, size, size, **options)
-        self.pre_mlp_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=layout.dtype)
-        self.linear_fc1 = ColumnLinear(layout, size, config.ffn_size, **options)
-        self.linear_fc2 = RowLinear(layout, config.ffn_size, size, **options)
+        self.linear_qkv = ColumnLinear(context, spec(size, 3 * size))
+        self.linear_proj = RowLinear(context, spec(size, size))
+        self.pre_mlp_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=context.dtype)
+        self.linear_fc1 = ColumnLinear(context, spec(size, config.ffn_size))
+        self.linear_fc2 = RowLinear(context, spec(config.ffn_size, size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.linear_qkv(self.input_layernorm(x))
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_size)).unbind(3)
-        x = x + self.linear_proj(self.again(attend, query, key, value))
+        x = x + self.linear_proj(self.activation_checkpoint(attend, query, key, value))
         wide = self.linear_fc1(self.pre_mlp_layernorm(x))
-        return x + self.linear_fc2(self.again(quick_gelu, wide))
+        return x + self.linear_fc2(self.activation_checkpoint(quick_gelu, wide))
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:

@@ -15,18 +15,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_owl2 import mcore
-from megatron_owl2.config import RunConfig
-from megatron_owl2.model.layers import LayerStack
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.mcore.parallel import ParallelContext, layers_per_stage
+from megatron_owl2.model.layer_stack import LayerStack
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.planner import ranks
-from megatron_owl2.planner.weights import Weight, on_torch
-from megatron_owl2.training import stages
+from megatron_owl2.planner.fake_process_groups import fake_process_groups
+from megatron_owl2.planner.static_memory import Weight, with_local_kernels
+from megatron_owl2.training import parameter_groups
 
 STACKS = ("vision_model", "abstractor", "decoder")
 LAYERS = 2  # of each stack in the model that is run
@@ -48,7 +50,7 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ActivationCost:
     """Bytes kept and sent by the parts of the model, and the most beside what is kept, by phase.
 
     Parts are "begin" (all before the decoder, with the batch), "decoder ends", "head", and one
@@ -81,7 +83,7 @@ class Pieces:
         )
 
 
-class Costs:
+class ActivationCosts:
     """What stages cost in any layout and with any number of rows; each layout is run once.
 
     All configs asked for differ in nothing but `parallel` and the micro-batch.
@@ -100,8 +102,10 @@ class Costs:
         received = parallel.pipeline > 1 and not self._fed
         key += (received,)
         if key not in self._known:
-            self._known[key] = tuple(pieces(config, n, received=received) for n in (1, 2))
-        counts = mcore.stage_layers(config)
+            self._known[key] = tuple(
+                measure_activations(config, n, received=received) for n in (1, 2)
+            )
+        counts = layers_per_stage(config)
         layers = {"decoder": counts[stage]}
         if stage == 0:
             layers["vision_model"] = config.model.vision.num_layers
@@ -122,7 +126,7 @@ def _grown(one: int, two: int, rows: int) -> int:
     return one + (two - one) * (rows - 1)
 
 
-def pieces(config: RunConfig, rows: int, *, received: bool = False) -> Pieces:
+def measure_activations(config: RunConfig, rows: int, *, received: bool = False) -> ActivationCost:
     """Run `rows` rows, each with a picture, through a small model in the config's layout.
 
     `received`: the decoder's input comes from another stage, which asks for its gradient.
@@ -131,7 +135,7 @@ def pieces(config: RunConfig, rows: int, *, received: bool = False) -> Pieces:
     """
     model, parallel = config.model, config.parallel
     small = replace(
-        on_torch(config),
+        with_local_kernels(config),
         model=replace(
             model,
             vision=replace(model.vision, num_layers=LAYERS),
@@ -141,49 +145,51 @@ def pieces(config: RunConfig, rows: int, *, received: bool = False) -> Pieces:
         parallel=replace(parallel, pipeline=1, virtual_pipeline=1, layers=[]),
     )
     size = parallel.tensor * parallel.context
-    with ranks.pretend(small.parallel, size, 0) as groups, FakeTensorMode():
-        layout = mcore.Layout(small, groups)
-        built = Owl2(layout, small.model)
+    with fake_process_groups(small.parallel, size, 0) as groups, FakeTensorMode():
+        context = ParallelContext(small, groups)
+        built = Owl2(context, small.model)
         for name, parameter in built.named_parameters():
-            parameter.requires_grad = stages.trains(name, small.stage)
+            parameter.requires_grad = parameter_groups.is_trainable(name, small.stage)
             if parameter.requires_grad:  # the gradient buffers take it over
                 parameter.register_post_accumulate_grad_hook(_forget)
-        with _Living(built, groups) as living:
-            return _run(built, small, rows, living, received=received)
+        with _LiveMemory(built, groups) as live:
+            return _run(built, small, rows, live, received=received)
 
 
 def _forget(parameter: torch.nn.Parameter) -> None:
     parameter.grad = None
 
 
-def _run(model: Owl2, config: RunConfig, rows: int, living: "_Living", *, received: bool) -> Pieces:
+def _run(
+    model: Owl2, config: RunConfig, rows: int, live: "_LiveMemory", *, received: bool
+) -> ActivationCost:
     batch = _batch(config, rows)
-    given = living.kept
-    stacks = {name: _Stack(getattr(model, name).layers, living) for name in STACKS}
-    points = {"start": living.take()}
+    given = live.kept
+    stacks = {name: _Stack(getattr(model, name).layers, live) for name in STACKS}
+    points = {"start": live.take()}
 
     def enter(_, inputs):
         x = inputs[0]
         if received and not x.requires_grad:
             x = x.detach().requires_grad_()
-        points["decoder begins"] = living.take()
+        points["decoder begins"] = live.take()
         points["hidden states"] = x.numel() * x.element_size()
         if x.requires_grad:
-            x.register_hook(lambda _: points.update({"decoder done": living.take()}))
+            x.register_hook(lambda _: points.update({"decoder done": live.take()}))
         return x, *inputs[1:]
 
     def leave(_, inputs, y):
-        points["decoder ends"] = living.take()
+        points["decoder ends"] = live.take()
         if y.requires_grad:
-            y.register_hook(lambda _: points.update({"head done": living.take()}))
+            y.register_hook(lambda _: points.update({"head done": live.take()}))
 
     model.decoder.register_forward_pre_hook(enter)
     model.decoder.register_forward_hook(leave)
     output = model(*batch)
-    kept = living.kept
+    kept = live.kept
     if output.requires_grad:
         torch.autograd.backward(output, torch.ones_like(output))
-    end = living.take()
+    end = live.take()
     head_done = points.get("head done", end)
     decoder_done = points.get("decoder done", end)
     begins, ends = points["decoder begins"], points["decoder ends"]
@@ -195,7 +201,7 @@ def _run(model: Owl2, config: RunConfig, rows: int, living: "_Living", *, receiv
     begin_sent = begins.sent + (end.sent - decoder_done.sent)
     for _, sent in seen_before:
         begin_sent = begin_sent - sent
-    return Pieces(
+    return ActivationCost(
         kept={
             "begin": begins.kept - sum(kept for kept, _ in seen_before),
             "decoder ends": ends.kept - begins.kept - seen["decoder"][0],
@@ -208,7 +214,7 @@ def _run(model: Owl2, config: RunConfig, rows: int, living: "_Living", *, receiv
             "head": head_done.sent - ends.sent,
             **{name: sent for name, (_, sent) in layers.items()},
         },
-        # `living.take` gives the peak since the point before it.
+        # `live.take` gives the peak since the point before it.
         working={
             "begin": max(begins.peak, end.peak if "decoder done" in points else 0) - ends.kept,
             "decoder": max(ends.peak, decoder_done.peak if "head done" in points else 0)
@@ -217,7 +223,7 @@ def _run(model: Owl2, config: RunConfig, rows: int, living: "_Living", *, receiv
         },
         batch=given - batch[1].numel(),
         received=points["hidden states"],
-        shared=living.shared,
+        shared=live.shared,
     )
 
 
@@ -252,8 +258,8 @@ class _Point:
 class _Stack:
     """Notes what lives and what was sent where the first layers of a stack begin and end."""
 
-    def __init__(self, layers: LayerStack, living: "_Living"):
-        self._living = living
+    def __init__(self, layers: LayerStack, live: "_LiveMemory"):
+        self._living = live
         self._begin, self._end = {}, {}  # by number of the layer: of its forward, of its backward
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._enter, number))
@@ -277,10 +283,10 @@ class _Stack:
         return kept_then - kept, total
 
 
-class _Living(TorchDispatchMode):
-    """Counts the bytes of storages that live beside the model's, and of collectives by group."""
+class _LiveMemory(TorchDispatchMode):
+    """Count of the bytes of storages that live beside the model's, and of collectives by group."""
 
-    def __init__(self, model: torch.nn.Module, groups: mcore.ProcessGroupCollection):
+    def __init__(self, model: torch.nn.Module, groups: ProcessGroupCollection):
         super().__init__()
         self._groups = {groups.tp.group_name: "tensor", groups.cp.group_name: "context"}
         held = itertools.chain(model.parameters(), model.buffers())
@@ -291,7 +297,7 @@ class _Living(TorchDispatchMode):
     @property
     def shared(self) -> int:
         """Bytes of megatron-core's gather buffer, which stays."""
-        buffers = mcore.parallel_state.get_global_memory_buffer().buffer.values()
+        buffers = parallel_state.get_global_memory_buffer().buffer.values()
         return sum(buffer.untyped_storage().nbytes() for buffer in buffers)
 
     @property

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_owl2.config import RunConfig
+from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.planner import schedule
-from megatron_owl2.planner.activations import Costs
-from megatron_owl2.planner.weights import BYTES, Held, Weight, held
+from megatron_owl2.planner.activations import ActivationCosts
+from megatron_owl2.planner.static_memory import BYTES, StaticMemory, Weight, static_memory
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class RankMemory:
     one has none), in use when no activations are there.
     """
 
-    held: Held
+    held: StaticMemory
     activations: int
     update: int
 
@@ -27,8 +27,8 @@ class RankMemory:
         return self.held.total + max(self.activations, self.update)
 
 
-def of_ranks(
-    config: RunConfig, world_size: int, weights: Sequence[Weight], costs: Costs
+def per_pipeline_rank(
+    config: RunConfig, world_size: int, weights: Sequence[Weight], costs: ActivationCosts
 ) -> list[RankMemory]:
     """The memory of every pipeline rank of the config's layout."""
     parallel = config.parallel
@@ -36,10 +36,10 @@ def of_ranks(
     # In 4 rounds of the pipeline as much waits as ever will.
     rounds = min(micro_batches(config, world_size), 4 * parallel.pipeline)
     found = []
-    for rank, rank_held in enumerate(held(config, world_size, weights)):
+    for rank, rank_held in enumerate(static_memory(config, world_size, weights)):
         chunks = [costs(config, stage) for stage in range(rank, stages, parallel.pipeline)]
         runs = schedule.order(rank, parallel.pipeline, parallel.virtual_pipeline, rounds)
-        most = schedule.most_kept(runs, [c.kept for c in chunks], [c.working for c in chunks])
+        most = schedule.peak_memory(runs, [c.kept for c in chunks], [c.working for c in chunks])
         most += max(chunk.shared for chunk in chunks)
         moments = rank_held.optimizer // (12 if BYTES[config.train.precision] == 2 else 8) * 4
         found.append(RankMemory(rank_held, most, moments))

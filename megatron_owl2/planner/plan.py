@@ -3,21 +3,24 @@
 import dataclasses
 from dataclasses import dataclass
 
-from megatron_owl2 import checks, config, flops
-from megatron_owl2.checks.require import require
-from megatron_owl2.config import RunConfig
-from megatron_owl2.planner import memory, search, timing, traffic, weights
-from megatron_owl2.planner.activations import Costs
+from megatron_owl2.config.validate import validate_settings
+from megatron_owl2.config.load import to_dict
+from megatron_owl2.config.require import require
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.model import flops
+from megatron_owl2.planner import memory, search, timing, traffic
+from megatron_owl2.planner import static_memory as weights
+from megatron_owl2.planner.activations import ActivationCosts
 from megatron_owl2.planner.memory import RankMemory
 from megatron_owl2.planner.search import Candidate
 from megatron_owl2.planner.timing import Machine, StepTime
 from megatron_owl2.planner.traffic import RankTraffic
-from megatron_owl2.training import stages
+from megatron_owl2.training import parameter_groups
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `of` found; lists go by pipeline rank.
+    """Everything known of one run; lists go by pipeline rank.
 
     `model_flops` is of one step over all GPUs, by part; `again_flops` what recomputation adds.
     `days` is at `machine.mfu` of the peak, whatever the layout; `layouts` of `valid` ones fit.
@@ -60,7 +63,7 @@ class Plan:
     def to_json(self) -> dict:
         """The plan as plain dicts, lists and numbers; sizes in bytes, times in seconds."""
         tree = dataclasses.asdict(self)
-        tree["config"] = config.to_dict(self.config)
+        tree["config"] = to_dict(self.config)
         tree["fits"], tree["days"] = self.fits, self.days
         tree["usable"] = self.machine.usable
         for shown, rank in zip(tree["memory"], self.memory, strict=True):
@@ -79,23 +82,25 @@ class Plan:
         return tree
 
 
-def of(run: RunConfig, machine: Machine, *, tokens: int | None = None, count: int = 15) -> Plan:
+def plan_run(
+    run: RunConfig, machine: Machine, *, tokens: int | None = None, count: int = 15
+) -> Plan:
     """Plan a run; `tokens` of a sample are not padding, all of them without it.
 
     Raises ConfigError for a run that cannot work on so many GPUs, or for `tokens` that hold no
     picture or do not fit into a sequence. Files need not exist.
     """
-    checks.check_settings(run, machine.gpus)
+    validate_settings(run, machine.gpus)
     image, length = run.model.tokens_per_image, run.data.sequence_length
     require(
         tokens is None or image <= tokens <= length,
         f"a sample of {tokens} tokens cannot be: its picture takes {image}, and "
         f"data.sequence_length is {length}",
     )
-    parameters = weights.inventory(run)
-    stages.check_patterns(run.stage, [weight.name for weight in parameters])
+    parameters = weights.model_weights(run)
+    parameter_groups.check_patterns(run.stage, [weight.name for weight in parameters])
     names = timing.trained(parameters)
-    costs = Costs(parameters)
+    costs = ActivationCosts(parameters)
     samples = run.train.global_batch_size
     padded = timing.load(run, samples)
     again = flops.forward_again(run.model, padded, names, run.parallel.recompute)
@@ -106,8 +111,8 @@ def of(run: RunConfig, machine: Machine, *, tokens: int | None = None, count: in
         sharding=weights.check_sharding(run, machine.gpus, parameters),
         parameters=sum(weight.numel for weight in parameters),
         trained=sum(weight.numel for weight in parameters if weight.trained),
-        memory=memory.of_ranks(run, machine.gpus, parameters, costs),
-        traffic=traffic.of_ranks(run, machine.gpus, parameters, costs),
+        memory=memory.per_pipeline_rank(run, machine.gpus, parameters, costs),
+        traffic=traffic.per_pipeline_rank(run, machine.gpus, parameters, costs),
         model_flops=flops.training_flops(run.model, timing.load(run, samples, tokens), names),
         again_flops=sum(again.values()),
         tokens=length if tokens is None else tokens,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Run(NamedTuple):
+class PipelineTask(NamedTuple):
     """A pass of one micro-batch through one chunk of a rank."""
 
     forward: bool
@@ -15,7 +15,7 @@ class Run(NamedTuple):
     micro_batch: int
 
 
-def order(rank: int, pipeline: int, chunks: int, micro_batches: int) -> list[Run]:
+def order(rank: int, pipeline: int, chunks: int, micro_batches: int) -> list[PipelineTask]:
     """What pipeline rank `rank` runs, one after the other."""
     total = micro_batches * chunks
     if pipeline == 1:
@@ -31,17 +31,19 @@ def order(rank: int, pipeline: int, chunks: int, micro_batches: int) -> list[Run
     return forward[:ahead] + steady + backward[total - ahead :]
 
 
-def _run(forward: bool, number: int, pipeline: int, chunks: int) -> Run:
+def _run(forward: bool, number: int, pipeline: int, chunks: int) -> PipelineTask:
     """The interleaved order takes `pipeline` micro-batches through a chunk, then through the next;
     backward begins with the last chunk."""
     if chunks == 1:
-        return Run(forward, 0, number)
+        return PipelineTask(forward, 0, number)
     group, place = divmod(number, pipeline * chunks)
     chunk, micro_batch = divmod(place, pipeline)
-    return Run(forward, chunk if forward else chunks - 1 - chunk, group * pipeline + micro_batch)
+    return PipelineTask(
+        forward, chunk if forward else chunks - 1 - chunk, group * pipeline + micro_batch
+    )
 
 
-def most_kept(runs: Sequence[Run], kept: Sequence[int], working: Sequence[int]) -> int:
+def peak_memory(runs: Sequence[PipelineTask], kept: Sequence[int], working: Sequence[int]) -> int:
     """The most bytes that live at once on a rank that runs `runs`.
 
     `kept` by chunk lives from a forward pass to its backward pass; `working` by chunk while one of

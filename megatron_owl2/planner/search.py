@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_owl2 import checks
-from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import memory, timing
-from megatron_owl2.planner.activations import Costs
+from megatron_owl2.planner.activations import ActivationCosts
 from megatron_owl2.planner.memory import RankMemory
+from megatron_owl2.planner.static_memory import Weight, static_memory
 from megatron_owl2.planner.timing import Machine, StepTime
-from megatron_owl2.planner.weights import Weight, held
 
 _SHORTEST = 2048  # positions of a sequence that are worth a context-parallel rank
 _DEEPEST = 16  # pipeline ranks that are tried
@@ -27,7 +28,11 @@ class Candidate:
 
 
 def ranked(
-    config: RunConfig, machine: Machine, weights: Sequence[Weight], costs: Costs, count: int
+    config: RunConfig,
+    machine: Machine,
+    weights: Sequence[Weight],
+    costs: ActivationCosts,
+    count: int,
 ) -> tuple[list[Candidate], int]:
     """The `count` fastest layouts that fit, one for every shape, and how many valid ones there are.
 
@@ -37,7 +42,8 @@ def ranked(
     names = timing.trained(weights)
     valid = list(candidates(config, machine))
     order = sorted(
-        (timing.least(c, machine, names), -c.train.micro_batch_size, n) for n, c in enumerate(valid)
+        (timing.fastest_step(c, machine, names), -c.train.micro_batch_size, n)
+        for n, c in enumerate(valid)
     )
     best: dict[tuple, Candidate] = {}
     for bound, _, number in order:
@@ -48,9 +54,9 @@ def ranked(
         found = best.get(_shape(layout))
         if found is not None and bound >= found.time.total:
             continue
-        if max(h.total for h in held(layout, machine.gpus, weights)) > machine.usable:
+        if max(h.total for h in static_memory(layout, machine.gpus, weights)) > machine.usable:
             continue
-        ranks = memory.of_ranks(layout, machine.gpus, weights, costs)
+        ranks = memory.per_pipeline_rank(layout, machine.gpus, weights, costs)
         fullest = max(ranks, key=lambda rank: rank.total)
         if fullest.total > machine.usable:
             continue
@@ -86,7 +92,7 @@ def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
         train = replace(config.train, micro_batch_size=rows)
         layout = replace(config, parallel=parallel, train=train)
         try:
-            checks.check_layout(layout, machine.gpus)
+            validate_parallel(layout, machine.gpus)
         except ConfigError:
             continue
         yield layout

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_owl2 import flops, mcore
-from megatron_owl2.config import RunConfig
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.mcore.parallel import layers_per_stage
+from megatron_owl2.model import flops
 from megatron_owl2.planner import schedule, traffic
-from megatron_owl2.planner.activations import Costs
+from megatron_owl2.planner.activations import ActivationCosts
 from megatron_owl2.planner.memory import data_parallel, micro_batches
-from megatron_owl2.planner.weights import Weight
+from megatron_owl2.planner.static_memory import Weight
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def stage_seconds(
     both = flops.training_flops(config.model, rows, names)
     again = flops.forward_again(config.model, rows, names, parallel.recompute)
     backward = {part: both[part] - forward[part] + again[part] for part in flops.PARTS}
-    counts = mcore.stage_layers(config)
+    counts = layers_per_stage(config)
     found = []
     for spent in (forward, backward):
         layer = spent["decoder"] / config.model.decoder.num_layers / parallel.context
@@ -107,7 +108,7 @@ def stage_seconds(
     return found[0], found[1]
 
 
-def least(config: RunConfig, machine: Machine, names: set[str]) -> float:
+def fastest_step(config: RunConfig, machine: Machine, names: set[str]) -> float:
     """Seconds that no estimate of a step is below: the computing of its busiest rank."""
     forward, backward = stage_seconds(config, machine, names)
     pipeline = config.parallel.pipeline
@@ -116,7 +117,7 @@ def least(config: RunConfig, machine: Machine, names: set[str]) -> float:
 
 
 def step_time(
-    config: RunConfig, machine: Machine, weights: Sequence[Weight], costs: Costs
+    config: RunConfig, machine: Machine, weights: Sequence[Weight], costs: ActivationCosts
 ) -> StepTime:
     """The estimate for the config's layout.
 
@@ -148,7 +149,7 @@ def step_time(
     busiest = max(range(pipeline), key=lambda rank: by_rank[rank] + sum(waits[rank::pipeline]))
     compute, layers = by_rank[busiest] * count, sum(waits[busiest::pipeline]) * count
     data = 0.0
-    for rank, sent in enumerate(traffic.of_ranks(config, machine.gpus, weights, costs)):
+    for rank, sent in enumerate(traffic.per_pipeline_rank(config, machine.gpus, weights, costs)):
         extent = tp * cp * data_parallel(config, machine.gpus)
         gradients = machine.sending(sent.gradients, extent)
         parameters = machine.sending(sent.parameters, extent)

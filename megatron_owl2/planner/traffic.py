@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_owl2.config import RunConfig
-from megatron_owl2.planner.activations import Costs
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.planner.activations import ActivationCosts
 from megatron_owl2.planner.memory import micro_batches
-from megatron_owl2.planner.weights import BYTES, Weight, held
+from megatron_owl2.planner.static_memory import BYTES, Weight, static_memory
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class RankTraffic:
     parameters: int
 
 
-def of_ranks(
-    config: RunConfig, world_size: int, weights: Sequence[Weight], costs: Costs
+def per_pipeline_rank(
+    config: RunConfig, world_size: int, weights: Sequence[Weight], costs: ActivationCosts
 ) -> list[RankTraffic]:
     """The traffic of every pipeline rank of the config's layout."""
     parallel = config.parallel
@@ -34,7 +34,7 @@ def of_ranks(
     count = micro_batches(config, world_size)
     shards = world_size // (parallel.tensor * parallel.pipeline)
     found = []
-    for rank, rank_held in enumerate(held(config, world_size, weights)):
+    for rank, rank_held in enumerate(static_memory(config, world_size, weights)):
         own = range(rank, stages, parallel.pipeline)
         sent = [costs(config, stage).sent for stage in own]
         # The first stage has none before it, the last none after it.

@@ -1,1 +1,0 @@
-from megatron_owl2 import mcore  # noqa: F401  the CPU stand-in comes before megatron.core

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config import WatchConfig
-from megatron_owl2.mcore import ON_CPU
-from megatron_owl2.training.pace import Stopwatch
+from megatron_owl2.config.schema import WatchConfig
+from megatron_owl2.mcore import setup
+from megatron_owl2.training.metrics.straggler import CudaTimer
 
 
 class Profiler:
@@ -92,7 +92,7 @@ class Profiler:
             torch.cuda.profiler.start()
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if not ON_CPU:
+        if not setup.on_cpu():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profile = torch.profiler.profile(activities=activities)
         self._profile.start()
@@ -105,7 +105,7 @@ class Timers:
 
     def __init__(self, profiler: Profiler):
         self._profiler = profiler
-        self.backward = Stopwatch()
+        self.backward = CudaTimer()
 
     def __call__(self, name: str, log_level: int | None = None) -> "_Timer":
         return _Timer(name, self._profiler, self.backward if name == _BACKWARD else None)
@@ -117,7 +117,7 @@ _BACKWARD = "backward-compute"  # megatron-core, pipeline_parallel/schedules.py
 class _Timer:
     """megatron-core's interface of a timer; its barrier, which would slow the run, is left out."""
 
-    def __init__(self, name: str, profiler: Profiler, stopwatch: Stopwatch | None):
+    def __init__(self, name: str, profiler: Profiler, stopwatch: CudaTimer | None):
         self._name, self._profiler, self._stopwatch = name, profiler, stopwatch
 
     def start(self, barrier: bool = False) -> None:

@@ -10,9 +10,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_owl2.config import RunConfig
+from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.training.norms import PartNorms
+from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
 
 SUMS = ("loss", "targets", "image_loss", "image_targets")  # added up over micro-batches and ranks
 
@@ -48,7 +48,9 @@ def forward_backward(
 
 
 def update(
-    optimizer: MegatronOptimizer, accept: Callable[[float], bool], parts: PartNorms | None = None
+    optimizer: MegatronOptimizer,
+    accept: Callable[[float], bool],
+    parts: GradNormsByGroup | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Apply the gradients, clipped, unless `accept` refuses their norm.
 
@@ -75,11 +77,11 @@ def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
     output = model(
         batch.tokens,
         batch.image,
-        batch.vision_rows,
+        batch.vision_token_index,
         batch.modality,
         batch.position_ids,
         batch.labels,
-        batch.local_vision_rows,
+        batch.local_vision_token_index,
     )
     return output, partial(_summed_loss, batch)
 
@@ -89,7 +91,7 @@ def _summed_loss(batch: Batch, losses: torch.Tensor):
     masked = losses * batch.loss_mask
     rows = len(batch.tokens)
     with_image = torch.zeros(rows, 1, device=losses.device)
-    with_image[batch.vision_rows % rows] = 1.0
+    with_image[batch.vision_token_index % rows] = 1.0
     targets = batch.loss_mask.sum()
     sums = torch.stack(
         [

@@ -16,6 +16,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def own_process_group():
     yield
-    from megatron_owl2 import mcore
+    from megatron_owl2.mcore import setup
 
-    mcore.shutdown()
+    setup.shutdown()

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from megatron_owl2 import checks, kernels, mcore
-from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.config.machine import check_machine
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
+from megatron_owl2.model.kernels import build_kernels
 from megatron_owl2.model.modality import Modality
 
 
@@ -25,7 +29,7 @@ def config(**sections) -> RunConfig:
 def skip_unless_it_runs(run: RunConfig) -> None:
     """Skip a test of kernels that this machine has not, for the reason that a run would be told."""
     try:
-        checks.check_machine(run)
+        check_machine(run)
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -33,8 +37,8 @@ def skip_unless_it_runs(run: RunConfig) -> None:
 def layer(run: RunConfig, weights: dict | None = None) -> DecoderLayer:
     """One decoder layer on the GPU under the run's kernels, with given weights if any."""
     torch.manual_seed(0)
-    layout = mcore.Layout(run, mcore.initialize(run.parallel))
-    built = DecoderLayer(layout, kernels.of(layout), run.model, 0).to(mcore.device())
+    layout = ParallelContext(run, setup.initialize(run.parallel))
+    built = DecoderLayer(layout, build_kernels(layout), run.model, 0).to(setup.device())
     if weights is not None:
         missing, unexpected = built.load_state_dict(weights, strict=False)
         assert not unexpected and all("_extra_state" in name for name in missing)
@@ -43,7 +47,7 @@ def layer(run: RunConfig, weights: dict | None = None) -> DecoderLayer:
 
 def inputs(run: RunConfig, vision: int, rows: int = 2, length: int = 256):
     """Hidden states, modality with `vision` visual positions per row, and rotary tables."""
-    device = mcore.device()
+    device = setup.device()
     size = run.model.decoder.hidden_size
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(length, rows, size, generator=generator).to(device, torch.bfloat16)

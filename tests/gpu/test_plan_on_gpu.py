@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from megatron_owl2 import mcore
-from megatron_owl2.config import RunConfig
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.planner import activations, weights
-from megatron_owl2.training import optim, stages
+from megatron_owl2.planner import activations
+from megatron_owl2.planner import static_memory as weights
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
 
 STAGE_1 = ["vision_model.*", "abstractor.*", "*.linear_kv_vision.weight", "*.weight_vision"]
 
@@ -19,23 +22,23 @@ def test_a_step_needs_the_memory_that_is_planned(trainable, recompute):
     run.stage.trainable, run.parallel.recompute = list(trainable), recompute
     run.model.decoder.num_layers, run.model.vision.num_layers = 4, 6  # of the 7B model's widths
     run.train.micro_batch_size, run.data.sequence_length = 4, 512
-    whole = weights.inventory(run)
-    (held,) = weights.held(run, 1, whole)
-    cost = activations.Costs(whole)(run, 0)
+    whole = weights.model_weights(run)
+    (held,) = weights.static_memory(run, 1, whole)
+    cost = activations.ActivationCosts(whole)(run, 0)
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    layout = mcore.Layout(run, mcore.initialize(run.parallel), fuses_gradients=True)
-    chunks = [chunk.to(mcore.device()) for chunk in build(layout, run.model, 1)]
-    stages.apply(run, chunks)
-    (model,) = optim.wrap(chunks, overlap=run.parallel.overlap)
+    layout = ParallelContext(run, setup.initialize(run.parallel), fuses_gradients=True)
+    chunks = [chunk.to(setup.device()) for chunk in build(layout, run.model, 1)]
+    parameter_groups.freeze(run, chunks)
+    (model,) = optim.wrap_ddp(chunks, overlap=run.parallel.overlap)
     resting = torch.cuda.memory_allocated() - before
     assert resting == pytest.approx(held.parameters + held.gradients, rel=0.01)
 
     for _ in range(2):  # libraries take their workspaces at first use
         torch.cuda.reset_peak_memory_stats()
         started = torch.cuda.memory_allocated()
-        batch = [t.to(mcore.device()) for t in activations._batch(run, 4)]
+        batch = [t.to(setup.device()) for t in activations._batch(run, 4)]
         output = model(*batch)
         kept = torch.cuda.memory_allocated() - started
         torch.autograd.backward(output, torch.ones_like(output))

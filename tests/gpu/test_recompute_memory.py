@@ -4,7 +4,8 @@ import gpu_model
 import pytest
 import torch
 
-from megatron_owl2 import mcore
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import Decoder
 
 
@@ -12,8 +13,8 @@ def kept(backend: str, recompute: str) -> int:
     """Bytes of a forward pass through two layers that its backward pass needs."""
     run = gpu_model.config(kernels={"backend": backend}, parallel={"recompute": recompute})
     torch.manual_seed(0)
-    layout = mcore.Layout(run, mcore.initialize(run.parallel))
-    decoder = Decoder(layout, run.model, 0, 2).to(mcore.device())
+    layout = ParallelContext(run, setup.initialize(run.parallel))
+    decoder = Decoder(layout, run.model, 0, 2).to(setup.device())
     x, modality, _ = gpu_model.inputs(run, 65, length=2048)
     positions = torch.arange(len(x), device=x.device).expand(x.shape[1], -1)
     decoder(x, modality, positions).sum().backward()  # workspaces are there from now on

@@ -6,8 +6,8 @@ import stored
 import tiny_run
 import torch
 
-from megatron_owl2 import config as configuration
-from megatron_owl2.training import checkpoint
+from megatron_owl2.config.load import load_config
+from megatron_owl2.training.checkpoint import save_load
 
 FP32 = ["train.precision=fp32"]
 WIDE = [  # sizes that FP8 GEMMs take
@@ -55,7 +55,7 @@ def test_transformer_engine_trains_like_torch(start, tmp_path, fp8, recompute):
     config, _ = start
     common = [*WIDE, "train.seed=3", "optimizer.lr=1e-3", f"parallel.recompute={recompute}"]
     te = ["kernels.backend=transformer_engine", f"kernels.fp8={fp8}"]
-    gpu_model.skip_unless_it_runs(configuration.load(config, [*common, *te]))
+    gpu_model.skip_unless_it_runs(load_config(config, [*common, *te]))
     expected = train(config, tmp_path / "torch", *common)
     found = train(config, tmp_path / "te", *common, *te)
     tolerance = 0.01 if fp8 == "none" else 0.05
@@ -92,7 +92,7 @@ def test_context_parallel_attention_leaves_the_gradients_of_one_gpu(start, tmp_p
     for processes in (1, 2):
         run = tmp_path / str(processes)
         train(config, run, *common, f"parallel.context={processes}", processes=processes)
-        found.append(stored.read(checkpoint.resolve(run), stored.MOMENT))
+        found.append(stored.read(save_load.resolve(run), stored.MOMENT))
     one, two = found
     assert one.keys() == two.keys()
     largest = max(float(gradient.norm()) for gradient in one.values())

@@ -4,7 +4,9 @@ import gpu_model
 import pytest
 import torch
 
-from megatron_owl2 import kernels, mcore
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.kernels import build_kernels
 
 pytest.importorskip(
     "transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=Exception
@@ -45,9 +47,9 @@ def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
     gpu_model.skip_unless_it_runs(run)
     weights, (out, grad, grads) = reference(vision)
     built = gpu_model.layer(run, weights)
-    layout = mcore.Layout(run, mcore.initialize(run.parallel))
-    chosen = kernels.of(layout)
-    around = chosen.around_layers() if recipe == "delayed" else chosen.around_layer(0)
+    layout = ParallelContext(run, setup.initialize(run.parallel))
+    chosen = build_kernels(layout)
+    around = chosen.fp8_context() if recipe == "delayed" else chosen.layer_fp8_context(0)
     ours = gpu_model.forward_backward(built, *gpu_model.inputs(run, vision), around)
     assert 1e-5 < gpu_model.relative(ours[0], out) < 0.1  # FP8 it is, not bf16 by another name
     assert gpu_model.relative(ours[1], grad) < 0.2
@@ -62,11 +64,11 @@ def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
 def test_any_number_of_vision_rows_fills_up_fp8_gemms(recipe, rows):
     run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": recipe})
     gpu_model.skip_unless_it_runs(run)
-    layout = mcore.Layout(run, mcore.initialize(run.parallel))
-    chosen = kernels.of(layout)
+    layout = ParallelContext(run, setup.initialize(run.parallel))
+    chosen = build_kernels(layout)
     qkv = gpu_model.layer(run).attention.qkv
-    x = torch.randn(rows, 1024, device=mcore.device(), dtype=torch.bfloat16)
-    with chosen.around_layers(), chosen.around_layer(0):
+    x = torch.randn(rows, 1024, device=setup.device(), dtype=torch.bfloat16)
+    with chosen.fp8_context(), chosen.layer_fp8_context(0):
         found = qkv._project_vision(x)
     weight = qkv.linear_kv_vision.weight
     expected = (x @ weight.t()).view_as(found)
@@ -84,11 +86,11 @@ def test_attention_with_fewer_heads_of_keys_is_torchs():
     for backend in ("local", "transformer_engine"):
         run = gpu_model.config(kernels={"backend": backend})
         run.model.decoder.num_kv_heads = 2
-        layout = mcore.Layout(run, mcore.initialize(run.parallel))
-        core = kernels.of(layout).attention(layout, 0).to(mcore.device())
+        layout = ParallelContext(run, setup.initialize(run.parallel))
+        core = build_kernels(layout).attention(layout, 0).to(setup.device())
         torch.manual_seed(3)
         parts = [
-            torch.randn(256, 2, heads, 128, device=mcore.device(), dtype=torch.bfloat16)
+            torch.randn(256, 2, heads, 128, device=setup.device(), dtype=torch.bfloat16)
             for heads in (8, 2, 2)
         ]
         parts = [part.requires_grad_() for part in parts]
@@ -106,10 +108,10 @@ def test_recomputation_gives_the_same_gradients(fp8):
     found = {}
     for again in (False, True):
         built = gpu_model.layer(run)
-        layout = mcore.Layout(run, mcore.initialize(run.parallel))
-        chosen = kernels.of(layout)
+        layout = ParallelContext(run, setup.initialize(run.parallel))
+        chosen = build_kernels(layout)
         x, modality, rotary = gpu_model.inputs(run, 65)
-        with chosen.around_layers(), chosen.around_layer(0):
+        with chosen.fp8_context(), chosen.layer_fp8_context(0):
             arguments = (x, modality, rotary, None, None)
             out = chosen.checkpoint(built, *arguments) if again else built(*arguments)
         out.float().square().mean().backward()

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from megatron_owl2.training import devices
-from megatron_owl2.training.pace import Stopwatch
+from megatron_owl2.training.metrics import device
+from megatron_owl2.training.metrics.straggler import CudaTimer
 
 
 def test_the_stopwatch_counts_what_the_device_does():
     x = torch.randn(4096, 4096, device="cuda")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    stopwatch = Stopwatch()
+    stopwatch = CudaTimer()
     stopwatch.take()
     begin.record()
     for _ in range(3):
@@ -25,17 +25,17 @@ def test_the_stopwatch_counts_what_the_device_does():
 
 
 def test_memory_is_that_of_the_interval():
-    devices.take_peak_memory()
+    device.take_peak_memory()
     x = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    allocated, reserved = devices.take_peak_memory()
+    allocated, reserved = device.take_peak_memory()
     assert 0.25 <= allocated <= reserved
     del x
-    devices.take_peak_memory()
-    assert devices.take_peak_memory()[0] < allocated - 0.2
+    device.take_peak_memory()
+    assert device.take_peak_memory()[0] < allocated - 0.2
 
 
 def test_the_peak_is_near_what_a_large_gemm_reaches():
-    peak = devices.peak_tflops(0.0)
+    peak = device.peak_tflops(0.0)
     if peak is None:
         pytest.skip(f"the peak of {torch.cuda.get_device_name()} is not known")
     size = 8192

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2 import config as configuration
-from megatron_owl2.config import RunConfig
-from megatron_owl2.convert.assemble import weight_shapes
-from megatron_owl2.convert.hf import export_hf
-from megatron_owl2.convert.lazy import LazyTensor
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.convert.hf_weights import export_hf
+from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import constants
-from megatron_owl2.convert.weights import TensorReader
+from megatron_owl2.convert.safetensors_io import TensorReader
+from megatron_owl2.convert.sources import weight_shapes
 
 TOOLS = Path(__file__).parent.parent
 COPY = """
@@ -51,7 +51,7 @@ def main() -> int:
     scratch = Path(arguments.directory)
     if scratch.exists():
         parser.error(f"{scratch} exists already")
-    config = configuration.load(arguments.config) if arguments.config else _full_size()
+    config = load_config(arguments.config) if arguments.config else _full_size()
     scratch.mkdir(parents=True)
     try:
         figures = measure(scratch, config, arguments.rounds)

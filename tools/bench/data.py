@@ -34,16 +34,16 @@ import torch
 import webdataset
 from PIL import Image
 
-from megatron_owl2.config import DataConfig, SourceConfig
+from data_prep.index import index_shard
+from megatron_owl2.config.schema import DataConfig, SourceConfig
 from megatron_owl2.data import images
-from megatron_owl2.data.dataset import open_datasets
-from megatron_owl2.data.hashing import KeyedRandom
-from megatron_owl2.data.index import index_shard
 from megatron_owl2.data.loader import build_loader
-from megatron_owl2.data.manifest import write_manifest
-from megatron_owl2.data.phases import first_phase
-from megatron_owl2.data.records import Record
-from megatron_owl2.data.shards import ShardWriter
+from megatron_owl2.data.sampling.keyed_random import KeyedRandom
+from megatron_owl2.data.sampling.phases import first_phase
+from megatron_owl2.data.shards.dataset import open_sources
+from megatron_owl2.data.shards.manifest import write_manifest
+from megatron_owl2.data.shards.records import Record
+from megatron_owl2.data.shards.writer import ShardWriter
 from megatron_owl2.data.tokenizer import Tokenizer
 
 BATCH, SHARD, SIZES = 32, 500, (224, 448)
@@ -53,8 +53,8 @@ CONTESTS = (*READING.values(), "write", "index, webdataset's", "index, plain")
 WORDS = ["a", "the", "owl", "on", "red", "blue", "tree", "sky", "two", "big", "small", "photo"]
 ORDER = """
 import json, sys, time
-from megatron_owl2.data.dataset import Dataset
-from megatron_owl2.data.order import Order
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.sampling.shuffle import ShuffleOrder
 
 def timed(work):
     start = time.perf_counter()
@@ -62,14 +62,14 @@ def timed(work):
     return (time.perf_counter() - start) * 1e3
 
 start = time.perf_counter()
-dataset = Dataset(sys.argv[1])
+dataset = ShardedDataset(sys.argv[1])
 opened = time.perf_counter()
-order = Order([dataset.sizes], [1.0], 1)
-order.locate(0)
+order = ShuffleOrder([dataset.sizes], [1.0], 1)
+order.sample_at(0)
 ready = time.perf_counter()
 epoch = order.slots_per_epoch
-seeks = [timed(lambda: order.locate(s)) for s in (123_456_789, 399_999_999, 5, 200_000_000)]
-other = timed(lambda: order.locate(3 * epoch + 7))
+seeks = [timed(lambda: order.sample_at(s)) for s in (123_456_789, 399_999_999, 5, 200_000_000)]
+other = timed(lambda: order.sample_at(3 * epoch + 7))
 peak = next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM"))
 print(json.dumps({"samples": epoch, "open_seconds": opened - start, "ready_seconds": ready - opened,
                   "seek_milliseconds": max(seeks), "other_epoch_milliseconds": other,
@@ -192,7 +192,7 @@ def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, size: int
     config = DataConfig(
         sources=[SourceConfig(str(shards))], workers=workers, augment=True, sequence_length=128
     )
-    datasets = open_datasets(config)
+    datasets = open_sources(config)
     return build_loader(
         config,
         datasets,

@@ -22,17 +22,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from megatron_owl2 import checks, kernels, mcore
-from megatron_owl2.config import (
-    ConfigError,
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.schema import (
     DecoderConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,
 )
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.attention import attend
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables, rotate
+from megatron_owl2.model.kernels import build_kernels
 from megatron_owl2.model.modality import Modality
 
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
@@ -126,8 +129,10 @@ def build(decoder: DecoderConfig, dtype: str) -> dict[str, nn.Module]:
     for name, split in (("ours", decoder.modality_split), ("unsplit", [])):
         config = RunConfig(train=TrainConfig(precision=PRECISION[dtype]))
         config.model.decoder = dataclasses.replace(decoder, modality_split=split)
-        layout = mcore.Layout(config, mcore.initialize(ParallelConfig()))
-        layers[name] = DecoderLayer(layout, kernels.of(layout), config.model, 0).to(mcore.device())
+        context = ParallelContext(config, setup.initialize(ParallelConfig()))
+        layers[name] = DecoderLayer(context, build_kernels(context), config.model, 0).to(
+            setup.device()
+        )
     ours, unsplit = layers.values()
     for norm in (ours.input_norm, ours.pre_mlp_norm):
         for weight in norm.parameters():
@@ -142,16 +147,16 @@ class Step:
     """Forward and backward of a layer on the fixed random input of one shape."""
 
     def __init__(self, shape: Shape, decoder: DecoderConfig, dtype: str):
-        place = {"dtype": getattr(torch, dtype), "device": mcore.device()}
+        place = {"dtype": getattr(torch, dtype), "device": setup.device()}
         size = (shape.tokens, 1, decoder.hidden_size)
         self.x = torch.randn(size, **place).requires_grad_()
         self.grad = torch.randn(size, **place)
         start = min(16, shape.tokens - shape.vision)
-        rows = torch.arange(start, start + shape.vision, device=mcore.device())
-        is_vision = torch.zeros(shape.tokens, 1, 1, dtype=torch.bool, device=mcore.device())
+        rows = torch.arange(start, start + shape.vision, device=setup.device())
+        is_vision = torch.zeros(shape.tokens, 1, 1, dtype=torch.bool, device=setup.device())
         is_vision[rows] = True
         self.modality = Modality(is_vision, rows)
-        positions = torch.arange(shape.tokens, device=mcore.device()).unsqueeze(0)
+        positions = torch.arange(shape.tokens, device=setup.device()).unsqueeze(0)
         self.rotary = rotary_tables(positions, decoder, self.x.dtype)
 
     def clear(self, layer: nn.Module):
@@ -166,7 +171,7 @@ class Step:
     def milliseconds(self, layer: nn.Module) -> float:
         """The time of one `run`, by CUDA events where there is a GPU."""
         self.clear(layer)
-        if mcore.ON_CPU:
+        if setup.on_cpu():
             begin = time.perf_counter()
             self.run(layer)
             return 1e3 * (time.perf_counter() - begin)
@@ -303,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--ffn", type=int, default=11008)
-    default = "float32" if mcore.ON_CPU else "bfloat16"
+    default = "float32" if setup.on_cpu() else "bfloat16"
     parser.add_argument("--dtype", choices=PRECISION, default=default)
     parser.add_argument("--seconds", type=float, default=120, help="per shape; 3 rounds at least")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -316,12 +321,12 @@ def main(arguments: list[str] | None = None) -> int:
         ffn_size=options.ffn,
     )
     try:
-        checks.check_model(ModelConfig(decoder=decoder))
+        validate_model(ModelConfig(decoder=decoder))
     except ConfigError as error:
         parser.error(str(error))
     torch.manual_seed(0)
     layers = build(decoder, options.dtype)
-    device = "CPU" if mcore.ON_CPU else torch.cuda.get_device_name()
+    device = "CPU" if setup.on_cpu() else torch.cuda.get_device_name()
     setting = {
         "torch": torch.__version__,
         "device": device,
@@ -341,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         times = measure(step, layers, options.seconds, str(shape))
         result = summary(shape, decoder, times) | {"disagreement": off, "times": times}
-        if not mcore.ON_CPU:
+        if not setup.on_cpu():
             result["launches"] = {name: launches(step, layer) for name, layer in layers.items()}
         results.append(result)
     print(table(results))

@@ -27,15 +27,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_owl2 import checks, mcore
-from megatron_owl2 import config as configuration
-from megatron_owl2.config import ConfigError, RunConfig
+from megatron_owl2.config.machine import check_machine
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch, collate
 from megatron_owl2.data.conversation import Sample
-from megatron_owl2.flops import Load, training_flops
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.flops import Load, training_flops
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.training import optim, stages
-from megatron_owl2.training.devices import peak_tflops
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training import parameter_groups
+from megatron_owl2.training.metrics.device import peak_tflops
 from megatron_owl2.training.step import forward_backward, update
 
 RECIPES = Path(__file__).parent.parent.parent / "examples" / "7b"
@@ -63,7 +69,7 @@ def settings(stage: str, kernels: str, recompute: str, layers: int, tiny: bool) 
     overrides = ["parallel.tensor=1", "parallel.sequence=false", f"parallel.recompute={recompute}"]
     overrides += [f"kernels.backend={backend}", f"kernels.fp8={fp8}"]
     overrides += [f"model.decoder.num_layers={layers}", *(TINY if tiny else [])]
-    config = configuration.load(STAGES[stage], overrides)
+    config = load_config(STAGES[stage], overrides)
     config.train.global_batch_size = config.train.micro_batch_size
     return config
 
@@ -88,23 +94,23 @@ class Step:
     """One optimizer step after another on the same micro-batch, by the code that trains."""
 
     def __init__(self, config: RunConfig):
-        self.config, self.batch = config, full_batch(config).to(mcore.device())
+        self.config, self.batch = config, full_batch(config).to(setup.device())
         torch.manual_seed(0)
-        layout = mcore.Layout(config, mcore.initialize(config.parallel), fuses_gradients=True)
-        for given in (layout.transformer, layout.replicated):
+        context = ParallelContext(config, setup.initialize(config.parallel), fuses_gradients=True)
+        for given in (context.transformer, context.replicated):
             given.perform_initialization = False  # on the CPU it takes longer than all the rest
-        chunks = build(layout, config.model, 1)
+        chunks = build(context, config.model, 1)
         for chunk in chunks:
-            chunk.to(mcore.device())
+            chunk.to(setup.device())
             for name, parameter in chunk.named_parameters():
                 if parameter.ndim > 1:
                     torch.nn.init.normal_(parameter, std=config.model.init_std)
                 elif name.endswith(".bias"):
                     torch.nn.init.zeros_(parameter)
-        plan = stages.apply(config, chunks)
+        plan = parameter_groups.freeze(config, chunks)
         self.trained = {parameter.name for parameter in plan if parameter.trained}
-        self.wrapped = optim.wrap(chunks, overlap=config.parallel.overlap)
-        self.optimizer, self.scheduler = optim.build(config, self.wrapped)
+        self.wrapped = optim.wrap_ddp(chunks, overlap=config.parallel.overlap)
+        self.optimizer, self.scheduler = optim.build_optimizer(config, self.wrapped)
 
     def flops(self) -> float:
         """Operations of forward and backward pass."""
@@ -129,7 +135,7 @@ class Step:
     def milliseconds(self) -> tuple[float, float]:
         """Of forward and backward pass, and of the update; CUDA events where there is a GPU."""
         marks = []
-        if mcore.ON_CPU:
+        if setup.on_cpu():
             self.run(lambda: marks.append(time.perf_counter()))
             return 1e3 * (marks[1] - marks[0]), 1e3 * (marks[2] - marks[1])
 
@@ -151,9 +157,9 @@ def _finite(norm: float) -> bool:
 def refusal(config: RunConfig) -> str | None:
     """Why these kernels cannot run here, if they cannot."""
     try:
-        checks.check_model(config.model)
-        checks.check_layout(config, world_size=1)
-        checks.check_machine(config)
+        validate_model(config.model)
+        validate_parallel(config, world_size=1)
+        check_machine(config)
     except ConfigError as error:
         return str(error)
     return None
@@ -164,7 +170,7 @@ def measure(config: RunConfig, seconds: float, peak: float | None) -> dict:
     step = Step(config)
     for _ in range(3):  # kernels are chosen, caches filled, the optimizer's state made
         step.milliseconds()
-    if not mcore.ON_CPU:
+    if not setup.on_cpu():
         torch.cuda.reset_peak_memory_stats()
     times, begin = [], time.monotonic()
     while len(times) < 3 or time.monotonic() - begin < seconds:
@@ -178,7 +184,7 @@ def measure(config: RunConfig, seconds: float, peak: float | None) -> dict:
         "flops": flops,
         "tflops": tflops,
         "mfu": tflops / peak if peak else None,
-        "peak_gib": None if mcore.ON_CPU else torch.cuda.max_memory_allocated() / 1024**3,
+        "peak_gib": None if setup.on_cpu() else torch.cuda.max_memory_allocated() / 1024**3,
     }
 
 
@@ -192,7 +198,7 @@ def attempt(config: RunConfig, seconds: float, peak: float | None) -> dict:
         found = failure(error)
     try:
         gc.collect()
-        mcore.shutdown()
+        setup.shutdown()
         torch.cuda.empty_cache()
     except Exception:  # a device that is lost; the rows to come say so
         traceback.print_exc()
@@ -268,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    if mcore.ON_CPU and not options.tiny:
+    if setup.on_cpu() and not options.tiny:
         print(
             "error: torch sees no CUDA device here, and these sizes are for one; --tiny shows the "
             "tool at work without",
@@ -277,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
     peak = peak_tflops(options.peak_tflops)
-    device = "CPU" if mcore.ON_CPU else torch.cuda.get_device_name()
+    device = "CPU" if setup.on_cpu() else torch.cuda.get_device_name()
     setting = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -7,13 +7,9 @@ import os
 import re
 from urllib.parse import unquote, urlsplit
 
-from megatron_owl2.data.storage.base import (
-    Storage,
-    StorageError,
-    StorageMissing,
-    StorageOptions,
-)
+from megatron_owl2.data.storage.base import Storage, StorageOptions
 from megatron_owl2.data.storage.local import LocalStorage
+from megatron_owl2.errors import StorageError, StorageMissing
 
 __all__ = [
     "LocalStorage",

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from megatron_owl2.errors import StorageError, StorageMissing
+
 MAX_BACKOFF = 30.0  # seconds between two attempts
 LASTING_ATTEMPTS = 2  # for a missing file, a refusal: shared file systems and proxies blink
 COUNTERS = (
@@ -33,14 +35,6 @@ _LASTING_ERRNO = {
     errno.ENAMETOOLONG,
 }
 _T = TypeVar("_T")
-
-
-class StorageError(RuntimeError):
-    """Bytes that could not be had; names the place, the range, the attempts and the last cause."""
-
-
-class StorageMissing(StorageError):
-    """There is no such file."""
 
 
 class ShortReadError(OSError):

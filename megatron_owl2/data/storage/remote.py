@@ -15,11 +15,11 @@ from megatron_owl2.data.storage.base import (
     Process,
     ShortReadError,
     Storage,
-    StorageError,
     StorageOptions,
     check_name,
 )
 from megatron_owl2.data.storage.cache import CacheError, RangeCache
+from megatron_owl2.errors import StorageError
 
 CACHE_PAUSE = 60.0  # seconds without new ranges after the cache disk was full or broken
 _LASTING_STATUS = {401, 403, 404, 405, 410, 416}  # HTTP answers that will be the same again

@@ -1,0 +1,167 @@
+"""What came of a corpus, counted in a way that adds up over parts."""
+
+import json
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.filters import Filters, ImageStats, score_title
+from data_prep.splits import Skipped
+from megatron_owl2.errors import PreprocessError
+
+_EXAMPLES = 5  # kept for each reason to skip
+_HALF = 20  # bars on each side of a score's limit
+_KIB = 1024
+_HISTOGRAMS = {
+    "smaller side": ("pixels", [2**k * q // 4 for k in range(5, 12) for q in range(4, 8)] + [4096]),
+    "aspect ratio": (
+        "longer : shorter",
+        [1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2, 2.25, 2.5, 3, 4, 6, 10],
+    ),
+    "text length": (
+        "characters",
+        [5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 125, 150, 200, 300, 500, 1000, 2000, 5000],
+    ),
+    "image bytes": ("bytes", [_KIB * 2**k for k in range(15)]),
+}
+
+
+class StatisticsBuilder:
+    """Counts of a part or of several: skipped samples by reason with examples, and histograms of
+    what was read (as found) and kept (as stored). A histogram with k edges has k + 1 counts; both
+    ends are open."""
+
+    def __init__(self, filters: Filters):
+        self.edges = histogram_edges(filters)
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.columns: set[str] = set()
+        self.histograms = {
+            kind: {name: [0] * (len(edges) + 1) for name, (_, edges) in self.edges.items()}
+            for kind in ("read", "kept")
+        }
+
+    def skip(self, skipped: Skipped) -> None:
+        """Count a sample that was left out."""
+        self.skipped[skipped.reason] += 1
+        if self.skipped[skipped.reason] <= _EXAMPLES:
+            self.examples.setdefault(skipped.reason, []).append(skipped.detail)
+
+    def count(self, kind: str, stats: ImageStats) -> None:
+        """Put a record into the histograms of kind "read" or "kept"."""
+        for name, value in stats.values:
+            self.histograms[kind][name][bisect_right(self.edges[name][1], value)] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts for add()."""
+        return {
+            "skipped": self.skipped,
+            "examples": self.examples,
+            "columns": sorted(self.columns),
+            "histograms": self.histograms,
+        }
+
+    def add(self, counts: dict[str, Any]) -> None:
+        """Add the counts of the next part."""
+        self.skipped.update(counts["skipped"])
+        self.columns.update(counts["columns"])
+        for reason, details in counts["examples"].items():
+            known = self.examples.setdefault(reason, [])
+            known += details[: _EXAMPLES - len(known)]
+        for kind, histograms in counts["histograms"].items():
+            for name, more in histograms.items():
+                total = self.histograms[kind][name]
+                total[:] = map(sum, zip(total, more, strict=True))
+
+    def check_scores(self, names: Iterable[str]) -> None:
+        """Raise PreprocessError for a score that not one of the records that were read has."""
+        read = self.histograms["read"]
+        for name in sorted(names) if any(read["text length"]) else ():
+            if not any(read[score_title(name)]):
+                raise PreprocessError(
+                    f"no record has a score {name!r}; the columns that hold numbers are: "
+                    f"{', '.join(sorted(self.columns)) or 'none'}"
+                )
+
+
+def histogram_edges(filters: Filters) -> dict[str, tuple[str, list[float]]]:
+    """(unit, inner edges) of every histogram; that of a score has its limit in the middle."""
+    edges = dict(_HISTOGRAMS)
+    for name in sorted(filters.score_names):
+        limit = filters.min_score.get(name, filters.max_score.get(name))
+        width = _round_width(abs(limit) / _HALF or 1 / _HALF)
+        steps = (step * width for step in range(-_HALF, _HALF + 1))
+        edges[score_title(name)] = ("", [float(f"{limit + step:.12g}") for step in steps])
+    return edges
+
+
+def _round_width(width: float) -> float:
+    """The next of 1, 2, 5, 10, 20, ... that is not above `width`."""
+    power = 10.0 ** math.floor(math.log10(width))
+    return max(step * power for step in (1, 2, 5) if step * power <= width * (1 + 1e-9))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What came of a corpus: samples kept and their shards and bytes, samples skipped by reason,
+    examples of each reason, histograms (unit, edges, read, kept), and the number of samples that
+    was asked for, if one was."""
+
+    kept: int
+    shards: int
+    bytes: int
+    asked: int | None
+    skipped: dict[str, int]
+    examples: dict[str, list[str]]
+    histograms: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, statistics: StatisticsBuilder, rows: list[dict], asked: int | None) -> "Statistics":
+        """The report on all parts together; reasons are in order of their numbers."""
+        reasons = sorted(
+            statistics.skipped, key=lambda reason: (-statistics.skipped[reason], reason)
+        )
+        histograms = {
+            name: {
+                "unit": unit,
+                "edges": edges,
+                "read": statistics.histograms["read"][name],
+                "kept": statistics.histograms["kept"][name],
+            }
+            for name, (unit, edges) in statistics.edges.items()
+        }
+        return cls(
+            kept=sum(row["samples"] for row in rows),
+            shards=len(rows),
+            bytes=sum(row["bytes"] for row in rows),
+            asked=asked,
+            skipped={reason: statistics.skipped[reason] for reason in reasons},
+            examples={reason: statistics.examples[reason] for reason in reasons},
+            histograms=histograms,
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Statistics":
+        """The report as to_json wrote it."""
+        return cls(**json.loads(data))
+
+    def to_json(self) -> bytes:
+        """The report as JSON; the same bytes for any workers and partitions."""
+        return json.dumps(vars(self), indent=1).encode() + b"\n"
+
+    @property
+    def read(self) -> int:
+        """How many samples the corpus had."""
+        return self.kept + sum(self.skipped.values())
+
+    def __str__(self) -> str:
+        lines = [f"kept {self.kept}, skipped {self.read - self.kept}"]
+        if self.asked is not None and self.kept < self.asked:
+            lines.append(f"  fewer than the {self.asked} that were asked for")
+        for reason, count in self.skipped.items():
+            lines.append(f"  {count} x {reason} (such as {self.examples[reason][0]})")
+        # An example may be named by what no terminal can print.
+        return "\n".join(lines).encode(errors="backslashreplace").decode()

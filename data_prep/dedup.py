@@ -1,0 +1,146 @@
+"""Decisions over the whole corpus: which records are duplicates, which are in the sample.
+
+The first reading of every part leaves a table of its records (ROW). From the tables of all parts,
+in the order of the corpus, one process decides the fate of every record. It needs a byte for each
+record and, whatever their number, about 3 GB more.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from xxhash import xxh3_64_intdigest, xxh3_128_intdigest
+
+from data_prep.splits import InputSplit
+from megatron_owl2.data.sampling.keyed_random import combine
+from megatron_owl2.data.shards.records import Record
+
+# content: all of the record; identity: what duplicates share; position: among a part's samples.
+ROW = np.dtype(
+    [("content", "<u8"), ("identity", "<u8", 2), ("priority", "<u8"), ("position", "<u4")]
+)
+KEEP, DUPLICATE, NOT_SAMPLED = range(3)
+_ROWS_AT_ONCE = 1 << 25
+_ANY_JPEG = b"\xff\xd8\xff"
+
+Table = Callable[[], np.ndarray]  # loads the rows of a part
+
+
+def content(record: Record) -> int:
+    """A 64-bit hash of everything in a record; raises BadSampleError if it cannot be stored,
+    whatever becomes of its picture."""
+    stand_in = record if record.image is None else replace(record, image=_ANY_JPEG)
+    name, text = stand_in.to_members()[-1]
+    return combine(*map(xxh3_64_intdigest, (name.encode(), text, record.image or b"")))
+
+
+def identity(record: Record, part: InputSplit, deduplicate: str | None) -> tuple[int, int]:
+    """The 128-bit hash that duplicates share, as two halves: of the picture's bytes ("image"), or
+    of picture and text ("pair"). For "image" a record without a picture is like no other."""
+    if deduplicate is None:
+        return 0, 0
+    image = b"" if record.image is None else record.image
+    if deduplicate == "pair":
+        text = repr(record.turns or record.caption).encode()
+        value = xxh3_128_intdigest(image, seed=xxh3_64_intdigest(text))
+    elif record.image is None:
+        value = xxh3_128_intdigest(_place(record, part), seed=1)
+    else:
+        value = xxh3_128_intdigest(image)
+    return value >> 64, value & (1 << 64) - 1
+
+
+def priority(record: Record, part: InputSplit, seed: int) -> int:
+    """A 64-bit number; the records with the smallest ones are the sample.
+
+    It depends on the seed, the part's name and the record's key, so neither filters nor the number
+    of processes or partitions change it.
+    """
+    return combine(seed, xxh3_64_intdigest(_place(record, part)))
+
+
+def below_fraction(value: int, fraction: float) -> bool:
+    """Whether a priority is in the sample of a fraction of the corpus."""
+    return value < math.ldexp(fraction, 64)
+
+
+def _place(record: Record, part: InputSplit) -> bytes:
+    return f"{part.name}/{record.key}".encode(errors="backslashreplace")
+
+
+def select(
+    tables: Sequence[Table],
+    deduplicate: bool,
+    sample: int | float | None,
+    rows_at_once: int = _ROWS_AT_ONCE,
+) -> Iterator[np.ndarray]:
+    """The fate (KEEP, DUPLICATE, NOT_SAMPLED; uint8) of every row of every table.
+
+    Of duplicates the first stays. Of what is left then, `sample` keeps exactly so many, or about
+    that fraction.
+    """
+    sizes = [len(table()) for table in tables]
+    starts = np.cumsum([0, *sizes])
+    keep_decisions = np.full(starts[-1], KEEP, dtype=np.uint8)
+    if deduplicate:
+        _find_duplicates(tables, starts, keep_decisions, rows_at_once)
+    if sample is not None:
+        _draw(tables, starts, keep_decisions, sample)
+    for start, stop in zip(starts, starts[1:], strict=False):
+        yield keep_decisions[start:stop]
+
+
+def _find_duplicates(tables, starts, keep_decisions, rows_at_once) -> None:
+    """Look for equal hashes among those whose first half is of one residue class at a time."""
+    passes = np.uint64(-(-len(keep_decisions) // rows_at_once))
+    for turn in range(int(passes)):
+        found = []
+        for table, start in zip(tables, starts, strict=False):
+            hashes = table()["identity"]
+            rows = np.flatnonzero(hashes[:, 0] % passes == turn)
+            found.append((hashes[rows, 0], hashes[rows, 1], rows + start))
+        high, low, rows = map(np.concatenate, zip(*found, strict=True))
+        order = np.lexsort((low, high))  # stable, so the first of equal ones comes first
+        high, low = high[order], low[order]
+        again = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+        keep_decisions[rows[order[1:][again]]] = DUPLICATE
+
+
+def _draw(tables, starts, keep_decisions, sample: int | float) -> None:
+    """Keep the smallest priorities; where some are equal to the limit, the first of them."""
+    if isinstance(sample, float):
+        limit, at_limit = int(math.ldexp(sample, 64)), 0
+    else:
+        limit, at_limit = _limit(tables, starts, keep_decisions, sample)
+    for table, start, stop in zip(tables, starts, starts[1:], strict=False):
+        priorities, mine = table()["priority"], keep_decisions[start:stop]
+        stay = priorities < limit
+        equal = np.flatnonzero((priorities == limit) & (mine == KEEP))[:at_limit]
+        stay[equal] = True
+        at_limit -= len(equal)
+        mine[(mine == KEEP) & ~stay] = NOT_SAMPLED
+
+
+def _limit(tables, starts, keep_decisions, sample: int) -> tuple[int, int]:
+    """The largest priority in the sample, and how many records with just this one are in it.
+
+    The upper 16 bits are counted first, so that only one of 65,536 classes must be sorted.
+    """
+
+    def kept_priorities():
+        for table, start, stop in zip(tables, starts, starts[1:], strict=False):
+            yield table()["priority"][keep_decisions[start:stop] == KEEP]
+
+    counts = np.zeros(1 << 16, dtype=np.int64)
+    for priorities in kept_priorities():
+        counts += np.bincount((priorities >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
+    if sample >= counts.sum():
+        return (1 << 64) - 1, len(keep_decisions)
+    below = np.cumsum(counts) - counts
+    kind = int(np.searchsorted(below + counts, sample))  # the class with the sample's last record
+    candidates = [p[p >> np.uint64(48) == kind] for p in kept_priorities()]
+    ordered = np.sort(np.concatenate(candidates))
+    rank = sample - int(below[kind])
+    limit = ordered[rank - 1]
+    return int(limit), rank - int(np.searchsorted(ordered, limit))

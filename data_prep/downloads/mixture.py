@@ -1,0 +1,177 @@
+"""Carries out a recipe: what is there of each source, what comes next, and the training's sources.
+
+Under the mixture's folder lie lists/NAME (addresses), pictures/NAME (img2dataset's output) and
+shards/NAME. The steps are the commands of the other tools, which can be run by hand or elsewhere.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.downloads.corpora import CORPORA
+from data_prep.downloads.img2dataset_script import SCRIPT
+from data_prep.downloads.recipe import Recipe, Source
+from data_prep.downloads.url_list import REPORT, read_report
+from megatron_owl2.data.shards.manifest import MANIFEST, write_atomically
+from megatron_owl2.errors import PreprocessError
+
+CONFIG = "config.yaml"
+_TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a source is: addresses listed, pictures downloaded in so many of all shards of the
+    download, samples sharded; None: not begun."""
+
+    listed: int | None
+    downloaded: int | None
+    download_shards: tuple[int, int]
+    sharded: int | None
+
+    @property
+    def download_complete(self) -> bool:
+        """Whether every shard of the list is downloaded."""
+        done, wanted = self.download_shards
+        return 0 < wanted <= done
+
+
+class Mixture:
+    """A recipe in a folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe = recipe
+        self.folder = folder.resolve()
+
+    def state(self, name: str) -> State:
+        """What is there of a source."""
+        listed = downloaded = sharded = None
+        done = wanted = 0
+        if (self._path("lists", name) / REPORT).exists():
+            report = read_report(self._path("lists", name))
+            listed = report.listed
+            wanted = sum(-(-rows // self.recipe.shard_size) for _, rows in report.files)
+        stats = sorted(self._path("pictures", name).glob("*_stats.json"))
+        if stats:
+            done = len(stats)
+            downloaded = sum(json.loads(path.read_bytes())["successes"] for path in stats)
+        manifest = self._path("shards", name) / MANIFEST
+        if manifest.exists():
+            sharded = json.loads(manifest.read_bytes())["samples"]
+        return State(listed, downloaded, (done, wanted), sharded)
+
+    def steps(self, name: str, workers: int) -> dict[str, list[str]]:
+        """The commands that make the shards of a source, from the start: list, download, shards.
+
+        Each may be run again: what is finished stays, and what was made by another recipe is
+        refused.
+        """
+        source = self.recipe.sources[name]
+        steps = {}
+        if source.corpus is not None:
+            script = self._path("lists", name) / SCRIPT
+            steps["list"] = self._list(name, source)
+            steps["download"] = ["bash", str(script), str(self._path("pictures", name))]
+        return steps | {"shards": self._shards(name, source, workers)}
+
+    def missing(self, name: str) -> str | None:
+        """What the user must bring before a source can begin, or None."""
+        source = self.recipe.sources[name]
+        for path in (source.metadata, source.input, source.images):
+            if path is not None and not (self.folder / path).exists():
+                about = f" ({CORPORA[source.corpus].about})" if source.corpus else ""
+                return f"bring {self.folder / path}{about}"
+        return None
+
+    def next_step(self, name: str, state: State) -> str | None:
+        """The first step of a source that is not finished, or None."""
+        if state.sharded is not None:
+            return None
+        if self.recipe.sources[name].corpus is None or state.download_complete:
+            return "shards"
+        return "list" if state.listed is None else "download"
+
+    def advice(self, name: str, state: State) -> str:
+        """What to do next for a source."""
+        source, step = self.recipe.sources[name], self.next_step(name, state)
+        if step is not None:
+            return self.missing(name) or f"next: {step}"
+        if state.sharded >= source.target:
+            return "ready"
+        short = f"ready with {state.sharded / source.target:.1%} of the target"
+        return f"{short}; a lower 'expected' lists more" if source.corpus else short
+
+    def write_config(self, recipe_path: Path) -> Path:
+        """Write the configuration for training: the shares are those of the targets, so a source
+        that falls short is repeated more often. Raises PreprocessError if a source is not ready."""
+        unfinished = [n for n in self.recipe.sources if self.state(n).sharded is None]
+        if unfinished:
+            raise PreprocessError(f"not ready yet: {', '.join(unfinished)}")
+        total = sum(source.target for source in self.recipe.sources.values())
+        tree: dict[str, Any] = {}
+        if self.recipe.extends is not None:
+            tree["extends"] = str((recipe_path.parent / self.recipe.extends).resolve())
+        tree["data"] = {
+            "sources": [
+                {"path": str(self._path("shards", name)), "weight": round(source.target / total, 9)}
+                for name, source in self.recipe.sources.items()
+            ]
+        }
+        path = self.folder / CONFIG
+        write_atomically(path, yaml.safe_dump(tree, sort_keys=False).encode())
+        return path
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / name
+
+    def _list(self, name: str, source: Source) -> list[str]:
+        return [
+            *_tool("prepare_downloads.py"),
+            *_flags({"corpus": source.corpus, "input": self.folder / source.metadata}),
+            *_flags({"output": self._path("lists", name)}),
+            *_flags(source.list),
+            *_flags({"sample": math.ceil(source.target / source.expected)}),
+            *_flags({"seed": self.recipe.seed, "image_size": self.recipe.image_size}),
+            *_flags({"shard_size": self.recipe.shard_size}),
+        ]
+
+    def _shards(self, name: str, source: Source, workers: int) -> list[str]:
+        pictures = source.input is None
+        place = {
+            "input": self._path("pictures", name) if pictures else self.folder / source.input,
+            "format": source.format,
+        }
+        if source.images is not None:
+            place["images"] = self.folder / source.images
+        return [
+            *_tool("preprocess_data.py"),
+            *_flags(place | {"output": self._path("shards", name)}),
+            *_flags(source.shards),
+            *_flags({"sample": source.target, "seed": self.recipe.seed}),
+            *_flags({"shard_size": self.recipe.shard_size, "workers": workers}),
+        ]
+
+
+def _tool(name: str) -> list[str]:
+    return [sys.executable, str(_TOOLS / name)]
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        values = [value]
+        if isinstance(value, dict):
+            values = [f"{key}={_joined(entry)}" for key, entry in value.items()]
+        for entry in values:
+            flags += [f"--{name.replace('_', '-')}", str(entry)]
+    return flags
+
+
+def _joined(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,156 @@
+"""The files of a corpus in batches of columns, under the names that the corpus declares."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.downloads.corpus import Corpus
+from data_prep.formats import tables
+from megatron_owl2.errors import PreprocessError
+
+_BATCH = 1 << 16  # rows
+_BLOCK = 1 << 24  # bytes
+
+
+class Published:
+    """The tables of a corpus; iterate `batches` as often as needed.
+
+    `columns` are the scores and labels, the hash and the boxes that this version has. Raises
+    PreprocessError if there is no address or caption.
+    """
+
+    def __init__(self, corpus: Corpus, paths: Sequence[Path]):
+        tables.parquet()
+        self.corpus = corpus
+        self.paths = paths
+        self.left_out: Counter[str] = Counter()  # rows that the last pass could not read
+        self._names = _resolve(corpus, paths[0], _columns(corpus, paths[0]))
+        self._schema = None
+
+    @property
+    def columns(self) -> list[str]:
+        return [n for n in self._names if n not in ("url", "caption", "width", "height")]
+
+    @property
+    def has_size(self) -> bool:
+        return {"width", "height"} <= self._names.keys()
+
+    def check(self, name: str, declared: dict[str, str], kind: str) -> None:
+        """Raises PreprocessError if this version of the corpus has no such score or label."""
+        if name not in declared or name not in self._names:
+            known = [f"{n} ({declared[n]})" for n in self._names if n in declared]
+            raise PreprocessError(
+                f"{self.paths[0]} has no {kind} {name}; it has: {', '.join(known) or 'none'}"
+            )
+
+    def batches(self) -> Iterator:
+        """pyarrow tables of up to 65,536 rows with `url`, `caption` (without the white space around
+        it), `width` and `height` if published, and `columns`."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self.left_out.clear()
+        for path in self.paths:
+            names = _resolve(self.corpus, path, _columns(self.corpus, path))
+            if names.keys() != self._names.keys():
+                raise PreprocessError(
+                    f"{path} has other columns than {self.paths[0]}: two versions of the corpus? "
+                    "List them apart"
+                )
+            try:
+                for batch in self._read(path, list(names.values())):
+                    table = pa.Table.from_batches([batch])
+                    table = table.select(list(names.values())).rename_columns(list(names))
+                    table = self._readable(table)
+                    for index, text in enumerate(("url", "caption")):
+                        column = pc.utf8_trim_whitespace(table[text].cast("string"))
+                        table = table.set_column(index, text, column)
+                    if self._schema is None:
+                        self._schema = table.schema.remove_metadata()
+                    yield table.cast(self._schema)
+            except (pa.ArrowException, OSError) as error:
+                raise PreprocessError(f"{path} cannot be read: {error}") from None
+
+    def _read(self, path: Path, columns: list[str]) -> Iterator:
+        if path.suffix == ".parquet":
+            with tables.open_parquet(path) as file:
+                yield from file.iter_batches(_BATCH, columns=columns)
+            return
+        from pyarrow import csv
+
+        def leave_out(row) -> str:
+            self.left_out["row has another number of columns"] += 1
+            return "skip"
+
+        header = self.corpus.header
+        with csv.open_csv(
+            path,
+            csv.ReadOptions(column_names=header, block_size=_BLOCK, use_threads=False),
+            csv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=leave_out),
+            # As texts, one wrong byte would stop the file.
+            csv.ConvertOptions(column_types=dict.fromkeys(header, "binary")),
+        ) as file:
+            yield from file
+
+    def _readable(self, table):
+        """The rows whose address and caption are UTF-8; the others are counted."""
+        for name in ("url", "caption"):
+            bad = _not_utf8(table[name])
+            if bad.any():
+                self.left_out["row is not UTF-8"] += int(bad.sum())
+                table = table.filter(~bad)
+        return table
+
+
+def _not_utf8(column) -> np.ndarray:
+    """Which values are no texts: bool [rows]."""
+    import pyarrow as pa
+
+    try:
+        column.cast("string").validate(full=True)
+    except pa.ArrowInvalid:
+        return np.array([not _is_utf8(value) for value in column.cast("binary").to_pylist()])
+    return np.zeros(len(column), dtype=bool)
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        (value or b"").decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _columns(corpus: Corpus, path: Path) -> Sequence[str]:
+    if path.suffix == ".parquet":
+        with tables.open_parquet(path) as file:
+            return file.schema_arrow.names
+    if path.suffix != ".tsv" or not corpus.header:
+        raise PreprocessError(f"{path} is not a file of {corpus.name}: {corpus.about}")
+    return corpus.header
+
+
+def _resolve(corpus: Corpus, path: Path, columns: Sequence[str]) -> dict[str, str]:
+    """The file's name of every column that it has, by the declared name."""
+    lower = {name.lower(): name for name in columns}
+    usual = {
+        "url": corpus.url,
+        "caption": corpus.caption,
+        "width": corpus.width,
+        "height": corpus.height,
+    }
+    more = [*corpus.scores, *corpus.labels, corpus.sha256, corpus.faces]
+    usual |= {name: (name,) for name in more if name is not None}
+    found = {
+        name: next((lower[n.lower()] for n in names if n.lower() in lower), None)
+        for name, names in usual.items()
+    }
+    for name in ("url", "caption"):
+        if found[name] is None:
+            raise PreprocessError(
+                f"{path} has no column {' or '.join(usual[name])} (it has {', '.join(columns)}); "
+                f"{corpus.name} is {corpus.about}"
+            )
+    return {name: column for name, column in found.items() if column is not None}

@@ -1,0 +1,121 @@
+"""Which records of a corpus stay: what is measured of each, and the limits it must keep."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from data_prep.splits import Skipped
+from megatron_owl2.data.images import MAX_PIXELS, MAX_SIDE, image_size
+from megatron_owl2.data.shards.records import Record
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """What is known of a record without decoding its picture: (width, height) in pixels and bytes
+    of the picture (None without one), characters of the caption or of all turns, scores."""
+
+    size: tuple[int, int] | None
+    image_bytes: int | None
+    characters: int
+    scores: dict[str, float]
+
+    @property
+    def aspect(self) -> float:
+        """Longer by shorter side."""
+        return max(self.size) / min(self.size)
+
+    @property
+    def values(self) -> Iterator[tuple[str, float]]:
+        """Everything that the report has a histogram of, by the histogram's name."""
+        yield "text length", self.characters
+        if self.size is not None:
+            yield "smaller side", min(self.size)
+            yield "aspect ratio", self.aspect
+            yield "image bytes", self.image_bytes
+        for name, value in self.scores.items():
+            yield score_title(name), value
+
+
+def score_title(name: str) -> str:
+    """The name of a score's histogram."""
+    return f"score {name}"
+
+
+def measure(record: Record, score_names: set[str]) -> ImageStats:
+    """The stats of a record; raises BadSampleError if its picture's header cannot be read."""
+    if record.caption is not None:
+        characters = len(record.caption)
+    else:
+        characters = sum(len(turn.question) + len(turn.answer) for turn in record.turns)
+    scores = {name: _number(record.metadata.get(name)) for name in score_names}
+    return ImageStats(
+        size=None if record.image is None else image_size(record.image),
+        image_bytes=None if record.image is None else len(record.image),
+        characters=characters,
+        scores={name: value for name, value in sorted(scores.items()) if value is not None},
+    )
+
+
+def number_columns(record: Record) -> set[str]:
+    """The metadata of a record that could be a score."""
+    return {name for name, value in record.metadata.items() if _number(value) is not None}
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Limits on pictures (sides in pixels, longer by shorter side), on captions (characters;
+    conversations are left alone) and on named scores. With `decode` every picture is decoded, so
+    that a broken one is found; without it only its header is read."""
+
+    min_side: int | None = None
+    max_aspect: float | None = None
+    min_caption: int | None = None
+    max_caption: int | None = None
+    min_score: dict[str, float] = field(default_factory=dict)
+    max_score: dict[str, float] = field(default_factory=dict)
+    decode: bool = True
+
+    @property
+    def score_names(self) -> set[str]:
+        """The scores that are asked for."""
+        return self.min_score.keys() | self.max_score.keys()
+
+    def refuse(self, record: Record, stats: ImageStats) -> Skipped | None:
+        """Why a record does not stay, or None."""
+        for reason, value in self._broken_limits(record, stats):
+            return Skipped(reason, f"{record.key}: {value}")
+        return None
+
+    def _broken_limits(self, record: Record, stats: ImageStats) -> Iterator[tuple[str, object]]:
+        if stats.size is not None:
+            shape = "{} x {} pixels".format(*stats.size)
+            if math.prod(stats.size) > MAX_PIXELS or max(stats.size) > MAX_SIDE:
+                yield f"more than {MAX_PIXELS} pixels, or a side above {MAX_SIDE}", shape
+            if self.min_side is not None and min(stats.size) < self.min_side:
+                yield f"smaller side below {self.min_side} pixels", shape
+            if self.max_aspect is not None and stats.aspect > self.max_aspect:
+                yield f"aspect ratio above {self.max_aspect:g}", shape
+        if record.caption is not None:
+            length = f"{stats.characters} characters"
+            if self.min_caption is not None and stats.characters < self.min_caption:
+                yield f"caption below {self.min_caption} characters", length
+            if self.max_caption is not None and stats.characters > self.max_caption:
+                yield f"caption above {self.max_caption} characters", length
+        for name in sorted(self.score_names):
+            value = stats.scores.get(name)
+            if value is None:
+                yield f"no score {name}", f"it has {sorted(record.metadata)}"
+            elif value < self.min_score.get(name, -math.inf):
+                yield f"{name} below {self.min_score[name]:g}", f"{value:g}"
+            elif value > self.max_score.get(name, math.inf):
+                yield f"{name} above {self.max_score[name]:g}", f"{value:g}"
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer, such as a long identifier
+        return None
+    return number if math.isfinite(number) else None

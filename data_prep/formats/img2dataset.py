@@ -1,0 +1,160 @@
+"""Reads what img2dataset wrote: NNNNN.tar (webdataset), NNNNN/ (files) or NNNNN.parquet (parquet).
+
+Whatever the form, NNNNN_stats.json says how many addresses gave no picture; they are counted.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from data_prep.formats import tables
+from data_prep.formats.inputs import IMAGE_EXTENSIONS, SkipError, caption, refuse_images, scalars
+from data_prep.formats.tars import DAMAGED, Sample, read_tar
+from data_prep.splits import InputSplit, ReadOptions, Skipped
+from megatron_owl2.data.shards.records import Record
+from megatron_owl2.data.shards.tar import split_name
+from megatron_owl2.errors import BadSampleError, PreprocessError
+
+# What img2dataset keeps for itself: the same for every picture that arrived, or long.
+_BOOKKEEPING = ("key", "caption", "status", "error_message", "exif")
+_FAILURES = ("failed_to_download", "failed_to_resize")
+
+
+def plan(source: Path, options: ReadOptions) -> list[InputSplit]:
+    """One part for each shard of an img2dataset output folder.
+
+    Raises PreprocessError if there is none, several forms, or a shard that is not finished.
+    """
+    refuse_images(options, "img2dataset keeps pictures with their texts")
+    if not source.is_dir():
+        raise PreprocessError(f"{source} is not a folder; name the output folder of img2dataset")
+    tars = sorted(source.glob("*.tar"))
+    folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name.isdigit())
+    if tars and folders:
+        raise PreprocessError(f"{source} holds both tar files and numbered folders; separate them")
+    shards = tars or folders
+    if not shards:  # beside tars and folders, the same names hold the metadata
+        shards = sorted(source.glob("*.parquet"))
+        shards = shards if _hold_pictures(shards) else []
+    if not shards:
+        raise PreprocessError(
+            f"{source} holds neither NNNNN.tar nor NNNNN/ nor NNNNN.parquet with pictures: not "
+            "from img2dataset"
+        )
+    unfinished = [path.name for path in shards if not _stats_file(path).exists()]
+    if unfinished:
+        lost = "use --format webdataset" if tars else "write {} to the _stats.json of each"
+        raise PreprocessError(
+            f"img2dataset has not finished {len(unfinished)} of {len(shards)} shards "
+            f"({', '.join(unfinished[:3])}) in {source}: they have no _stats.json; start the "
+            f"download again, it continues. If nothing but the statistics is lost, {lost}"
+        )
+    return [InputSplit(path.stem, _identity(path), path, path) for path in shards]
+
+
+def read(path: Path) -> Iterator[Record | Skipped]:
+    """The samples of one shard.
+
+    Rows whose status is not "success" are skipped, and so is every row of the statistics that is
+    not in the shard. The metadata are all columns but those img2dataset uses itself.
+    """
+    found = 0
+    if path.suffix == ".parquet":
+        samples = _read_parquet(path)
+    elif path.is_dir():
+        samples = map(_sample, _read_folder(path))
+    else:
+        samples = map(_sample, read_tar(path))
+    for item in samples:
+        found += item != Skipped(DAMAGED, str(path))
+        yield item if isinstance(item, Skipped) else _record(*item, source=path.parent.name)
+    yield from _not_there(path, found)
+
+
+def _hold_pictures(paths: list[Path]) -> bool:
+    """Whether the first Parquet file that can be read has a column of pictures."""
+    if paths:
+        tables.parquet()  # without pyarrow no file could be read
+    for path in paths:
+        with suppress(PreprocessError), tables.open_parquet(path) as file:
+            return any(name in IMAGE_EXTENSIONS for name in file.schema_arrow.names)
+    return False
+
+
+def _stats_file(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_stats.json")
+
+
+def _identity(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+
+
+def _read_folder(folder: Path) -> Iterator[Sample]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    for key, group in groupby(names, lambda name: split_name(name)[0]):
+        yield key, {split_name(name)[1]: (folder / name).read_bytes() for name in group}
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, bytes | None, dict] | Skipped]:
+    try:
+        for piece in tables.cut(path, rows=1 << 40):
+            image = next(name for name in piece.columns if name in IMAGE_EXTENSIONS)
+            for _, row in tables.read(piece):
+                data = row.pop(image)
+                yield str(row.get("key")), data, row
+    except PreprocessError:
+        yield Skipped(DAMAGED, str(path))
+
+
+def _sample(item: Sample | Skipped) -> tuple[str, bytes | None, dict] | Skipped:
+    """Key, image and row of a sample in files."""
+    if isinstance(item, Skipped):
+        return item
+    key, parts = item
+    try:
+        row = json.loads(parts.get("json", b""))
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        return Skipped("no readable .json part", key)
+    if "txt" in parts:
+        row["caption"] = parts["txt"].decode(errors="replace")
+    return key, next((parts[name] for name in IMAGE_EXTENSIONS if name in parts), None), row
+
+
+def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> Record | Skipped:
+    if row.get("status") != "success":
+        return Skipped(f"status {row.get('status')}", key)
+    if not image:
+        return Skipped("no image", key)
+    metadata = scalars(row, without=_BOOKKEEPING)
+    try:
+        return Record(key, image, caption(row.get("caption")), source=source, metadata=metadata)
+    except (SkipError, BadSampleError) as error:
+        return Skipped(str(error), key)
+
+
+def _not_there(path: Path, found: int) -> Iterator[Skipped]:
+    """What the statistics count and the shard does not hold: failures are in Parquet only."""
+    try:
+        stats = json.loads(_stats_file(path).read_bytes())
+        counts = {name: int(stats.get(name, 0)) for name in (*_FAILURES, "count")}
+        messages = {k: int(v) for k, v in stats.get("status_dict", {}).items() if k != "success"}
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, AttributeError):
+        yield Skipped("unreadable _stats.json", path.stem)
+        return
+    failures = 0
+    if path.suffix != ".parquet":
+        known = sorted(messages.items(), key=lambda item: -item[1])[:3]
+        where = f"shard {path.stem}: " + ", ".join(f"{n} x {message}" for message, n in known)
+        for name in _FAILURES:
+            failures += counts[name]
+            yield from [Skipped(f"status {name}", where)] * counts[name]
+    lost = max(0, counts["count"] - failures - found)
+    yield from [Skipped("counted in the statistics but not there", f"shard {path.stem}")] * lost

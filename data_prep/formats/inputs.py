@@ -1,0 +1,94 @@
+"""What the readers share: pictures named by a path, metadata worth keeping, names of parts."""
+
+import errno
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_prep.splits import ReadOptions
+from megatron_owl2.errors import PreprocessError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+CAPTION_COLUMNS = ("caption", "text", "txt", "title")
+# What a path in a corpus can be wrong by; a disk or a network that fails is no fault of a sample.
+_OF_THE_PATH = {
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+}
+
+
+class SkipError(Exception):
+    """Why a sample is left out."""
+
+
+def split_name(text: str) -> str:
+    """`text` with every character that a part's name cannot hold replaced."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)
+
+
+def images_folder(source: Path, options: ReadOptions) -> Path:
+    """The folder of the pictures that `source` names; raises PreprocessError without one."""
+    if options.images is None:
+        raise PreprocessError(f"{source} names pictures; say where they are with --images DIR")
+    if not options.images.is_dir():
+        raise PreprocessError(f"--images {options.images} is not a folder")
+    return options.images
+
+
+def refuse_images(options: ReadOptions, kind: str) -> None:
+    """Raises PreprocessError if a folder of pictures is given to a format without a use of it."""
+    if options.images is not None:
+        raise PreprocessError(f"{kind}; leave out --images")
+
+
+def picture(images: Path, name: Any) -> bytes:
+    """The bytes of the picture that a corpus names by a path relative to `images`.
+
+    The path cannot climb out of the folder; symbolic links in it are followed. Raises SkipError,
+    and OSError if the file system fails.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise SkipError("image is not one path")
+    if name.startswith(("http://", "https://")):
+        raise SkipError("image is an address, not a file")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise SkipError("image path leaves the images folder")
+    try:
+        return (images / path).read_bytes()
+    except FileNotFoundError:
+        raise SkipError("image file is missing") from None
+    except UnicodeEncodeError:
+        raise SkipError("image path is not valid Unicode") from None
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
+        raise SkipError(f"image file cannot be read ({os.strerror(error.errno)})") from None
+
+
+def caption(value: Any) -> str:
+    """A caption without the white space around it; raises SkipError if nothing is left."""
+    if value is None or value == "":
+        raise SkipError("empty caption")
+    if not isinstance(value, str):
+        raise SkipError("caption is not a text")
+    if not (text := value.strip()):
+        raise SkipError("empty caption")
+    return text
+
+
+def scalars(row: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """The texts, truth values and finite numbers of a row, in the row's order."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in without
+        and (isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)))
+    }

@@ -1,0 +1,162 @@
+"""Indexing the tar files that another program wrote, so that they are a data set where they lie."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xxhash import xxh3_64_intdigest as checksum
+
+from data_prep.map_shards import each_shard
+from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
+from megatron_owl2.data.shards.records import why_unusable
+from megatron_owl2.data.shards.tar import BLOCK, entries, padding, split_name
+from megatron_owl2.data.shards.writer import write_sidecars
+from megatron_owl2.errors import BadSampleError, ShardError
+
+
+@dataclass
+class Indexed:
+    """What came of a folder: the `rows` of its sound shards, how many of their samples training
+    cannot use (`unusable`, by reason), and the `failures`, a message for each damaged shard."""
+
+    rows: list[dict] = field(default_factory=list)
+    unusable: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def index_directory(directory: Path, workers: int = 1) -> Indexed:
+    """Make the tar files of a folder a data set where they lie.
+
+    Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Raises
+    ShardError if the folder holds no tar file or is a data set already, or if most samples are
+    not of parts that training can use.
+    """
+    if (directory / MANIFEST).exists():
+        raise ShardError(
+            f"{directory} holds a {MANIFEST} already; check it with tools/check_data.py, or remove "
+            "the manifest to index its shards again"
+        )
+    sizes = {path: path.stat().st_size for path in sorted(directory.glob("*.tar"))}
+    if not sizes:
+        raise ShardError(f"{directory} holds no .tar file")
+    found = Indexed()
+    for _, result in each_shard(_index, sizes, workers, "index"):
+        if isinstance(result, str):
+            found.failures.append(result)
+        else:
+            row, unusable = result
+            found.rows.append(row)
+            found.unusable += unusable
+    found.rows.sort(key=lambda row: row["name"])
+    found.failures.sort()
+    samples, unusable = sum(row["samples"] for row in found.rows), found.unusable.total()
+    if 2 * unusable > samples:
+        reason, count = found.unusable.most_common(1)[0]
+        raise ShardError(
+            f"{directory}: {unusable} of {samples} samples are not an image with .txt or .json "
+            f"({count} x {reason}); the files of a sample must have one name and lie together"
+        )
+    if not found.failures:
+        write_manifest(directory, found.rows)
+    return found
+
+
+def _index(path: Path) -> tuple[dict, Counter[str]] | str:
+    """As index_shard, or why the file cannot be indexed."""
+    try:
+        return index_shard(path)
+    except ShardError as error:
+        return str(error)
+
+
+def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
+    """Index a tar file written by another tool: writes `.idx` and `.sums`; returns its row and
+    how many samples training cannot use, by reason.
+
+    A sample is a run of files with one key and different extensions. Checks the checksum of every
+    header, every size, the end marker, and that the archive is of whole blocks. Raises ShardError
+    if the file is damaged or cut, or holds a file that belongs to no sample.
+    """
+    path = Path(path)
+    offsets: list[int] = []
+    sums: list[int] = []
+    unusable: Counter[str] = Counter()
+    last_key, extensions, position = None, set(), 0
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size % BLOCK:
+            raise ShardError(
+                f"{path} has {size} bytes, no multiple of {BLOCK} as tar's always are: it lost "
+                "bytes or got more; copy it again"
+            )
+        window = _Window(file.fileno())
+
+        def finish(stop: int) -> None:
+            sums.append(checksum(window.read(offsets[-1], stop)))
+            if reason := why_unusable(extensions):
+                unusable[reason] += 1
+
+        try:
+            for start, name, data, length in entries(window.read, 0, size):
+                if name is not None:
+                    key, extension = split_name(name)
+                    if key in ("", "/") or not extension or key.endswith("/"):
+                        raise BadSampleError(f"{name!r} belongs to no sample; remove it")
+                    if key != last_key or extension in extensions:
+                        if offsets:
+                            finish(start)
+                        offsets.append(window.keep(start))
+                        last_key, extensions = key, set()
+                    extensions.add(extension)
+                position = data + length + padding(length)
+            if offsets:
+                finish(position)
+        except BadSampleError as error:
+            raise ShardError(f"{path} behind byte {position}: {error}") from None
+        if not offsets:
+            raise ShardError(f"{path} holds no sample")
+        _check_end(path, window, position, size)
+    return write_sidecars(path, [*offsets, position], sums, size), unusable
+
+
+class _Window:
+    """Reads a file forwards in large blocks; what lies before `keep` is not asked for again."""
+
+    _BLOCK = 2**18  # what is read stays in the processor's cache until its checksum is taken
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._memory = bytearray(self._BLOCK)
+        self._start = self._stop = self._kept = 0
+
+    def keep(self, start: int) -> int:
+        self._kept = start
+        return start
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """The bytes from start to stop, fewer at the end of the file; valid until the next call."""
+        if stop > self._stop:
+            needed = stop - self._kept
+            if needed > len(self._memory):
+                self._memory = bytearray(2 * needed)
+            self._start = self._stop = self._kept
+            view = memoryview(self._memory)
+            while count := os.preadv(
+                self._descriptor, [view[self._stop - self._start :]], self._stop
+            ):
+                self._stop += count
+                if self._stop >= stop:
+                    break
+        return memoryview(self._memory)[start - self._start : min(stop, self._stop) - self._start]
+
+
+def _check_end(path: Path, window: _Window, position: int, size: int) -> None:
+    """The end marker is the only proof that a tar was not cut between two samples."""
+    if size - position < BLOCK:
+        raise ShardError(f"{path} is cut: it has no end marker after byte {position}")
+    while position < size:
+        data = bytes(window.read(window.keep(position), min(size, position + 2**20)))
+        if not data or data.strip(b"\0"):
+            raise ShardError(f"{path} has data after the end marker at byte {position}")
+        position += len(data)

@@ -1,0 +1,268 @@
+"""Writes the embedded corpus in the formats that real data sets publish.
+
+img2dataset (pairs), LLaVA (instructions), JSON lines and ShareGPT (text), COCO captions, VQAv2
+and POPE (eval).
+All bytes are a function of the arguments: no time stamps, no host names.
+"""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import random
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy
+from PIL import Image
+
+from data_prep.toy_corpus import language as language
+from data_prep.toy_corpus import world as world
+
+SHARD_SIZE = 10_000  # img2dataset's default
+CAPTION_EVERY = 3  # every third instruction picture also asks for a caption
+_INFO = {
+    "year": 2025,
+    "version": "1.0",
+    "description": "Embedded corpus of shapes",
+    "contributor": "data_prep/shapes.py",
+    "url": "",
+    "date_created": "",
+}
+_LICENSE = {"id": 1, "name": "Apache License 2.0", "url": ""}
+
+Picture = tuple[world.Scene, bytes]
+Turns = Sequence[tuple[str, str]]
+
+
+class Ledger:
+    """What was written: all training text, the captions of each part, the answers of each skill."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+        self.captions: dict[str, list[str]] = defaultdict(list)
+        self.answers: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+
+    def add_questions(self, part: str, questions: Iterable[language.Question]) -> None:
+        """Count the answers of `questions` for `part`."""
+        for question in questions:
+            self.answers[part][question.skill][question.answer] += 1
+
+    def add_dialogue(self, turns: Turns) -> None:
+        """Keep a training dialogue's text in the conversation template."""
+        self.texts.append(" ".join(f"USER: {q} ASSISTANT: {a}" for q, a in turns))
+
+    def statistics(self) -> dict:
+        """{part: {skill: {questions, answers (distinct), majority, majority_share (0 to 1)}}}."""
+        return {
+            part: {
+                skill: {
+                    "questions": answers.total(),
+                    "answers": len(answers),
+                    "majority": min(answers, key=lambda answer: (-answers[answer], answer)),
+                    "majority_share": round(max(answers.values()) / answers.total(), 4),
+                }
+                for skill, answers in sorted(skills.items())
+            }
+            for part, skills in self.answers.items()
+        }
+
+
+def write_pairs(folder: Path, pictures: Iterable[Picture], ledger: Ledger) -> dict:
+    """Write the shards and stats of img2dataset; return {image_mean, image_std} of the pixels.
+
+    Both are lists of three floats on the scale 0 to 1. Durations and modification times are 0.
+    """
+    folder.mkdir(parents=True)
+    pictures = iter(pictures)
+    histogram = numpy.zeros(3 * 256, dtype=numpy.int64)
+    for shard in itertools.count():
+        chunk = list(itertools.islice(pictures, SHARD_SIZE))
+        if not chunk:
+            break
+        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, (scene, jpeg) in enumerate(chunk):
+                caption = language.caption(scene)
+                ledger.texts.append(caption)
+                ledger.captions["pairs"].append(caption)
+                _add_pair(tar, f"{shard:05d}{i:04d}", caption, jpeg)
+                histogram += Image.open(io.BytesIO(jpeg)).histogram()
+        stats = {"count": len(chunk), "successes": len(chunk)}
+        stats |= {"failed_to_download": 0, "failed_to_resize": 0}
+        stats |= {"duration": 0.0, "start_time": 0.0, "end_time": 0.0}
+        stats["status_dict"] = {"success": len(chunk)}
+        (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4))
+    shares = histogram.reshape(3, 256) / histogram[:256].sum()
+    levels = numpy.arange(256) / 255
+    mean = shares @ levels
+    deviation = (shares @ levels**2 - mean**2) ** 0.5
+    return {"image_mean": mean.round(4).tolist(), "image_std": deviation.round(4).tolist()}
+
+
+def _add_pair(tar: tarfile.TarFile, key: str, caption: str, jpeg: bytes) -> None:
+    metadata = {
+        "caption": caption,
+        "url": f"shapes://pairs/{key}",
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": world.IMAGE_SIZE,
+        "height": world.IMAGE_SIZE,
+        "original_width": world.IMAGE_SIZE,
+        "original_height": world.IMAGE_SIZE,
+        "sha256": hashlib.sha256(jpeg).hexdigest(),
+    }
+    members = {
+        "jpg": jpeg,
+        "txt": caption.encode(),
+        "json": json.dumps(metadata, indent=4).encode(),
+    }
+    for extension, data in members.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def write_instructions(
+    folder: Path, pictures: Iterable[Picture], seed: int, ledger: Ledger
+) -> None:
+    """Write LLaVA conversations and their images, named relative to the JSON files' folder."""
+    (folder / "images").mkdir(parents=True)
+    questions, captions = [], []
+    for i, (scene, jpeg) in enumerate(pictures):
+        record = {"id": f"{i:012d}", "image": f"images/{i:012d}.jpg"}
+        (folder / record["image"]).write_bytes(jpeg)
+        rng = random.Random(f"{seed}/instructions/{i}/questions")
+        dialogue = language.dialogue(scene, rng)
+        turns = language.with_hint(dialogue, rng)
+        ledger.add_questions("instructions", dialogue)
+        ledger.add_dialogue(turns)
+        questions.append(record | _conversations(turns, "<image>\n"))
+        ledger.captions["instructions"].append(language.caption(scene))
+        if i % CAPTION_EVERY == 0:
+            turns = [(language.CAPTION_REQUEST, language.caption(scene))]
+            ledger.add_dialogue(turns)
+            captions.append(record | _conversations(turns, "<image>\n"))
+    _write_json(folder / "llava_shapes.json", questions)
+    _write_json(folder / "llava_captions.json", captions)
+
+
+def write_texts(
+    path: Path, number: int, seed: int, ledger: Ledger, tick: Callable[[], object]
+) -> None:
+    """Write `number` ShareGPT dialogues: 70 % on a scene given as text, 30 % small text skills.
+
+    `tick` is called after each.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    for i in range(number):
+        rng = random.Random(f"{seed}/text/{path.stem}/{i}")
+        skill = rng.choices(language.TEXT_SKILLS, (70, 10, 10, 10))[0]
+        dialogue = language.text_dialogue(skill, rng)
+        turns = language.with_hint(dialogue, rng)
+        ledger.add_questions(f"text/{path.stem}", dialogue)
+        ledger.add_dialogue(turns)
+        records.append({"id": f"{path.stem}_{i}"} | _conversations(turns))
+        tick()
+    _write_json(path, records)
+
+
+def write_documents(
+    path: Path, number: int, seed: int, ledger: Ledger, tick: Callable[[], object]
+) -> None:
+    """Write `number` plain texts as JSON lines {"text": ...}, as web corpora are published.
+
+    `tick` is called after each.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for i in range(number):
+            text = language.document(random.Random(f"{seed}/text/{path.stem}/{i}"))
+            ledger.texts.append(text)
+            file.write(json.dumps({"text": text}) + "\n")
+            tick()
+
+
+def write_eval(folder: Path, pictures: Iterable[Picture], seed: int, ledger: Ledger) -> None:
+    """Write COCO captions, VQAv2 questions and POPE about the same pictures.
+
+    Every picture gets one question of each skill it can answer, for existence one with the answer
+    yes and one with no. File names are the image id with twelve digits, as in COCO.
+    """
+    (folder / "images").mkdir(parents=True)
+    part = f"eval/{folder.name}"
+    images, captions, questions, annotations, pope = [], [], [], [], []
+    for i, (scene, jpeg) in enumerate(pictures, start=1):
+        name = f"{i:012d}.jpg"
+        (folder / "images" / name).write_bytes(jpeg)
+        image = {"id": i, "file_name": name, "height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
+        image |= {"license": 1, "coco_url": "", "flickr_url": "", "date_captured": ""}
+        images.append(image)
+        captions.append({"image_id": i, "id": i, "caption": language.caption(scene)})
+        ledger.captions[part].append(captions[-1]["caption"])
+
+        rng = random.Random(f"{seed}/{part}/{i}/questions")
+        candidates = language.candidate_questions(scene, rng)
+        existence = candidates.pop("existence", [])[:2]
+        for question in existence:
+            row = {"question_id": len(pope) + 1, "image": name}
+            pope.append(row | {"text": question.text, "label": question.answer})
+        asked = [rng.choice(found) for found in candidates.values()]
+        for n, question in enumerate(asked):
+            row = {"image_id": i, "question_id": i * 1000 + n}
+            questions.append(row | {"question": question.text})
+            annotations.append(row | _annotation(question))
+        ledger.add_questions(part, [*asked, *existence])
+
+    coco = {"info": _INFO, "licenses": [_LICENSE], "images": images, "annotations": captions}
+    _write_json(folder / "captions_val.json", coco)
+    vqa = {"info": _INFO, "license": _LICENSE, "data_type": "shapes", "data_subtype": folder.name}
+    vqa["task_type"] = "Open-Ended"
+    _write_json(folder / "questions.json", vqa | {"questions": questions})
+    _write_json(folder / "annotations.json", vqa | {"annotations": annotations})
+    lines = "".join(json.dumps(row) + "\n" for row in pope)
+    (folder / "coco_pope_adversarial.json").write_text(lines)
+
+
+def write_text_eval(path: Path, number: int, seed: int, ledger: Ledger) -> None:
+    """Write `number` ShareGPT dialogues of one question; `skill` names the text skill."""
+    path.parent.mkdir(parents=True)
+    records = []
+    for i in range(number):
+        skill = language.TEXT_SKILLS[i % len(language.TEXT_SKILLS)]
+        rng = random.Random(f"{seed}/eval/text/{i}")
+        question = language.text_dialogue(skill, rng, evaluation=True)[0]
+        ledger.add_questions("eval/text", [dataclasses.replace(question, skill=skill)])
+        turns = [(question.text, question.answer)]
+        records.append({"id": f"text_{i}", "skill": skill} | _conversations(turns))
+    _write_json(path, records)
+
+
+def _annotation(question: language.Question) -> dict:
+    """VQAv2's fields beside the ids: ten annotators who agree, in lower case as published."""
+    text = question.answer.lower()
+    answer = {"answer": text, "answer_confidence": "yes"}
+    return {
+        "question_type": question.skill,
+        "answer_type": "number" if question.answer.isdigit() else "other",
+        "multiple_choice_answer": text,
+        "answers": [answer | {"answer_id": n} for n in range(1, 11)],
+    }
+
+
+def _conversations(turns: Turns, prefix: str = "") -> dict:
+    """{"conversations": [{from, value}, ...]}; `prefix` goes before the first question."""
+    messages = []
+    for question, answer in turns:
+        messages.append({"from": "human", "value": prefix + question})
+        messages.append({"from": "gpt", "value": answer})
+        prefix = ""
+    return {"conversations": messages}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))

@@ -1,0 +1,265 @@
+"""What is said about the world of the embedded corpus: captions, questions, text dialogues."""
+
+import random
+import zlib
+from dataclasses import dataclass
+
+from data_prep.toy_corpus.world import COLORS, PAIRS, POSITIONS, TRAINING_PAIRS, Scene, sample_scene
+
+CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
+ANSWER_HINT = "Answer the question using a single word or phrase."
+# LLaVA's training data put the hint on a new line, mPLUG-Owl2's VQA evaluation puts it after a
+# space, and a user leaves it out: one third of the dialogues each.
+_HINTS = (f"\n{ANSWER_HINT}", f" {ANSWER_HINT}", "")
+
+TEXT_SKILLS = ("scene", "reversal", "mixing", "prices")
+MAX_TURNS = 4
+DOCUMENT_QUESTIONS = 5
+# A skill's tickets in the draw for a dialogue's turns: the more, the earlier and the more often.
+_TICKETS = {
+    "colour": 3,
+    "shape": 3,
+    "count": 1,
+    "count by colour": 1,
+    "relation": 2,
+    "existence": 2,
+    "letter": 1,
+}
+
+_THINGS = ("book", "cup", "door", "fish", "hat", "pen", "sun", "tree")
+_MIXTURES = (
+    ("red", "yellow", "orange"),
+    ("blue", "yellow", "green"),
+    ("red", "blue", "purple"),
+    ("blue", "green", "cyan"),
+    ("red", "white", "pink"),
+    ("black", "white", "gray"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer; `asks` and `tells` are the stats it needs and gives away."""
+
+    skill: str
+    text: str
+    answer: str
+    asks: frozenset = frozenset()
+    tells: frozenset = frozenset()
+
+
+def caption(scene: Scene) -> str:
+    """The scene in reading order, position first: "top left red circle , top right letter B ."."""
+    parts = {s.cell: f"{POSITIONS[s.cell]} {s.color} {s.shape}" for s in scene.shapes}
+    if scene.letter is not None:
+        cell = scene.letter.cell
+        parts[cell] = f"{POSITIONS[cell]} letter {scene.letter.text}"
+    return " , ".join(parts[cell] for cell in sorted(parts)) + " ."
+
+
+def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
+    """Every question of each skill that the scene can answer; skills without one are left out.
+
+    Colour, shape and existence questions are about the held-out pairs if the scene has any. The
+    wrong pair of a negative existence question keeps the colour or the shape of one in the picture;
+    on a training picture it is a training pair.
+    """
+    subjects = scene.held_out or tuple(range(len(scene.shapes)))
+    found = {
+        "colour": [q for i in subjects for q in _color_questions(scene, i)],
+        "shape": [q for i in subjects for q in _shape_questions(scene, i)],
+        "count": [_count_question(scene)],
+        "count by colour": _color_count_questions(scene, rng),
+        "relation": _relation_questions(scene),
+        "existence": [q for i in subjects for q in _existence_questions(scene, i, rng)],
+        "letter": [],
+    }
+    if scene.letter is not None:
+        stats = frozenset({"letter"})
+        question = Question("letter", "what letter is there ?", scene.letter.text, stats, stats)
+        found["letter"].append(question)
+    return {skill: questions for skill, questions in found.items() if questions}
+
+
+def dialogue(scene: Scene, rng: random.Random) -> list[Question]:
+    """Up to four different questions, none answered already by the turns before it."""
+    candidates = candidate_questions(scene, rng)
+    turns: list[Question] = []
+    told: frozenset = frozenset()
+    tickets = [_TICKETS[skill] for skill in candidates]
+    for skill in rng.sample(tuple(candidates), sum(tickets), counts=tickets):
+        said = {turn.text for turn in turns}
+        open_questions = [q for q in candidates[skill] if not q.asks <= told and q.text not in said]
+        if open_questions and len(turns) < MAX_TURNS:
+            turns.append(rng.choice(open_questions))
+            told |= turns[-1].tells
+    return turns
+
+
+def with_hint(turns: list[Question], rng: random.Random) -> list[tuple[str, str]]:
+    """(question, answer) pairs; the short-answer hint, if drawn, follows the first question."""
+    hint = rng.choice(_HINTS)
+    return [(q.text + (hint if i == 0 else ""), q.answer) for i, q in enumerate(turns)]
+
+
+def _name(scene: Scene, i: int) -> str | None:
+    """The shortest name that only shape `i` bears, or None if another shape is its twin."""
+    shape = scene.shapes[i]
+    if sum(other.shape == shape.shape for other in scene.shapes) == 1:
+        return shape.shape
+    if sum(other.pair == shape.pair for other in scene.shapes) == 1:
+        return f"{shape.color} {shape.shape}"
+    return None
+
+
+def _color_questions(scene: Scene, i: int) -> list[Question]:
+    shape = scene.shapes[i]
+    asks = frozenset({("color", i)})
+    text = f"what color is the {POSITIONS[shape.cell]} one ?"
+    questions = [Question("colour", text, shape.color, asks, asks)]
+    if _name(scene, i) == shape.shape:
+        text = f"what color is the {shape.shape} ?"
+        questions.append(Question("colour", text, shape.color, asks, asks | {("shape", i)}))
+    return questions
+
+
+def _shape_questions(scene: Scene, i: int) -> list[Question]:
+    shape = scene.shapes[i]
+    asks = frozenset({("shape", i)})
+    text = f"what shape is the {POSITIONS[shape.cell]} one ?"
+    questions = [Question("shape", text, shape.shape, asks, asks)]
+    if sum(other.color == shape.color for other in scene.shapes) == 1:
+        text = f"what shape is the {shape.color} one ?"
+        questions.append(Question("shape", text, shape.shape, asks, asks | {("color", i)}))
+    return questions
+
+
+def _count_question(scene: Scene) -> Question:
+    number = frozenset({"count"})
+    total = str(len(scene.shapes))
+    return Question("count", "how many shapes are there ?", total, number, number)
+
+
+def _color_count_questions(scene: Scene, rng: random.Random) -> list[Question]:
+    """How many shapes of a colour that is there and of one that is not."""
+    questions = []
+    present = [shape.color for shape in scene.shapes]
+    absent = rng.choice([color for color in COLORS if color not in present])
+    every_color = frozenset(("color", i) for i in range(len(present))) or frozenset({"count"})
+    for color in (absent, *rng.sample(present, min(len(present), 1))):
+        told = frozenset(("color", i) for i, other in enumerate(present) if other == color)
+        text = f"how many {color} shapes are there ?"
+        number = str(present.count(color))
+        questions.append(Question("count by colour", text, number, every_color, told))
+    return questions
+
+
+def _relation_questions(scene: Scene) -> list[Question]:
+    """Where one thing is relative to another in its row or column; diagonals would be ambiguous."""
+    named = []
+    for i, shape in enumerate(scene.shapes):
+        if (name := _name(scene, i)) is not None:
+            told = {("shape", i)} if name == shape.shape else {("shape", i), ("color", i)}
+            named.append((shape.cell, name, told))
+    if scene.letter is not None:
+        named.append((scene.letter.cell, "letter", set()))
+    questions = []
+    for cell, name, told in named:
+        for other_cell, other_name, other_told in named:
+            step = cell - other_cell
+            if cell // 2 == other_cell // 2 and step:
+                answer = "right" if step > 0 else "left"
+            elif abs(step) == 2:
+                answer = "below" if step > 0 else "above"
+            else:
+                continue
+            text = f"where is the {name} relative to the {other_name} ?"
+            asks = frozenset({"relation"})
+            tells = frozenset(told | other_told | asks)
+            questions.append(Question("relation", text, answer, asks, tells))
+    return questions
+
+
+def _existence_questions(scene: Scene, i: int, rng: random.Random) -> list[Question]:
+    """One question with the answer yes and one adversarial question with the answer no."""
+    color, shape = scene.shapes[i].pair
+    present = {other.pair for other in scene.shapes}
+    pool = PAIRS if scene.held_out else TRAINING_PAIRS
+    near = [p for p in pool if (p[0] == color) != (p[1] == shape) and p not in present]
+    stats = frozenset({("color", i), ("shape", i)})
+    wrong = " ".join(rng.choice(near))
+    return [
+        Question("existence", f"is there a {color} {shape} ?", "yes", stats, stats),
+        Question("existence", f"is there a {wrong} ?", "no", stats),
+    ]
+
+
+def text_dialogue(skill: str, rng: random.Random, evaluation: bool = False) -> list[Question]:
+    """A dialogue without a picture for one of TEXT_SKILLS; its first question carries the context.
+
+    One context in eight is kept for evaluation and never occurs with `evaluation` False. Colour
+    mixing is the exception: it is knowledge, which can only be asked for as it was taught.
+    """
+    while True:
+        context, turns = _TEXT_SKILLS[skill](rng)
+        if skill == "mixing" or _is_reserved(context) == evaluation:
+            break
+    first = Question(turns[0].skill, f"{context} {turns[0].text}", turns[0].answer)
+    return [first, *turns[1:]]
+
+
+def document(rng: random.Random) -> str:
+    """A scene and questions with answers about it as plain text; never a scene that is kept for
+    evaluation."""
+    while True:
+        scene = sample_scene(rng)
+        context = caption(scene)
+        if not _is_reserved(context):
+            break
+    questions = [q for found in candidate_questions(scene, rng).values() for q in found]
+    asked = rng.sample(questions, min(DOCUMENT_QUESTIONS, len(questions)))
+    return " ".join([context, *(f"{q.text} {q.answer} ." for q in asked)])
+
+
+def _is_reserved(context: str) -> bool:
+    return zlib.crc32(context.encode()) % 8 == 0
+
+
+def _text_scene(rng: random.Random) -> tuple[str, list[Question]]:
+    scene = sample_scene(rng)
+    return caption(scene), dialogue(scene, rng)
+
+
+def _reversal(rng: random.Random) -> tuple[str, list[Question]]:
+    words = rng.sample(_THINGS, rng.choice((2, 3, 3, 3)))
+    turns = [Question("reversal", "what is the reverse ?", " ".join(reversed(words)))]
+    return " ".join(words) + " .", turns
+
+
+def _mixing(rng: random.Random) -> tuple[str, list[Question]]:
+    *parts, result = rng.choice(_MIXTURES)
+    rng.shuffle(parts)
+    return f"mix {parts[0]} and {parts[1]} .", [Question("mixing", "what color is it ?", result)]
+
+
+def _prices(rng: random.Random) -> tuple[str, list[Question]]:
+    things, prices = rng.sample(_THINGS, 2), rng.sample(range(1, 10), 2)
+    cheap, dear = sorted(things, key=lambda thing: prices[things.index(thing)])
+    asked = rng.randrange(2)
+    turns = [
+        Question("prices", f"what does the {things[asked]} cost ?", str(prices[asked])),
+        Question(
+            "prices", *rng.choice((("what costs more ?", dear), ("what costs less ?", cheap)))
+        ),
+    ]
+    rng.shuffle(turns)
+    context = f"a {things[0]} costs {prices[0]} , a {things[1]} costs {prices[1]} ."
+    return context, turns
+
+
+_TEXT_SKILLS = {
+    "scene": _text_scene,
+    "reversal": _reversal,
+    "mixing": _mixing,
+    "prices": _prices,
+}

@@ -1,0 +1,110 @@
+"""What must be on the machine: GPUs, libraries, files."""
+
+import math
+import os
+import re
+import socket
+from pathlib import Path
+
+from megatron_owl2.config.require import require
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.errors import ConfigError
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse what this machine cannot do, before anything is built.
+
+    Raises ConfigError, and RuntimeError for GPUs whose driver does not run, as another machine's
+    may.
+    """
+    _check_gpus_are_seen()
+    own_kernels, profiler = config.kernels.backend == "local", config.watch.profiler
+    if own_kernels and profiler != "nsys":
+        return
+    import torch
+
+    for wanted, what, instead in (
+        (not own_kernels, "kernels.backend=transformer_engine", "kernels.backend=local"),
+        (profiler == "nsys", "watch.profiler=nsys", "watch.profiler=torch"),
+    ):
+        require(
+            not wanted or torch.cuda.is_available(),
+            f"{what} needs a GPU, and torch sees none here; use {instead}",
+        )
+    if own_kernels:
+        return
+    try:  # megatron-core's way
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"kernels.backend=transformer_engine cannot be imported ({error}); pip install "
+            "--no-build-isolation megatron-owl2[gpu]"
+        ) from None
+    major, minor = torch.cuda.get_device_capability()
+    require(
+        major >= 8,
+        "kernels.backend=transformer_engine needs compute capability 8.0 for bf16, this GPU has "
+        f"{major}.{minor}; use kernels.backend=local",
+    )
+    support = {
+        "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
+        "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
+    }
+    if config.kernels.fp8 != "none":  # it depends on GPU, CUDA and cuBLAS together
+        able, reason = support.get(config.kernels.fp8, FP8GlobalStateManager.is_fp8_available)()
+        require(able, f"kernels.fp8={config.kernels.fp8} does not run here: {reason}")
+
+
+def _check_gpus_are_seen() -> None:
+    """A run that silently takes the CPU of a machine with GPUs would waste it."""
+    allotted = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and not re.match(r"\d|GPU|MIG", visible)
+    if hidden or not (allotted or list(Path("/dev").glob("nvidia[0-9]*"))):
+        return
+    import torch
+
+    if torch.version.cuda and not torch.cuda.is_available():  # another machine may do
+        raise RuntimeError(
+            f"torch {torch.__version__} sees none of the GPUs of {socket.gethostname()}: the "
+            "driver does not run or is too old for this build; to train on the CPU set "
+            "CUDA_VISIBLE_DEVICES to nothing"
+        )
+    require(
+        torch.cuda.is_available(),
+        f"this machine has GPUs, but torch {torch.__version__} sees none: it needs a build for "
+        "CUDA; to train on the CPU set CUDA_VISIBLE_DEVICES to nothing",
+    )
+
+
+def check_files(config: RunConfig) -> None:
+    """Refuse a run whose files and directories are not there; raises ConfigError."""
+    require(config.train.output != "", "train.output is not set; name the run directory")
+    require(config.data.tokenizer != "", "data.tokenizer is not set; name a SentencePiece model")
+    require(
+        Path(config.data.tokenizer).is_file(),
+        f"data.tokenizer: {config.data.tokenizer} does not exist",
+    )
+    require(len(config.data.sources) > 0, "data.sources is empty; name at least one data set")
+    for index, source in enumerate(config.data.sources):
+        require(
+            0 < source.weight < math.inf,
+            f"data.sources[{index}].weight ({source.weight}) must be positive and finite",
+        )
+        if "://" in source.path:
+            require(
+                config.data.storage.cache != "",
+                f"data.sources[{index}] is read over a network; set data.storage.cache to a folder "
+                "on a local disk of the nodes",
+            )
+            continue
+        require(
+            (Path(source.path) / "manifest.json").is_file(),
+            f"data.sources[{index}]: {source.path or '(empty path)'} holds no manifest.json; "
+            "make shards with tools/preprocess_data.py",
+        )
+    initial = config.stage.initial_checkpoint
+    require(
+        initial is None or Path(initial).is_dir(),
+        f"stage.initial_checkpoint: {initial} is not a directory",
+    )

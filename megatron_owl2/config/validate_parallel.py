@@ -1,0 +1,130 @@
+"""Parallel layouts, batches and kernels that fit a model and a number of ranks."""
+
+from megatron_owl2.config.require import one_of, require
+from megatron_owl2.config.schema import RunConfig
+
+
+def validate_parallel(config: RunConfig, world_size: int) -> None:
+    """Refuse a parallel layout or batch that the ranks cannot carry; raises ConfigError."""
+    model, parallel, train = config.model, config.parallel, config.train
+    tp, pp, cp = parallel.tensor, parallel.pipeline, parallel.context
+    require(
+        world_size % (tp * pp * cp) == 0,
+        f"{world_size} processes cannot be divided by parallel.tensor ({tp}) x "
+        f"parallel.pipeline ({pp}) x parallel.context ({cp}) = {tp * pp * cp}; start a multiple of "
+        f"{tp * pp * cp} processes",
+    )
+    for name, size in (
+        ("model.vision.num_heads", model.vision.num_heads),
+        ("model.vision.ffn_size", model.vision.ffn_size),
+        ("model.abstractor.num_heads", model.abstractor.num_heads),
+        ("model.abstractor.ffn_size", model.abstractor.ffn_size),
+        ("model.decoder.num_heads", model.decoder.num_heads),
+        ("model.decoder.num_kv_heads", model.decoder.num_kv_heads),
+        ("model.decoder.ffn_size", model.decoder.ffn_size),
+        ("model.decoder.vocab_size", model.decoder.vocab_size),
+    ):
+        require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
+    _check_stages(config)
+    one_of(config, "parallel.recompute", "none", "selective", "full")
+    require(
+        not parallel.sequence or tp > 1,
+        "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
+        "parallel.tensor > 1",
+    )
+    length = config.data.sequence_length
+    require(
+        cp == 1 or length % (2 * cp) == 0,
+        f"data.sequence_length ({length}) is not divisible by 2 x parallel.context ({cp}): every "
+        "rank takes one chunk from the front and one from the end",
+    )
+    require(
+        not parallel.sequence or length // cp % tp == 0,
+        f"data.sequence_length ({length}) / parallel.context ({cp}) is not divisible by "
+        f"parallel.tensor ({tp}), which parallel.sequence needs",
+    )
+    data_parallel = world_size // (tp * pp * cp)
+    micro_batches, rest = divmod(train.global_batch_size, train.micro_batch_size * data_parallel)
+    require(
+        rest == 0,
+        f"train.global_batch_size ({train.global_batch_size}) is not a multiple of "
+        f"micro_batch_size ({train.micro_batch_size}) x data-parallel ranks "
+        f"({data_parallel})",
+    )
+    require(
+        parallel.virtual_pipeline == 1 or micro_batches % pp == 0,
+        f"a step has {micro_batches} micro-batches per data-parallel rank; a virtual pipeline "
+        f"needs a multiple of parallel.pipeline ({pp})",
+    )
+    _check_kernels(config)
+
+
+def _check_stages(config: RunConfig) -> None:
+    """How the decoder is cut over pipeline ranks and their chunks."""
+    parallel, layers = config.parallel, config.model.decoder.num_layers
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    require(
+        parallel.virtual_pipeline == 1 or parallel.pipeline > 1,
+        f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, but there is no pipeline; "
+        "raise parallel.pipeline or leave it at 1",
+    )
+    if not parallel.layers:
+        require(
+            layers % stages == 0,
+            f"model.decoder.num_layers ({layers}) is not divisible by parallel.pipeline x "
+            f"parallel.virtual_pipeline = {stages}; name the layers of every stage in "
+            "parallel.layers",
+        )
+        return
+    given = parallel.layers
+    require(
+        len(given) == stages and sum(given) == layers and min(given) >= 0,
+        f"parallel.layers is {given}; it must hold {stages} numbers, none below 0, one for every "
+        f"stage of parallel.pipeline x parallel.virtual_pipeline, that add up to {layers}",
+    )
+
+
+def _check_kernels(config: RunConfig) -> None:
+    """Refuse kernels that would compute in another precision than asked, or not at all."""
+    kernels, model, parallel = config.kernels, config.model, config.parallel
+    one_of(config, "kernels.backend", "local", "transformer_engine")
+    one_of(config, "kernels.fp8", "none", "tensorwise", "delayed", "blockwise", "mxfp8")
+    require(
+        kernels.backend == "local" or config.train.precision == "bf16",
+        "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
+    )
+    decoder, tp = model.decoder, parallel.tensor
+    head = decoder.hidden_size // decoder.num_heads
+    require(
+        kernels.backend == "local" or (head % 8 == 0 and head <= 256),
+        f"the decoder's heads are {head} wide; the fused attention of "
+        "kernels.backend=transformer_engine takes multiples of 8 up to 256; use "
+        "kernels.backend=local",
+    )
+    if kernels.fp8 == "none":
+        return
+    require(
+        kernels.backend == "transformer_engine",
+        f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the local one "
+        "the run would be in bf16",
+    )
+    multiple = 32 if kernels.fp8 == "mxfp8" else 16
+    # Scales per block are gathered along the sequence in whole blocks (utils.py and
+    # tensor/float8_blockwise_tensor.py of Transformer Engine).
+    gathered = 128 if kernels.fp8 == "blockwise" and parallel.sequence else multiple
+    shards = parallel.context * (tp if parallel.sequence else 1)
+    rows = config.data.sequence_length * config.train.micro_batch_size
+    where = f"kernels.fp8={kernels.fp8}"
+    where += " with parallel.sequence" if gathered > multiple else ""
+    require(
+        rows % (shards * gathered) == 0,
+        f"data.sequence_length x train.micro_batch_size = {rows} rows over {shards} ranks; "
+        f"{where} needs a multiple of {gathered} on each",
+    )
+    for name, size, of in (
+        ("hidden_size", decoder.hidden_size, gathered),
+        ("hidden_size / parallel.tensor", decoder.hidden_size // tp, multiple),
+        ("num_kv_heads x head size / parallel.tensor", decoder.num_kv_heads * head // tp, multiple),
+        ("ffn_size / parallel.tensor", decoder.ffn_size // tp, multiple),
+    ):
+        require(size % of == 0, f"model.decoder.{name} is {size}; {where} needs a multiple of {of}")

@@ -1,0 +1,49 @@
+"""Tensors that are read when they are needed: a model converts with three of them in memory."""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from megatron_owl2.model.layer_stack import weights
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of known shape and dtype whose numbers come from `read`, anew at every call."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "LazyTensor":
+        """One that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach())
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def of_model(model: torch.nn.Module) -> dict[str, LazyTensor]:
+    """The weights of a model by name, as they are when they are read."""
+    return {name: LazyTensor.of(tensor) for name, tensor in weights(model).items()}
+
+
+def read_ahead(tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in order; the next one is read while the caller is busy with the last.
+
+    Three are in memory at most: the caller's, until it asks for more, the one it is given then, and
+    the one that is read behind it.
+    """
+    with ThreadPoolExecutor(1) as reader:
+        coming = None
+        for name, tensor in tensors.items():
+            ready, coming = coming, (name, reader.submit(tensor.read))
+            if ready is not None:
+                yield ready[0], ready[1].result()
+        if coming is not None:
+            yield coming[0], coming[1].result()

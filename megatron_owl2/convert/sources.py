@@ -1,0 +1,182 @@
+"""A whole model from any directory: its configuration and its weights, read when needed."""
+
+import copy
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_owl2.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.convert import hf_config, mapping
+from megatron_owl2.convert.hf_weights import read_hf
+from megatron_owl2.convert.lazy_tensor import LazyTensor, of_model
+from megatron_owl2.convert.megatron_io import read_checkpoint
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import ConversionError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model import position_tables
+from megatron_owl2.model.abstractor import Abstractor
+from megatron_owl2.model.layer_stack import weights
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training.checkpoint import save_load
+
+# What a run chooses whatever the weights are; max_positions may also be smaller than theirs.
+_FREE = {
+    "vision": {"image_size", "position_init_std"},
+    "abstractor": {"attention_init_std"},
+    "decoder": {"modality_split"},
+}
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A run's configuration for one process, and every weight of its model by our name."""
+
+    config: RunConfig
+    tensors: dict[str, LazyTensor]
+
+    def build(self) -> Owl2:
+        """The model in memory, cast to the precision of `config`."""
+        model = Owl2(_layout(self.config), self.config.model)
+        with torch.no_grad():
+            for name, tensor in weights(model).items():
+                tensor.copy_(self.tensors[name].read())
+        return model
+
+
+def from_owl2(
+    directory: str | Path,
+    *,
+    config: RunConfig | None = None,
+    tokenizer: str | Path | None = None,
+) -> SourceModel:
+    """A directory in the released layout.
+
+    `config` supplies everything but the weights; its model section must agree with the directory,
+    save for the image size, to which the position table is resized, a smaller max_positions, and
+    modality_split, if the branches that it shares are equal.
+    The tokenizer is `tokenizer` or the directory's own, if any. Raises ConversionError.
+    """
+    stored = hf_config.read_owl2(directory)
+    owners = dict.fromkeys(_FREE, str(directory))
+    given, config = config, _agreed(config, stored, owners)
+    config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
+    grid, shapes = _stored_grid(stored, config), weight_shapes(config)
+    tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
+    if given is None:
+        config.train.precision = _lossless(tensors)
+    return SourceModel(config, {name: tensors[name] for name in shapes})
+
+
+def from_llama_and_clip(
+    language_model: str | Path,
+    vision_model: str | Path,
+    *,
+    config: RunConfig | None = None,
+    tokenizer: str | Path | None = None,
+    seed: int = 1234,
+) -> SourceModel:
+    """The start of the first stage: a LLaMA, a CLIP ViT and a random abstractor between them.
+
+    Both branches of the modality-adaptive layers start from the LLaMA's weights. Otherwise as
+    `from_owl2`; without `config` the abstractor has the paper's sizes. Its weights follow from
+    `seed`.
+    """
+    stored = ModelConfig(
+        vision=hf_config.read_clip(vision_model), decoder=hf_config.read_llama(language_model)
+    )
+    stored.image_mean, stored.image_std = hf_config.read_image_statistics(vision_model)
+    owners = {"vision": str(vision_model), "decoder": str(language_model)}
+    given, config = config, _agreed(config, stored, owners)
+    config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)
+    grid, shapes = _stored_grid(stored, config), weight_shapes(config)
+    tensors = read_hf(language_model, "llama", config.model, shapes)
+    tensors |= read_hf(vision_model, "clip", config.model, shapes, stored_grid=grid)
+    if given is None:
+        config.train.precision = _lossless(tensors)
+    torch.manual_seed(seed)
+    abstractor = of_model(Abstractor(_layout(config), config.model))
+    tensors |= {f"abstractor.{name}": tensor for name, tensor in abstractor.items()}
+    return SourceModel(config, {name: tensors[name] for name in shapes})
+
+
+def from_checkpoint(path: str | Path) -> SourceModel:
+    """A checkpoint, or the latest of a run; raises CheckpointError."""
+    directory = save_load.resolve(path)
+    config = save_load.read_config(directory)
+    config.parallel = ParallelConfig()
+    tensors = read_checkpoint(directory)
+    if absent := save_load.compare(directory, weight_shapes(config)):
+        made = mapping.constants(config.model)
+        tensors |= {name: LazyTensor.of(made[name]) for name in absent}
+    return SourceModel(config, tensors)
+
+
+def _agreed(
+    config: RunConfig | None,
+    stored: ModelConfig,
+    owners: dict[str, str],
+) -> RunConfig:
+    """The run configuration for one process, each section of its model held against the
+    directory that owns it."""
+    config = copy.deepcopy(RunConfig(model=stored) if config is None else config)
+    config.parallel = ParallelConfig()
+    differences = []
+    for section, directory in owners.items():
+        ours, theirs = getattr(config.model, section), getattr(stored, section)
+        for name in (f.name for f in dataclasses.fields(ours)):
+            wanted, found = getattr(ours, name), getattr(theirs, name)
+            fits = wanted <= found if name == "max_positions" else wanted == found
+            if not fits and name not in _FREE[section]:
+                differences.append(
+                    f"model.{section}.{name}: {wanted} in the configuration, {found} in {directory}"
+                )
+    if differences:
+        raise ConversionError(
+            "the configuration describes another model; change these keys:\n  "
+            + "\n  ".join(differences)
+        )
+    validate_model(config.model)
+    return config
+
+
+def _lossless(tensors: dict[str, LazyTensor]) -> str:
+    """The narrowest precision that keeps every bit of weights in 32 bit or less."""
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if name not in position_tables.NAMES}
+    return "bf16" if dtypes == {torch.bfloat16} else "fp32"
+
+
+def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: ModelConfig) -> str:
+    """The path of the SentencePiece model, or "" if the directory has none and none is given."""
+    path = Path(given) if given is not None else Path(directory) / "tokenizer.model"
+    if given is None and not os.path.lexists(path):
+        return ""
+    try:
+        pieces = Tokenizer(path).vocab_size
+    except (OSError, ValueError) as error:
+        raise ConversionError(str(error)) from None
+    if pieces > stored.decoder.vocab_size:
+        raise ConversionError(
+            f"{path} has {pieces} pieces, the embedding only {stored.decoder.vocab_size} rows; "
+            "give the tokenizer of this model"
+        )
+    return str(path)
+
+
+def _layout(config: RunConfig) -> ParallelContext:
+    return ParallelContext(config, setup.initialize(ParallelConfig()))
+
+
+def weight_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight's shape, without memory for any."""
+    with torch.device("meta"):
+        return save_load.global_shapes([Owl2(_layout(config), config.model)])
+
+
+def _stored_grid(stored: ModelConfig, config: RunConfig) -> int | None:
+    same = stored.vision.grid_size == config.model.vision.grid_size
+    return None if same else stored.vision.grid_size

@@ -1,0 +1,306 @@
+"""The proof tool: what a checkpoint computes for given inputs, under any parallel layout.
+
+Loss and gradients come from the training step itself, so agreement with the released code's
+numbers covers the pipeline schedule and the gradient buffers too.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.convert.expand import Expanded, expand
+from megatron_owl2.convert.lazy_tensor import LazyTensor
+from megatron_owl2.convert.mapping import rules
+from megatron_owl2.convert.partition import gather
+from megatron_owl2.convert.safetensors_io import write_safetensors
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_owl2.errors import ConfigError, ConversionError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training import optimizer as optim
+from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.step import forward_backward
+
+_ONE_PROCESS = [
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.sequence=false",
+    "parallel.recompute=none",
+    "parallel.layers=[]",
+    "parallel.virtual_pipeline=1",
+    "parallel.context=1",
+    "kernels.backend=local",
+    "kernels.fp8=none",
+]
+
+
+def verify(
+    directory: str | Path,
+    inputs: dict[str, torch.Tensor],
+    overrides: list[str] = (),
+    *,
+    gradients: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Run a checkpoint on raw inputs of the released model; every rank calls it.
+
+    inputs: input_ids int64 [b, s] with -200 for an image, normalised float images [n, 3, H, W]
+    (see `expand` for their order; absent if there is no placeholder), and if wanted
+    attention_mask and labels [b, s] and images_per_placeholder [placeholders]; whole numbers may be
+    int32. `overrides` are `section.key=value`, of which parallel.* and train.precision matter.
+
+    Returns on rank 0, fp32 on the CPU: logits [b, s expanded, vocab] (those of padding mean
+    nothing), with labels the mean loss [1], and with `gradients` its `grad.<name in the released
+    model>` for every parameter; elsewhere {}. Raises ConversionError for inputs that do not fit
+    and ConfigError for a layout that the processes cannot carry.
+    """
+    return Verification(directory, overrides).run(inputs, gradients=gradients)
+
+
+class Verification:
+    """A checkpoint under one parallel layout, loaded at the first of any number of runs."""
+
+    def __init__(self, directory: str | Path, overrides: list[str] = ()):
+        self.directory = save_load.resolve(directory)
+        self.config = load_config(self.directory / "run.yaml", [*_ONE_PROCESS, *overrides])
+        validate_model(self.config.model)
+        parallel, world = self.config.parallel, _processes()
+        if world != parallel.tensor * parallel.pipeline:
+            raise ConfigError(
+                f"{world} processes, but parallel.tensor ({parallel.tensor}) x parallel.pipeline "
+                f"({parallel.pipeline}) = {parallel.tensor * parallel.pipeline}; start that many"
+            )
+        if parallel.virtual_pipeline > 1 or parallel.context > 1:
+            raise ConfigError(
+                "the proof is of one micro-batch with whole sequences; leave "
+                "parallel.virtual_pipeline and parallel.context at 1"
+            )
+
+    @property
+    def rank(self) -> int:
+        """This process's among all, known before there is a process group."""
+        return int(os.environ.get("RANK", "0"))
+
+    @cached_property
+    def model(self) -> Owl2:
+        """This rank's part."""
+        parallel = self.config.parallel
+        groups = setup.initialize(parallel)
+        model = Owl2(ParallelContext(self.config, groups), self.config.model).to(setup.device())
+        save_load.load_weights(self.directory, [model])
+        return model
+
+    @cached_property
+    def _wrapped(self) -> DistributedDataParallel:
+        (wrapped,) = optim.wrap_ddp([self.model], overlap=False)
+        return wrapped
+
+    def run(
+        self, inputs: dict[str, torch.Tensor], *, gradients: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """What `verify` returns for these inputs."""
+        if gradients and "labels" not in inputs:
+            raise ConversionError("gradients need labels among the inputs")
+        config = self.config
+        multiple = config.parallel.tensor if config.parallel.sequence else 1
+        expanded, length = _expand(inputs, config, multiple)
+        _settle(config, expanded)
+        batch = _batch(inputs, expanded, config).to(setup.device())
+
+        results = {}
+        logits = _forward(config, self.model, batch, None)
+        if logits is not None:
+            results["logits"] = logits[:, :length]
+        if "labels" in inputs:
+            losses = _forward(config, self.model, batch, batch.labels)
+            if losses is not None:
+                mean = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+                results["loss"] = mean.reshape(1)
+        if gradients:
+            self._wrapped.zero_grad_buffer()
+            forward_backward(config, [self._wrapped], iter([batch]), 1)
+            results |= _gradients(self.model)
+        return _collect(results, self.model)
+
+
+def read_inputs(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; raises ConversionError if it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Write the tensors as safetensors; the file appears when complete."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(partial, {n: LazyTensor.of(t) for n, t in results.items()})
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _expand(
+    inputs: dict[str, torch.Tensor], config: RunConfig, multiple_of: int
+) -> tuple[Expanded, int]:
+    """The expanded inputs, and their length without what sequence parallelism adds."""
+    vocab, limit = config.model.decoder.vocab_size, config.model.decoder.max_positions
+    if "input_ids" not in inputs:
+        raise ConversionError("the inputs must hold input_ids [b, s]")
+    ids = _whole_numbers(inputs, "input_ids", "b", "s")
+    labels = _whole_numbers(inputs, "labels", "b", "s")
+    counts = _whole_numbers(inputs, "images_per_placeholder", "placeholders")
+    wrong = ids[((ids < 0) | (ids >= vocab)) & (ids != IMAGE_TOKEN_ID)]
+    if len(wrong):
+        raise ConversionError(
+            f"input_ids holds {wrong[0]}, which is neither below {vocab} nor {IMAGE_TOKEN_ID}"
+        )
+    wrong = [] if counts is None else counts[(counts < 1) | (counts > limit)]
+    if len(wrong):
+        raise ConversionError(
+            f"images_per_placeholder holds {wrong[0]}, which is not from 1 to {limit}"
+        )
+    for name in ("attention_mask", "labels"):
+        if name in inputs and inputs[name].shape != ids.shape:
+            raise ConversionError(
+                f"{name} is {list(inputs[name].shape)}, input_ids {list(ids.shape)}"
+            )
+    try:
+        expanded = expand(
+            ids,
+            config.model.tokens_per_image,
+            attention_mask=inputs.get("attention_mask"),
+            labels=labels,
+            images_per_placeholder=None if counts is None else counts.tolist(),
+            multiple_of=multiple_of,
+        )
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    if labels is not None:
+        if ((labels >= vocab) | (labels < 0) & (labels != IGNORE_INDEX)).any():
+            raise ConversionError(f"labels must be below {vocab}, or {IGNORE_INDEX}")
+        if not (expanded.labels != IGNORE_INDEX).any():
+            raise ConversionError("labels leave nothing to predict: all of them are ignored")
+    length = int(expanded.lengths.max())
+    if length > limit:
+        raise ConversionError(f"a row expands to {length} positions, the decoder has {limit}")
+    return expanded, length
+
+
+def _whole_numbers(inputs: dict[str, torch.Tensor], name: str, *axes: str) -> torch.Tensor | None:
+    """An input of whole numbers as int64, or None if it is absent."""
+    found = inputs.get(name)
+    if found is None:
+        return None
+    whole = found.dtype in (torch.int64, torch.int32)
+    if not whole or found.ndim != len(axes) or found.numel() == 0:
+        raise ConversionError(
+            f"{name} must be int64 or int32 [{', '.join(axes)}] and not empty; found "
+            f"{found.dtype} {list(found.shape)}"
+        )
+    return found.long()
+
+
+def _settle(config: RunConfig, expanded: Expanded) -> None:
+    """Fit the configuration to the inputs and check that the layout can carry them."""
+    rows, length = expanded.tokens.shape
+    config.data.sequence_length = length
+    config.train.micro_batch_size = config.train.global_batch_size = rows
+    validate_parallel(config, _processes())
+
+
+def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfig) -> Batch:
+    size, order = config.model.vision.image_size, expanded.image_order
+    images = inputs.get("images")
+    if images is None and len(expanded.vision_token_index) == 0:
+        images = torch.zeros(len(order), 3, size, size)  # of no effect, as no row is theirs
+    found = None if images is None else list(images.shape)
+    if found != [len(order), 3, size, size] or not images.is_floating_point():
+        raise ConversionError(
+            f"images must be normalised floats [{len(order)}, 3, {size}, {size}]: one for each "
+            f"placeholder and one for each row without; found "
+            f"{'none' if images is None else f'{images.dtype} {found}'}"
+        )
+    if not images.float().isfinite().all():
+        raise ConversionError("images hold NaN or infinity")
+    return Batch(
+        tokens=expanded.tokens,
+        labels=expanded.labels,
+        loss_mask=(expanded.labels != IGNORE_INDEX).float(),
+        modality=expanded.modality,
+        position_ids=expanded.position_ids,
+        image=images[order],
+        vision_token_index=expanded.vision_token_index,
+        lengths=expanded.lengths,
+        slots=torch.arange(len(expanded.tokens)),
+        sources=torch.zeros(len(expanded.tokens), dtype=torch.int64),
+        keys=[str(row) for row in range(len(expanded.tokens))],
+    )
+
+
+def _forward(
+    config: RunConfig, model: Owl2, batch: Batch, labels: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Logits, or with labels the losses, on the last stage; None before it."""
+
+    def step(batches, model):
+        b = next(batches)
+        output = model(b.tokens, b.image, b.vision_token_index, b.modality, b.position_ids, labels)
+        return output, lambda output, non_loss_data: output
+
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([batch]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=config.data.sequence_length,
+            micro_batch_size=config.train.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return results[0] if model.post_process else None
+
+
+def _gradients(model: Owl2) -> dict[str, torch.Tensor]:
+    """`grad.<name>` of this stage's parameters, whole."""
+    parameters, found = dict(model.named_parameters()), {}
+    for rule in rules("owl2", model.model):
+        if rule.ours in parameters:
+            parameter = parameters[rule.ours]
+            parts = rule.transform.split(gather(parameter.main_grad, parameter, model.context))
+            found |= {f"grad.{n}": part for n, part in zip(rule.theirs, parts, strict=True)}
+    return found
+
+
+def _collect(results: dict[str, torch.Tensor], model: Owl2) -> dict[str, torch.Tensor]:
+    """Everything the pipeline stages found, on rank 0; {} elsewhere."""
+    results = {name: t.detach().float().cpu().contiguous() for name, t in results.items()}
+    stages = model.context.groups.pp
+    if stages.size() == 1:
+        return results if torch.distributed.get_rank() == 0 else {}
+    gathered = [None] * stages.size()
+    torch.distributed.all_gather_object(gathered, results, group=stages)
+    if torch.distributed.get_rank() != 0:
+        return {}
+    return {name: tensor for stage in gathered for name, tensor in stage.items()}

@@ -1,0 +1,158 @@
+"""Random access to the samples of a finished data set, wherever its shards lie."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_owl2.config.schema import DataConfig
+from megatron_owl2.data.sampling.shuffle import BLOCK_SIZE
+from megatron_owl2.data.shards.manifest import MANIFEST, parse_manifest
+from megatron_owl2.data.shards.records import Record
+from megatron_owl2.data.shards.tar import unpack_sample
+from megatron_owl2.data.shards.writer import INDEX, SUMS, checksum, load_index
+from megatron_owl2.data.storage import StorageOptions, open_storage
+from megatron_owl2.errors import BadSampleError, ShardError, StorageMissing
+
+_MAX_CHUNKS = 4096  # whose part of the index is kept: 4 kB each
+
+
+_GIB = 2**30
+
+
+class _Chunk(NamedTuple):
+    """The part of a shard's index that a run of BLOCK_SIZE samples needs."""
+
+    first: int
+    offsets: np.ndarray
+    sums: np.ndarray
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return int(self.offsets[0]), int(self.offsets[-1])
+
+
+class ShardedDataset:
+    """The records of a data set: a folder, or a URL that fsspec knows.
+
+    Raises ShardError if the manifest is missing or damaged, StorageError if it cannot be read.
+    Safe to copy into forked workers.
+    """
+
+    def __init__(self, location: str, options: StorageOptions | None = None):
+        self.location = str(location)
+        self.storage = open_storage(self.location, options or StorageOptions())
+        manifest = self._read_manifest()
+        self.fingerprint: str = manifest["fingerprint"]
+        self.shards: list[dict] = manifest["shards"]
+        self.sizes: list[int] = [row["samples"] for row in self.shards]
+        self._chunks: OrderedDict[tuple[int, int], _Chunk] = OrderedDict()
+        self._checked: set[int] = set()
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def read(self, shard_index: int, sample_index: int) -> Record:
+        """One record. Raises BadSampleError if this sample is damaged, ShardError if its shard
+        differs from the manifest and StorageError if it cannot be read; all name the file."""
+        chunk = self._chunk(shard_index, sample_index)
+        name, number = self.shards[shard_index]["name"], sample_index - chunk.first
+        start, stop = int(chunk.offsets[number]), int(chunk.offsets[number + 1])
+        data = self.storage.read(name, start, stop, chunk.extent)
+        try:
+            if checksum(data) != chunk.sums[number]:
+                # What lies in a cache may have been damaged there.
+                self.storage.drop(name, *chunk.extent)
+                data = self.storage.read(name, start, stop, chunk.extent)
+                if checksum(data) != chunk.sums[number]:
+                    raise BadSampleError("its bytes do not match their checksum")
+            return Record.from_members(*unpack_sample(data))
+        except BadSampleError as error:
+            where = f"{self._path(shard_index)} at byte {start}"
+            raise BadSampleError(f"{where}: {error}") from None
+
+    def prefetch(self, shard_index: int, sample_index: int) -> None:
+        """Have the chunk of a sample fetched in the background, its part of the index at once."""
+        chunk = self._chunk(shard_index, sample_index)
+        self.storage.prefetch(self.shards[shard_index]["name"], *chunk.extent)
+
+    def range_of(self, shard_index: int, sample_index: int) -> tuple[int, int]:
+        """The byte offsets in its shard at which a sample starts and ends."""
+        chunk = self._chunk(shard_index, sample_index)
+        number = sample_index - chunk.first
+        return int(chunk.offsets[number]), int(chunk.offsets[number + 1])
+
+    def close(self) -> None:
+        """Close every file; reading opens them again."""
+        self.storage.close()
+
+    def _path(self, shard_index: int) -> str:
+        return f"{self.location.rstrip('/')}/{self.shards[shard_index]['name']}"
+
+    def _chunk(self, shard_index: int, sample_index: int) -> _Chunk:
+        row = self.shards[shard_index]
+        if not 0 <= sample_index < row["samples"]:
+            raise IndexError(f"sample {sample_index} of {row['samples']} in {row['name']}")
+        first = sample_index - sample_index % BLOCK_SIZE
+        chunk = self._chunks.get((shard_index, first))
+        if chunk is not None:
+            self._chunks.move_to_end((shard_index, first))
+            return chunk
+        self._check_size(shard_index)
+        offsets, sums = self._load_index(shard_index)
+        stop = min(first + BLOCK_SIZE, row["samples"])
+        chunk = _Chunk(first, offsets[first : stop + 1].copy(), sums[first:stop].copy())
+        while len(self._chunks) >= _MAX_CHUNKS:
+            self._chunks.popitem(last=False)
+        self._chunks[shard_index, first] = chunk
+        return chunk
+
+    def _load_index(self, shard_index: int) -> tuple[np.ndarray, np.ndarray]:
+        row, path = self.shards[shard_index], self._path(shard_index)
+        name, samples = row["name"], row["samples"]
+        sizes = {name + INDEX: 8 * (samples + 1), name + SUMS: 8 * samples}
+
+        def read() -> list[bytes]:
+            return [self.storage.read(name, 0, size, (0, size)) for name, size in sizes.items()]
+
+        try:
+            return load_index(path, row, *read())
+        except ShardError:
+            # A cache may hold those of an older data set, or damaged ones.
+            for name, size in sizes.items():
+                self.storage.drop(name, 0, size)
+            return load_index(path, row, *read())
+
+    def _check_size(self, shard_index: int) -> None:
+        if shard_index in self._checked:
+            return
+        row = self.shards[shard_index]
+        size = self.storage.size(row["name"])
+        if size != row["bytes"]:
+            raise ShardError(
+                f"{self._path(shard_index)} has {size} bytes, its manifest says {row['bytes']}: "
+                "cut or replaced; copy or preprocess it again"
+            )
+        self._checked.add(shard_index)
+
+    def _read_manifest(self) -> dict:
+        try:
+            data = self.storage.read_file(MANIFEST)
+        except StorageMissing:
+            raise ShardError(
+                f"{self.location} holds no {MANIFEST}: not a data set, or its writing did not "
+                "finish; make it with tools/preprocess_data.py"
+            ) from None
+        return parse_manifest(data, f"{self.location.rstrip('/')}/{MANIFEST}")
+
+
+def open_sources(config: DataConfig) -> list[ShardedDataset]:
+    """The data sets of `config.sources`; raises what ShardedDataset does."""
+    storage = config.storage
+    options = StorageOptions(
+        cache=storage.cache,
+        cache_bytes=round(storage.cache_gib * _GIB),
+        attempts=storage.attempts,
+        timeout=storage.timeout,
+    )
+    return [ShardedDataset(source.path, options) for source in config.sources]

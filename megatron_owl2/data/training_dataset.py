@@ -1,0 +1,124 @@
+"""The training stream: slots in order, read, decoded, tokenised; the bad substituted and listed.
+
+A slot's sample is a pure function of the data, the seed and the slot. So any worker may build any
+micro-batch, ranks that share a data-parallel index build equal ones, and resuming is a seek.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_owl2.config.schema import DataConfig
+from megatron_owl2.data import images
+from megatron_owl2.data.batch import BadSample, Batch, Cost, collate
+from megatron_owl2.data.conversation import Sample, build_sample
+from megatron_owl2.data.sampling.keyed_random import KeyedRandom
+from megatron_owl2.data.sampling.phases import Phase, order_seed
+from megatron_owl2.data.sampling.prefetch import Prefetcher
+from megatron_owl2.data.sampling.shuffle import ShuffleOrder
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import BadSampleError, ConfigError, DataError
+
+SUBSTITUTES = 8  # how many other samples are tried for a slot
+_AUGMENT = 16  # keeps the crops' keys apart from the order's
+
+
+class TrainingDataset(Dataset):
+    """Maps slots to samples and lists of slots to batches; holds no position.
+
+    `phase` says where the order of these data sets starts. With `decode_images=False` pictures are
+    decoded and thrown away: a rank that needs no pixels must substitute exactly what the ranks with
+    pixels substitute, and only decoding tells. Raises ConfigError for an impossible mixture.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        datasets: Sequence[ShardedDataset],
+        phase: Phase,
+        tokenizer: Tokenizer,
+        tokens_per_image: int,
+        image_size: int,
+        decode_images: bool = True,
+    ):
+        self.datasets = datasets
+        weights = [source.weight for source in config.sources]
+        sizes = [dataset.sizes for dataset in datasets]
+        try:
+            self.order = ShuffleOrder(sizes, weights, order_seed(config.seed, phase.number))
+        except ValueError as error:
+            raise ConfigError(f"data.sources: {error}") from None
+        self._first_slot = phase.start_slot
+        self._config = config
+        self._tokenizer = tokenizer
+        self._tokens_per_image = tokens_per_image
+        self._image_size = image_size
+        self._decode_images = decode_images
+        self._prefetcher = Prefetcher(self.datasets, self.order)
+
+    def __getitem__(self, slots: list[int]) -> Batch:
+        """The batch of these slots. Raises DataError if a slot and all substitutes are bad,
+        ShardError if a shard is not what its manifest says, StorageError if it cannot be read."""
+        bad: list[BadSample] = []
+        cost = Cost(retries=-self._retries())
+        samples = [self.sample(slot, bad, cost) for slot in slots]
+        batch = collate(samples, self._image_size if self._decode_images else 0)
+        cost.retries += self._retries()
+        batch.bad_samples, batch.cost = bad, cost
+        return batch
+
+    def sample(self, slot: int, bad: list[BadSample], cost: Cost) -> Sample:
+        """The sample of a slot or its first usable substitute; the unusable are added to `bad`,
+        bytes and seconds to `cost`."""
+        place = slot - self._first_slot
+        self._prefetcher.at(place)
+        for attempt in range(1 + SUBSTITUTES):
+            source, shard, index = self.order.sample_at(place, attempt)
+            dataset = self.datasets[source]
+            key = None
+            try:
+                started = time.perf_counter()
+                record = dataset.read(shard, index)
+                cost.read_seconds += time.perf_counter() - started
+                cost.bytes += len(record.image or b"")
+                key = record.key
+                sample = build_sample(
+                    record, self._tokenizer, self._tokens_per_image, self._config.sequence_length
+                )
+                if record.image is not None:
+                    started = time.perf_counter()
+                    sample.image = self._picture(record.image, slot)
+                    cost.decode_seconds += time.perf_counter() - started
+            except BadSampleError as error:
+                name, (offset, _) = dataset.shards[shard]["name"], dataset.range_of(shard, index)
+                bad.append(BadSample(slot, key, source, dataset.location, name, offset, str(error)))
+            except Exception as error:
+                error.add_note(f"slot {slot}: sample {index} of {dataset.shards[shard]['name']}")
+                raise
+            else:
+                sample.slot, sample.key, sample.source = slot, record.key, source
+                return sample
+        tried = "".join(f"\n  {entry.reason}" for entry in bad if entry.slot == slot)
+        raise DataError(
+            f"slot {slot}: its sample and {SUBSTITUTES} substitutes are all unusable:{tried}"
+        )
+
+    def close(self) -> None:
+        """End what looks ahead; the stream can be used again."""
+        self._prefetcher.close()
+
+    def _retries(self) -> int:
+        own = sum(dataset.storage.counters["retries"] for dataset in self.datasets)
+        return int(own) + self._prefetcher.retries
+
+    def _picture(self, data: bytes, slot: int) -> torch.Tensor:
+        image = images.decode(data)
+        if not self._decode_images:
+            return torch.empty(3, 0, 0, dtype=torch.uint8)
+        if not self._config.augment:
+            return images.resize_square(image, self._image_size)
+        random = KeyedRandom(self._config.seed, _AUGMENT, slot)
+        return images.augment(image, self._image_size, random)

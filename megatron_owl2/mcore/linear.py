@@ -1,0 +1,97 @@
+"""Tensor-parallel linears and the vocabulary embedding, on megatron-core's.
+
+A linear takes [..., in] and returns [..., out]; megatron-core's own return a bias beside it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+
+from megatron_owl2.mcore.parallel import ParallelContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """Sizes and options of one linear, whichever kernels compute it.
+
+    `sequence_parallel`: input (column) or output (row) is split along the sequence, if the run
+    splits sequences. `share_input`: the input comes from `ParallelContext.copy_to_tensor_parallel`
+    and is read by other linears too. `stride`: the weight is so many equal blocks, each split over
+    the ranks (2 for gate and up). The last two are for column linears.
+    """
+
+    inputs: int
+    outputs: int
+    bias: bool = False
+    init_std: float
+    sequence_parallel: bool = False
+    share_input: bool = False
+    stride: int = 1
+
+    def __post_init__(self):
+        if self.share_input and self.sequence_parallel:
+            raise ValueError("a shared input was gathered already; leave out sequence_parallel")
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """y = x W^T + b with W [out, in] split by rows over the tensor-parallel ranks."""
+
+    def __init__(self, context: ParallelContext, spec: LinearSpec):
+        super().__init__(
+            spec.inputs,
+            spec.outputs,
+            config=context.transformer if spec.sequence_parallel else context.replicated,
+            init_method=normal_init(spec.init_std),
+            bias=spec.bias,
+            stride=spec.stride,
+            disable_grad_reduce=spec.share_input,
+            tp_group=context.groups.tp,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """y = x W^T + b with x [..., in/tp] and W [out, in] split by columns; summed over the ranks."""
+
+    def __init__(self, context: ParallelContext, spec: LinearSpec):
+        super().__init__(
+            spec.inputs,
+            spec.outputs,
+            config=context.transformer if spec.sequence_parallel else context.replicated,
+            init_method=normal_init(spec.init_std),
+            bias=spec.bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=context.groups.tp,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class VocabEmbedding(VocabParallelEmbedding):
+    """Token ids [b, s] to embeddings [b, s, h], the vocabulary split over the ranks."""
+
+    def __init__(
+        self, context: ParallelContext, vocab_size: int, hidden_size: int, *, init_std: float
+    ):
+        super().__init__(
+            vocab_size,
+            hidden_size,
+            init_method=normal_init(init_std),
+            config=context.replicated,
+            tp_group=context.groups.tp,
+        )
+
+
+def normal_init(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Initialisation of a weight from a normal distribution with mean 0 and the given deviation."""
+    return lambda weight: torch.nn.init.normal_(weight, mean=0.0, std=std)

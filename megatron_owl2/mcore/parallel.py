@@ -1,0 +1,174 @@
+"""Parallel context of a rank: megatron-core's configuration and process groups, and its collectives."""
+
+import copy
+import importlib.util
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.mcore import context_parallel
+from megatron_owl2.mcore.setup import on_cpu
+
+
+def layers_per_stage(config: RunConfig) -> list[int]:
+    """How many decoder layers each stage has, in the order of the layers.
+
+    Stage n is chunk n // pipeline of pipeline rank n % pipeline.
+    """
+    if config.parallel.layers:
+        return list(config.parallel.layers)
+    stages = config.parallel.pipeline * config.parallel.virtual_pipeline
+    return [config.model.decoder.num_layers // stages] * stages
+
+
+def fused_gradients_found() -> bool:
+    """Whether apex's kernel is there that adds weight gradients to their buffer in the GEMM."""
+    return not on_cpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+# Transformer Engine's own choice for every recipe (common/recipe): one scale for a whole tensor
+# leaves gradients the wider e5m2, scales per block the finer e4m3 throughout.
+_FP8_FORMAT = {
+    "none": None,
+    "tensorwise": "hybrid",
+    "delayed": "hybrid",
+    "blockwise": "e4m3",
+    "mxfp8": "e4m3",
+}
+
+
+class ParallelContext:
+    """What a module must know to build its share: megatron-core's config and process groups.
+
+    `transformer` is the TransformerConfig of the decoder, which the pipeline schedules and the
+    gradient buffers read; ViT and abstractor run without sequence parallelism, so their linears
+    take the copy `replicated`. `fuses_gradients` has the GEMMs of weight gradients add to the
+    buffers of the optimizer, where the backend or apex has the kernel for it; not under full
+    recomputation, where a linear gets its weight back without the marks that tell the gradient
+    buffers of it (saved-tensor hooks return plain tensors), which end in an assertion.
+    """
+
+    def __init__(
+        self, config: RunConfig, groups: ProcessGroupCollection, *, fuses_gradients: bool = False
+    ):
+        decoder, parallel = config.model.decoder, config.parallel
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+        self.groups = groups
+        self.dtype = dtype
+        self.recompute = parallel.recompute
+        self.backend, self.fp8 = config.kernels.backend, config.kernels.fp8
+        self.fuses_gradients = fuses_gradients and parallel.recompute != "full"
+        self._layers = layers_per_stage(config)
+        interleaved = parallel.virtual_pipeline > 1
+        self.transformer = TransformerConfig(
+            num_layers=len(self._layers),  # for checks of even splits; ours need not be even
+            hidden_size=decoder.hidden_size,
+            num_attention_heads=decoder.num_heads,
+            num_query_groups=decoder.num_kv_heads,
+            ffn_hidden_size=decoder.ffn_size,
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+            # With two ranks a batch of sends would mix those to the next and to the previous stage.
+            overlap_p2p_comm=interleaved,
+            batch_p2p_comm=not interleaved,
+            context_parallel_size=parallel.context,
+            sequence_parallel=parallel.sequence,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            fp8=_FP8_FORMAT[self.fp8],
+            fp8_recipe="delayed" if self.fp8 == "none" else self.fp8,
+            fp8_amax_history_len=1024,
+            fp8_amax_compute_algo="max",  # one quiet micro-batch must not narrow the range
+            use_cpu_initialization=True,  # the same weights for every tensor-parallel size
+            calculate_per_token_loss=True,  # micro-batches differ in their number of targets
+            gradient_accumulation_fusion=self.fuses_gradients and fused_gradients_found(),
+            bias_activation_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            add_bias_linear=False,
+        )
+        self.replicated = copy.copy(self.transformer)
+        self.replicated.sequence_parallel = False
+
+    def layer_range(self, chunk: int) -> tuple[int, int, int]:
+        """Pipeline stage that model chunk `chunk` of this rank is, and its first and last + 1 layer."""
+        number = chunk * self.groups.pp.size() + self.groups.pp.rank()
+        return number, sum(self._layers[:number]), sum(self._layers[: number + 1])
+
+    @property
+    def num_stages(self) -> int:
+        """How many parts the decoder is cut into, over pipeline ranks and chunks."""
+        return len(self._layers)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.transformer.sequence_parallel
+
+    def copy_to_tensor_parallel(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring [s/tp, b, h] (or [s, b, h]) to every tensor-parallel rank, once for all readers.
+
+        The backward pass sums the readers' gradients over the ranks, by reduce-scatter under
+        sequence parallelism and all-reduce without. Readers are ColumnLinears that `share_input`.
+        """
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=True, group=self.groups.tp
+            )
+        return copy_to_tensor_model_parallel_region(x, group=self.groups.tp)
+
+    def split_context(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part [s/cp, b, h] of [s, b, h] under context parallelism; else x."""
+        size = self.groups.cp.size()
+        if size == 1:
+            return x
+        places = context_parallel.positions(len(x), self.groups.cp.rank(), size, x.device)
+        return x.index_select(0, places)
+
+    def gather_context(self, x: torch.Tensor) -> torch.Tensor:
+        """[s/cp, ...] of all context-parallel ranks one after the other; the backward pass sums."""
+        return gather_from_sequence_parallel_region(
+            x, tensor_parallel_output_grad=True, group=self.groups.cp
+        )
+
+    def split_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part [s/tp, b, h] of [s, b, h] under sequence parallelism; else x."""
+        if not self.sequence_parallel:
+            return x
+        return scatter_to_sequence_parallel_region(x, group=self.groups.tp)
+
+    def sequence_slice(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x [s, ...] that belong to this rank, for tensors without gradient."""
+        if not self.sequence_parallel:
+            return x
+        return x.chunk(self.tensor_parallel_size, dim=0)[self.groups.tp.rank()]
+
+    def sum_over_tensor_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum x over the tensor-parallel ranks, in the forward and in the backward pass."""
+        total = reduce_from_tensor_model_parallel_region(x, group=self.groups.tp)
+        return copy_to_tensor_model_parallel_region(total, group=self.groups.tp)
+
+    def gather_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Concatenate x [..., n/tp] over the tensor-parallel ranks to [..., n]."""
+        return gather_from_tensor_model_parallel_region(x, group=self.groups.tp)
+
+    def mark_sequence_parallel(self, *parameters: torch.nn.Parameter) -> None:
+        """Have the gradients of replicated parameters that see s/tp rows summed over the ranks."""
+        for parameter in parameters:
+            parameter.sequence_parallel = self.sequence_parallel

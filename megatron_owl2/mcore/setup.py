@@ -1,0 +1,102 @@
+"""Set-up of a process for megatron-core: environment, warnings, CPU stand-in, process groups.
+
+Importing this package changes nothing. Entry points call `setup` before anything imports
+megatron.core, and `initialize` calls it for everybody else.
+"""
+
+import os
+import sys
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.mcore import cpu
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+# What megatron-core 0.16 says of itself under newer versions of torch is nothing users can mend.
+_KNOWN_WARNINGS = (
+    "full scope is deprecated",
+    "Apex is not installed",
+    "The following imports from `dynamic_context.py`",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "TypedStorage is deprecated",
+)
+
+
+def setup() -> None:
+    """Prepare this process for megatron-core, once; later calls do nothing.
+
+    Without a GPU the CPU stands in for CUDA (mcore/cpu.py). Called before megatron.core is
+    imported it also saves the seconds that its compiled helpers take to set up.
+    """
+    if getattr(setup, "done", False):
+        return
+    setup.done = True
+    # One queue per device keeps communication ahead of the GEMM it overlaps with; CUDA reads it
+    # once, at its first call.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if on_cpu():
+        cpu.apply(compiled_already="megatron.core" in sys.modules)
+        # Kernels that only exist for GPUs are not missed.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def on_cpu() -> bool:
+    """Whether the CPU stands in for CUDA: torch sees no GPU."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device, or the CPU where there is no GPU."""
+    return torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> "ProcessGroupCollection":
+    """Join the process group torchrun describes (NCCL, or gloo on CPU) and lay out the ranks.
+
+    Outside torchrun a group of one process is made. A rank that waits for another longer than
+    `timeout_minutes` fails. Returns megatron-core's process groups.
+    """
+    setup()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if not torch.distributed.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        alone = {}
+        if "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+            alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group(
+            "gloo" if on_cpu() else "nccl",
+            timeout=timedelta(minutes=timeout_minutes),
+            **alone,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        interleaved = parallel.virtual_pipeline > 1
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=timeout_minutes,
+            # Nobody answers in a fake group (planner/fake_process_groups.py), over gloo neither.
+            create_gloo_process_groups=torch.distributed.get_backend() != "fake",
+        )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def shutdown() -> None:
+    """Leave the process groups; for tests and tools that build several layouts in one process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

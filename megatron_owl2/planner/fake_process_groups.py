@@ -1,0 +1,29 @@
+"""A process group of any size in one process, in which nobody answers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.mcore import setup
+
+
+@contextmanager
+def fake_process_groups(
+    parallel: ParallelConfig, ranks: int, rank: int
+) -> Iterator[ProcessGroupCollection]:
+    """Be `rank` of `ranks` for a while: megatron-core's process groups, over torch's fake backend.
+
+    Collectives return at once and leave their outputs as they are. Raises RuntimeError where the
+    process has a group already.
+    """
+    if torch.distributed.is_initialized():
+        raise RuntimeError("this process is in a process group already; plan in one that is not")
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield setup.initialize(parallel)
+    finally:
+        setup.shutdown()

@@ -1,0 +1,211 @@
+"""Parameters, gradients and optimizer states of every rank, to the byte.
+
+What one rank holds follows from the names, sizes and splits of the whole model, which is built
+once without storage, and from how megatron-core lays out its gradient buffers.
+"""
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_owl2.config.schema import KernelConfig, ParallelConfig, RunConfig
+from megatron_owl2.mcore.parallel import ParallelContext, layers_per_stage
+from megatron_owl2.model.owl2 import Owl2, build
+from megatron_owl2.planner.fake_process_groups import fake_process_groups
+from megatron_owl2.training import parameter_groups
+
+BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the whole model; `split`: over the tensor-parallel ranks."""
+
+    name: str
+    numel: int
+    split: bool
+    trained: bool
+
+    def local(self, tensor: int) -> int:
+        """Its numbers on one of `tensor` ranks."""
+        return self.numel // tensor if self.split else self.numel
+
+    @property
+    def of_kernels(self) -> bool:
+        """Whether a linear of `kernels.backend` computes with it."""
+        return self.name.startswith("decoder.") and ".linear_" in self.name
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes that a rank holds from the first step to the last.
+
+    `optimizer` is that of the data-parallel rank with most; they share buffers, not parameters, and
+    padding has no state. `copies` are weights in FP8, which Transformer Engine keeps from the first
+    micro-batch of a step on, for both passes. `buffer` is how many numbers the gradient buffers
+    have, with padding.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    copies: int
+    buffer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.copies
+
+
+def with_local_kernels(config: RunConfig) -> RunConfig:
+    """The run with torch's kernels, which have the same parameters and run everywhere."""
+    return replace(config, kernels=KernelConfig())
+
+
+def model_weights(config: RunConfig) -> list[Weight]:
+    """Every parameter of the model in its order, from the model itself on the meta device."""
+    whole = replace(with_local_kernels(config), parallel=ParallelConfig())
+    with fake_process_groups(whole.parallel, 1, 0) as groups:
+        (model,) = _on_meta(whole, groups)
+        return [
+            Weight(
+                name,
+                parameter.numel(),
+                getattr(parameter, "tensor_model_parallel", False),
+                parameter_groups.is_trainable(name, config.stage),
+            )
+            for name, parameter in model.named_parameters()
+        ]
+
+
+def chunks(config: RunConfig, weights: Sequence[Weight]) -> list[list[Weight]]:
+    """The weights of every stage, in the order of the stages (layers_per_stage)."""
+    ends = list(itertools.accumulate(layers_per_stage(config)))
+    found = [[] for _ in ends]
+    for weight in weights:
+        begin, *rest = weight.name.split(".")
+        if begin == "decoder":
+            stage = bisect.bisect_right(ends, int(rest[1]))
+        else:
+            stage = len(ends) - 1 if begin in ("final_norm", "output_layer") else 0
+        found[stage].append(weight)
+    return found
+
+
+def static_memory(
+    config: RunConfig, world_size: int, weights: Sequence[Weight]
+) -> list[StaticMemory]:
+    """What the ranks of every pipeline rank hold."""
+    parallel, size = config.parallel, BYTES[config.train.precision]
+    shards = world_size // (parallel.tensor * parallel.pipeline)  # data x context ranks
+    # The optimizer works on fp32 weights of its own beside two moments, unless they are fp32.
+    state = 12 if size == 2 else 8
+    # A byte as it is and one transposed, which not every GPU and recipe need (module/linear.py).
+    copied = 0 if config.kernels.fp8 == "none" else 2
+    cut = chunks(config, weights)
+    found = []
+    for rank in range(parallel.pipeline):
+        frozen = buffer = copies = 0
+        own = np.zeros(shards, dtype=np.int64)
+        for chunk in range(parallel.virtual_pipeline):
+            here = cut[chunk * parallel.pipeline + rank]
+            frozen += sum(w.local(parallel.tensor) for w in here if not w.trained)
+            copies += sum(w.local(parallel.tensor) for w in here if w.of_kernels) * copied
+            limit = _bucket_size(config, shards) if rank == chunk == 0 else None
+            sizes = [w.local(parallel.tensor) for w in here if w.trained]
+            for start, end, places in _buckets(sizes, limit, shards):
+                own += _of_each_rank(start, end, places, shards)
+                buffer = buffer + end - start
+        found.append(
+            StaticMemory(
+                parameters=(frozen + buffer) * size,
+                gradients=buffer * 4,
+                optimizer=int(own.max()) * state,
+                copies=copies,
+                buffer=buffer,
+            )
+        )
+    return found
+
+
+def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]) -> str:
+    """Build the model of every pipeline rank on the meta device among `world_size` ranks.
+
+    Returns a sentence about what was found: every weight in exactly one stage, in the order and of
+    the size that the plan counts with. Raises RuntimeError naming the first that is not.
+    """
+    parallel = config.parallel
+    cut = chunks(config, weights)
+    local = whole = 0
+    for rank in range(parallel.pipeline):
+        # The first rank of this stage: ranks count tensor first, then context, data, pipeline.
+        first = world_size // parallel.pipeline * rank
+        with fake_process_groups(parallel, world_size, first) as groups:
+            for chunk, model in enumerate(_on_meta(with_local_kernels(config), groups)):
+                number = chunk * parallel.pipeline + rank
+                planned = cut[number]
+                built = [(name, p.numel()) for name, p in model.named_parameters()]
+                expected = [(w.name, w.local(parallel.tensor)) for w in planned]
+                for found, wanted in itertools.zip_longest(built, expected):
+                    if found != wanted:
+                        raise RuntimeError(f"stage {number} has {found}, the plan {wanted}")
+                local += sum(numel for _, numel in built)
+                whole += sum(w.numel for w in planned)
+    return (
+        f"sharding checked on the meta device for {world_size:,} ranks: {len(cut)} stages, "
+        f"{local:,} parameters on one tensor-parallel rank of each, {whole:,} in the model"
+    )
+
+
+def _on_meta(config: RunConfig, groups) -> list[Owl2]:
+    context = ParallelContext(config, groups)
+    with torch.device("meta"):
+        return build(context, config.model, config.parallel.virtual_pipeline)
+
+
+def _bucket_size(config: RunConfig, shards: int) -> int | None:
+    """Numbers after which the first chunk of the first rank begins another bucket (megatron-core,
+    distributed_data_parallel.py)."""
+    return max(40_000_000, 1_000_000 * shards) if config.parallel.overlap else None
+
+
+def _buckets(
+    sizes: Sequence[int], limit: int | None, shards: int
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Start and end of every bucket of a gradient buffer, and the places of its parameters.
+
+    The buffer holds the parameters from the last to the first, each at a multiple of 64 numbers;
+    buckets end at a multiple of 128 that all shards divide (megatron-core,
+    param_and_grad_buffer.py).
+    """
+    end = bucket_start = 0
+    places = []
+    for size in reversed(sizes):
+        start = _up(end, 64)
+        end = start + size
+        places.append((start, end))
+        if limit is not None and end - bucket_start >= limit:
+            end = _up(end, math.lcm(shards, 128))
+            yield bucket_start, end, places
+            bucket_start, places = end, []
+    if places:
+        yield bucket_start, _up(end, math.lcm(shards, 128)), places
+
+
+def _of_each_rank(start: int, end: int, places: list[tuple[int, int]], shards: int) -> np.ndarray:
+    """How many numbers of parameters every rank's equal share of a bucket holds, int64 [shards]."""
+    starts, ends = np.array(places).T
+    done = np.concatenate([[0], np.cumsum(ends - starts)])
+    cuts = start + (end - start) // shards * np.arange(shards + 1)
+    begun = np.searchsorted(starts, cuts, side="right")  # parameters that start below a cut
+    last_end = np.where(begun > 0, ends[begun - 1], 0)
+    return np.diff(done[begun] - np.maximum(last_end - cuts, 0))
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,176 @@
+"""What the evaluations of one model say together: a table per skill, with and without looking."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_owl2.errors import ReportError
+from megatron_owl2.evaluation.tasks import PREDICTIONS, SCORES, TASKS
+
+
+@dataclass
+class SkillScore:
+    """Percentages of one skill on one set; None where that evaluation was not given."""
+
+    accuracy: float | None = None
+    blind: float | None = None
+    majority: float | None = None
+    n: int = 0
+
+
+Scores = dict[str, dict[str, SkillScore]]  # set -> skill -> score
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question about a picture, as it was answered."""
+
+    picture: Path
+    skill: str
+    question: str
+    answer: str
+    gold: str
+    right: bool
+
+
+def named(option: str, arguments: Sequence[str]) -> list[tuple[str, Path]]:
+    """Split NAME=DIR arguments; raises ReportError naming the option."""
+    pairs = []
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not (name and equals and path):
+            raise ReportError(f"{option} {argument!r} must be NAME=DIR")
+        pairs.append((name, Path(path)))
+    return pairs
+
+
+def collect(evaluations: Sequence[tuple[str, Path]]) -> Scores:
+    """Scores per set and skill from (set name, evaluation directory) pairs.
+
+    A set may have several directories: one per task, and one more per task with black pictures.
+    Raises ReportError if one is missing, two are of the same kind, or a blind evaluation was not
+    asked the same number of questions.
+    """
+    scores: Scores = {}
+    for name, directory in evaluations:
+        result = _json(directory / SCORES)
+        for skill, row in result["skills"].items():
+            entry = scores.setdefault(name, {}).setdefault(skill, SkillScore())
+            kind = "blind" if result["blind"] else "accuracy"
+            if getattr(entry, kind) is not None:
+                raise ReportError(
+                    f"{directory}: set {name!r} has skill {skill!r} twice; give one of the "
+                    "evaluations another name"
+                )
+            if entry.n not in (0, row["n"]):
+                raise ReportError(
+                    f"{directory}: {row['n']} questions on {skill!r}, but {entry.n} in the other "
+                    f"evaluation of set {name!r}; evaluate both with the same --limit"
+                )
+            setattr(entry, kind, row["accuracy"])
+            entry.majority, entry.n = row["majority"], row["n"]
+    return scores
+
+
+def table(scores: Scores) -> str:
+    """One line per skill and set, the sets of a skill together; percent, `-` if not evaluated."""
+    skills = list(dict.fromkeys(skill for rows in scores.values() for skill in rows))
+    cells = [("skill", "set", "accuracy", "blind", "majority", "n")]
+    for skill in skills:
+        sets = [(name, rows[skill]) for name, rows in scores.items() if skill in rows]
+        for i, (name, row) in enumerate(sets):
+            percents = (_percent(v) for v in (row.accuracy, row.blind, row.majority))
+            cells.append(("" if i else skill, name, *percents, str(row.n)))
+    widths = [max(len(row[i]) for row in cells) for i in range(6)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of a run directory's metrics.jsonl; raises ReportError if none has a loss."""
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    rows = _json_lines(path)
+    if not any(_learnt(row) for row in rows):
+        raise ReportError(f"{path} holds no loss")
+    return rows
+
+
+def read_curve(run: Path) -> tuple[list[int], list[float]]:
+    """Steps and losses from a run directory's metrics.jsonl; raises ReportError if it has none."""
+    rows = [row for row in read_metrics(run) if _learnt(row)]
+    return [row["step"] for row in rows], [row["loss"] for row in rows]
+
+
+def _learnt(row: dict) -> bool:
+    """Whether there were targets and the loss was a number; a step without is skipped."""
+    return row["loss"] is not None and math.isfinite(row["loss"])
+
+
+def read_answers(evaluations: Sequence[tuple[str, Path]]) -> dict[str, list[Answer]]:
+    """The answers about pictures by set, blind evaluations left out; sets without any too."""
+    answers: dict[str, list[Answer]] = {}
+    for name, directory in evaluations:
+        result = _json(directory / SCORES)
+        if result["blind"]:
+            continue
+        field = TASKS[result["task"]].answer_field
+        for row in _json_lines(directory / PREDICTIONS):
+            if row["images"]:
+                answer = Answer(
+                    picture=Path(row["images"][0]),
+                    skill=row["skill"],
+                    question=row["question"],
+                    answer=row[field],
+                    gold=row["gold"],
+                    right=row["score"] >= 50,  # VQA accuracy has shades
+                )
+                answers.setdefault(name, []).append(answer)
+    return answers
+
+
+def pick(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """`count` answers for the eye: the skills in turn, spread evenly over each skill's questions.
+
+    Right or wrong plays no part in the choice; each is about another picture where there are
+    enough.
+    """
+    skills: dict[str, list[Answer]] = {}
+    for answer in answers:
+        skills.setdefault(answer.skill, []).append(answer)
+    chosen: list[Answer] = []
+    for i in range(min(count, len(answers))):
+        found = list(skills.values())[i % len(skills)]
+        start = round((i + 0.5) / count * len(found))
+        turn = [found[(start + k) % len(found)] for k in range(len(found))]
+        used = {answer.picture for answer in chosen}
+        chosen.append(next((a for a in turn if a.picture not in used), turn[0]))
+    return chosen
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path} does not exist; write it with tools/evaluate.py") from None
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be read: {error}") from None
+
+
+def _json_lines(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be read: {error}") from None

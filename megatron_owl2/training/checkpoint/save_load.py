@@ -1,0 +1,362 @@
+"""Checkpoints: megatron-core's distributed format in a directory that carries all it needs.
+
+`checkpoints/iter_0000100/` holds the sharded tensors (loadable under any parallel layout), the
+resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside its place and
+renamed when complete, so a directory of that name is whole; `checkpoints/latest` names the newest.
+
+No state of random generators is kept, for nothing draws from one during training: there is no
+dropout, and order, crops and flips of the data are functions of the seed and the slot.
+"""
+
+import itertools
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import (
+    make_sharded_tensor_for_checkpoint,
+    make_tp_sharded_tensor_for_checkpoint,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_owl2.config.load import load_config, save_config
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.errors import CheckpointError, CheckpointIOError
+from megatron_owl2.model import position_tables
+from megatron_owl2.model.layer_stack import weights as weights_of
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training.checkpoint.async_writer import Writing, raise_on_all_ranks
+from megatron_owl2.training.checkpoint.index import (
+    read_index,
+    stored_optimizer,
+    stored_weights,
+    unreadable,
+)
+from megatron_owl2.training.checkpoint.optimizer_state import (
+    allocate_optimizer_state,
+    load_optimizer_state,
+)
+from megatron_owl2.utils.files import put
+
+LATEST = "latest"
+_SEEN_WITHIN = 60.0  # seconds in which a node sees what another one has written
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Save:
+    """A checkpoint on its way into `directory` (an `iter_*` name or any other).
+
+    Made by all ranks together; from then on the model may change, for what is written are copies.
+    `chunks` are this rank's parts of the model. The tokenizer is copied from
+    `config.data.tokenizer`. Without optimizer and scheduler the checkpoint holds weights only.
+    Raises CheckpointIOError on all ranks if the disk refuses one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        chunks: Sequence[Owl2],
+        config: RunConfig,
+        *,
+        optimizer: MegatronOptimizer | None = None,
+        scheduler: OptimizerParamScheduler | None = None,
+        progress: dict | None = None,
+    ):
+        self.directory = Path(directory)
+        self._partial = _hidden(self.directory, "partial")
+        self._main = torch.distributed.get_rank() == 0
+        with raise_on_all_ranks(self.directory):
+            if self._main:
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir(parents=True)
+        weights = sharded_weights(chunks)
+        state = {"model": weights}
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
+            state["scheduler"] = scheduler.state_dict()
+        self._writing = Writing(state, self._partial)
+        with raise_on_all_ranks(self.directory):
+            if self._main:
+                write_companions(self._partial, config, progress or {})
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._writing.ended
+
+    def complete(self) -> None:
+        """Wait for the files of all ranks and give them their name, replacing what had it; all
+        ranks together. Raises CheckpointError on all ranks if one could not write."""
+        self._writing.finish()
+        with raise_on_all_ranks(self.directory):
+            if self._main:
+                read_index(self._partial)  # the folder of another node's disk would lack files
+                replaced = _hidden(self.directory, "removed")
+                shutil.rmtree(replaced, ignore_errors=True)
+                if self.directory.exists():
+                    self.directory.rename(replaced)
+                put(self._partial, self.directory)
+                shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save(directory: Path, *state, **more) -> None:
+    """`Save` a checkpoint and wait for it."""
+    Save(directory, *state, **more).complete()
+
+
+def _hidden(directory: Path, ending: str) -> Path:
+    return directory.with_name(f".{directory.name}.{ending}")
+
+
+def write_companions(partial: Path, config: RunConfig, progress: dict) -> None:
+    """Put what makes a checkpoint self-contained beside its tensors."""
+    save_config(config, partial / "run.yaml")
+    if config.data.tokenizer:  # weights converted from a directory without one have none
+        shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
+    (partial / "progress.json").write_text(json.dumps(progress, indent=1))
+
+
+def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
+    """Fill the model from a checkpoint, whatever layout it was saved under; strict, but for the
+    position tables that older checkpoints lack.
+
+    Raises CheckpointError listing every missing, unexpected or misshapen weight.
+    """
+    directory = resolve(directory)
+    weights = _stored_weights(directory, chunks)
+    _fill(chunks, _load(directory, {"model": weights})["model"])
+
+
+def load_training(
+    directory: Path,
+    chunks: Sequence[Owl2],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> None:
+    """Continue a run: weights, optimizer and schedule in place.
+
+    The settings of AdamW and the length of the schedule stay those of the configuration, which may
+    have changed; what trains, and the factors on the rate, must be the same (`parameter_groups.fingerprint`).
+    Raises CheckpointError listing what is missing, unexpected or misshapen.
+    """
+    directory = resolve(directory)
+    weights = _stored_weights(directory, chunks)
+    allocate_optimizer_state(optimizer)
+    state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
+    _compare_optimizer(directory, state)
+    _fill(chunks, _load(directory, {"model": weights})["model"])
+    # Only now: in fp32 these are the same numbers, of which the file may have weights in bf16.
+    loaded = _load(directory, {"optimizer": state})
+    configured = ("max_lr", "min_lr", "betas", "eps")  # the decay is the schedule's
+    settings = [{key: group[key] for key in configured} for group in optimizer.param_groups]
+    load_optimizer_state(optimizer, loaded["optimizer"])
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
+    scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _fill(chunks: Sequence[Owl2], loaded: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _weights(chunks):
+            if name in loaded:
+                tensor.copy_(loaded[name])
+
+
+def _load(directory: Path, template: dict) -> dict:
+    """Read what `template` names; all ranks together.
+
+    What a rank reads alone may raise RuntimeError where it is damaged; together with others that is
+    a rank that is lost, and goes on as what it is.
+    """
+    alone = (OSError, RuntimeError, ValueError, EOFError, UnpicklingError)
+    try:
+        dist_checkpointing.load_common_state_dict(str(directory))
+    except alone as error:
+        raise unreadable(directory, error) from error
+    try:
+        # What there is has been compared with the template already, without asking all ranks.
+        return dist_checkpointing.load(template, str(directory), validate_access_integrity=False)
+    except (OSError, CheckpointException, ValueError) as error:
+        raise unreadable(directory, error) from error
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the latest of a run or `checkpoints` directory.
+
+    Raises CheckpointError if there is none or it is not whole.
+    """
+    path = Path(path)
+    for folder in (path, path / "checkpoints"):
+        if (folder / LATEST).is_file():
+            path = folder / (folder / LATEST).read_text().strip()
+            break
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    if missing := _lacks(path):
+        raise CheckpointError(f"{path} is not a complete checkpoint: {', '.join(missing)} missing")
+    return path
+
+
+def _lacks(directory: Path) -> list[str]:
+    needed = (".metadata", "metadata.json", "common.pt", "run.yaml", "progress.json")
+    return [name for name in needed if not (directory / name).is_file()]
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run directory, or None for a run that has saved none.
+
+    All ranks together: rank 0 looks, and the others wait until they see it too, as nodes do later
+    on network disks. Raises CheckpointIOError if one does not.
+    """
+    shared = [None]
+    with raise_on_all_ranks(run):
+        if torch.distributed.get_rank() == 0 and (Path(run) / "checkpoints" / LATEST).is_file():
+            shared = [resolve(run)]
+    torch.distributed.broadcast_object_list(shared)
+    (found,) = shared
+    with raise_on_all_ranks(run):
+        deadline = time.monotonic() + _SEEN_WITHIN
+        while found is not None and _lacks(found):
+            if time.monotonic() > deadline:
+                raise CheckpointIOError(
+                    f"{found} is there for rank 0, but not on {socket.gethostname()}: "
+                    "train.output must lie on a disk that all nodes share"
+                )
+            time.sleep(0.2)
+    return found
+
+
+def read_config(directory: str | Path) -> RunConfig:
+    """The resolved configuration of the run that wrote the checkpoint, with its own tokenizer,
+    or "" if it was converted without one. Raises ConfigError for sizes that no model has."""
+    directory = resolve(directory)
+    config = load_config(directory / "run.yaml")
+    validate_model(config.model)
+    tokenizer = directory / "tokenizer.model"
+    config.data.tokenizer = str(tokenizer) if tokenizer.is_file() else ""
+    return config
+
+
+def read_progress(directory: str | Path) -> dict:
+    """What `Save` was given as progress. Raises CheckpointError if it is nothing or damaged."""
+    directory = resolve(directory)
+    try:
+        progress = json.loads((directory / "progress.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{directory / 'progress.json'} is damaged: {error}") from None
+    if not progress:
+        raise CheckpointError(
+            f"{directory} holds weights only, so no run can go on from it; start one with "
+            "stage.initial_checkpoint"
+        )
+    return progress
+
+
+def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Each local weight as its share of the whole model's, for megatron-core's checkpoints."""
+    groups = chunks[0].context.groups
+    where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
+    state = {}
+    for name, parameter in _weights(chunks):
+        if not getattr(parameter, "tensor_model_parallel", False):
+            state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **where)
+            continue
+        state[name] = make_tp_sharded_tensor_for_checkpoint(
+            parameter, name, parameter.partition_dim, **where
+        )
+        if parameter.partition_stride == 2:  # gate and up, each split over the ranks
+            state[name] = apply_swiglu_sharded_factory(state[name], ())
+    for number, share in enumerate(state.values()):  # each data-parallel rank writes some of them
+        *others, rank = share.replica_id
+        share.replica_id = (*others, (rank - number) % groups.dp_cp.size())
+    return state
+
+
+def _stored_weights(
+    directory: Path, chunks: Sequence[Owl2]
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """The local weights, once the model's are held against the checkpoint's, on all ranks alike;
+    without the position tables that an older checkpoint lacks."""
+    stages = chunks[0].context.groups.pp  # between them they have the whole model
+    shares = [None] * stages.size()
+    torch.distributed.all_gather_object(shares, global_shapes(chunks), group=stages)
+    absent = [None]
+    with raise_on_all_ranks(
+        directory
+    ):  # one rank asks for all files, of which there may be thousands
+        if torch.distributed.get_rank() == 0:
+            wanted = {name: shape for share in shares for name, shape in share.items()}
+            absent = [compare(directory, wanted)]
+    torch.distributed.broadcast_object_list(absent)
+    return {n: share for n, share in sharded_weights(chunks).items() if n not in absent[0]}
+
+
+def _compare_optimizer(directory: Path, template: dict) -> None:
+    """Hold the names of the optimizer's tensors against the checkpoint's, on all ranks alike."""
+    main = torch.distributed.get_rank() == 0
+    names = {entry.key for entry in nested_values(template) if isinstance(entry, ShardedTensor)}
+    shares = [None] * torch.distributed.get_world_size() if main else None
+    torch.distributed.gather_object(names, shares)
+    with raise_on_all_ranks(directory):
+        if main:
+            wanted, stored = set().union(*shares), stored_optimizer(read_index(directory)).keys()
+            _refuse(
+                directory,
+                [f"missing: {name}" for name in sorted(wanted - stored)]
+                + [f"unexpected: {name}" for name in sorted(stored - wanted)],
+                "optimizer",
+            )
+
+
+def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
+    """Raise CheckpointError unless the checkpoint has exactly the weights `wanted`; the message
+    lists every missing, unexpected and misshapen one.
+
+    Returns the names of the position tables that it lacks, as older checkpoints do.
+    """
+    stored = {n: tuple(t.size) for n, t in stored_weights(read_index(directory)).items()}
+    absent = set(position_tables.NAMES) & wanted.keys() - stored.keys()
+    missing = sorted(wanted.keys() - stored.keys() - absent)
+    problems = [f"missing: {n} {wanted[n]}" for n in missing]
+    problems += [f"unexpected: {n} {stored[n]}" for n in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"shape: {n} is {stored[n]} in the checkpoint, {wanted[n]} in the model"
+        for n in sorted(wanted.keys() & stored.keys())
+        if wanted[n] != stored[n]
+    ]
+    _refuse(directory, problems, "model")
+    return absent
+
+
+def _refuse(directory: Path, problems: list[str], what: str) -> None:
+    if problems:
+        listing = "\n  ".join(problems)
+        raise CheckpointError(f"checkpoint {directory} does not fit the {what}:\n  {listing}")
+
+
+def global_shapes(chunks: Sequence[Owl2]) -> dict[str, tuple[int, ...]]:
+    """The whole shape of each local weight, over its tensor-parallel ranks."""
+    shapes = {}
+    for name, parameter in _weights(chunks):
+        shape = list(parameter.shape)
+        if getattr(parameter, "tensor_model_parallel", False):
+            shape[parameter.partition_dim] *= chunks[0].context.tensor_parallel_size
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def _weights(chunks: Sequence[Owl2]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of all chunks; their names are those of the whole model."""
+    return itertools.chain.from_iterable(weights_of(chunk).items() for chunk in chunks)

@@ -1,0 +1,94 @@
+"""Which rank holds up the others."""
+
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megatron_owl2.mcore import setup
+
+REPORT_RATIO = 1.25  # times the median of its peers; a slowest rank is said from here on
+
+
+class CudaTimer:
+    """Adds up what lies between `start` and `stop`, on the device: by CUDA events, which nobody
+    waits for; without a GPU by the clock."""
+
+    def __init__(self):
+        self._seconds, self._started = 0.0, 0.0
+        self._events, self._used = [], 0  # pairs, used again after every `take`
+
+    def start(self) -> None:
+        if setup.on_cpu():
+            self._started = time.perf_counter()
+            return
+        if self._used == len(self._events):
+            self._events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        self._events[self._used][0].record()
+
+    def stop(self) -> None:
+        if setup.on_cpu():
+            self._seconds += time.perf_counter() - self._started
+            return
+        self._events[self._used][1].record()
+        self._used += 1
+
+    def take(self) -> float:
+        """Seconds since the last call; waits until the device has come to the last `stop`."""
+        if self._used:
+            self._events[self._used - 1][1].synchronize()
+        for start, stop in self._events[: self._used]:
+            self._seconds += start.elapsed_time(stop) / 1e3
+        seconds, self._seconds, self._used = self._seconds, 0.0, 0
+        return seconds
+
+
+@dataclass(frozen=True)
+class StragglerReport:
+    """A rank, its host, how many times the median of its peers it took, and the share of that
+    which it waited for data."""
+
+    rank: int
+    host: str
+    ratio: float
+    data_wait_share: float
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} on {self.host} takes {self.ratio:.2f} times as long as its peers, "
+            f"{self.data_wait_share:.0%} of it waiting for data"
+        )
+
+
+class StragglerDetector:
+    """Compares the ranks that do the same work, which are those of one pipeline stage.
+
+    A rank's own time is what it waits for its data and what its backward passes take. In neither
+    does it wait for another data-parallel rank, whereas the forward pass may begin with waiting
+    for the parameters that others have updated, and would be longest on the fastest rank. Ranks
+    that share a model's layers or a sequence (tensor and context parallelism) wait for each
+    other in every layer, so of a slow one all of them show the same time.
+    """
+
+    def __init__(self, stage: int):
+        """`stage` is this rank's pipeline rank; all ranks together."""
+        self._ranks = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(self._ranks, (stage, socket.gethostname()))
+
+    def slowest(self, waited: list[float], computed: list[float]) -> StragglerReport:
+        """The rank that is farthest above the median of its stage, from seconds by rank."""
+        own = [sum(pair) for pair in zip(waited, computed, strict=True)]
+        stages: dict[int, list[float]] = {}
+        for (stage, _), seconds in zip(self._ranks, own, strict=True):
+            stages.setdefault(stage, []).append(seconds)
+        # The low median, which of two ranks is the faster one.
+        usual = {stage: statistics.median_low(seconds) for stage, seconds in stages.items()}
+        ratios = [
+            seconds / usual[stage] if usual[stage] else 1.0
+            for (stage, _), seconds in zip(self._ranks, own, strict=True)
+        ]
+        rank = max(range(len(ratios)), key=ratios.__getitem__)
+        share = waited[rank] / own[rank] if own[rank] else 0.0
+        return StragglerReport(rank, self._ranks[rank][1], ratios[rank], share)
