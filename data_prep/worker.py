@@ -10,7 +10,7 @@ import torch
 from data_prep import dedup
 from data_prep.corpus_statistics import StatisticsBuilder
 from data_prep.filters import Filters, ImageStats, measure, number_columns
-from data_prep.job_state import JobState, JobState
+from data_prep.job_state import JobState
 from data_prep.pool import Tick
 from data_prep.reencode import Reencoding
 from data_prep.splits import InputSplit, Skipped
@@ -156,7 +156,11 @@ def _judge(
 
 
 def _selected(
-    settings: Settings, part: InputSplit, statistics: StatisticsBuilder, tick: Tick, folder: JobState
+    settings: Settings,
+    part: InputSplit,
+    statistics: StatisticsBuilder,
+    tick: Tick,
+    folder: JobState,
 ) -> Iterator[_Candidate]:
     """The second reading: what the selection keeps; the rest of the scan's records is counted."""
     rows, keep_decisions = np.load(folder.scan(part)), np.load(folder.keep_decisions(part))

@@ -27,8 +27,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
 
-    from megatron_owl2.config.validate import validate
     from megatron_owl2.config.load import load_config
+    from megatron_owl2.config.validate import validate
     from megatron_owl2.errors import ConfigError
 
     try:

@@ -8,6 +8,10 @@ import sys
 import pytest
 from hypothesis import settings
 
+from megatron_owl2.mcore.setup import setup
+
+setup()
+
 settings.register_profile("any machine", deadline=None)  # a busy one stands still now and then
 settings.load_profile("any machine")
 

@@ -25,8 +25,8 @@ def launch(
 def main() -> None:
     import torch.distributed as dist
 
-    from megatron_owl2.config.validate import validate
     from megatron_owl2.config.load import load_config
+    from megatron_owl2.config.validate import validate
     from megatron_owl2.training.signals import StopSignal
     from megatron_owl2.training.trainer import train
 

@@ -49,7 +49,7 @@ def loader(
         tokens_per_image=ROWS,
         image_size=SIZE,
         micro_batch_size=micro,
-        start_slot=start,
+        start_sample=start,
         data_parallel_rank=rank,
         data_parallel_size=ranks,
         **options,
@@ -66,15 +66,15 @@ def assert_equal(a: Batch, b: Batch, ignore=()) -> None:
 
 
 def rows_of(batches: list[Batch]) -> dict[int, tuple]:
-    """What each slot holds, picture included, whatever batch it came in."""
+    """What each sample index holds, picture included, whatever batch it came in."""
     rows = {}
     for batch in batches:
         count = 0
-        for row, slot in enumerate(batch.slots.tolist()):
+        for row, sample_index in enumerate(batch.sample_indices.tolist()):
             pixels = b""
             if batch.modality[row].any():
                 pixels = batch.image[count].numpy().tobytes()
                 count += 1
             labels = batch.labels[row].tolist()
-            rows[slot] = (batch.keys[row], batch.tokens[row].tolist(), labels, pixels)
+            rows[sample_index] = (batch.keys[row], batch.tokens[row].tolist(), labels, pixels)
     return rows

@@ -15,7 +15,7 @@ def read(rank: int, folders: list[str], store: str, found: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     agreement = SampleConsistencyCheck([torch.distributed.group.WORLD], torch.device("cpu"))
     said = []
-    for step, batch in enumerate(loader(config(folders[rank], weights=(1,)), limit_slots=40), 1):
+    for step, batch in enumerate(loader(config(folders[rank], weights=(1,)), limit_samples=40), 1):
         agreement.add(batch)
         try:
             agreement.check(step)

@@ -21,8 +21,8 @@ from hf_dirs import (
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
-from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.schema import AbstractorConfig, ModelConfig, VisionConfig
+from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert import sources as assemble
 from megatron_owl2.convert.sources import from_llama_and_clip, from_owl2

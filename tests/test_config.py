@@ -4,12 +4,12 @@ import pytest
 import tiny_run
 import torch
 
+from megatron_owl2.config.load import load_config, save_config
 from megatron_owl2.config.machine import check_machine
+from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate import validate
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
-from megatron_owl2.config.load import load_config, save_config
-from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.errors import ConfigError
 
 

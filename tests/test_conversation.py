@@ -157,11 +157,11 @@ def test_answers_are_tokenised_as_in_one_text(tmp_path):
 
 def batch_of(*records: Record, image_size: int = 4):
     samples = []
-    for slot, record in enumerate(records):
+    for sample_index, record in enumerate(records):
         sample = build(record)
-        sample.slot, sample.key = 100 + slot, record.key
+        sample.sample_index, sample.key = 100 + sample_index, record.key
         if record.image is not None:
-            sample.image = torch.full((3, 4, 4), slot, dtype=torch.uint8)
+            sample.image = torch.full((3, 4, 4), sample_index, dtype=torch.uint8)
         samples.append(sample)
     return samples, collate(samples, image_size)
 
@@ -180,7 +180,7 @@ def test_batch_puts_every_image_row_where_it_belongs():
     assert batch.position_ids.tolist() == [list(range(64))] * 3
     assert torch.equal(batch.loss_mask, (batch.labels != -100).float())
     assert batch.lengths.tolist() == [sample.length for sample in samples] == [6, 6, 24]
-    assert batch.slots.tolist() == [100, 101, 102] and batch.keys == ["a", "b", "c"]
+    assert batch.sample_indices.tolist() == [100, 101, 102] and batch.keys == ["a", "b", "c"]
     integers = (
         batch.tokens,
         batch.labels,
@@ -188,7 +188,7 @@ def test_batch_puts_every_image_row_where_it_belongs():
         batch.position_ids,
         batch.vision_token_index,
     )
-    assert {tensor.dtype for tensor in (*integers, batch.slots)} == {torch.int64}
+    assert {tensor.dtype for tensor in (*integers, batch.sample_indices)} == {torch.int64}
     assert (batch.loss_mask.dtype, batch.image.dtype) == (torch.float32, torch.uint8)
 
 

@@ -43,11 +43,11 @@ class Deadly(LetterTokenizer):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(folders, tmp_path, workers, capfd):
-    expected = list(loader(config(*folders), limit_slots=80))
+    expected = list(loader(config(*folders), limit_samples=80))
     fuse = tmp_path / "fuse"
     fuse.touch()
     batches = loader(
-        config(*folders, workers=workers), tokenizer=Deadly(fuse, once=True), limit_slots=80
+        config(*folders, workers=workers), tokenizer=Deadly(fuse, once=True), limit_samples=80
     )
     for a, b in zip(expected, batches, strict=True):
         assert_equal(a, b)
@@ -60,8 +60,8 @@ def test_workers_killed_at_any_moment_cost_nothing(folders, seed, monkeypatch):
     """With finished batches still in the pipe, too: torch then fails in other ways."""
     monkeypatch.setattr(loader_module, "MAX_RESTARTS", 100)
     chance = random.Random(seed)
-    expected = list(loader(config(*folders), limit_slots=400))
-    batches = loader(config(*folders, workers=2, prefetch=3), limit_slots=400)
+    expected = list(loader(config(*folders), limit_samples=400))
+    batches = loader(config(*folders, workers=2, prefetch=3), limit_samples=400)
     for number, batch in enumerate(batches):
         assert_equal(expected[number], batch)
         if number % 25 == 10:
@@ -84,9 +84,9 @@ class _DeadlyInside(Deadly):
 
 
 def _read_past_a_death(folders, fuse: Path) -> None:
-    expected = list(loader(config(*folders), limit_slots=80))
+    expected = list(loader(config(*folders), limit_samples=80))
     tokenizer = _DeadlyInside(fuse, once=True)
-    batches = loader(config(*folders, workers=2), tokenizer=tokenizer, limit_slots=80)
+    batches = loader(config(*folders, workers=2), tokenizer=tokenizer, limit_samples=80)
     for a, b in zip(expected, batches, strict=True):
         assert_equal(a, b)
     assert not fuse.exists() and batches.restarts == 1
@@ -124,7 +124,7 @@ def test_what_the_trainer_left_to_the_collector_is_not_freed_in_a_worker(folders
     gc.disable()
     try:
         _Handle()
-        batches = loader(config(*folders, workers=2), tokenizer=_Collecting(), limit_slots=16)
+        batches = loader(config(*folders, workers=2), tokenizer=_Collecting(), limit_samples=16)
         assert len(list(batches)) == 4 and batches.restarts == 0
         assert gc.get_freeze_count() == 0  # the trainer's own collector goes on as before
     finally:
@@ -152,7 +152,7 @@ def test_workers_that_give_nothing_stop_the_run(folders):
             time.sleep(100)
 
     data = config(*folders, workers=1, stall_timeout=1.0)
-    with pytest.raises(LoaderError, match=r"nothing for 1 seconds .* slots 0 to 3"):
+    with pytest.raises(LoaderError, match=r"nothing for 1 seconds .* samples 0 to 3"):
         next(iter(loader(data, tokenizer=Stuck())))
 
 
@@ -163,7 +163,7 @@ def test_workers_that_are_killed_again_and_again_stop_the_run(folders, tmp_path,
     fuse = tmp_path / "fuse"
     fuse.touch()
     batches = loader(
-        config(*folders, workers=1), tokenizer=Deadly(fuse, once=False), limit_slots=80
+        config(*folders, workers=1), tokenizer=Deadly(fuse, once=False), limit_samples=80
     )
     with pytest.raises(LoaderError, match="2 times in short order.*lower data.workers"):
         list(batches)

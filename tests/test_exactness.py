@@ -16,7 +16,7 @@ from tiny_data import write
 from megatron_owl2.data.sampling.phases import first_phase
 from megatron_owl2.data.shards.dataset import open_sources
 
-BATCH, STEPS = 24, 40  # 960 slots of 300 samples: more than three epochs
+BATCH, STEPS = 24, 40  # 960 samples of 300 samples: more than three epochs
 RANKS, WORKERS = (1, 2, 3, 4, 8), (0, 1, 2, 3)
 
 
@@ -32,8 +32,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(data):
-    """Slot to (key, tokens, labels, pixels), by one process without workers."""
-    rows = rows_of(loader(data, micro=8, limit_slots=BATCH * STEPS))
+    """Sample index to (key, tokens, labels, pixels), by one process without workers."""
+    rows = rows_of(loader(data, micro=8, limit_samples=BATCH * STEPS))
     assert len(rows) == BATCH * STEPS
     return rows
 
@@ -49,7 +49,7 @@ def stretch(data, first: int, steps: int, ranks: int, workers: int) -> dict[int,
             rank=rank,
             ranks=ranks,
             micro=BATCH // ranks,
-            limit_slots=steps * BATCH,
+            limit_samples=steps * BATCH,
         )
         found |= rows_of(batches)
     data.workers = 0
@@ -79,19 +79,24 @@ def test_any_schedule_of_stops_gives_the_same_run(data, expected, cuts, ranks):
 
 def test_every_sample_comes_exactly_once_in_an_epoch(data, expected):
     alone = config(data.sources[0].path, weights=(1,))
-    epochs = rows_of(loader(alone, micro=10, limit_slots=600))
+    epochs = rows_of(loader(alone, micro=10, limit_samples=600))
     for epoch in range(3):
-        keys = sorted(epochs[slot][0] for slot in range(epoch * 200, epoch * 200 + 200))
+        keys = sorted(
+            epochs[sample_index][0] for sample_index in range(epoch * 200, epoch * 200 + 200)
+        )
         assert keys == [f"a{i:04d}" for i in range(200)]
-    orders = {tuple(epochs[slot][0] for slot in range(e * 200, e * 200 + 200)) for e in range(3)}
+    orders = {
+        tuple(epochs[sample_index][0] for sample_index in range(e * 200, e * 200 + 200))
+        for e in range(3)
+    }
     assert len(orders) == 3
 
 
 def digest(rows: dict[int, tuple]) -> str:
     whole = hashlib.sha256()
-    for slot in sorted(rows):
-        key, tokens, labels, pixels = rows[slot]
-        whole.update(json.dumps([slot, key, tokens, labels]).encode() + pixels)
+    for sample_index in sorted(rows):
+        key, tokens, labels, pixels = rows[sample_index]
+        whole.update(json.dumps([sample_index, key, tokens, labels]).encode() + pixels)
     return whole.hexdigest()
 
 
@@ -109,21 +114,29 @@ def test_a_fresh_process_continues_from_any_step(data, expected, step):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    rest = {slot: row for slot, row in expected.items() if slot >= step * BATCH}
+    rest = {
+        sample_index: row for sample_index, row in expected.items() if sample_index >= step * BATCH
+    }
     assert done.stdout.strip() == digest(rest)
 
 
-def test_a_later_phase_starts_its_own_order_at_its_slot(data, expected):
-    """Slot 100 of a phase that starts there is drawn like slot 0 of one that starts at 0."""
+def test_a_later_phase_starts_its_own_order_at_its_sample(data, expected):
+    """Sample index 100 of a phase that starts there is drawn like sample index 0 of one that starts
+    at 0."""
     phase = first_phase(data, open_sources(data))
-    phase.start_slot = 100
-    rows = rows_of(loader(data, start=100, micro=10, limit_slots=200, phase=phase))
-    for slot in range(200):
-        assert rows[100 + slot][0] == expected[slot][0]
-        assert rows[100 + slot][1:3] == expected[slot][1:3]
-    # The crops belong to the slot of the run, so that no phase repeats them.
-    assert sum(rows[100 + slot][3] == expected[slot][3] for slot in range(200)) < 5
+    phase.start_sample = 100
+    rows = rows_of(loader(data, start=100, micro=10, limit_samples=200, phase=phase))
+    for sample_index in range(200):
+        assert rows[100 + sample_index][0] == expected[sample_index][0]
+        assert rows[100 + sample_index][1:3] == expected[sample_index][1:3]
+    # The crops belong to the sample index of the run, so that no phase repeats them.
+    assert (
+        sum(rows[100 + sample_index][3] == expected[sample_index][3] for sample_index in range(200))
+        < 5
+    )
     data.phase = 2
-    other = rows_of(loader(data, micro=10, limit_slots=200))
+    other = rows_of(loader(data, micro=10, limit_samples=200))
     data.phase = 1
-    assert sum(other[slot][0] == expected[slot][0] for slot in range(200)) < 20
+    assert (
+        sum(other[sample_index][0] == expected[sample_index][0] for sample_index in range(200)) < 20
+    )

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_owl2.config.load import load_config
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
-from megatron_owl2.config.load import load_config
 from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.sources import weight_shapes
 from megatron_owl2.mcore import setup

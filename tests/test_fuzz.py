@@ -313,7 +313,8 @@ def test_foreign_shards_are_indexed_whole_or_refused(tmp_path):
 
 
 def test_the_stream_sees_or_lists_every_sample(tmp_path):
-    """One epoch: a slot holds its own sample, or the ledger says why not; or the run stops."""
+    """One epoch: a sample index holds its own sample, or the ledger says why not; or the run
+    stops."""
 
     def pictures():
         for i, item in enumerate(RECORDS):
@@ -330,10 +331,10 @@ def test_the_stream_sees_or_lists_every_sample(tmp_path):
         seen, bad = set(), set()
         try:
             data = config(folder, max_bad_fraction=1.0, storage=StorageConfig(attempts=1))
-            for batch in loader(data, limit_slots=len(RECORDS), micro=4):
-                listed = {sample.slot for sample in batch.bad_samples}
+            for batch in loader(data, limit_samples=len(RECORDS), micro=4):
+                listed = {sample.sample_index for sample in batch.bad_samples}
                 bad |= listed
-                seen |= set(batch.slots.tolist()) - listed
+                seen |= set(batch.sample_indices.tolist()) - listed
         except (ShardError, StorageError, DataError) as error:
             assert ".tar" in str(error) or "manifest.json" in str(error)
             stopped += 1

@@ -25,7 +25,7 @@ FROZEN = "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.w
 def run(tmp_path_factory):
     path = tiny_run.make(tmp_path_factory.mktemp("fusion"))
     config = load_config(path)
-    batches = list(tiny_run.batches(config, 1, limit_slots=4))
+    batches = list(tiny_run.batches(config, 1, limit_samples=4))
     assert {bool(batch.modality.any()) for batch in batches} == {True, False}
     return path, batches
 

@@ -17,10 +17,12 @@ from megatron_owl2.training.fault_tolerance import GradientSpikeGuard
 
 
 def judge(folder, norms, state=None, **settings):
-    """What is decided about the norms of the steps 1, 2, ..., each of 4 slots."""
+    """What is decided about the norms of the steps 1, 2, ..., each of 4 samples."""
     policy = GradientSpikeGuard(HealthConfig(**settings), folder, state, writes=True)
-    slots = [range(4 * step, 4 * step + 4) for step in range(len(norms))]
-    return policy, [policy.should_apply(n + 1, slots[n], norm) for n, norm in enumerate(norms)]
+    sample_indices = [range(4 * step, 4 * step + 4) for step in range(len(norms))]
+    return policy, [
+        policy.should_apply(n + 1, sample_indices[n], norm) for n, norm in enumerate(norms)
+    ]
 
 
 def test_a_norm_that_is_no_number_is_skipped_and_recorded(tmp_path):
@@ -50,7 +52,7 @@ def test_a_resumed_run_judges_like_the_uninterrupted_one(tmp_path):
 def test_too_many_in_a_row_stop_the_run(tmp_path):
     nan = float("nan")
     assert judge(tmp_path, [nan, nan, 1.0, nan, nan], max_skipped=3)[1].count(False) == 4
-    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 3 \(slots 8 to 11\)"):
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 3 \(samples 8 to 11\)"):
         judge(tmp_path, [nan] * 3, max_skipped=3)
 
 
@@ -76,7 +78,7 @@ def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
     options = ["train.save_interval=1", "optimizer.lr=1e-3", "optimizer.weight_decay=0.0"]
     done = tiny_run.train(config, run, *options, environment=poisoned)
     assert done.returncode == 0, done.stderr
-    assert "skipped step 2 (slots 8 to 15): the gradient norm is nan" in done.stderr
+    assert "skipped step 2 (samples 8 to 15): the gradient norm is nan" in done.stderr
     rows = tiny_run.rows(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1]

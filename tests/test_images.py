@@ -1,4 +1,5 @@
-"""Pictures: close to Pillow, strict about damage, crops that depend on seed and slot alone."""
+"""Pictures: close to Pillow, strict about damage, crops that depend on seed and sample index
+alone."""
 
 import io
 
@@ -106,8 +107,10 @@ def test_a_picture_of_the_right_size_is_untouched():
 
 def test_crops_depend_on_the_key_alone():
     image = decode(encoded(picture(8, 80, 60), "PNG"))
-    first = [augment(image, 32, KeyedRandom(1, slot)) for slot in range(20)]
-    again = [augment(image, 32, KeyedRandom(1, slot)) for slot in reversed(range(20))]
+    first = [augment(image, 32, KeyedRandom(1, sample_index)) for sample_index in range(20)]
+    again = [
+        augment(image, 32, KeyedRandom(1, sample_index)) for sample_index in reversed(range(20))
+    ]
     assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
     assert len({a.numpy().tobytes() for a in first}) == 20
     shapes = {(a.shape, a.dtype, a.permute(1, 2, 0).is_contiguous()) for a in first}
@@ -116,8 +119,8 @@ def test_crops_depend_on_the_key_alone():
 
 def test_crops_have_the_papers_area_and_ratio():
     areas, ratios = [], []
-    for slot in range(2000):
-        top, left, height, width = images.random_crop(300, 400, KeyedRandom(2, slot))
+    for sample_index in range(2000):
+        top, left, height, width = images.random_crop(300, 400, KeyedRandom(2, sample_index))
         assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
         areas.append(height * width / (300 * 400))
         ratios.append(width / height)
@@ -128,8 +131,8 @@ def test_crops_have_the_papers_area_and_ratio():
 def test_half_of_the_crops_are_flipped():
     ramp = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64) * 3
     flipped = 0
-    for slot in range(1000):
-        crop = augment(ramp, 16, KeyedRandom(3, slot)).int()
+    for sample_index in range(1000):
+        crop = augment(ramp, 16, KeyedRandom(3, sample_index)).int()
         flipped += int(crop[0, 0, 0] > crop[0, 0, -1])
     assert 450 < flipped < 550
 
@@ -137,9 +140,10 @@ def test_half_of_the_crops_are_flipped():
 @pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 500), (3, 500, 1), (3, 3, 2)])
 def test_odd_shapes_can_be_augmented(shape):
     image = torch.full(shape, 77, dtype=torch.uint8)
-    for slot in range(50):
+    for sample_index in range(50):
         assert torch.equal(
-            augment(image, 8, KeyedRandom(4, slot)), torch.full((3, 8, 8), 77, dtype=torch.uint8)
+            augment(image, 8, KeyedRandom(4, sample_index)),
+            torch.full((3, 8, 8), 77, dtype=torch.uint8),
         )
 
 

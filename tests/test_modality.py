@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from processes import run_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
-from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.schema import (
     MODALITY_SPLIT,
     DecoderConfig,
@@ -19,6 +18,7 @@ from megatron_owl2.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext

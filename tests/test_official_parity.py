@@ -68,13 +68,13 @@ def test_placeholders_expand_as_in_the_official_code(case):
 
 
 def test_images_are_consumed_in_order_and_idle_ones_come_last():
-    slots = META["batch_image_slots"]
+    sample_indices = META["batch_image_slots"]
     assert expanded("batch").image_order.tolist() == [
-        *slots["img_near_start"],
-        *slots["two_images"],
-        *slots["img_first_token"],
-        *slots["img_last_prompt_token"],
-        *slots["text_only"],
+        *sample_indices["img_near_start"],
+        *sample_indices["two_images"],
+        *sample_indices["img_first_token"],
+        *sample_indices["img_last_prompt_token"],
+        *sample_indices["text_only"],
     ]
 
 

@@ -12,7 +12,7 @@ from megatron_owl2.data.sampling.keyed_random import KeyedRandom, combine, permu
 from megatron_owl2.data.sampling.shuffle import ShuffleOrder
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=8)
-small = dict(lanes=st.integers(1, 7), chunk=st.integers(1, 20), window=st.integers(1, 50))
+small = dict(streams=st.integers(1, 7), block=st.integers(1, 20), shuffle_block=st.integers(1, 50))
 
 
 def all_samples(shards: list[int]) -> set[tuple[int, int]]:
@@ -42,12 +42,15 @@ def test_keyed_floats_are_uniform_and_repeat():
 
 @settings(max_examples=60)
 @given(shards=sizes, seed=st.integers(0, 2**63), **small)
-def test_every_sample_once_in_every_epoch(shards, seed, lanes, chunk, window):
-    order = ShuffleOrder([shards], [0.3], seed, lanes, chunk, window)
+def test_every_sample_once_in_every_epoch(shards, seed, streams, block, shuffle_block):
+    order = ShuffleOrder([shards], [0.3], seed, streams, block, shuffle_block)
     length = sum(shards)
-    assert order.slots_per_epoch == length
+    assert order.samples_per_epoch == length
     for epoch in range(3):
-        seen = [order.sample_at(slot)[1:] for slot in range(epoch * length, (epoch + 1) * length)]
+        seen = [
+            order.sample_at(sample_index)[1:]
+            for sample_index in range(epoch * length, (epoch + 1) * length)
+        ]
         assert len(seen) == len(set(seen)) and set(seen) == all_samples(shards)
 
 
@@ -57,10 +60,12 @@ def test_every_sample_once_in_every_epoch(shards, seed, lanes, chunk, window):
     seed=st.integers(0, 2**32),
     **small,
 )
-def test_shares_are_the_weights_and_nothing_is_left_out(sources, seed, lanes, chunk, window):
+def test_shares_are_the_weights_and_nothing_is_left_out(
+    sources, seed, streams, block, shuffle_block
+):
     shards, weights = zip(*sources, strict=True)
-    order = ShuffleOrder(shards, weights, seed, lanes, chunk, window)
-    seen = Counter(order.sample_at(slot) for slot in range(order.slots_per_epoch))
+    order = ShuffleOrder(shards, weights, seed, streams, block, shuffle_block)
+    seen = Counter(order.sample_at(sample_index) for sample_index in range(order.samples_per_epoch))
     length = max(sum(s) * sum(weights) / w for s, w in sources)
     for index, (source, weight) in enumerate(sources):
         counts = [seen[index, shard, i] for shard, i in all_samples(source)]
@@ -70,12 +75,16 @@ def test_shares_are_the_weights_and_nothing_is_left_out(sources, seed, lanes, ch
 
 
 @settings(max_examples=40)
-@given(shards=sizes, seed=st.integers(0, 2**32), slots=st.lists(st.integers(0, 2000)), **small)
-def test_a_slot_does_not_depend_on_what_was_asked_before(shards, seed, slots, lanes, chunk, window):
-    used = ShuffleOrder([shards, shards], [1, 2], seed, lanes, chunk, window)
-    for slot in slots:
-        fresh = ShuffleOrder([shards, shards], [1, 2], seed, lanes, chunk, window)
-        assert used.sample_at(slot) == fresh.sample_at(slot)
+@given(
+    shards=sizes, seed=st.integers(0, 2**32), sample_indices=st.lists(st.integers(0, 2000)), **small
+)
+def test_a_sample_does_not_depend_on_what_was_asked_before(
+    shards, seed, sample_indices, streams, block, shuffle_block
+):
+    used = ShuffleOrder([shards, shards], [1, 2], seed, streams, block, shuffle_block)
+    for sample_index in sample_indices:
+        fresh = ShuffleOrder([shards, shards], [1, 2], seed, streams, block, shuffle_block)
+        assert used.sample_at(sample_index) == fresh.sample_at(sample_index)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
@@ -85,7 +94,7 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(ranks, start):
     for step in range(4):
         batch = []
         for stream in streams:
-            rows = [slot for _ in range(48 // ranks // 2) for slot in next(stream)]
+            rows = [sample_index for _ in range(48 // ranks // 2) for sample_index in next(stream)]
             assert rows == sorted(rows)
             batch += rows
         assert sorted(batch) == list(range(start + 48 * step, start + 48 * (step + 1)))
@@ -93,35 +102,37 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(ranks, start):
 
 def test_ranks_may_change_at_any_global_batch():
     first = next(iter(MicroBatchSampler(7, 0, 2, 3, None)))
-    assert first == [8, 10, 12]  # slots keep their rank s % R even from an odd start
+    assert first == [8, 10, 12]  # samples keep their rank s % R even from an odd start
     assert list(MicroBatchSampler(10, 1, 2, 2, 8)) == [[11, 13], [15, 17]]
-    with pytest.raises(ValueError, match="limit_slots 10 is not a multiple"):
+    with pytest.raises(ValueError, match="limit_samples 10 is not a multiple"):
         MicroBatchSampler(0, 0, 2, 2, 10)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         MicroBatchSampler(0, 2, 2, 2, None)
 
 
 @settings(max_examples=40)
-@given(shards=sizes, seed=st.integers(0, 2**32), slot=st.integers(0, 500), **small)
-def test_substitutes_come_from_the_same_window(shards, seed, slot, lanes, chunk, window):
-    order = ShuffleOrder([shards], [1], seed, lanes, chunk, window)
+@given(shards=sizes, seed=st.integers(0, 2**32), sample_index=st.integers(0, 500), **small)
+def test_substitutes_come_from_the_same_shuffle_block(
+    shards, seed, sample_index, streams, block, shuffle_block
+):
+    order = ShuffleOrder([shards], [1], seed, streams, block, shuffle_block)
     length = sum(shards)
-    epoch, position = divmod(slot, length)
-    neighbours = {}  # samples of the same lane and epoch, and when they come
-    for p in range(position % order.lanes, length, order.lanes):
-        neighbours[order.sample_at(epoch * length + p)] = p // order.lanes
-    turn = position // order.lanes
+    epoch, position = divmod(sample_index, length)
+    neighbours = {}  # samples of the same stream and epoch, and when they come
+    for p in range(position % order.streams, length, order.streams):
+        neighbours[order.sample_at(epoch * length + p)] = p // order.streams
+    turn = position // order.streams
     for attempt in range(1, 9):
-        other = order.sample_at(slot, attempt)
-        assert other == order.sample_at(slot, attempt)
-        assert abs(neighbours[other] - turn) < 2 * window
-        assert other != order.sample_at(slot) or len(neighbours) == 1 or window == 1
+        other = order.sample_at(sample_index, attempt)
+        assert other == order.sample_at(sample_index, attempt)
+        assert abs(neighbours[other] - turn) < 2 * shuffle_block
+        assert other != order.sample_at(sample_index) or len(neighbours) == 1 or shuffle_block == 1
 
 
 def test_small_sets_are_shuffled_completely():
-    """A set of 3,000 sorted samples: any 64 slots are spread over it evenly."""
+    """A set of 3,000 sorted samples: any 64 samples are spread over it evenly."""
     order = ShuffleOrder([[1000, 1000, 1000]], [1], seed=5)
-    assert order.lanes == 1
+    assert order.streams == 1
     places = np.array([s * 1000 + i for _, s, i in map(order.locate, range(2 * 3000))])
     for start in range(0, 6000 - 64, 640):
         batch = places[start : start + 64]
@@ -130,26 +141,29 @@ def test_small_sets_are_shuffled_completely():
     assert abs(np.corrcoef(np.arange(3000), places[:3000])[0, 1]) < 0.08
 
 
-def test_neighbours_of_a_large_set_come_from_many_chunks_and_lanes_stay_local():
+def test_neighbours_of_a_large_set_come_from_many_blocks_and_lanes_stay_local():
     order = ShuffleOrder([[1000] * 4000], [1], seed=5)
-    assert order.lanes == 256
-    batch = [order.sample_at(slot) for slot in range(10_240, 10_240 + 256)]
+    assert order.streams == 256
+    batch = [order.sample_at(sample_index) for sample_index in range(10_240, 10_240 + 256)]
     assert len({(shard, i // 256) for _, shard, i in batch}) > 230
-    lane = [order.sample_at(slot) for slot in range(3, 256 * 4096, 256)]
-    chunks = {(shard, i // 256) for _, shard, i in lane}
-    assert 16 <= len(chunks) <= 19  # one window of 4,096 samples, chunks of 232 or 256
+    stream = [order.sample_at(sample_index) for sample_index in range(3, 256 * 4096, 256)]
+    blocks = {(shard, i // 256) for _, shard, i in stream}
+    assert 16 <= len(blocks) <= 19  # one shuffle block of 4,096 samples, blocks of 232 or 256
 
 
-def test_every_epoch_joins_other_chunks_into_windows():
-    order = ShuffleOrder([[100] * 200], [1], seed=5, lanes=4, chunk=100, window=1000)
+def test_every_epoch_joins_other_blocks_into_shuffle_blocks():
+    order = ShuffleOrder([[100] * 200], [1], seed=5, streams=4, block=100, shuffle_block=1000)
     first, second = (
-        {order.sample_at(slot)[1] for slot in range(epoch * 20_000, epoch * 20_000 + 4000, 4)}
+        {
+            order.sample_at(sample_index)[1]
+            for sample_index in range(epoch * 20_000, epoch * 20_000 + 4000, 4)
+        }
         for epoch in (0, 1)
     )
     assert len(first) in (10, 11) and len(first & second) < 5
 
 
-def test_an_unknown_future_slot_is_cheap():
+def test_an_unknown_future_sample_is_cheap():
     order = ShuffleOrder([[10_000] * 3000], [1], seed=1)  # 30 M samples
     assert len(order.sample_at(123_456_789_012)) == 3
 
@@ -166,19 +180,24 @@ def test_impossible_mixtures_are_refused():
 
 
 @settings(max_examples=40)
-@given(shards=sizes, seed=st.integers(0, 2**32), slot=st.integers(0, 1000), **small)
-def test_windows_say_which_chunks_they_read_and_which_window_is_next(
-    shards, seed, slot, lanes, chunk, window
+@given(shards=sizes, seed=st.integers(0, 2**32), sample_index=st.integers(0, 1000), **small)
+def test_shuffle_blocks_say_which_blocks_they_read_and_which_shuffle_block_is_next(
+    shards, seed, sample_index, streams, block, shuffle_block
 ):
-    order = ShuffleOrder([shards], [1], seed, lanes, chunk, window)
-    here, following = order.window(slot), order.next_window(slot)
-    number = slot
-    while order.window(number) == here:
-        number += order.lanes
-        if number // order.slots_per_epoch > slot // order.slots_per_epoch:
-            number = (slot // order.slots_per_epoch + 1) * order.slots_per_epoch + here[1]
-    assert following == number and order.window(following)[1] == here[1]
-    chunks = {(s, first - first % chunk) for _, s, first in order.chunks(slot)}
-    slots = [s for s in range(slot // order.slots_per_epoch * order.slots_per_epoch, following)]
-    read = {order.sample_at(s)[1:] for s in slots if order.window(s) == here}
-    assert {(s, sample - sample % chunk) for s, sample in read} == chunks
+    order = ShuffleOrder([shards], [1], seed, streams, block, shuffle_block)
+    here, following = order.shuffle_block(sample_index), order.next_shuffle_block(sample_index)
+    number = sample_index
+    while order.shuffle_block(number) == here:
+        number += order.streams
+        if number // order.samples_per_epoch > sample_index // order.samples_per_epoch:
+            number = (sample_index // order.samples_per_epoch + 1) * order.samples_per_epoch + here[
+                1
+            ]
+    assert following == number and order.shuffle_block(following)[1] == here[1]
+    blocks = {(s, first - first % block) for _, s, first in order.blocks(sample_index)}
+    sample_indices = [
+        s
+        for s in range(sample_index // order.samples_per_epoch * order.samples_per_epoch, following)
+    ]
+    read = {order.sample_at(s)[1:] for s in sample_indices if order.shuffle_block(s) == here}
+    assert {(s, sample - sample % block) for s, sample in read} == blocks

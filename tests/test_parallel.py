@@ -217,7 +217,7 @@ def test_work_is_counted_by_what_the_samples_hold(runs):
     """Images, tokens and operations of the last step, from the batches it has read."""
     config = load_config(runs.config)
     load = collections.Counter()
-    for batch in tiny_run.batches(config, 2, start_slot=8 * (STEPS - 1), limit_slots=8):
+    for batch in tiny_run.batches(config, 2, start_sample=8 * (STEPS - 1), limit_samples=8):
         for row, length in enumerate(batch.lengths.tolist()):
             pictured = bool(batch.modality[row].any())
             load["images"] += pictured
@@ -238,7 +238,7 @@ def test_micro_batches_without_pictures_are_first_and_last_and_between(runs):
     patterns = []
     for rank in range(2):
         share = {"data_parallel_rank": rank, "data_parallel_size": 2}
-        batches = tiny_run.batches(config, 1, limit_slots=8 * STEPS, **share)
+        batches = tiny_run.batches(config, 1, limit_samples=8 * STEPS, **share)
         kinds = "".join("i" if batch.modality.any() else "t" for batch in batches)
         patterns += [kinds[first : first + 4] for first in range(0, 4 * STEPS, 4)]
     assert any(p[0] == "t" for p in patterns) and any(p[-1] == "t" for p in patterns)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.config.load import load_config
+from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import plan, report, search, timing, traffic
 from megatron_owl2.planner import static_memory as weights

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_owl2.config.validate_model import validate_model
-from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext

@@ -150,7 +150,7 @@ def test_other_data_start_a_recorded_phase(uninterrupted, tmp_path):
         options = [f"train.steps={STEPS + more}", "data.seed=5", "data.phase=2"]
         done = tiny_run.train(config, run, *options)
         assert done.returncode == 0, done.stderr
-        assert f"data: phase 2 from slot {8 * STEPS}" in done.stdout
+        assert f"data: phase 2 from sample {8 * STEPS}" in done.stdout
         progress = save_load.read_progress(run)
         assert [phase["start_slot"] for phase in progress["phases"]] == [0, 8 * STEPS]
         sources = tiny_run.rows(run)[-1]["sources"]
@@ -183,11 +183,11 @@ def test_a_torn_line_of_metrics_does_not_block_resuming(uninterrupted, tmp_path)
     assert [row["step"] for row in tiny_run.rows(run)] == list(range(1, STEPS + 2))
 
 
-def test_loss_that_explodes_stops_the_run_and_names_the_slots(uninterrupted, tmp_path):
+def test_loss_that_explodes_stops_the_run_and_names_the_samples(uninterrupted, tmp_path):
     config, _ = uninterrupted
     run = tmp_path / "run"
     done = tiny_run.train(config, run, "optimizer.lr=1e30", "optimizer.min_lr=1e30")
     assert done.returncode != 0
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-    assert re.match(r"error: rank 0: \d+ steps in a row were skipped .*slots \d+ to \d+", line)
+    assert re.match(r"error: rank 0: \d+ steps in a row were skipped .*samples \d+ to \d+", line)
     assert not (run / "checkpoints").exists()

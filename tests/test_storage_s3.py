@@ -67,11 +67,11 @@ def test_training_reads_the_same_as_from_a_folder(endpoint, tmp_path, workers):
     folder = write(tmp_path / "set", pairs("s", 300), samples_per_shard=100)
     for path in folder.iterdir():
         boto3.client("s3").upload_file(str(path), "corpus", f"train{workers}/{path.name}")
-    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_slots=600))
+    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_samples=600))
     storage = StorageConfig(cache=str(tmp_path / "cache"), attempts=2, timeout=20.0)
     url = f"s3://corpus/train{workers}"
     data = config(url, weights=(1,), workers=workers, storage=storage)
-    assert rows_of(loader(data, micro=20, limit_slots=600)) == expected
+    assert rows_of(loader(data, micro=20, limit_samples=600)) == expected
 
 
 def test_missing_and_cut_objects_say_so(endpoint, tmp_path):

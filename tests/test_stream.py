@@ -11,7 +11,7 @@ from tiny_data import LetterTokenizer, encoded, picture, record, write
 from megatron_owl2.config.schema import StorageConfig
 from megatron_owl2.data.bad_samples import drop_after, path_of
 from megatron_owl2.data.images import decode, resize_square
-from megatron_owl2.data.sampling.phases import first_phase, go_on, to_json
+from megatron_owl2.data.sampling.phases import first_phase, resume, to_json
 from megatron_owl2.data.shards.dataset import ShardedDataset, open_sources
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import ConfigError, DataError, StorageError
@@ -35,33 +35,35 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_workers(folders, workers):
-    alone = list(loader(config(*folders), limit_slots=44))
-    with_workers = list(loader(config(*folders, workers=workers), limit_slots=44))
+    alone = list(loader(config(*folders), limit_samples=44))
+    with_workers = list(loader(config(*folders, workers=workers), limit_samples=44))
     assert len(alone) == len(with_workers) == 11
     for a, b in zip(alone, with_workers, strict=True):
         assert_equal(a, b)
 
 
 @pytest.mark.parametrize("ranks, workers", [(2, 0), (2, 1), (3, 0)])
-def test_slots_hold_the_same_for_any_number_of_ranks(folders, ranks, workers):
+def test_samples_hold_the_same_for_any_number_of_ranks(folders, ranks, workers):
     data = config(*folders)
-    expected = rows_of(loader(data, limit_slots=96))
+    expected = rows_of(loader(data, limit_samples=96))
     assert sorted(expected) == list(range(96))
     found = {}
     data.workers = workers
     for rank in range(ranks):
-        batches = list(loader(data, rank=rank, ranks=ranks, micro=8, limit_slots=96))
-        slots = [slot for batch in batches for slot in batch.slots.tolist()]
-        assert slots == list(range(rank, 96, ranks))
+        batches = list(loader(data, rank=rank, ranks=ranks, micro=8, limit_samples=96))
+        sample_indices = [
+            sample_index for batch in batches for sample_index in batch.sample_indices.tolist()
+        ]
+        assert sample_indices == list(range(rank, 96, ranks))
         found |= rows_of(batches)
     assert found == expected
 
 
-def test_resuming_at_any_slot_continues_exactly(folders):
+def test_resuming_at_any_sample_continues_exactly(folders):
     data = config(*folders)
-    whole = list(loader(data, micro=3, limit_slots=240))  # more than one epoch
+    whole = list(loader(data, micro=3, limit_samples=240))  # more than one epoch
     for start in (3, 60, 150, 237):
-        rest = list(loader(data, start=start, micro=3, limit_slots=240 - start))
+        rest = list(loader(data, start=start, micro=3, limit_samples=240 - start))
         for a, b in zip(whole[start // 3 :], rest, strict=True):
             assert_equal(a, b)
 
@@ -70,16 +72,16 @@ def test_iterating_leaves_the_global_random_state_alone(folders):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    for _ in loader(config(*folders, workers=1), limit_slots=4):
+    for _ in loader(config(*folders, workers=1), limit_samples=4):
         pass
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_one_epoch_holds_every_sample_by_its_weight(folders):
     assert (
-        loader(config(*folders)).slots_per_epoch == 100
+        loader(config(*folders)).samples_per_epoch == 100
     )  # 60 samples are 0.6 of it; 25 come 1.6 times
-    keys = [key for batch in loader(config(*folders), limit_slots=100) for key in batch.keys]
+    keys = [key for batch in loader(config(*folders), limit_samples=100) for key in batch.keys]
     counts = {key: keys.count(key) for key in keys}
     assert len(counts) == 85
     assert all(count == 1 for key, count in counts.items() if key[0] == "a")
@@ -89,7 +91,7 @@ def test_one_epoch_holds_every_sample_by_its_weight(folders):
 def test_plain_resize_shows_the_whole_picture(folders):
     data = config(folders[0], augment=False)
     pictures = {r.key: r.image for r in (record(i, "a") for i in range(60))}
-    for batch in loader(data, limit_slots=40):
+    for batch in loader(data, limit_samples=40):
         with_picture = [key for key in batch.keys if pictures[key] is not None]
         for key, image in zip(with_picture, batch.image, strict=False):
             assert torch.equal(image, resize_square(decode(pictures[key]), SIZE))
@@ -100,7 +102,7 @@ def test_a_sample_is_cropped_anew_in_every_epoch(folders):
     epochs = [
         {
             value[0]: value[3]
-            for value in rows_of(loader(data, start=e * 60, limit_slots=60)).values()
+            for value in rows_of(loader(data, start=e * 60, limit_samples=60)).values()
         }
         for e in (0, 1)
     ]
@@ -133,8 +135,8 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
                 rank=rank,
                 ranks=ranks,
                 micro=2,
-                limit_slots=100,
-                ledger=ledgers[-1],
+                limit_samples=100,
+                bad_sample_log=ledgers[-1],
                 **options,
             )
         lines = [json.loads(line) for path in ledgers for line in path.open()]
@@ -154,8 +156,8 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
 
     # Every broken sample is met once an epoch, and none reaches a batch.
     assert all(int(key[1:]) % 5 for key in keys.values())
-    slots = {line["slot"] for line in ledger}
-    assert len(slots) == sum(batch.bad for batch in batches) == 20
+    sample_indices = {line["slot"] for line in ledger}
+    assert len(sample_indices) == sum(batch.bad for batch in batches) == 20
     first = next(line for line in ledger if line["key"] == "k005")
     start, _ = ShardedDataset(damaged).range_of(0, 5)
     place = (str(damaged), "shard-000000.tar", start)
@@ -171,7 +173,7 @@ def test_damage_in_a_shard_is_a_bad_sample(folders, tmp_path):
     data[offset + 1] ^= 1
     path.write_bytes(data)
     ledger = tmp_path / "bad.jsonl"
-    batches = list(loader(config(folder), limit_slots=20, ledger=ledger))
+    batches = list(loader(config(folder), limit_samples=20, bad_sample_log=ledger))
     assert sum(batch.bad for batch in batches) == 1
     entry = json.loads(ledger.read_text().splitlines()[0])
     assert entry["key"] is None and (entry["shard"], entry["offset"]) == (name, offset)
@@ -181,10 +183,10 @@ def test_damage_in_a_shard_is_a_bad_sample(folders, tmp_path):
 def test_too_long_first_questions_are_bad_and_shortened_ones_counted(tmp_path):
     captions = ["x" * 10, "y" * 200, "z" * 20]
     items = [Record(f"k{i}", caption=c) for i, c in enumerate(captions * 4)]
-    batches = list(loader(config(write(tmp_path / "s", items)), limit_slots=12))
+    batches = list(loader(config(write(tmp_path / "s", items)), limit_samples=12))
     assert sum(batch.shortened for batch in batches) == 4
     with pytest.raises(DataError, match=r"(?s)all unusable.*nothing to learn"):
-        list(loader(config(tmp_path / "s", sequence_length=1), limit_slots=4))
+        list(loader(config(tmp_path / "s", sequence_length=1), limit_samples=4))
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
@@ -195,37 +197,37 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
     folder = write(tmp_path / "s", records(), 100)
     ledger = tmp_path / "bad.jsonl"
-    batches = loader(config(folder, max_bad_fraction=0.04), micro=50, ledger=ledger)
+    batches = loader(config(folder, max_bad_fraction=0.04), micro=50, bad_sample_log=ledger)
     seen = 0
-    with pytest.raises(DataError, match=r"50 of 1000 slots \(5.00%\).*bad.jsonl"):
+    with pytest.raises(DataError, match=r"50 of 1000 samples \(5.00%\).*bad.jsonl"):
         for batch in batches:
-            seen += len(batch.slots)
+            seen += len(batch.sample_indices)
     assert seen == 950
     assert len({json.loads(line)["slot"] for line in ledger.open()}) == 50
-    fine = loader(config(folder, max_bad_fraction=0.06), micro=50, limit_slots=2000)
+    fine = loader(config(folder, max_bad_fraction=0.06), micro=50, limit_samples=2000)
     assert sum(batch.bad for batch in fine) == 100
 
 
-def test_a_long_row_of_bad_slots_stops_the_run(tmp_path):
+def test_a_long_row_of_bad_samples_stops_the_run(tmp_path):
     items = (
         Record(f"k{i:03d}", image=BROKEN if i % 2 else encoded(picture(0)), caption="x")
         for i in range(60)
     )
     data = config(write(tmp_path / "s", items))
     rows, row = [], 0
-    for batch in loader(data, micro=2, limit_slots=60):
-        bad = {sample.slot for sample in batch.bad_samples}
-        for slot in batch.slots.tolist():
-            row = row + 1 if slot in bad else 0
+    for batch in loader(data, micro=2, limit_samples=60):
+        bad = {sample.sample_index for sample in batch.bad_samples}
+        for sample_index in batch.sample_indices.tolist():
+            row = row + 1 if sample_index in bad else 0
             rows.append(row)
     longest = max(rows)
     assert data.max_bad_in_a_row == 100 and 3 < longest < 100
     data.max_bad_in_a_row = longest + 1
-    assert len(list(loader(data, micro=2, limit_slots=60))) == 30
+    assert len(list(loader(data, micro=2, limit_samples=60))) == 30
     data.max_bad_in_a_row = longest
     batches = []
-    with pytest.raises(DataError, match=f"{longest} slots in a row"):
-        for batch in loader(data, micro=2, limit_slots=60):
+    with pytest.raises(DataError, match=f"{longest} samples in a row"):
+        for batch in loader(data, micro=2, limit_samples=60):
             batches.append(batch)
     assert len(batches) == rows.index(longest) // 2
 
@@ -233,14 +235,14 @@ def test_a_long_row_of_bad_slots_stops_the_run(tmp_path):
 def test_nothing_usable_is_a_clear_error(tmp_path):
     items = [Record(f"k{i}", image=BROKEN, caption="x") for i in range(20)]
     with pytest.raises(
-        DataError, match=r"slot 0: its sample and 8 substitutes are all unusable:(\n.*){9}"
+        DataError, match=r"sample index 0: its sample and 8 substitutes are all unusable:(\n.*){9}"
     ):
         next(iter(loader(config(write(tmp_path / "s", items)))))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_that_are_not_the_datas_reach_the_trainer(folders, workers):
-    batches = loader(config(folders[0], workers=workers), tokenizer=Exploding(), limit_slots=60)
+    batches = loader(config(folders[0], workers=workers), tokenizer=Exploding(), limit_samples=60)
     with pytest.raises(RuntimeError, match="tokenizer exploded") as caught:
         list(batches)
     text = str(caught.value) + " ".join(getattr(caught.value, "__notes__", ()))
@@ -253,7 +255,7 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path, workers):
     os.unlink(folder / "shard-000002.tar")
     data = config(folder, workers=workers, storage=StorageConfig(attempts=2))
     with pytest.raises(StorageError, match="shard-000002.tar"):
-        list(loader(data, limit_slots=28))
+        list(loader(data, limit_samples=28))
 
 
 def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp_path):
@@ -277,7 +279,7 @@ def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp
 
 
 def test_batches_say_where_their_rows_come_from(folders):
-    for batch in loader(config(*folders), limit_slots=100):
+    for batch in loader(config(*folders), limit_samples=100):
         assert [("a", "b")[i] for i in batch.sources.tolist()] == [key[0] for key in batch.keys]
         assert batch.cost.bytes > 0 and batch.cost.read_seconds > 0
         assert batch.image.is_contiguous(memory_format=torch.channels_last)
@@ -287,28 +289,30 @@ def test_data_may_change_only_in_a_new_phase(folders):
     data, other = config(*folders), config(*folders, weights=(0.5, 0.5))
     datasets = open_sources(data)
     recorded = to_json([first_phase(data, datasets)])
-    assert go_on(recorded, data, datasets, 96, "checkpoint") == [first_phase(data, datasets)]
-    with pytest.raises(ConfigError, match=r"data.sources .* data.phase=2 .* from slot 96 on"):
-        go_on(recorded, other, datasets, 96, "checkpoint")
+    assert resume(recorded, data, datasets, 96, "checkpoint") == [first_phase(data, datasets)]
+    with pytest.raises(
+        ConfigError, match=r"data.sources .* data.phase=2 .* from sample index 96 on"
+    ):
+        resume(recorded, other, datasets, 96, "checkpoint")
     other.phase = 2
-    first, second = go_on(recorded, other, datasets, 96, "checkpoint")
-    assert (first.start_slot, second.start_slot, second.number) == (0, 96, 2)
+    first, second = resume(recorded, other, datasets, 96, "checkpoint")
+    assert (first.start_sample, second.start_sample, second.number) == (0, 96, 2)
     assert [source["weight"] for source in second.sources] == [0.5, 0.5]
     assert [source["samples"] for source in second.sources] == [60, 25]
     again = to_json([first, second])
-    assert go_on(json.loads(json.dumps(again)), other, datasets, 192, "checkpoint") == [
+    assert resume(json.loads(json.dumps(again)), other, datasets, 192, "checkpoint") == [
         first,
         second,
     ]
     for phase in (1, 4):
         other.phase = phase
         with pytest.raises(ConfigError, match=f"data.phase is {phase}.*made in phase 2"):
-            go_on(again, other, datasets, 192, "checkpoint")
+            resume(again, other, datasets, 192, "checkpoint")
 
 
 def test_the_ledger_forgets_what_a_resumed_run_will_meet_again(tmp_path):
-    for rank, slots in ((0, (1, 5, 9)), (3, (2, 6))):
-        lines = [json.dumps({"slot": slot}) + "\n" for slot in slots]
+    for rank, sample_indices in ((0, (1, 5, 9)), (3, (2, 6))):
+        lines = [json.dumps({"slot": sample_index}) + "\n" for sample_index in sample_indices]
         path_of(tmp_path, rank).write_text("".join(lines) + "\0\0\0\n" + '{"slot": 3')  # a crash
     drop_after(tmp_path, 6)
     assert path_of(tmp_path, 0).read_text() == '{"slot": 1}\n{"slot": 5}\n'

@@ -35,22 +35,22 @@ def over(server, cache, workers=0, **storage):
 
 @pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 2), (2, 1)])
 def test_batches_over_http_are_those_of_the_folder(folder, server, tmp_path, ranks, workers):
-    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_slots=800))
+    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_samples=800))
     found = {}
     for rank in range(ranks):
         data = over(server, tmp_path / "cache", workers)
-        found |= rows_of(loader(data, rank=rank, ranks=ranks, micro=20, limit_slots=800))
+        found |= rows_of(loader(data, rank=rank, ranks=ranks, micro=20, limit_samples=800))
     assert found == expected
-    # Two epochs, and every chunk crossed the wire once for all processes of the node.
-    chunks = [r for name in range(4) for r in server.ranges(f"shard-{name:06d}.tar")]
-    assert len(chunks) == 4
+    # Two epochs, and every block crossed the wire once for all processes of the node.
+    blocks = [r for name in range(4) for r in server.ranges(f"shard-{name:06d}.tar")]
+    assert len(blocks) == 4
 
 
 def test_a_server_that_misbehaves_costs_retries_and_no_sample(folder, server, tmp_path):
-    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_slots=400))
+    expected = rows_of(loader(config(folder, weights=(1,)), micro=20, limit_samples=400))
     for kind in (503, "reset", "short", "flip"):
         server.fail(kind, times=1, name=".tar")
-    batches = list(loader(over(server, tmp_path / "cache"), micro=20, limit_slots=400))
+    batches = list(loader(over(server, tmp_path / "cache"), micro=20, limit_samples=400))
     assert rows_of(batches) == expected
     assert sum(batch.bad for batch in batches) == 0
     assert sum(batch.cost.retries for batch in batches) >= 1
@@ -63,13 +63,13 @@ def test_a_server_that_stays_broken_stops_the_run(server, tmp_path, kind, worker
     data = over(server, tmp_path / "cache", workers, attempts=2, timeout=3.0)
     start = time.monotonic()
     with pytest.raises(StorageError, match="shard-000002.tar"):
-        list(loader(data, micro=20, limit_slots=400))
+        list(loader(data, micro=20, limit_samples=400))
     assert time.monotonic() - start < 60
     assert multiprocessing.active_children() == []  # nothing is left to wait for
 
 
-def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypatch):
-    """When a lane enters a window, all of it and of the next is asked for."""
+def test_the_next_shuffle_block_is_fetched_before_it_is_read(folder, tmp_path, monkeypatch):
+    """When a stream enters a shuffle block, all of it and of the next is asked for."""
     for name, value in (("STREAMS", 2), ("BLOCK_SIZE", 10), ("SHUFFLE_BLOCK_SIZE", 50)):
         monkeypatch.setattr(order, name, value)
     monkeypatch.setattr("megatron_owl2.data.shards.dataset.BLOCK_SIZE", 10)
@@ -77,10 +77,10 @@ def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypa
     with HttpServer(folder) as server:
         stream = loader(over(server, tmp_path / "cache"), micro=1)._stream
         wanted = {
-            chunk
-            for slot in (0, 1)
-            for first in (slot, stream.order.next_window(slot))
-            for chunk in stream.order.chunks(first)
+            block
+            for sample_index in (0, 1)
+            for first in (sample_index, stream.order.next_shuffle_block(sample_index))
+            for block in stream.order.blocks(first)
         }
         stream[[0, 1]]
         tars = [f"shard-{i:06d}.tar" for i in range(4)]
@@ -90,11 +90,11 @@ def test_the_next_window_is_fetched_before_it_is_read(folder, tmp_path, monkeypa
 
         wait_until(lambda: fetched() == len(wanted))
         assert len(wanted) >= 20
-        # Reading on within these windows waits for nothing: the server may be gone.
+        # Reading on within these shuffle blocks waits for nothing: the server may be gone.
         server.fail(500)
-        slots = list(range(2, 200))
-        random.Random(0).shuffle(slots)
-        near = [s for s in slots if stream.order.window(s)[2] == 0]
+        sample_indices = list(range(2, 200))
+        random.Random(0).shuffle(sample_indices)
+        near = [s for s in sample_indices if stream.order.shuffle_block(s)[2] == 0]
         assert len(near) > 90
         stream[near]
 
@@ -109,7 +109,7 @@ def test_a_cache_that_is_too_small_is_said(folder, server, tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".idx", ".sums"])
 def test_a_sidecar_that_is_damaged_on_the_way_is_fetched_again(server, tmp_path, suffix):
     server.fail("flip", times=1, name=suffix)
-    batches = loader(over(server, tmp_path / "cache"), micro=20, limit_slots=400)
+    batches = loader(over(server, tmp_path / "cache"), micro=20, limit_samples=400)
     assert sum(batch.bad for batch in batches) == 0
 
 
@@ -119,10 +119,10 @@ def test_a_data_set_made_anew_replaces_what_the_cache_holds(tmp_path):
     write(place, pairs("old", 100), samples_per_shard=50)
     with HttpServer(place) as server:
         data = over(server, tmp_path / "cache")
-        assert all(row[0][:3] == "old" for row in rows_of(loader(data, limit_slots=100)).values())
+        assert all(row[0][:3] == "old" for row in rows_of(loader(data, limit_samples=100)).values())
         shutil.rmtree(place)
         write(place, pairs("new", 100), samples_per_shard=50)
-        rows = rows_of(loader(data, limit_slots=100))
+        rows = rows_of(loader(data, limit_samples=100))
         assert sorted(row[0] for row in rows.values()) == [f"new{i:04d}" for i in range(100)]
 
 

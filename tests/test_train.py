@@ -30,9 +30,9 @@ def test_bad_samples_are_substituted_counted_and_listed(tmp_path, layout):
     done = tiny_run.train(config, tmp_path / "run", *options, processes=2)
     assert done.returncode == 0, done.stderr
     ledgers = sorted((tmp_path / "run").glob("bad_samples.rank*.jsonl"))
-    slots = {json.loads(line)["slot"] for path in ledgers for line in path.open()}
-    assert 0 < len(slots) == tiny_run.rows(tmp_path / "run")[-1]["bad_samples"]
-    assert f"bad samples {len(slots)}" in done.stdout
+    sample_indices = {json.loads(line)["slot"] for path in ledgers for line in path.open()}
+    assert 0 < len(sample_indices) == tiny_run.rows(tmp_path / "run")[-1]["bad_samples"]
+    assert f"bad samples {len(sample_indices)}" in done.stdout
 
 
 def test_a_rank_that_cannot_go_on_says_so(tmp_path):

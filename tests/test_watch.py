@@ -225,7 +225,7 @@ def test_a_picture_shows_pixels_and_text_of_its_rows(tmp_path):
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     samples = [build_sample(tiny_data.record(index), tokenizer, 5, 48) for index in (1, 2)]
     for number, sample in enumerate(samples):
-        sample.key, sample.slot = f"key{number}", number
+        sample.key, sample.sample_index = f"key{number}", number
     samples[0].image = torch.tensor([200, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
     batch = collate(samples[::-1], 28)
     text, question = (sample_sheet._words(batch, row, tokenizer) for row in (0, 1))

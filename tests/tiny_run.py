@@ -118,7 +118,7 @@ def interrupt(
 def batches(config: RunConfig, micro_batch_size: int, **options) -> Iterator[Batch]:
     """What a data-parallel rank reads, the only one by default; `options` are build_loader's."""
     datasets = open_sources(config.data)
-    one = {"start_slot": 0, "data_parallel_rank": 0, "data_parallel_size": 1}
+    one = {"start_sample": 0, "data_parallel_rank": 0, "data_parallel_size": 1}
     loader = build_loader(
         config.data,
         datasets,

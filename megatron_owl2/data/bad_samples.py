@@ -1,20 +1,20 @@
-"""The ledger of bad samples: what could not be used, for which slot and why; and how much is too
-much."""
+"""Log of samples that training had to substitute, and the limit of them that stops a run."""
 
 import dataclasses
 import json
 from pathlib import Path
 
-from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.batch import BadSample, Batch
 from megatron_owl2.errors import DataError
 from megatron_owl2.utils.files import truncate_jsonl
 
-FRACTION_AFTER = 1000  # slots of a rank before max_bad_fraction is applied
+FRACTION_AFTER = 1000  # samples of a rank before max_bad_fraction is applied
 _PATTERN = "bad_samples.rank*.jsonl"
 
 
 class BadSampleLog:
-    """Writes one JSON line for every unusable sample of the batches of one rank and stops the run.
+    """JSON lines of the unusable samples in the batches of one rank, which stop the run if too
+    many.
 
     `path` None keeps no file.
     """
@@ -28,35 +28,35 @@ class BadSampleLog:
     def add(self, batch: Batch) -> None:
         """Count a batch and list its bad samples.
 
-        Raises DataError if more than `max_bad_fraction` of the slots needed a substitute (looked
-        at from the 1000th slot on) or `max_bad_in_a_row` slots in a row did.
+        Raises DataError if more than `max_bad_fraction` of the samples needed a substitute (looked
+        at from the 1000th on) or `max_bad_in_a_row` samples in a row did.
         """
-        bad_slots = {sample.slot for sample in batch.bad_samples}
-        self._seen += len(batch.slots)
-        self._bad += len(bad_slots)
-        if not bad_slots:
+        bad_indices = {sample.sample_index for sample in batch.bad_samples}
+        self._seen += len(batch.sample_indices)
+        self._bad += len(bad_indices)
+        if not bad_indices:
             self._in_a_row = 0
             return
         self._write(batch)
-        for slot in batch.slots.tolist():
-            self._in_a_row = self._in_a_row + 1 if slot in bad_slots else 0
+        for sample_index in batch.sample_indices.tolist():
+            self._in_a_row = self._in_a_row + 1 if sample_index in bad_indices else 0
             if self._in_a_row == self._max_bad_in_a_row:
                 self._stop(
                     batch,
-                    f"{self._in_a_row} slots in a row",
+                    f"{self._in_a_row} samples in a row",
                     f"data.max_bad_in_a_row is {self._max_bad_in_a_row}",
                 )
         if self._seen >= FRACTION_AFTER and self._bad > self._max_bad_fraction * self._seen:
             self._stop(
                 batch,
-                f"{self._bad} of {self._seen} slots ({self._bad / self._seen:.2%})",
+                f"{self._bad} of {self._seen} samples ({self._bad / self._seen:.2%})",
                 f"data.max_bad_fraction is {self._max_bad_fraction}",
             )
 
     def _write(self, batch: Batch) -> None:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(dataclasses.asdict(sample)) for sample in batch.bad_samples]
+            lines = [json.dumps(_to_json(sample)) for sample in batch.bad_samples]
             with self._path.open("a") as file:
                 file.write("\n".join(lines) + "\n")
 
@@ -67,12 +67,17 @@ class BadSampleLog:
         )
 
 
+def _to_json(sample: BadSample) -> dict:
+    tree = dataclasses.asdict(sample)
+    return {"slot": tree.pop("sample_index"), **tree}
+
+
 def path_of(output: Path, rank: int) -> Path:
-    """The ledger of a rank in a run directory."""
+    """The log of a rank in a run directory."""
     return output / _PATTERN.replace("*", str(rank))
 
 
-def drop_after(output: Path, slots: int) -> None:
-    """Forget what a resumed run, standing at `slots`, will meet again."""
+def drop_after(output: Path, consumed_samples: int) -> None:
+    """Drop the lines that a run resumed at `consumed_samples` will write again."""
     for path in output.glob(_PATTERN):
-        truncate_jsonl(path, lambda row: row["slot"] < slots)
+        truncate_jsonl(path, lambda row: row["slot"] < consumed_samples)

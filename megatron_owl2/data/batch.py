@@ -1,4 +1,4 @@
-"""The batch that leaves a data worker: final shapes, nothing is cut or inserted later."""
+"""Micro-batch as it leaves a data worker: in its final shapes, nothing is cut or inserted later."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,9 +12,9 @@ from megatron_owl2.mcore import context_parallel
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used for `slot`, and why; one line of the ledger."""
+    """A sample that could not be used, and why; one line of a BadSampleLog."""
 
-    slot: int
+    sample_index: int
     key: str | None  # None if the sample could not even be read
     source: int  # number of the data set
     dataset: str
@@ -42,11 +42,10 @@ class Batch:
     text and padding, 1 vision) and position_ids are int64 [b, s], loss_mask is float32 [b, s].
     image is uint8 [n, 3, H, W], channels last in memory; without any picture one black image that
     owns no rows keeps every parameter in the graph. Where pictures are not wanted H and W are 0.
-    vision_token_index, int64 [images * tokens_per_image], are the rows of the images in the flattened
-    sequence-first [s * b] hidden states: position * b + row, image after image. lengths, int64 [b],
-    are the positions that are not padding; slots and sources (which of the data sets each row is
-    from) are int64 [b].
-    """
+    vision_token_index, int64 [images * tokens_per_image], are the rows of the images in the
+    flattened sequence-first [s * b] hidden states: position * b + row, image after image. lengths,
+    int64 [b], are the positions that are not padding; sample_indices (in the training order) and
+    sources (which of the data sets each row is from) are int64 [b]."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -56,7 +55,7 @@ class Batch:
     image: torch.Tensor
     vision_token_index: torch.Tensor
     lengths: torch.Tensor
-    slots: torch.Tensor
+    sample_indices: torch.Tensor
     sources: torch.Tensor
     keys: list[str]
     shortened: int = 0  # samples that lost turns or the end of an answer
@@ -66,8 +65,8 @@ class Batch:
 
     @property
     def bad(self) -> int:
-        """How many slots hold a substitute."""
-        return len({sample.slot for sample in self.bad_samples})
+        """How many samples are substitutes."""
+        return len({sample.sample_index for sample in self.bad_samples})
 
     def local_to(self, rank: int, size: int) -> "Batch":
         """The share of context-parallel rank `rank` of `size` (context.py).
@@ -121,7 +120,7 @@ def collate(samples: Sequence[Sample], image_size: int) -> Batch:
         image=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
         vision_token_index=torch.from_numpy(np.concatenate(vision_token_index)),
         lengths=torch.tensor([sample.length for sample in samples]),
-        slots=torch.tensor([sample.slot for sample in samples]),
+        sample_indices=torch.tensor([sample.sample_index for sample in samples]),
         sources=torch.tensor([sample.source for sample in samples]),
         keys=[sample.key for sample in samples],
         shortened=sum(sample.shortened for sample in samples),

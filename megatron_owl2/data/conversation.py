@@ -25,10 +25,9 @@ class Sample:
     """One row of a batch, padded to the sequence length s.
 
     tokens, labels and modality are int64 [s]; `image_positions` int64 [tokens_per_image or 0] are
-    the rows that the image fills; `length` positions are not padding. `shortened`: turns or the
-    end of an answer did not fit. The stream adds image (uint8 [3, H, W] or None), slot, key and
-    source (the number of the data set).
-    """
+    the rows that the image fills; `length` positions are not padding. `shortened`: turns or the end
+    of an answer did not fit. The stream adds image (uint8 [3, H, W] or None), sample index, key and
+    source (the number of the data set)."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -37,7 +36,7 @@ class Sample:
     length: int
     shortened: bool
     image: torch.Tensor | None = None
-    slot: int = -1
+    sample_index: int = -1
     key: str = ""
     source: int = 0
 

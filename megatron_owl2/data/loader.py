@@ -1,4 +1,4 @@
-"""Batches of one data-parallel rank: worker processes, what happens when one dies, the ledger."""
+"""Data loader of one data-parallel rank: worker processes that are replaced when they die."""
 
 import copy
 import gc
@@ -14,7 +14,7 @@ from multiprocessing.context import ForkContext
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from megatron_owl2.config.schema import DataConfig
 from megatron_owl2.data.bad_samples import BadSampleLog
@@ -31,21 +31,24 @@ CALM = 1000
 _LOOK = 1.0  # seconds between two looks at workers that give nothing
 
 
-class MicroBatchSampler:
-    """The slots of every micro-batch of one data-parallel rank, from `start_slot` on."""
+class MicroBatchSampler(Sampler[list[int]]):
+    """Sampler of the sample indices of each micro-batch of one data-parallel rank.
 
-    def __init__(self, start_slot: int, rank: int, ranks: int, size: int, limit: int | None):
+    They go from `start_sample` on; `limit` is the number of samples of all ranks together.
+    """
+
+    def __init__(self, start_sample: int, rank: int, ranks: int, size: int, limit: int | None):
         if not 0 <= rank < ranks:
             raise ValueError(f"data-parallel rank {rank} of {ranks}")
         if limit is not None and limit % (ranks * size):
             raise ValueError(
-                f"limit_slots {limit} is not a multiple of {size} micro-batch rows x {ranks} "
+                f"limit_samples {limit} is not a multiple of {size} micro-batch rows x {ranks} "
                 "data-parallel ranks, so the ranks would end at different times"
             )
-        self._first = start_slot + (rank - start_slot) % ranks
+        self._first = start_sample + (rank - start_sample) % ranks
         self._ranks = ranks
         self._size = size
-        self._end = None if limit is None else start_slot + limit
+        self._end = None if limit is None else start_sample + limit
 
     def after(self, done: int) -> "MicroBatchSampler":
         """The same without the first `done` micro-batches."""
@@ -54,43 +57,43 @@ class MicroBatchSampler:
         return rest
 
     def __iter__(self) -> Iterator[list[int]]:
-        slot, step = self._first, self._ranks * self._size
-        while self._end is None or slot < self._end:
-            yield list(range(slot, slot + step, self._ranks))
-            slot += step
+        sample_index, step = self._first, self._ranks * self._size
+        while self._end is None or sample_index < self._end:
+            yield list(range(sample_index, sample_index + step, self._ranks))
+            sample_index += step
 
 
 class BatchLoader:
-    """Iterates over batches in order and keeps the ledger; every iteration starts at the same slot.
+    """Iterable over batches in order, with a log of bad samples; always from the same first sample.
 
-    A worker that the system kills is replaced: the batches are a function of the slot, so nothing
-    is lost. Raises DataError when the ledger stops the run, and LoaderError when workers are killed
-    again and again or give nothing.
+    A worker that the system kills is replaced: batches are a function of their sample indices, so
+    nothing is lost. Raises DataError when too many samples are bad, and LoaderError when workers
+    are killed again and again or give nothing.
     """
 
     def __init__(
         self,
-        stream: TrainingDataset,
+        dataset: TrainingDataset,
         batches: MicroBatchSampler,
         config: DataConfig,
-        ledger: Path | None,
+        bad_sample_log: Path | None,
     ):
-        self.slots_per_epoch = stream.order.slots_per_epoch
+        self.samples_per_epoch = dataset.order.samples_per_epoch
         self.restarts = 0  # of the workers, over all iterations
-        self._stream = stream
+        self._dataset = dataset
         self._batches = batches
         self._config = config
-        self._ledger = ledger
+        self._bad_sample_log = bad_sample_log
 
     def __iter__(self) -> Iterator[Batch]:
         config = self._config
-        ledger = BadSampleLog(self._ledger, config.max_bad_fraction, config.max_bad_in_a_row)
+        log = BadSampleLog(self._bad_sample_log, config.max_bad_fraction, config.max_bad_in_a_row)
         try:
             for batch in self._survive():
-                ledger.add(batch)
+                log.add(batch)
                 yield batch
         finally:
-            self._stream.close()
+            self._dataset.close()
 
     def _survive(self) -> Iterator[Batch]:
         """The batches, from new workers where the old ones were killed."""
@@ -106,7 +109,7 @@ class BatchLoader:
                     rest = self._batches.after(done)
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # A death shows in many ways, such as a broken pipe; what the stream itself raises
+                # A death shows in many ways, such as a broken pipe; what the dataset itself raises
                 # comes as "Caught ...".
                 own = isinstance(error, DataError | LoaderError)
                 known = str(error).startswith(("Caught", "Too many open files"))
@@ -131,7 +134,7 @@ class BatchLoader:
                 _end(set(multiprocessing.active_children()) - others)
 
     def _wait(self, batches: Iterator[Batch], rest: MicroBatchSampler) -> Batch | None:
-        """The next batch, or None at the end; the slots of `rest` are still to come."""
+        """The next batch, or None at the end; the samples of `rest` are still to come."""
         limit = self._config.stall_timeout
         started = time.monotonic()
         while True:
@@ -141,17 +144,17 @@ class BatchLoader:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
                 if time.monotonic() - started > limit:
-                    slots = next(iter(rest))
+                    indices = next(iter(rest))
                     raise LoaderError(
                         f"the data workers gave nothing for {limit:g} seconds (data.stall_timeout);"
-                        f" next are the slots {slots[0]} to {slots[-1]}. A file system may hang; "
+                        f" next are the samples {indices[0]} to {indices[-1]}. A file system may hang; "
                         "the run can go on from its last checkpoint"
                     ) from error
 
     def _open(self, batches: MicroBatchSampler) -> Iterator[Batch]:
         workers = self._config.workers
         loader = DataLoader(
-            self._stream,
+            self._dataset,
             batch_size=None,
             sampler=batches,
             num_workers=workers,
@@ -230,29 +233,28 @@ def build_loader(
     tokens_per_image: int,
     image_size: int,
     micro_batch_size: int,
-    start_slot: int,
+    start_sample: int,
     data_parallel_rank: int,
     data_parallel_size: int,
     decode_images: bool = True,
-    ledger: str | Path | None = None,
-    limit_slots: int | None = None,
+    bad_sample_log: str | Path | None = None,
+    limit_samples: int | None = None,
 ) -> BatchLoader:
-    """The batches of one data-parallel rank from global slot `start_slot` on, in a phase.
+    """The batches of one data-parallel rank from global sample index `start_sample` on, in a phase.
 
     `datasets` are those of `config.sources` (open_sources).
 
-    Rank r of R gets the slots s with s % R == r in increasing order: if R divides the global batch
-    size, every global batch holds the same samples for any R. Batches do not depend on
-    `config.workers` (0: no worker processes). `limit_slots` ends after that many slots of all ranks
-    together. `ledger` is the file that gets one JSON line for every unusable sample of a batch that
-    was handed out. Raises ConfigError for an impossible mixture and ValueError for a rank or limit
-    that does not fit.
-    """
-    stream = TrainingDataset(
+    Rank r of R gets the samples s with s % R == r in increasing order: if R divides the global
+    batch size, every global batch holds the same samples for any R. Batches do not depend on
+    `config.workers` (0: no worker processes). `limit_samples` ends after that many samples of all
+    ranks together. `bad_sample_log` is the file that gets one JSON line for every unusable sample
+    of a batch that was handed out. Raises ConfigError for an impossible mixture and ValueError for
+    a rank or limit that does not fit."""
+    dataset = TrainingDataset(
         config, datasets, phase, tokenizer, tokens_per_image, image_size, decode_images
     )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = working_set(datasets, stream.order, data_parallel_size, on_node) / 2**30
+    needed = working_set(datasets, dataset.order, data_parallel_size, on_node) / 2**30
     if needed > config.storage.cache_gib and data_parallel_rank == 0:
         print(
             f"warning: data.storage.cache_gib is {config.storage.cache_gib:g}, but the ranks of a "
@@ -262,6 +264,6 @@ def build_loader(
             flush=True,
         )
     batches = MicroBatchSampler(
-        start_slot, data_parallel_rank, data_parallel_size, micro_batch_size, limit_slots
+        start_sample, data_parallel_rank, data_parallel_size, micro_batch_size, limit_samples
     )
-    return BatchLoader(stream, batches, config, None if ledger is None else Path(ledger))
+    return BatchLoader(dataset, batches, config, bad_sample_log and Path(bad_sample_log))

@@ -1,7 +1,8 @@
-"""The training stream: slots in order, read, decoded, tokenised; the bad substituted and listed.
+"""Training data as a map-style dataset: records read, decoded, tokenised, bad ones substituted.
 
-A slot's sample is a pure function of the data, the seed and the slot. So any worker may build any
-micro-batch, ranks that share a data-parallel index build equal ones, and resuming is a seek.
+What a sample index holds is a pure function of the data, the seed and the index. So any worker may
+build any micro-batch, ranks with the same data-parallel rank build equal ones, and resuming is a
+seek.
 """
 
 import time
@@ -22,12 +23,12 @@ from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError, ConfigError, DataError
 
-SUBSTITUTES = 8  # how many other samples are tried for a slot
+SUBSTITUTES = 8  # how many other samples are tried in place of one
 _AUGMENT = 16  # keeps the crops' keys apart from the order's
 
 
 class TrainingDataset(Dataset):
-    """Maps slots to samples and lists of slots to batches; holds no position.
+    """Map-style dataset from lists of global sample indices to batches; holds no position.
 
     `phase` says where the order of these data sets starts. With `decode_images=False` pictures are
     decoded and thrown away: a rank that needs no pixels must substitute exactly what the ranks with
@@ -51,7 +52,7 @@ class TrainingDataset(Dataset):
             self.order = ShuffleOrder(sizes, weights, order_seed(config.seed, phase.number))
         except ValueError as error:
             raise ConfigError(f"data.sources: {error}") from None
-        self._first_slot = phase.start_slot
+        self._first_sample = phase.start_sample
         self._config = config
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
@@ -59,22 +60,22 @@ class TrainingDataset(Dataset):
         self._decode_images = decode_images
         self._prefetcher = Prefetcher(self.datasets, self.order)
 
-    def __getitem__(self, slots: list[int]) -> Batch:
-        """The batch of these slots. Raises DataError if a slot and all substitutes are bad,
+    def __getitem__(self, sample_indices: list[int]) -> Batch:
+        """The batch of these samples. Raises DataError if a sample and all its substitutes are bad,
         ShardError if a shard is not what its manifest says, StorageError if it cannot be read."""
         bad: list[BadSample] = []
         cost = Cost(retries=-self._retries())
-        samples = [self.sample(slot, bad, cost) for slot in slots]
+        samples = [self.sample(sample_index, bad, cost) for sample_index in sample_indices]
         batch = collate(samples, self._image_size if self._decode_images else 0)
         cost.retries += self._retries()
         batch.bad_samples, batch.cost = bad, cost
         return batch
 
-    def sample(self, slot: int, bad: list[BadSample], cost: Cost) -> Sample:
-        """The sample of a slot or its first usable substitute; the unusable are added to `bad`,
-        bytes and seconds to `cost`."""
-        place = slot - self._first_slot
-        self._prefetcher.at(place)
+    def sample(self, sample_index: int, bad: list[BadSample], cost: Cost) -> Sample:
+        """The sample of an index, or its first usable substitute; the unusable ones are added to
+        `bad`, bytes and seconds to `cost`."""
+        place = sample_index - self._first_sample
+        self._prefetcher.advance_to(place)
         for attempt in range(1 + SUBSTITUTES):
             source, shard, index = self.order.sample_at(place, attempt)
             dataset = self.datasets[source]
@@ -90,35 +91,38 @@ class TrainingDataset(Dataset):
                 )
                 if record.image is not None:
                     started = time.perf_counter()
-                    sample.image = self._picture(record.image, slot)
+                    sample.image = self._image(record.image, sample_index)
                     cost.decode_seconds += time.perf_counter() - started
             except BadSampleError as error:
                 name, (offset, _) = dataset.shards[shard]["name"], dataset.range_of(shard, index)
-                bad.append(BadSample(slot, key, source, dataset.location, name, offset, str(error)))
+                where = dataset.location, name, offset
+                bad.append(BadSample(sample_index, key, source, *where, str(error)))
             except Exception as error:
-                error.add_note(f"slot {slot}: sample {index} of {dataset.shards[shard]['name']}")
+                name = dataset.shards[shard]["name"]
+                error.add_note(f"sample {sample_index}: number {index} of {name}")
                 raise
             else:
-                sample.slot, sample.key, sample.source = slot, record.key, source
+                sample.sample_index, sample.key, sample.source = sample_index, record.key, source
                 return sample
-        tried = "".join(f"\n  {entry.reason}" for entry in bad if entry.slot == slot)
+        reasons = [entry.reason for entry in bad if entry.sample_index == sample_index]
         raise DataError(
-            f"slot {slot}: its sample and {SUBSTITUTES} substitutes are all unusable:{tried}"
+            f"sample {sample_index} and {SUBSTITUTES} substitutes for it are all unusable:\n  "
+            + "\n  ".join(reasons)
         )
 
     def close(self) -> None:
-        """End what looks ahead; the stream can be used again."""
+        """End the prefetching; the dataset can be used again."""
         self._prefetcher.close()
 
     def _retries(self) -> int:
         own = sum(dataset.storage.counters["retries"] for dataset in self.datasets)
         return int(own) + self._prefetcher.retries
 
-    def _picture(self, data: bytes, slot: int) -> torch.Tensor:
+    def _image(self, data: bytes, sample_index: int) -> torch.Tensor:
         image = images.decode(data)
         if not self._decode_images:
             return torch.empty(3, 0, 0, dtype=torch.uint8)
         if not self._config.augment:
             return images.resize_square(image, self._image_size)
-        random = KeyedRandom(self._config.seed, _AUGMENT, slot)
+        random = KeyedRandom(self._config.seed, _AUGMENT, sample_index)
         return images.augment(image, self._image_size, random)

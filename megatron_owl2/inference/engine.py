@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.config.schema import KernelConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER

@@ -10,8 +10,9 @@ from megatron_owl2.data.conversation import IMAGE_TOKEN_ID
 
 @dataclass(frozen=True)
 class DecoderInputs:
-    """What one call of the decoder reads: tokens, modality, position_ids int64 [b, s], vision_token_index
-    int64 [n], valid bool [b, all positions so far], attention_mask bool [b, 1, s, so far]."""
+    """What one call of the decoder reads: tokens, modality, position_ids int64 [b, s],
+    vision_token_index int64 [n], valid bool [b, all positions so far], attention_mask bool [b, 1,
+    s, so far]."""
 
     tokens: torch.Tensor
     modality: torch.Tensor

@@ -1,4 +1,5 @@
-"""Parallel context of a rank: megatron-core's configuration and process groups, and its collectives."""
+"""Parallel context of a rank: megatron-core's configuration and process groups, and its
+collectives."""
 
 import copy
 import importlib.util
@@ -104,7 +105,8 @@ class ParallelContext:
         self.replicated.sequence_parallel = False
 
     def layer_range(self, chunk: int) -> tuple[int, int, int]:
-        """Pipeline stage that model chunk `chunk` of this rank is, and its first and last + 1 layer."""
+        """Pipeline stage that model chunk `chunk` of this rank is, and its first and last + 1
+        layer."""
         number = chunk * self.groups.pp.size() + self.groups.pp.rank()
         return number, sum(self._layers[:number]), sum(self._layers[: number + 1])
 

@@ -74,13 +74,12 @@ class Owl2(MegatronModule):
     ) -> torch.Tensor:
         """A micro-batch, as `data.batch.Batch` has it, through this stage.
 
-        tokens, modality, position_ids, labels int64 [b, s]; image uint8 or normalised float
-        [n, 3, H, W]; vision_token_index int64 [images in the text * tokens per image]. Images beyond
-        those that own rows take part in the backward pass with zero gradient. Under context
-        parallelism all but tokens, image and vision_token_index are this rank's share
-        (`Batch.local_to`). Returns hidden states [s, b, h] on all but the last stage; there the
-        loss per token fp32 [b, s], or without labels the logits [b, s, vocab].
-        """
+        tokens, modality, position_ids, labels int64 [b, s]; image uint8 or normalised float [n, 3,
+        H, W]; vision_token_index int64 [images in the text * tokens per image]. Images beyond those
+        that own rows take part in the backward pass with zero gradient. Under context parallelism
+        all but tokens, image and vision_token_index are this rank's share (`Batch.local_to`).
+        Returns hidden states [s, b, h] on all but the last stage; there the loss per token fp32 [b,
+        s], or without labels the logits [b, s, vocab]."""
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:

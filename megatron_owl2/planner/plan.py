@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.config.load import to_dict
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.model import flops
 from megatron_owl2.planner import memory, search, timing, traffic
 from megatron_owl2.planner import static_memory as weights

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import memory, timing
 from megatron_owl2.planner.activations import ActivationCosts

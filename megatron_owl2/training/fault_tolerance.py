@@ -31,7 +31,7 @@ class GradientSpikeGuard:
         self._writes = writes
         self.state = state or {"norms": [], "in_a_row": 0, "skipped": 0}
 
-    def should_apply(self, step: int, slots: range, norm: float) -> bool:
+    def should_apply(self, step: int, sample_indices: range, norm: float) -> bool:
         """Whether the gradients of `step` may be applied; a refusal is written down.
 
         Raises FloatingPointError when `health.max_skipped` steps in a row were refused.
@@ -50,9 +50,14 @@ class GradientSpikeGuard:
             return True
         self.state["in_a_row"] += 1
         self.state["skipped"] += 1
-        what = f"step {step} (slots {slots[0]} to {slots[-1]}): {reason}"
+        what = f"step {step} (samples {sample_indices[0]} to {sample_indices[-1]}): {reason}"
         if self._writes:
-            row = {"step": step, "first_slot": slots[0], "last_slot": slots[-1], "reason": reason}
+            row = {
+                "step": step,
+                "first_slot": sample_indices[0],
+                "last_slot": sample_indices[-1],
+                "reason": reason,
+            }
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"skipped {what}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ class SampleConsistencyCheck:
 
     def add(self, batch: Batch) -> None:
         """Take note of a micro-batch."""
-        identity = f"{self._digest} {batch.slots.tolist()} {batch.keys}"
+        identity = f"{self._digest} {batch.sample_indices.tolist()} {batch.keys}"
         digest = xxh3_64_intdigest(identity.encode())
         self._digest = digest >> 2  # fits a signed integer, negated too
 

@@ -81,7 +81,7 @@ def train(config: RunConfig, stop: StopSignal) -> int:
 
     trained = parameter_groups.fingerprint(plan)
     datasets = open_sources(config.data)
-    step = slots = 0
+    step = sample_indices = 0
     counts, health_state = {}, None
     if resumed is None:
         data = [phases.first_phase(config.data, datasets)]
@@ -93,9 +93,11 @@ def train(config: RunConfig, stop: StopSignal) -> int:
                 f"{resumed} was made with; go on with the same, or start another run from it with "
                 "stage.initial_checkpoint"
             )
-        step, slots, counts = progress["step"], progress["slots"], progress["counts"]
+        step, sample_indices, counts = progress["step"], progress["slots"], progress["counts"]
         health_state = progress["health"]
-        data = phases.resume(progress["phases"], config.data, datasets, slots, str(resumed))
+        data = phases.resume(
+            progress["phases"], config.data, datasets, sample_indices, str(resumed)
+        )
         if len(data) > len(progress["phases"]):
             counts = without_sources(counts)
         save_load.load_training(resumed, chunks, optimizer, scheduler)
@@ -105,7 +107,7 @@ def train(config: RunConfig, stop: StopSignal) -> int:
         output.mkdir(parents=True, exist_ok=True)
         save_config(config, output / "run.yaml")
         metrics.drop_after(output, step)
-        bad_samples.drop_after(output, slots)
+        bad_samples.drop_after(output, sample_indices)
         fault_tolerance.drop_after(output, step)
     torch.distributed.barrier()  # no rank writes its ledger before it was cut
 
@@ -121,11 +123,11 @@ def train(config: RunConfig, stop: StopSignal) -> int:
         tokens_per_image=config.model.tokens_per_image,
         image_size=config.model.vision.image_size,
         micro_batch_size=config.train.micro_batch_size,
-        start_slot=slots,
+        start_sample=sample_indices,
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
         decode_images=chunks[0].pre_process,
-        ledger=bad_samples.path_of(output, torch.distributed.get_rank()) if first else None,
+        bad_sample_log=bad_samples.path_of(output, torch.distributed.get_rank()) if first else None,
     )
     agreement = SampleConsistencyCheck([groups.mp, groups.cp], setup.device())
     feed = DataIterator(loader, setup.device(), agreement, (groups.cp.rank(), groups.cp.size()))
@@ -165,7 +167,7 @@ def train(config: RunConfig, stop: StopSignal) -> int:
         saving = ending or step % config.train.save_interval == 0
         logging = saving or step % config.train.log_interval == 0  # checkpoints carry full counts
         scheduler.step(1)
-        read = range(slots, slots + config.train.global_batch_size)
+        read = range(sample_indices, sample_indices + config.train.global_batch_size)
         with profiler.span("optimizer"):
             judge = partial(gradients.should_apply, step, read)
             try:
@@ -177,7 +179,7 @@ def train(config: RunConfig, stop: StopSignal) -> int:
                 except CheckpointError as failure:
                     raise error from failure
                 raise
-        slots = read.stop
+        sample_indices = read.stop
         log.add(sums, feed.take_counts(), timers.backward.take())
         saver.poll()
         if logging:
@@ -203,7 +205,7 @@ def train(config: RunConfig, stop: StopSignal) -> int:
                 scheduler=scheduler,
                 progress={
                     "step": step,
-                    "slots": slots,
+                    "slots": sample_indices,
                     "phases": phases.to_json(data),
                     "stage_fingerprint": trained,
                     "counts": log.counts,

@@ -67,7 +67,7 @@ opened = time.perf_counter()
 order = ShuffleOrder([dataset.sizes], [1.0], 1)
 order.sample_at(0)
 ready = time.perf_counter()
-epoch = order.slots_per_epoch
+epoch = order.samples_per_epoch
 seeks = [timed(lambda: order.sample_at(s)) for s in (123_456_789, 399_999_999, 5, 200_000_000)]
 other = timed(lambda: order.sample_at(3 * epoch + 7))
 peak = next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM"))
@@ -201,10 +201,10 @@ def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, size: int
         tokens_per_image=65,
         image_size=size,
         micro_batch_size=BATCH,
-        start_slot=0,
+        start_sample=0,
         data_parallel_rank=0,
         data_parallel_size=1,
-        limit_slots=None if samples is None else samples // BATCH * BATCH,
+        limit_samples=None if samples is None else samples // BATCH * BATCH,
     )
 
 

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.schema import (
     DecoderConfig,
     ModelConfig,
@@ -30,6 +29,7 @@ from megatron_owl2.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext

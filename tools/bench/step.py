@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_owl2.config.load import load_config
 from megatron_owl2.config.machine import check_machine
+from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
-from megatron_owl2.config.load import load_config
-from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch, collate
 from megatron_owl2.data.conversation import Sample
 from megatron_owl2.errors import ConfigError
@@ -81,12 +81,14 @@ def full_batch(config: RunConfig) -> Batch:
     size = config.model.vision.image_size
     positions = np.arange(4, 4 + images)
     samples = []
-    for slot in range(config.train.micro_batch_size):
+    for sample_index in range(config.train.micro_batch_size):
         tokens = chance.integers(3, config.model.decoder.vocab_size, length)
         labels, modality = np.roll(tokens, -1), np.zeros(length, np.int64)
         labels[: positions[-1]], modality[positions] = -100, 1
         pixels = torch.from_numpy(chance.integers(0, 256, (3, size, size), np.uint8))
-        samples.append(Sample(tokens, labels, modality, positions, length, False, pixels, slot))
+        samples.append(
+            Sample(tokens, labels, modality, positions, length, False, pixels, sample_index)
+        )
     return collate(samples, size)
 
 

@@ -14,10 +14,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_owl2.config.validate_model import validate_model
-from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.validate_model import validate_model
+from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert.expand import Expanded, expand
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules
@@ -252,7 +252,7 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
         image=images[order],
         vision_token_index=expanded.vision_token_index,
         lengths=expanded.lengths,
-        slots=torch.arange(len(expanded.tokens)),
+        sample_indices=torch.arange(len(expanded.tokens)),
         sources=torch.zeros(len(expanded.tokens), dtype=torch.int64),
         keys=[str(row) for row in range(len(expanded.tokens))],
     )

@@ -45,7 +45,7 @@ def permutation(n: int, key: int) -> np.ndarray:
 
 
 class KeyedRandom:
-    """A short stream of uniform floats for one key, such as (seed, slot)."""
+    """A short stream of uniform floats for one key, such as (seed, sample index)."""
 
     def __init__(self, *key: int):
         self._state = combine(*key)

@@ -1,9 +1,9 @@
-"""Phases of a run: stretches of slots over the same data, recorded in every checkpoint.
+"""Data phases of a run: stretches over the same data sources, recorded in every checkpoint.
 
-A data cursor is one integer and means something only over the data it was made with. When data
-sets are added, or their weights change, `data.phase` is raised by one: a new order starts at the
-slot where the run stands, and the checkpoint keeps the list of what was trained on until where.
-"""
+A data cursor is one integer and means something only over the data it was made with. When data sets
+are added, or their weights change, `data.phase` is raised by one: a new order starts at the sample
+index that the run has reached, and the checkpoint keeps the list of what was trained on until
+where."""
 
 import dataclasses
 import hashlib
@@ -18,28 +18,29 @@ from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.errors import ConfigError
 
 _PHASE = 32  # keeps the keys of later phases apart from others
+_STORED_NAMES = {"start_sample": "start_slot"}  # of fields in progress.json
 
 
 @dataclass
 class Phase:
-    """One phase: its number from 1 on, its first slot, the fingerprint of its data, its sources."""
+    """One data phase: number from 1 on, first sample index, fingerprint of its data, sources."""
 
     number: int
-    start_slot: int
+    start_sample: int
     fingerprint: str
     sources: list[dict]  # path, weight, samples and the fingerprint of the manifest
 
     def describe(self) -> str:
         """What is trained on from where, for the log."""
-        lines = [f"data: phase {self.number} from slot {self.start_slot:,}"]
+        lines = [f"data: phase {self.number} from sample {self.start_sample:,}"]
         for source in self.sources:
-            share = f"{source['weight']:7.2%} of the slots"
+            share = f"{source['weight']:7.2%} of the samples"
             lines.append(f"  {share}  {source['samples']:>13,} samples  {source['path']}")
         return "\n".join(lines)
 
 
 def first_phase(config: DataConfig, datasets: Sequence[ShardedDataset]) -> Phase:
-    """The phase of a run that starts now, from slot 0."""
+    """The phase of a run that starts now, from sample index 0."""
     return _phase(config, datasets, 0)
 
 
@@ -47,28 +48,29 @@ def resume(
     recorded: list[dict],
     config: DataConfig,
     datasets: Sequence[ShardedDataset],
-    slot: int,
+    consumed_samples: int,
     where: str,
 ) -> list[Phase]:
-    """The phases of a run that goes on at `slot`, given those in its checkpoint `where`.
+    """The phases of a resumed run, given those recorded in its checkpoint `where`.
 
     The last one is in force: the recorded one, or a new one if `data.phase` is one more than its
     number. Raises ConfigError if the data changed without that, or the number skips or goes back.
     """
-    phases = [Phase(**phase) for phase in recorded]
+    phases = [_from_json(phase) for phase in recorded]
     last = phases[-1]
     if config.phase == last.number + 1:
-        return [*phases, _phase(config, datasets, slot)]
+        return [*phases, _phase(config, datasets, consumed_samples)]
     if config.phase != last.number:
         raise ConfigError(
             f"data.phase is {config.phase}, but {where} was made in phase {last.number}; use "
             f"{last.number} to go on with the same data or {last.number + 1} to change it"
         )
-    if _phase(config, datasets, last.start_slot).fingerprint != last.fingerprint:
+    if _phase(config, datasets, last.start_sample).fingerprint != last.fingerprint:
         raise ConfigError(
             f"data.sources or data.seed is not what {where} was made with; go on with the same, "
-            f"or say data.phase={last.number + 1} to go on with other data from slot {slot} on, or "
-            "start another run from the weights with stage.initial_checkpoint"
+            f"or say data.phase={last.number + 1} to go on with other data from sample "
+            f"{consumed_samples} on, or start another run from the weights with "
+            "stage.initial_checkpoint"
         )
     return phases
 
@@ -79,13 +81,19 @@ def order_seed(seed: int, phase: int) -> int:
 
 
 def to_json(phases: list[Phase]) -> list[dict]:
-    """What `go_on` takes back."""
-    return [dataclasses.asdict(phase) for phase in phases]
+    """The phases as progress.json has them and `resume` takes them."""
+    trees = map(dataclasses.asdict, phases)
+    return [{_STORED_NAMES.get(name, name): v for name, v in tree.items()} for tree in trees]
 
 
-def _phase(config: DataConfig, datasets: Sequence[ShardedDataset], start_slot: int) -> Phase:
-    """SHA-256 over everything that decides which sample a slot holds: the manifests' fingerprints
-    in order, the weights, the seed, the phase and the order's constants."""
+def _from_json(tree: dict) -> Phase:
+    names = {stored: name for name, stored in _STORED_NAMES.items()}
+    return Phase(**{names.get(name, name): value for name, value in tree.items()})
+
+
+def _phase(config: DataConfig, datasets: Sequence[ShardedDataset], start_sample: int) -> Phase:
+    """The phase with its fingerprint: SHA-256 over everything that decides which sample an index
+    is, the manifests' fingerprints in order, the weights, seed, phase and the order's constants."""
     total = sum(source.weight for source in config.sources)
     sources = []
     for source, dataset in zip(config.sources, datasets, strict=True):
@@ -104,4 +112,4 @@ def _phase(config: DataConfig, datasets: Sequence[ShardedDataset], start_slot: i
         [STREAMS, BLOCK_SIZE, SHUFFLE_BLOCK_SIZE],
     ]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Phase(config.phase, start_slot, digest, sources)
+    return Phase(config.phase, start_sample, digest, sources)

@@ -1,11 +1,13 @@
-"""The order of training: global slot -> (data set, shard, sample), a pure function of the seed.
+"""Shuffled order of training samples over all data sets, without an index in memory or on disk.
 
-The slot is the only state. Data-parallel rank r of R takes the slots s with s % R == r, so
-resuming, another number of ranks or workers and skipping ahead are all one integer.
+The order maps a global sample index to (data set, shard, sample) as a pure function of the seed, so
+the sample index is the only state: data-parallel rank r of R takes the indices s with s % R == r,
+and resuming, another number of ranks or workers and skipping ahead are all one integer.
 
-Every shard is cut into chunks of neighbouring samples. In epoch e the chunks are permuted; the
-permuted sequence is divided into lanes that advance side by side, and each lane shuffles inside
-windows. Neighbouring slots come from different lanes, a lane reads few chunks at a time.
+Every shard is cut into blocks of neighbouring samples. In epoch e the blocks are permuted; the
+permuted sequence is divided into streams that advance side by side, and each stream is shuffled
+inside of shuffle blocks. Neighbouring indices belong to different streams, and a stream reads few
+blocks at a time.
 """
 
 from collections.abc import Sequence
@@ -16,26 +18,26 @@ import numpy as np
 from megatron_owl2.data.sampling.keyed_random import combine, permutation
 
 STREAMS, BLOCK_SIZE, SHUFFLE_BLOCK_SIZE = 256, 256, 4096  # another value makes another order
-MAX_CHUNKS = 2**24  # 4 billion samples in full chunks; 0.8 GB in every process
-_EPOCH, _WINDOW, _MIXTURE, _SUBSTITUTE = range(4)  # what a key is for
+MAX_BLOCKS = 2**24  # 4 billion samples in full blocks; 0.8 GB in every process
+_EPOCH, _SHUFFLE, _MIXTURE, _SUBSTITUTE = range(4)  # what a key is for
 
 
 class ShuffleOrder:
-    """The order of an endless stream over several data sets.
+    """Shuffled order of an endless sequence of samples from several data sets.
 
     `shard_sizes[d]` are the sample counts of data set d's shards, `weights[d]` its share of the
-    slots in any unit. One epoch is as long as it must be for every data set to be seen once
-    without breaking the shares: T = max_d samples_d / share_d slots. The data set that sets T is
+    sequence in any unit. One epoch is as long as it must be for every data set to be seen once
+    without breaking the shares: T = max_d samples_d / share_d. The data set that sets T is
     seen exactly once in an epoch, the others share_d * T / samples_d >= 1 times: whole copies, and
-    the rest from its chunks in hash order. The shares are exact to half a sample per epoch.
+    the rest from its blocks in hash order. The shares are exact to half a sample per epoch.
 
-    Slots [e * slots_per_epoch, (e + 1) * slots_per_epoch) hold every sample of epoch e exactly as
-    often as the mixture says. A data set too small for `lanes` lanes of one window each has fewer,
-    down to one lane with one window: a full shuffle. A lane's last window takes the remainder, so
-    that no window is short.
+    The indices [e * samples_per_epoch, (e + 1) * samples_per_epoch) hold every sample of epoch e
+    exactly as often as the mixture says. A data set too small for `streams` streams of one shuffle
+    block each has fewer, down to one stream with one shuffle block: a full shuffle. A stream's last
+    shuffle block takes the remainder, so that none is short.
 
     Raises ValueError if a data set is empty, a weight is not positive, or the shares would repeat
-    small data sets so often that the table of chunks does not fit into memory.
+    small data sets so often that the table of blocks does not fit into memory.
     """
 
     def __init__(
@@ -43,22 +45,22 @@ class ShuffleOrder:
         shard_sizes: Sequence[Sequence[int]],
         weights: Sequence[float],
         seed: int,
-        lanes: int = STREAMS,
-        chunk: int = BLOCK_SIZE,
-        window: int = SHUFFLE_BLOCK_SIZE,
+        streams: int = STREAMS,
+        block: int = BLOCK_SIZE,
+        shuffle_block: int = SHUFFLE_BLOCK_SIZE,
     ):
         if not shard_sizes or len(shard_sizes) != len(weights):
             raise ValueError("give at least one data set and one weight for each")
         if min(weights) <= 0:
             raise ValueError(f"weights must be positive, not {list(weights)}")
-        if min(lanes, chunk, window) < 1:
-            raise ValueError("lanes, chunk and window must be positive")
+        if min(streams, block, shuffle_block) < 1:
+            raise ValueError("streams, block and shuffle block must be positive")
         self.seed = seed
-        self._window = window
+        self._shuffle_block_size = shuffle_block
         copies = _mixture([sum(sizes) for sizes in shard_sizes], weights)
-        _check_table(shard_sizes, copies, chunk)
+        _check_table(shard_sizes, copies, block)
         tables = [
-            _repeat(_chunks(np.asarray(sizes), chunk), samples, combine(seed, _MIXTURE, index))
+            _repeat(_blocks(np.asarray(sizes), block), samples, combine(seed, _MIXTURE, index))
             for index, (sizes, samples) in enumerate(zip(shard_sizes, copies, strict=True))
         ]
         self._dataset = np.repeat(
@@ -67,106 +69,110 @@ class ShuffleOrder:
         self._shard, self._start, self._count = (
             np.concatenate([table[part] for table in tables]) for part in range(3)
         )
-        self.samples_per_epoch: list[int] = copies
-        self.slots_per_epoch = sum(copies)
-        self.lanes = max(1, min(lanes, self.slots_per_epoch // window))
+        self.dataset_samples_per_epoch: list[int] = copies
+        self.samples_per_epoch = sum(copies)
+        self.streams = max(1, min(streams, self.samples_per_epoch // shuffle_block))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # the last two
-        self._window_cache: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # one per lane
+        self._shuffled_cache: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # one per stream
 
-    def sample_at(self, slot: int, attempt: int = 0) -> tuple[int, int, int]:
-        """(data set, shard, sample) of a slot.
+    def sample_at(self, sample_index: int, attempt: int = 0) -> tuple[int, int, int]:
+        """(data set, shard, sample within the shard) of a sample index.
 
-        `attempt` k > 0 names the k-th substitute for a slot whose sample cannot be used: another
-        position of the same window, the same on every rank and in every run.
+        `attempt` k > 0 names the k-th substitute for a sample that cannot be used: another one of
+        the same shuffle block, the same on every rank and in every run.
         """
-        place = self._place(slot)
+        place = self._place(sample_index)
         index = place.index
         if attempt and place.length > 1:
-            key = combine(self.seed, _SUBSTITUTE, slot, attempt)
+            key = combine(self.seed, _SUBSTITUTE, sample_index, attempt)
             index = (index + 1 + key % (place.length - 1)) % place.length
-        return self._sample(place.epoch, place.start + int(self._window_order(place)[index]))
+        return self._sample(place.epoch, place.start + int(self._shuffled(place)[index]))
 
-    def window(self, slot: int) -> tuple[int, int, int]:
-        """(epoch, lane, number) of the window that a slot is drawn from."""
-        place = self._place(slot)
-        return place.epoch, place.lane, place.window
+    def shuffle_block(self, sample_index: int) -> tuple[int, int, int]:
+        """(epoch, stream, number) of the shuffle block that a sample index is drawn from."""
+        place = self._place(sample_index)
+        return place.epoch, place.stream, place.shuffle_block
 
-    def next_window(self, slot: int) -> int:
-        """The first slot of the window after a slot's, in the same lane."""
-        place = self._place(slot)
+    def next_shuffle_block(self, sample_index: int) -> int:
+        """The first sample index of the next shuffle block of the same stream."""
+        place = self._place(sample_index)
         if place.last:
-            return (place.epoch + 1) * self.slots_per_epoch + place.lane
-        return slot + (place.length - place.index) * self.lanes
+            return (place.epoch + 1) * self.samples_per_epoch + place.stream
+        return sample_index + (place.length - place.index) * self.streams
 
-    def chunks(self, slot: int) -> list[tuple[int, int, int]]:
-        """(data set, shard, a sample) of every chunk that a slot's window reads."""
-        place = self._place(slot)
-        chunks, ends = self._permuted(place.epoch)
+    def blocks(self, sample_index: int) -> list[tuple[int, int, int]]:
+        """(data set, shard, a sample) of every block that the shuffle block of an index reads."""
+        place = self._place(sample_index)
+        blocks, ends = self._permuted(place.epoch)
         around = [place.start, place.start + place.length - 1]
         first, last = ends.searchsorted(around, side="right").tolist()
         return [
             (int(self._dataset[c]), int(self._shard[c]), int(self._start[c]))
-            for c in chunks[first : last + 1]
+            for c in blocks[first : last + 1]
         ]
 
-    def _place(self, slot: int) -> "_Place":
-        epoch, position = divmod(slot, self.slots_per_epoch)
-        number, lane = divmod(position, self.lanes)
-        base, extra = divmod(self.slots_per_epoch, self.lanes)
-        lane_start = lane * base + min(lane, extra)
-        lane_length = base + (lane < extra)
-        windows = max(1, lane_length // self._window)
-        window = min(number // self._window, windows - 1)
-        begin = window * self._window
-        length = self._window if window < windows - 1 else lane_length - begin
+    def _place(self, sample_index: int) -> "_Place":
+        epoch, position = divmod(sample_index, self.samples_per_epoch)
+        number, stream = divmod(position, self.streams)
+        base, extra = divmod(self.samples_per_epoch, self.streams)
+        stream_start = stream * base + min(stream, extra)
+        stream_length = base + (stream < extra)
+        shuffle_blocks = max(1, stream_length // self._shuffle_block_size)
+        shuffle_block = min(number // self._shuffle_block_size, shuffle_blocks - 1)
+        begin = shuffle_block * self._shuffle_block_size
+        length = (
+            self._shuffle_block_size
+            if shuffle_block < shuffle_blocks - 1
+            else stream_length - begin
+        )
         return _Place(
             epoch=epoch,
-            lane=lane,
-            window=window,
-            last=window == windows - 1,
-            start=lane_start + begin,
+            stream=stream,
+            shuffle_block=shuffle_block,
+            last=shuffle_block == shuffle_blocks - 1,
+            start=stream_start + begin,
             length=length,
             index=number - begin,
         )
 
     def _sample(self, epoch: int, position: int) -> tuple[int, int, int]:
-        """The sample at a position of the epoch's sequence of permuted chunks."""
-        chunks, ends = self._permuted(epoch)
+        """The sample at a position of the epoch's sequence of permuted blocks."""
+        blocks, ends = self._permuted(epoch)
         index = int(ends.searchsorted(position, side="right"))
-        chunk = chunks[index]
+        block = blocks[index]
         offset = position - (int(ends[index - 1]) if index else 0)
-        return int(self._dataset[chunk]), int(self._shard[chunk]), int(self._start[chunk]) + offset
+        return int(self._dataset[block]), int(self._shard[block]), int(self._start[block]) + offset
 
     def _permuted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's order of the chunks and where each of them ends in its sequence."""
+        """An epoch's order of the blocks and where each of them ends in its sequence."""
         if epoch not in self._epochs:
             if len(self._epochs) == 2:  # where one ends, the next is looked ahead at
                 del self._epochs[min(self._epochs)]
-            chunks = permutation(len(self._count), combine(self.seed, _EPOCH, epoch))
-            chunks = chunks.astype(np.int32)
-            self._epochs[epoch] = (chunks, np.cumsum(self._count[chunks], dtype=np.int64))
+            blocks = permutation(len(self._count), combine(self.seed, _EPOCH, epoch))
+            blocks = blocks.astype(np.int32)
+            self._epochs[epoch] = (blocks, np.cumsum(self._count[blocks], dtype=np.int64))
         return self._epochs[epoch]
 
-    def _window_order(self, place: "_Place") -> np.ndarray:
-        identity = (place.epoch, place.window)
-        cached = self._window_cache.get(place.lane)
+    def _shuffled(self, place: "_Place") -> np.ndarray:
+        identity = (place.epoch, place.shuffle_block)
+        cached = self._shuffled_cache.get(place.stream)
         if cached is None or cached[0] != identity:
-            key = combine(self.seed, _WINDOW, place.epoch, place.lane, place.window)
+            key = combine(self.seed, _SHUFFLE, place.epoch, place.stream, place.shuffle_block)
             order = permutation(place.length, key).astype(np.int32)
-            cached = self._window_cache[place.lane] = (identity, order)
+            cached = self._shuffled_cache[place.stream] = (identity, order)
         return cached[1]
 
 
 class _Place(NamedTuple):
-    """Where a slot is drawn from: the window [start, start + length) of the epoch's sequence."""
+    """Place of a sample index: in the shuffle block [start, start + length) of the epoch."""
 
     epoch: int
-    lane: int
-    window: int
-    last: bool  # of the lane's windows
+    stream: int
+    shuffle_block: int
+    last: bool  # of the stream's shuffle blocks
     start: int
     length: int
-    index: int  # of the slot among the window's
+    index: int  # of the sample within the shuffle block
 
 
 def _mixture(samples: list[int], weights: Sequence[float]) -> list[int]:
@@ -179,13 +185,13 @@ def _mixture(samples: list[int], weights: Sequence[float]) -> list[int]:
     return [max(count, round(share * length)) for count, share in zip(samples, shares, strict=True)]
 
 
-def _check_table(shard_sizes: Sequence[Sequence[int]], copies: list[int], chunk: int) -> None:
-    """Refuse a mixture that repeats data sets until the table of chunks fills the memory."""
+def _check_table(shard_sizes: Sequence[Sequence[int]], copies: list[int], block: int) -> None:
+    """Refuse a mixture that repeats data sets until the table of blocks fills the memory."""
     needed = [
-        copy / sum(sizes) * int(np.ceil(np.asarray(sizes) / chunk).sum())
+        copy / sum(sizes) * int(np.ceil(np.asarray(sizes) / block).sum())
         for sizes, copy in zip(shard_sizes, copies, strict=True)
     ]
-    if sum(needed) > MAX_CHUNKS:
+    if sum(needed) > MAX_BLOCKS:
         most = needed.index(max(needed))
         samples = sum(shard_sizes[most])
         raise ValueError(
@@ -195,24 +201,24 @@ def _check_table(shard_sizes: Sequence[Sequence[int]], copies: list[int], chunk:
         )
 
 
-def _chunks(sizes: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shard, first sample and number of samples of every chunk, int32 each."""
-    per_shard = -(-sizes // chunk)
+def _blocks(sizes: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shard, first sample and number of samples of every block, int32 each."""
+    per_shard = -(-sizes // block)
     shard = np.repeat(np.arange(len(sizes)), per_shard)
     first = np.cumsum(per_shard) - per_shard
-    start = (np.arange(len(shard)) - first[shard]) * chunk
-    count = np.minimum(chunk, sizes[shard] - start)
+    start = (np.arange(len(shard)) - first[shard]) * block
+    count = np.minimum(block, sizes[shard] - start)
     return shard.astype(np.int32), start.astype(np.int32), count.astype(np.int32)
 
 
 def _repeat(
-    chunks: tuple[np.ndarray, ...], samples: int, key: int
+    blocks: tuple[np.ndarray, ...], samples: int, key: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The chunks again and again until they hold `samples` samples; the last chunk is cut."""
-    shard, start, count = chunks
+    """The blocks again and again until they hold `samples` samples; the last block is cut."""
+    shard, start, count = blocks
     copies, rest = divmod(samples, int(count.sum()))
     if (copies, rest) == (1, 0):
-        return chunks
+        return blocks
     some = permutation(len(count), key)
     ends = np.cumsum(count[some], dtype=np.int64)
     some = some[: int(ends.searchsorted(rest)) + 1] if rest else some[:0]

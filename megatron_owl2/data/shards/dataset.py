@@ -14,13 +14,13 @@ from megatron_owl2.data.shards.writer import INDEX, SUMS, checksum, load_index
 from megatron_owl2.data.storage import StorageOptions, open_storage
 from megatron_owl2.errors import BadSampleError, ShardError, StorageMissing
 
-_MAX_CHUNKS = 4096  # whose part of the index is kept: 4 kB each
+_MAX_BLOCKS = 4096  # whose part of the index is kept: 4 kB each
 
 
 _GIB = 2**30
 
 
-class _Chunk(NamedTuple):
+class _Block(NamedTuple):
     """The part of a shard's index that a run of BLOCK_SIZE samples needs."""
 
     first: int
@@ -46,7 +46,7 @@ class ShardedDataset:
         self.fingerprint: str = manifest["fingerprint"]
         self.shards: list[dict] = manifest["shards"]
         self.sizes: list[int] = [row["samples"] for row in self.shards]
-        self._chunks: OrderedDict[tuple[int, int], _Chunk] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
         self._checked: set[int] = set()
 
     def __len__(self) -> int:
@@ -55,16 +55,16 @@ class ShardedDataset:
     def read(self, shard_index: int, sample_index: int) -> Record:
         """One record. Raises BadSampleError if this sample is damaged, ShardError if its shard
         differs from the manifest and StorageError if it cannot be read; all name the file."""
-        chunk = self._chunk(shard_index, sample_index)
-        name, number = self.shards[shard_index]["name"], sample_index - chunk.first
-        start, stop = int(chunk.offsets[number]), int(chunk.offsets[number + 1])
-        data = self.storage.read(name, start, stop, chunk.extent)
+        block = self._block(shard_index, sample_index)
+        name, number = self.shards[shard_index]["name"], sample_index - block.first
+        start, stop = int(block.offsets[number]), int(block.offsets[number + 1])
+        data = self.storage.read(name, start, stop, block.extent)
         try:
-            if checksum(data) != chunk.sums[number]:
+            if checksum(data) != block.sums[number]:
                 # What lies in a cache may have been damaged there.
-                self.storage.drop(name, *chunk.extent)
-                data = self.storage.read(name, start, stop, chunk.extent)
-                if checksum(data) != chunk.sums[number]:
+                self.storage.drop(name, *block.extent)
+                data = self.storage.read(name, start, stop, block.extent)
+                if checksum(data) != block.sums[number]:
                     raise BadSampleError("its bytes do not match their checksum")
             return Record.from_members(*unpack_sample(data))
         except BadSampleError as error:
@@ -72,15 +72,15 @@ class ShardedDataset:
             raise BadSampleError(f"{where}: {error}") from None
 
     def prefetch(self, shard_index: int, sample_index: int) -> None:
-        """Have the chunk of a sample fetched in the background, its part of the index at once."""
-        chunk = self._chunk(shard_index, sample_index)
-        self.storage.prefetch(self.shards[shard_index]["name"], *chunk.extent)
+        """Have the block of a sample fetched in the background, its part of the index at once."""
+        block = self._block(shard_index, sample_index)
+        self.storage.prefetch(self.shards[shard_index]["name"], *block.extent)
 
     def range_of(self, shard_index: int, sample_index: int) -> tuple[int, int]:
         """The byte offsets in its shard at which a sample starts and ends."""
-        chunk = self._chunk(shard_index, sample_index)
-        number = sample_index - chunk.first
-        return int(chunk.offsets[number]), int(chunk.offsets[number + 1])
+        block = self._block(shard_index, sample_index)
+        number = sample_index - block.first
+        return int(block.offsets[number]), int(block.offsets[number + 1])
 
     def close(self) -> None:
         """Close every file; reading opens them again."""
@@ -89,23 +89,23 @@ class ShardedDataset:
     def _path(self, shard_index: int) -> str:
         return f"{self.location.rstrip('/')}/{self.shards[shard_index]['name']}"
 
-    def _chunk(self, shard_index: int, sample_index: int) -> _Chunk:
+    def _block(self, shard_index: int, sample_index: int) -> _Block:
         row = self.shards[shard_index]
         if not 0 <= sample_index < row["samples"]:
             raise IndexError(f"sample {sample_index} of {row['samples']} in {row['name']}")
         first = sample_index - sample_index % BLOCK_SIZE
-        chunk = self._chunks.get((shard_index, first))
-        if chunk is not None:
-            self._chunks.move_to_end((shard_index, first))
-            return chunk
+        block = self._blocks.get((shard_index, first))
+        if block is not None:
+            self._blocks.move_to_end((shard_index, first))
+            return block
         self._check_size(shard_index)
         offsets, sums = self._load_index(shard_index)
         stop = min(first + BLOCK_SIZE, row["samples"])
-        chunk = _Chunk(first, offsets[first : stop + 1].copy(), sums[first:stop].copy())
-        while len(self._chunks) >= _MAX_CHUNKS:
-            self._chunks.popitem(last=False)
-        self._chunks[shard_index, first] = chunk
-        return chunk
+        block = _Block(first, offsets[first : stop + 1].copy(), sums[first:stop].copy())
+        while len(self._blocks) >= _MAX_BLOCKS:
+            self._blocks.popitem(last=False)
+        self._blocks[shard_index, first] = block
+        return block
 
     def _load_index(self, shard_index: int) -> tuple[np.ndarray, np.ndarray]:
         row, path = self.shards[shard_index], self._path(shard_index)

@@ -5,7 +5,7 @@ resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside
 renamed when complete, so a directory of that name is whole; `checkpoints/latest` names the newest.
 
 No state of random generators is kept, for nothing draws from one during training: there is no
-dropout, and order, crops and flips of the data are functions of the seed and the slot.
+dropout, and order, crops and flips of the data are functions of the seed and the sample index.
 """
 
 import itertools
@@ -148,9 +148,9 @@ def load_training(
     """Continue a run: weights, optimizer and schedule in place.
 
     The settings of AdamW and the length of the schedule stay those of the configuration, which may
-    have changed; what trains, and the factors on the rate, must be the same (`parameter_groups.fingerprint`).
-    Raises CheckpointError listing what is missing, unexpected or misshapen.
-    """
+    have changed; what trains, and the factors on the rate, must be the same
+    (`parameter_groups.fingerprint`). Raises CheckpointError listing what is missing, unexpected or
+    misshapen."""
     directory = resolve(directory)
     weights = _stored_weights(directory, chunks)
     allocate_optimizer_state(optimizer)

@@ -21,7 +21,7 @@ OF_THE_RUN = ("bad_samples", "shortened_samples", "read_retries", "worker_restar
 
 
 def seen(source: int) -> str:
-    """Name of the count of slots that a data set filled."""
+    """Name of the count of samples that a data set filled."""
     return f"seen/{source}"
 
 

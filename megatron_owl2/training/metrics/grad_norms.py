@@ -10,7 +10,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_owl2.config.schema import DecoderConfig
 
-NORM_GROUPS = {  # the first match wins; of linear_qkv only the keys and values, queries are the rest
+# The first match wins; of linear_qkv only the keys and values, queries are the rest.
+NORM_GROUPS = {
     "ViT": "vision_model.*",
     "abstractor": "abstractor.*",
     "vision KV": "*.linear_kv_vision.weight",

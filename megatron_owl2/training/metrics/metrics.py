@@ -154,11 +154,11 @@ class Metrics:
 
     def _source(self, index: int) -> dict:
         """How much of a data set was seen, in samples and in epochs, and how much was bad."""
-        source, slots = self._sources[index], self.counts[seen(index)]
+        source, sample_indices = self._sources[index], self.counts[seen(index)]
         return {
             "path": source["path"],
-            "seen": slots,
-            "epochs": slots / source["samples"],
+            "seen": sample_indices,
+            "epochs": sample_indices / source["samples"],
             "bad": self.counts[bad(index)],
         }
 

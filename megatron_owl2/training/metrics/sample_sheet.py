@@ -38,7 +38,9 @@ def draw(batch: Batch, tokenizer: Tokenizer) -> Image.Image:
     for row, lines, height in zip(rows, texts, heights, strict=True):
         page.paste(_picture(owned.get(row)), (_MARGIN, top))
         left = _SIDE + 2 * _MARGIN
-        head = f"{batch.keys[row]}, data set {batch.sources[row]}, slot {batch.slots[row]}"
+        head = (
+            f"{batch.keys[row]}, data set {batch.sources[row]}, sample {batch.sample_indices[row]}"
+        )
         pen.text((left, top), head, _FAINT, font)
         for number, line in enumerate(lines, 1):
             for x, word, color in line:
