@@ -11,68 +11,67 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from megatron_owl2.errors import ConfigError, Owl2Error
 from megatron_owl2.training.signals import StopSignal
+
+if TYPE_CHECKING:
+    from megatron_owl2.config.schema import RunConfig
+    from megatron_owl2.training.trainer import Trainer
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
 
 
-def main() -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    trainer: "Callable[[RunConfig, StopSignal], Trainer] | None" = None,
+) -> int:
+    """Run the command; returns its exit code. `trainer` makes the Trainer, or a subclass of it."""
     stop = StopSignal()  # the imports below take seconds, in which a signal can come
-    usage, _, codes = __doc__.partition("\n")
+    usage, _, codes = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="megatron_owl2.train", description=usage, epilog=codes.strip()
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     from megatron_owl2.config.load import load_config
     from megatron_owl2.config.validate import validate
-    from megatron_owl2.errors import ConfigError
+    from megatron_owl2.mcore.setup import setup
+    from megatron_owl2.utils.logs import setup_logging
 
+    setup_logging()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(options.config, options.overrides)
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError as error:
-        return _refuse(error)
+        setup()
+        from megatron_owl2.training.trainer import Trainer
 
-    from megatron_owl2.errors import (
-        CheckpointError,
-        CheckpointIOError,
-        DataError,
-        LoaderError,
-        ShardError,
-        StorageError,
-    )
-    from megatron_owl2.training.trainer import train
-
-    rank = os.environ.get("RANK", "0")
-    try:
-        received = train(config, stop)
-    except ConfigError as error:
-        return _refuse(error)
-    except (CheckpointIOError, LoaderError, StorageError) as error:
-        _tell(f"rank {rank}: {error}")
-        return 1
-    except (CheckpointError, DataError, FloatingPointError, ShardError) as error:
-        _tell(f"rank {rank}: {error}")
-        return 2
+        received = (trainer or Trainer)(config, stop).train()
+    except Owl2Error as error:
+        _tell(error)
+        return error.exit_code
     if received == signal.SIGINT:
         return 128 + received
     return EXIT_RESUMABLE if received else 0
 
 
-def _refuse(error: ValueError) -> int:
-    """What is wrong may be so on one node or one rank alone, so every rank says it."""
+def _tell(error: Owl2Error) -> None:
+    """Say what is wrong, in one write, for the ranks of a job share a terminal or a log.
+
+    A configuration may be wrong on one node or one rank alone, so every rank says it.
+    """
     rank = os.environ.get("RANK", "0")
-    _tell(str(error) if rank == "0" else f"rank {rank} on {socket.gethostname()}: {error}")
-    return 2
-
-
-def _tell(message: str) -> None:
-    """In one write, for the ranks of a job share a terminal or a log."""
-    sys.stderr.write(f"error: {message}\n")
+    if not isinstance(error, ConfigError):
+        where = f"rank {rank}: "
+    elif rank == "0":
+        where = ""
+    else:
+        where = f"rank {rank} on {socket.gethostname()}: "
+    sys.stderr.write(f"error: {where}{error}\n")
     sys.stderr.flush()
 
 

@@ -23,12 +23,18 @@ def launch(
 
 
 def main() -> None:
+    from megatron_owl2.mcore.setup import setup
+
+    setup()
     import torch.distributed as dist
 
     from megatron_owl2.config.load import load_config
     from megatron_owl2.config.validate import validate
     from megatron_owl2.training.signals import StopSignal
-    from megatron_owl2.training.trainer import train
+    from megatron_owl2.training.trainer import Trainer
+    from megatron_owl2.utils.logs import setup_logging
+
+    setup_logging()
 
     stop = StopSignal()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -40,7 +46,7 @@ def main() -> None:
         # Their addresses lie in the store; those of the group before must not be found there.
         own = dist.PrefixStore(f"run {number}", store)
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
-        received = train(config, stop)
+        received = Trainer(config, stop).train()
         if received:
             raise SystemExit(f"signal {received}")
 

@@ -281,7 +281,7 @@ def test_fingerprint_changes_with_everything_that_changes_the_order(folders, tmp
 def test_batches_say_where_their_rows_come_from(folders):
     for batch in loader(config(*folders), limit_samples=100):
         assert [("a", "b")[i] for i in batch.sources.tolist()] == [key[0] for key in batch.keys]
-        assert batch.cost.bytes > 0 and batch.cost.read_seconds > 0
+        assert batch.measurements["bytes"] > 0 and batch.measurements["read_seconds"] > 0
         assert batch.image.is_contiguous(memory_format=torch.channels_last)
 
 

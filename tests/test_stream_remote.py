@@ -53,7 +53,7 @@ def test_a_server_that_misbehaves_costs_retries_and_no_sample(folder, server, tm
     batches = list(loader(over(server, tmp_path / "cache"), micro=20, limit_samples=400))
     assert rows_of(batches) == expected
     assert sum(batch.bad for batch in batches) == 0
-    assert sum(batch.cost.retries for batch in batches) >= 1
+    assert sum(batch.measurements["read_retries"] for batch in batches) >= 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -38,8 +38,9 @@ Picture = tuple[world.Scene, bytes]
 Turns = Sequence[tuple[str, str]]
 
 
-class Ledger:
-    """What was written: all training text, the captions of each part, the answers of each skill."""
+class AnswerRecord:
+    """Everything written: all training text, the captions of each part, the answers of each
+    skill."""
 
     def __init__(self):
         self.texts: list[str] = []
@@ -71,7 +72,7 @@ class Ledger:
         }
 
 
-def write_pairs(folder: Path, pictures: Iterable[Picture], ledger: Ledger) -> dict:
+def write_pairs(folder: Path, pictures: Iterable[Picture], answer_record: AnswerRecord) -> dict:
     """Write the shards and stats of img2dataset; return {image_mean, image_std} of the pixels.
 
     Both are lists of three floats on the scale 0 to 1. Durations and modification times are 0.
@@ -86,8 +87,8 @@ def write_pairs(folder: Path, pictures: Iterable[Picture], ledger: Ledger) -> di
         with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for i, (scene, jpeg) in enumerate(chunk):
                 caption = language.caption(scene)
-                ledger.texts.append(caption)
-                ledger.captions["pairs"].append(caption)
+                answer_record.texts.append(caption)
+                answer_record.captions["pairs"].append(caption)
                 _add_pair(tar, f"{shard:05d}{i:04d}", caption, jpeg)
                 histogram += Image.open(io.BytesIO(jpeg)).histogram()
         stats = {"count": len(chunk), "successes": len(chunk)}
@@ -127,7 +128,7 @@ def _add_pair(tar: tarfile.TarFile, key: str, caption: str, jpeg: bytes) -> None
 
 
 def write_instructions(
-    folder: Path, pictures: Iterable[Picture], seed: int, ledger: Ledger
+    folder: Path, pictures: Iterable[Picture], seed: int, answer_record: AnswerRecord
 ) -> None:
     """Write LLaVA conversations and their images, named relative to the JSON files' folder."""
     (folder / "images").mkdir(parents=True)
@@ -138,20 +139,20 @@ def write_instructions(
         rng = random.Random(f"{seed}/instructions/{i}/questions")
         dialogue = language.dialogue(scene, rng)
         turns = language.with_hint(dialogue, rng)
-        ledger.add_questions("instructions", dialogue)
-        ledger.add_dialogue(turns)
+        answer_record.add_questions("instructions", dialogue)
+        answer_record.add_dialogue(turns)
         questions.append(record | _conversations(turns, "<image>\n"))
-        ledger.captions["instructions"].append(language.caption(scene))
+        answer_record.captions["instructions"].append(language.caption(scene))
         if i % CAPTION_EVERY == 0:
             turns = [(language.CAPTION_REQUEST, language.caption(scene))]
-            ledger.add_dialogue(turns)
+            answer_record.add_dialogue(turns)
             captions.append(record | _conversations(turns, "<image>\n"))
     _write_json(folder / "llava_shapes.json", questions)
     _write_json(folder / "llava_captions.json", captions)
 
 
 def write_texts(
-    path: Path, number: int, seed: int, ledger: Ledger, tick: Callable[[], object]
+    path: Path, number: int, seed: int, answer_record: AnswerRecord, tick: Callable[[], object]
 ) -> None:
     """Write `number` ShareGPT dialogues: 70 % on a scene given as text, 30 % small text skills.
 
@@ -164,15 +165,15 @@ def write_texts(
         skill = rng.choices(language.TEXT_SKILLS, (70, 10, 10, 10))[0]
         dialogue = language.text_dialogue(skill, rng)
         turns = language.with_hint(dialogue, rng)
-        ledger.add_questions(f"text/{path.stem}", dialogue)
-        ledger.add_dialogue(turns)
+        answer_record.add_questions(f"text/{path.stem}", dialogue)
+        answer_record.add_dialogue(turns)
         records.append({"id": f"{path.stem}_{i}"} | _conversations(turns))
         tick()
     _write_json(path, records)
 
 
 def write_documents(
-    path: Path, number: int, seed: int, ledger: Ledger, tick: Callable[[], object]
+    path: Path, number: int, seed: int, answer_record: AnswerRecord, tick: Callable[[], object]
 ) -> None:
     """Write `number` plain texts as JSON lines {"text": ...}, as web corpora are published.
 
@@ -182,12 +183,14 @@ def write_documents(
     with path.open("w") as file:
         for i in range(number):
             text = language.document(random.Random(f"{seed}/text/{path.stem}/{i}"))
-            ledger.texts.append(text)
+            answer_record.texts.append(text)
             file.write(json.dumps({"text": text}) + "\n")
             tick()
 
 
-def write_eval(folder: Path, pictures: Iterable[Picture], seed: int, ledger: Ledger) -> None:
+def write_eval(
+    folder: Path, pictures: Iterable[Picture], seed: int, answer_record: AnswerRecord
+) -> None:
     """Write COCO captions, VQAv2 questions and POPE about the same pictures.
 
     Every picture gets one question of each skill it can answer, for existence one with the answer
@@ -203,7 +206,7 @@ def write_eval(folder: Path, pictures: Iterable[Picture], seed: int, ledger: Led
         image |= {"license": 1, "coco_url": "", "flickr_url": "", "date_captured": ""}
         images.append(image)
         captions.append({"image_id": i, "id": i, "caption": language.caption(scene)})
-        ledger.captions[part].append(captions[-1]["caption"])
+        answer_record.captions[part].append(captions[-1]["caption"])
 
         rng = random.Random(f"{seed}/{part}/{i}/questions")
         candidates = language.candidate_questions(scene, rng)
@@ -216,7 +219,7 @@ def write_eval(folder: Path, pictures: Iterable[Picture], seed: int, ledger: Led
             row = {"image_id": i, "question_id": i * 1000 + n}
             questions.append(row | {"question": question.text})
             annotations.append(row | _annotation(question))
-        ledger.add_questions(part, [*asked, *existence])
+        answer_record.add_questions(part, [*asked, *existence])
 
     coco = {"info": _INFO, "licenses": [_LICENSE], "images": images, "annotations": captions}
     _write_json(folder / "captions_val.json", coco)
@@ -228,7 +231,7 @@ def write_eval(folder: Path, pictures: Iterable[Picture], seed: int, ledger: Led
     (folder / "coco_pope_adversarial.json").write_text(lines)
 
 
-def write_text_eval(path: Path, number: int, seed: int, ledger: Ledger) -> None:
+def write_text_eval(path: Path, number: int, seed: int, answer_record: AnswerRecord) -> None:
     """Write `number` ShareGPT dialogues of one question; `skill` names the text skill."""
     path.parent.mkdir(parents=True)
     records = []
@@ -236,7 +239,7 @@ def write_text_eval(path: Path, number: int, seed: int, ledger: Ledger) -> None:
         skill = language.TEXT_SKILLS[i % len(language.TEXT_SKILLS)]
         rng = random.Random(f"{seed}/eval/text/{i}")
         question = language.text_dialogue(skill, rng, evaluation=True)[0]
-        ledger.add_questions("eval/text", [dataclasses.replace(question, skill=skill)])
+        answer_record.add_questions("eval/text", [dataclasses.replace(question, skill=skill)])
         turns = [(question.text, question.answer)]
         records.append({"id": f"text_{i}", "skill": skill} | _conversations(turns))
     _write_json(path, records)

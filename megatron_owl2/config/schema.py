@@ -175,6 +175,15 @@ class TrainConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Loss on data that is not trained on, each source by itself; `interval` is steps, 0 never."""
+
+    sources: list[str] = field(default_factory=list)  # sharded data sets, folders or URLs
+    interval: int = 0
+    samples: int = 1024  # of each source, spread evenly over it; 0: all
+
+
+@dataclass
 class HealthConfig:
     """When a run that does not go well skips a step, and when it stops."""
 
@@ -210,6 +219,7 @@ class RunConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

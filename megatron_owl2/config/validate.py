@@ -9,7 +9,10 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
 
-_MAY_BE_ZERO = {"workers", "seed", "warmup_steps", "keep_last", "keep_every", "picture_interval"}
+_MAY_BE_ZERO = {
+    *("workers", "seed", "warmup_steps", "keep_last", "keep_every", "picture_interval"),
+    *("interval", "samples"),
+}
 
 
 def validate(config: RunConfig, world_size: int) -> None:

@@ -14,8 +14,8 @@ from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.hf_weights import read_hf
 from megatron_owl2.convert.lazy_tensor import LazyTensor, of_model
 from megatron_owl2.convert.megatron_io import read_checkpoint
-from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.errors import ConversionError
+from megatron_owl2.data.tokenizer import load_tokenizer
+from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model import position_tables
@@ -156,14 +156,9 @@ def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: Mod
     if given is None and not os.path.lexists(path):
         return ""
     try:
-        pieces = Tokenizer(path).vocab_size
-    except (OSError, ValueError) as error:
+        load_tokenizer(path, stored.decoder.vocab_size)
+    except ConfigError as error:
         raise ConversionError(str(error)) from None
-    if pieces > stored.decoder.vocab_size:
-        raise ConversionError(
-            f"{path} has {pieces} pieces, the embedding only {stored.decoder.vocab_size} rows; "
-            "give the tokenizer of this model"
-        )
     return str(path)
 
 

@@ -1,5 +1,6 @@
 """Micro-batch as it leaves a data worker: in its final shapes, nothing is cut or inserted later."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -21,17 +22,6 @@ class BadSample:
     shard: str
     offset: int
     reason: str
-
-
-@dataclass
-class Cost:
-    """What a batch took to make: bytes of its pictures, seconds of reading and of decoding, reads
-    that had to be tried again."""
-
-    bytes: int = 0
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    retries: int = 0
 
 
 @dataclass
@@ -60,7 +50,7 @@ class Batch:
     keys: list[str]
     shortened: int = 0  # samples that lost turns or the end of an answer
     bad_samples: list[BadSample] = field(default_factory=list)
-    cost: Cost = field(default_factory=Cost)
+    measurements: Counter[str] = field(default_factory=Counter)
     local_vision_token_index: torch.Tensor | None = None
 
     @property

@@ -2,11 +2,11 @@
 
 import copy
 import gc
+import logging
 import mmap
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +26,7 @@ from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.training_dataset import TrainingDataset
 from megatron_owl2.errors import DataError, LoaderError
 
+_logger = logging.getLogger(__name__)
 MAX_RESTARTS = 3  # of the workers, without CALM batches in between
 CALM = 1000
 _LOOK = 1.0  # seconds between two looks at workers that give nothing
@@ -125,10 +126,8 @@ class BatchLoader:
                         "checkpoint"
                     ) from error
                 self.restarts += 1
-                print(
-                    f"{what}; starting the workers again ({deaths} of {MAX_RESTARTS} times)",
-                    file=sys.stderr,
-                    flush=True,
+                _logger.warning(
+                    "%s; starting the workers again (%d of %d times)", what, deaths, MAX_RESTARTS
                 )
             finally:
                 _end(set(multiprocessing.active_children()) - others)
@@ -147,7 +146,7 @@ class BatchLoader:
                     indices = next(iter(rest))
                     raise LoaderError(
                         f"the data workers gave nothing for {limit:g} seconds (data.stall_timeout);"
-                        f" next are the samples {indices[0]} to {indices[-1]}. A file system may hang; "
+                        f" next are the samples {indices[0]} to {indices[-1]}. A disk may hang; "
                         "the run can go on from its last checkpoint"
                     ) from error
 
@@ -256,12 +255,11 @@ def build_loader(
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = working_set(datasets, dataset.order, data_parallel_size, on_node) / 2**30
     if needed > config.storage.cache_gib and data_parallel_rank == 0:
-        print(
-            f"warning: data.storage.cache_gib is {config.storage.cache_gib:g}, but the ranks of a "
-            f"node read about {needed:.1f} GiB of shards side by side; with a smaller cache they "
-            "are fetched more than once",
-            file=sys.stderr,
-            flush=True,
+        _logger.warning(
+            "data.storage.cache_gib is %g, but the ranks of a node read about %.1f GiB of shards "
+            "side by side; with a smaller cache they are fetched more than once",
+            config.storage.cache_gib,
+            needed,
         )
     batches = MicroBatchSampler(
         start_sample, data_parallel_rank, data_parallel_size, micro_batch_size, limit_samples

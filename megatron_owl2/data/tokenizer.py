@@ -7,6 +7,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_owl2.errors import ConfigError
+
 
 class Tokenizer:
     """A SentencePiece model file behind LLaMA-2's special ids.
@@ -78,6 +80,24 @@ class Tokenizer:
             else:
                 run.append(i)
         return "".join([*parts, self._model.decode(run)])
+
+
+def load_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model that embeds `vocab_size` pieces.
+
+    Raises ConfigError if it cannot be read or has more pieces than that.
+    """
+    try:
+        tokenizer = Tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"{path} has {tokenizer.vocab_size} pieces, but the model embeds {vocab_size}: it is "
+            "another model's tokenizer; name the model's own, or set model.decoder.vocab_size if "
+            "the model is new"
+        )
+    return tokenizer
 
 
 def train_tokenizer(

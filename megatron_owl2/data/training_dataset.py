@@ -6,6 +6,7 @@ seek.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from megatron_owl2.config.schema import DataConfig
 from megatron_owl2.data import images
-from megatron_owl2.data.batch import BadSample, Batch, Cost, collate
+from megatron_owl2.data.batch import BadSample, Batch, collate
 from megatron_owl2.data.conversation import Sample, build_sample
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.data.sampling.phases import Phase, order_seed
@@ -64,16 +65,16 @@ class TrainingDataset(Dataset):
         """The batch of these samples. Raises DataError if a sample and all its substitutes are bad,
         ShardError if a shard is not what its manifest says, StorageError if it cannot be read."""
         bad: list[BadSample] = []
-        cost = Cost(retries=-self._retries())
-        samples = [self.sample(sample_index, bad, cost) for sample_index in sample_indices]
+        measured = Counter(read_retries=-self._retries())
+        samples = [self.sample(sample_index, bad, measured) for sample_index in sample_indices]
         batch = collate(samples, self._image_size if self._decode_images else 0)
-        cost.retries += self._retries()
-        batch.bad_samples, batch.cost = bad, cost
+        measured["read_retries"] += self._retries()
+        batch.bad_samples, batch.measurements = bad, measured
         return batch
 
-    def sample(self, sample_index: int, bad: list[BadSample], cost: Cost) -> Sample:
+    def sample(self, sample_index: int, bad: list[BadSample], measured: Counter[str]) -> Sample:
         """The sample of an index, or its first usable substitute; the unusable ones are added to
-        `bad`, bytes and seconds to `cost`."""
+        `bad`, bytes and seconds to `measured`."""
         place = sample_index - self._first_sample
         self._prefetcher.advance_to(place)
         for attempt in range(1 + SUBSTITUTES):
@@ -83,8 +84,8 @@ class TrainingDataset(Dataset):
             try:
                 started = time.perf_counter()
                 record = dataset.read(shard, index)
-                cost.read_seconds += time.perf_counter() - started
-                cost.bytes += len(record.image or b"")
+                measured["read_seconds"] += time.perf_counter() - started
+                measured["bytes"] += len(record.image or b"")
                 key = record.key
                 sample = build_sample(
                     record, self._tokenizer, self._tokens_per_image, self._config.sequence_length
@@ -92,7 +93,7 @@ class TrainingDataset(Dataset):
                 if record.image is not None:
                     started = time.perf_counter()
                     sample.image = self._image(record.image, sample_index)
-                    cost.decode_seconds += time.perf_counter() - started
+                    measured["decode_seconds"] += time.perf_counter() - started
             except BadSampleError as error:
                 name, (offset, _) = dataset.shards[shard]["name"], dataset.range_of(shard, index)
                 where = dataset.location, name, offset

@@ -17,8 +17,8 @@ from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
-from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.errors import InferenceError
+from megatron_owl2.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_owl2.errors import ConfigError, InferenceError
 from megatron_owl2.inference.inputs import DecoderInputs, left_padded
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
@@ -58,14 +58,9 @@ def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
     if not config.data.tokenizer:
         raise InferenceError(f"{path} has no tokenizer.model; put the model's own there")
     try:
-        tokenizer = Tokenizer(config.data.tokenizer)
-    except (OSError, ValueError) as error:
-        raise InferenceError(str(error)) from None
-    if tokenizer.vocab_size > config.model.decoder.vocab_size:
-        raise InferenceError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model in {path} embeds "
-            f"{config.model.decoder.vocab_size}; this is another model's tokenizer"
-        )
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
+    except ConfigError as error:
+        raise InferenceError(f"{path}: {error}") from None
     config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
     config.kernels = KernelConfig()
     config.train.precision = precision

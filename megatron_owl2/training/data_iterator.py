@@ -1,4 +1,4 @@
-"""Micro-batches from the loader to the device, counted on the way."""
+"""Iterator over micro-batches on the device, with counts of what they hold and cost."""
 
 import time
 from collections import Counter
@@ -8,12 +8,12 @@ import torch
 
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.loader import BatchLoader
-from megatron_owl2.training.metrics import accumulator as counts
+from megatron_owl2.training.metrics.accumulator import count_batch
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 
 
 class DataIterator(Iterator[Batch]):
-    """Micro-batches on the device; counts what they hold and what they cost.
+    """Micro-batches of a loader, this context-parallel rank's share of each on the device.
 
     `last` is the newest one as the loader made it: whole, and on the host.
     """
@@ -22,41 +22,29 @@ class DataIterator(Iterator[Batch]):
         self,
         loader: BatchLoader,
         device: torch.device,
-        agreement: SampleConsistencyCheck,
-        context: tuple[int, int] = (0, 1),
+        consistency: SampleConsistencyCheck,
+        context_parallel: tuple[int, int] = (0, 1),
     ):
-        """`context`: this context-parallel rank, and how many share a sequence."""
+        """`context_parallel`: this rank among those that share a sequence, and their number."""
         self._loader, self._batches, self._device = loader, iter(loader), device
-        self._agreement, self._context = agreement, context
+        self._consistency, self._context_parallel = consistency, context_parallel
         self._restarts = 0
-        self._counts = Counter()
+        self._counts: Counter[str] = Counter()
         self.last: Batch | None = None
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
         batch = next(self._batches)
-        self._agreement.add(batch)
-        self._counts["wait_seconds"] += time.perf_counter() - started
-        self._counts["tokens"] += int(batch.lengths.sum())
-        self._counts["vision_tokens"] += len(batch.vision_token_index)
-        self._counts["pairs"] += int((batch.lengths * (batch.lengths + 1) // 2).sum())
-        self._counts["bad_samples"] += batch.bad
-        self._counts["shortened_samples"] += batch.shortened
-        self._counts["read_retries"] += batch.cost.retries
-        self._counts["bytes"] += batch.cost.bytes
-        self._counts["read_seconds"] += batch.cost.read_seconds
-        self._counts["decode_seconds"] += batch.cost.decode_seconds
-        for source in batch.sources.tolist():
-            self._counts[counts.seen(source)] += 1
-        for sample in batch.bad_samples:
-            self._counts[counts.bad(sample.source)] += 1
-        self.last = batch
-        return batch.local_to(*self._context).to(self._device)
-
-    def take_counts(self) -> Counter:
-        """The counts since the last call, as `Metrics.add` takes them."""
-        self._counts["worker_restarts"] = self._loader.restarts - self._restarts
+        self._consistency.add(batch)
+        batch.measurements["wait_seconds"] = time.perf_counter() - started
+        batch.measurements["worker_restarts"] = self._loader.restarts - self._restarts
         self._restarts = self._loader.restarts
+        self._counts.update(count_batch(batch))
+        self.last = batch
+        return batch.local_to(*self._context_parallel).to(self._device)
+
+    def take_counts(self) -> Counter[str]:
+        """The counts since the last call, as `Metrics.add` takes them."""
         taken, self._counts = self._counts, Counter()
         return taken
 

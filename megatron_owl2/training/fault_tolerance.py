@@ -1,7 +1,8 @@
-"""When a step is skipped, and when a run ends itself: bad gradients, and steps that never end."""
+"""Fault tolerance: a guard against gradients that spike or are not finite, and a watchdog."""
 
 import faulthandler
 import json
+import logging
 import math
 import os
 import statistics
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 
 from megatron_owl2.config.schema import HealthConfig
+from megatron_owl2.errors import DivergedError
 from megatron_owl2.utils.files import truncate_jsonl
 
+_logger = logging.getLogger(__name__)
 _FILE = "skipped_steps.jsonl"
 _MEMORY = 128  # gradient norms that the median is of
 _LEAST = 16  # of them, before there is a median to trust
@@ -20,7 +23,7 @@ _GRACE = 10.0  # seconds for the other ranks to show their stacks before the job
 
 
 class GradientSpikeGuard:
-    """Judges every step by its gradient norm; the same on all ranks, as the norm is.
+    """Guard that skips steps by their gradient norm; the same on all ranks, as the norm is.
 
     `state` is what a checkpoint must carry for a resumed run to judge alike.
     """
@@ -31,10 +34,10 @@ class GradientSpikeGuard:
         self._writes = writes
         self.state = state or {"norms": [], "in_a_row": 0, "skipped": 0}
 
-    def should_apply(self, step: int, sample_indices: range, norm: float) -> bool:
+    def should_apply(self, step: int, samples: range, norm: float) -> bool:
         """Whether the gradients of `step` may be applied; a refusal is written down.
 
-        Raises FloatingPointError when `health.max_skipped` steps in a row were refused.
+        Raises DivergedError when `health.max_skipped` steps in a row were refused.
         """
         norms = self.state["norms"]
         reason = None
@@ -50,19 +53,19 @@ class GradientSpikeGuard:
             return True
         self.state["in_a_row"] += 1
         self.state["skipped"] += 1
-        what = f"step {step} (samples {sample_indices[0]} to {sample_indices[-1]}): {reason}"
+        what = f"step {step} (samples {samples[0]} to {samples[-1]}): {reason}"
         if self._writes:
             row = {
                 "step": step,
-                "first_slot": sample_indices[0],
-                "last_slot": sample_indices[-1],
+                "first_slot": samples[0],
+                "last_slot": samples[-1],
                 "reason": reason,
             }
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"skipped {what}", file=sys.stderr, flush=True)
+            _logger.warning("skipped %s", what)
         if self.state["in_a_row"] >= self._config.max_skipped:
-            raise FloatingPointError(
+            raise DivergedError(
                 f"{self._config.max_skipped} steps in a row were skipped (health.max_skipped), the "
                 f"last: {what}. The run can go on from its last checkpoint; with other data, a "
                 "lower optimizer.lr, or another health.spike_factor"
@@ -71,15 +74,15 @@ class GradientSpikeGuard:
 
 
 def drop_after(output: Path, step: int) -> None:
-    """Forget the skipped steps that a resumed run will do again."""
+    """Drop the skipped steps that a resumed run will do again."""
     path = Path(output) / _FILE
     if path.is_file():
         truncate_jsonl(path, lambda row: row["step"] <= step)
 
 
 class Watchdog:
-    """Ends this process when a step takes longer than `timeout` seconds, after showing where all
-    its threads stand; 0 watches nothing.
+    """Watchdog that ends this process when a step takes longer than `timeout` seconds (0: never),
+    after showing where all its threads stand.
 
     A rank that hangs holds up all others, whose own watchdogs show their stacks in the same
     seconds, so a job leaves the stacks of all ranks in RUN/stacks.

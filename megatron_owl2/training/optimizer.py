@@ -52,7 +52,7 @@ def sync_params(wrapped: Sequence[DistributedDataParallel]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def build(
+def build_optimizer(
     config: RunConfig, wrapped: Sequence[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer over the trained parameters and its schedule, at step 0.

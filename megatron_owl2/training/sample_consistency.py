@@ -14,8 +14,10 @@ from megatron_owl2.errors import DataError
 
 
 class SampleConsistencyCheck:
-    """Takes note of the keys of all micro-batches and compares them over the ranks of one model:
-    those reached by going through the `groups` one after the other."""
+    """Digest of the keys of all micro-batches, compared over the ranks that share one model.
+
+    These are the ranks reached by going through the `groups` one after the other.
+    """
 
     def __init__(self, groups: Sequence[torch.distributed.ProcessGroup], device: torch.device):
         self._groups = [group for group in groups if group.size() > 1]
@@ -28,7 +30,7 @@ class SampleConsistencyCheck:
         digest = xxh3_64_intdigest(identity.encode())
         self._digest = digest >> 2  # fits a signed integer, negated too
 
-    def check(self, step: int) -> None:
+    def verify(self, step: int) -> None:
         """Compare since the start; all ranks together. Raises DataError if a rank differs."""
         if not self._groups:
             return
@@ -41,6 +43,5 @@ class SampleConsistencyCheck:
             raise DataError(
                 f"the ranks {' and '.join(map(str, ranks))} of one model did not read the same "
                 f"samples up to step {step}: a copy of the data or a cache is damaged on one of "
-                "their nodes; run "
-                "tools/check_data.py there"
+                "their nodes; run tools/check_data.py there"
             )

@@ -22,14 +22,34 @@ def forward_backward(
     chunks: Sequence[DistributedDataParallel],
     batches: Iterator[Batch],
     micro_batches: int,
-    *,
-    forward_only: bool = False,
 ) -> torch.Tensor:
-    """Run the micro-batches of one step.
+    """Forward and backward passes of the micro-batches of one step.
 
     Leaves the gradients of the mean loss over all targets of the global batch in the buffers.
     Returns this rank's SUMS, fp64 [4] (zeros before the last pipeline stage).
     """
+    return _run_schedule(config, chunks, batches, micro_batches, forward_only=False)
+
+
+@torch.no_grad()
+def evaluate(
+    config: RunConfig,
+    chunks: Sequence[DistributedDataParallel],
+    batches: Iterator[Batch],
+    micro_batches: int,
+) -> torch.Tensor:
+    """Forward passes of micro-batches; returns this rank's SUMS as `forward_backward` does."""
+    return _run_schedule(config, chunks, batches, micro_batches, forward_only=True)
+
+
+def _run_schedule(
+    config: RunConfig,
+    chunks: Sequence[DistributedDataParallel],
+    batches: Iterator[Batch],
+    micro_batches: int,
+    *,
+    forward_only: bool,
+) -> torch.Tensor:
     # Every chunk of a virtual pipeline asks for every micro-batch.
     iterators = list(itertools.tee(batches, len(chunks))) if len(chunks) > 1 else batches
     results = get_forward_backward_func()(
@@ -47,21 +67,21 @@ def forward_backward(
     return sums
 
 
-def update(
+def optimizer_step(
     optimizer: MegatronOptimizer,
-    accept: Callable[[float], bool],
-    parts: GradNormsByGroup | None = None,
+    should_apply: Callable[[float], bool],
+    groups: GradNormsByGroup | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Apply the gradients, clipped, unless `accept` refuses their norm.
+    """Gradient clipping and optimizer update, where `should_apply` agrees to the gradient norm.
 
-    Returns the norm, and where `parts` is given the norms by part of the model, all before the
-    clipping. The parts of ChainedOptimizer.step (megatron-core, optimizer/optimizer.py), which asks
-    nobody.
+    Returns the norm, and with `groups` the norms by group of parameters, all before the clipping.
+    These are the steps of ChainedOptimizer.step (megatron-core, optimizer/optimizer.py), which
+    always updates.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    by_part = parts.measure() if parts is not None else {}
-    if accept(norm):
+    norms = groups.measure() if groups is not None else {}
+    if should_apply(norm):
         for part in optimizer.chained_optimizers:
             if getattr(part, "is_stub_optimizer", False):  # nothing trains on this rank
                 continue
@@ -69,7 +89,7 @@ def update(
             if parameters and part.config.clip_grad > 0.0:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
         optimizer.step_with_ready_grads()
-    return norm, by_part
+    return norm, norms
 
 
 def _forward(batches: Iterator[Batch], model: DistributedDataParallel):

@@ -1,9 +1,12 @@
-"""A training run from start to end."""
+"""Trainer of one stage: model, data and observers from a configuration, and the training loop."""
 
+import logging
 import math
-import sys
+import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
@@ -13,8 +16,8 @@ from megatron_owl2.data import bad_samples
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.sampling import phases
 from megatron_owl2.data.shards.dataset import open_sources
-from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.errors import CheckpointError, ConfigError
+from megatron_owl2.data.tokenizer import load_tokenizer
+from megatron_owl2.errors import CheckpointError, ConfigError, DivergedError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
@@ -30,205 +33,304 @@ from megatron_owl2.training.metrics.wandb_logger import WandbLogger
 from megatron_owl2.training.profiling import Profiler, Timers
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.signals import StopSignal
-from megatron_owl2.training.step import forward_backward, update
+from megatron_owl2.training.state import TrainState
+from megatron_owl2.training.step import forward_backward, optimizer_step
+from megatron_owl2.training.validation import Validator
+
+_logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, stop: StopSignal) -> int:
-    """Train until `train.steps`, continuing from the run directory's latest checkpoint if any.
+class Trainer:
+    """Training of one stage on all ranks of a job; every rank makes one and calls `train`.
 
-    Returns 0, or the number of the signal that ended the run early (after a checkpoint). Every
-    rank of the job calls it; `validate.validate` must have passed.
+    The configuration must have passed `config.validate.validate`. Subclasses may replace any of
+    the methods that `train` and `train_step` call.
     """
-    output = Path(config.train.output)
-    # A rank that hangs is for the watchdog to show, before those that wait for it give up.
-    patience = max(30, math.ceil(config.health.step_timeout / 60) + 5)
-    groups = setup.initialize(config.parallel, timeout_minutes=patience)
-    main = torch.distributed.get_rank() == 0
-    say = print if main else _silent
-    say(_where(), flush=True)
 
-    try:
-        tokenizer = Tokenizer(config.data.tokenizer)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if tokenizer.vocab_size > config.model.decoder.vocab_size:
-        raise ConfigError(
-            f"model.decoder.vocab_size is {config.model.decoder.vocab_size}, but "
-            f"{config.data.tokenizer} has {tokenizer.vocab_size} pieces; name the model's own "
-            "tokenizer, or set the size if the model is new"
-        )
+    def __init__(self, config: RunConfig, stop: StopSignal):
+        self.config, self.stop = config, stop
+        self.output = Path(config.train.output)
+        self.state = TrainState()
+        self.signal = 0  # that ends the run early
+        self._closing = ExitStack()
 
-    torch.manual_seed(config.train.seed + groups.pp.rank())
-    context = ParallelContext(config, groups, fuses_gradients=True)
-    chunks = build(context, config.model, config.parallel.virtual_pipeline)
-    for chunk in chunks:
-        chunk.to(setup.device())
-    plan = parameter_groups.freeze(config, chunks)
-    say(parameter_groups.summary(plan, config), flush=True)
-    resumed = save_load.latest(output)
-    if resumed is None and config.stage.initial_checkpoint is not None:
-        save_load.load_weights(Path(config.stage.initial_checkpoint), chunks)
-        say(f"weights from {config.stage.initial_checkpoint}", flush=True)
-    elif resumed is None and (frozen := sum(p.numel for p in plan if not p.trained)):
-        say(
-            f"warning: {frozen:,} parameters that this stage does not train stay random, for "
-            "stage.initial_checkpoint is not set",
-            file=sys.stderr,
-            flush=True,
-        )
-    wrapped = optim.wrap_ddp(chunks, overlap=config.parallel.overlap)
-    optimizer, scheduler = optim.build_optimizer(config, wrapped)
+    def train(self) -> int:
+        """Train until `train.steps`, continuing from the run's latest checkpoint if there is one.
 
-    trained = parameter_groups.fingerprint(plan)
-    datasets = open_sources(config.data)
-    step = sample_indices = 0
-    counts, health_state = {}, None
-    if resumed is None:
-        data = [phases.first_phase(config.data, datasets)]
-    else:
-        progress = save_load.read_progress(resumed)
-        if progress["stage_fingerprint"] != trained:
-            raise ConfigError(
-                "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "
-                f"{resumed} was made with; go on with the same, or start another run from it with "
-                "stage.initial_checkpoint"
-            )
-        step, sample_indices, counts = progress["step"], progress["slots"], progress["counts"]
-        health_state = progress["health"]
-        data = phases.resume(
-            progress["phases"], config.data, datasets, sample_indices, str(resumed)
-        )
-        if len(data) > len(progress["phases"]):
-            counts = without_sources(counts)
-        save_load.load_training(resumed, chunks, optimizer, scheduler)
-        say(f"continuing from {resumed} at step {step}", flush=True)
-    say(data[-1].describe(), flush=True)
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "run.yaml")
-        metrics.drop_after(output, step)
-        bad_samples.drop_after(output, sample_indices)
-        fault_tolerance.drop_after(output, step)
-    torch.distributed.barrier()  # no rank writes its ledger before it was cut
+        Returns 0, or the number of the signal that ended the run early (after a checkpoint).
+        """
+        with self:
+            self.start()
+            self.build_model()
+            self.resume()
+            self.build_data()
+            self.build_observers()
+            while self.state.step < self.config.train.steps and not self.signal:
+                self.train_step()
+            self.checkpoints.wait()
+        return self.signal if self.state.step < self.config.train.steps else 0
 
-    # Of the ranks that read the same samples, one keeps the ledger.
-    first = groups.mp.rank() == 0 and groups.cp.rank() == 0
-    per_rank = config.train.global_batch_size // groups.dp.size()
-    micro_batches = per_rank // config.train.micro_batch_size
-    loader = build_loader(
-        config.data,
-        datasets,
-        data[-1],
-        tokenizer=tokenizer,
-        tokens_per_image=config.model.tokens_per_image,
-        image_size=config.model.vision.image_size,
-        micro_batch_size=config.train.micro_batch_size,
-        start_sample=sample_indices,
-        data_parallel_rank=groups.dp.rank(),
-        data_parallel_size=groups.dp.size(),
-        decode_images=chunks[0].pre_process,
-        bad_sample_log=bad_samples.path_of(output, torch.distributed.get_rank()) if first else None,
-    )
-    agreement = SampleConsistencyCheck([groups.mp, groups.cp], setup.device())
-    feed = DataIterator(loader, setup.device(), agreement, (groups.cp.rank(), groups.cp.size()))
-    gradients = fault_tolerance.GradientSpikeGuard(config.health, output, health_state, writes=main)
-    watchdog = fault_tolerance.Watchdog(
-        config.health.step_timeout, output, torch.distributed.get_rank()
-    )
-    # One rank of every pipeline stage shows all there is to see.
-    first_of_stage = groups.tp.rank() == groups.cp.rank() == groups.dp.rank() == 0
-    profiler = Profiler(config.watch, output, records=first_of_stage)
-    timers = context.transformer.timers = Timers(profiler)
-    part_norms = GradNormsByGroup(wrapped, optimizer, config.model.decoder)
-    tracker = WandbLogger(config, writes=main)
-    log = metrics.Metrics(
-        config,
-        setup.device(),
-        tracker,
-        start_step=step,
-        counts=counts,
-        sources=data[-1].sources,
-        trained={parameter.name for parameter in plan if parameter.trained},
-        stage=groups.pp.rank(),
-    )
-    saver = CheckpointManager(output, config.train, partial(say, flush=True))
-    received = 0
-
-    while step < config.train.steps and not received:
-        step += 1
-        watchdog.begin(f"step {step}")
-        profiler.begin_step(step)
-        for chunk in wrapped:
+    def train_step(self) -> None:
+        """One optimizer step, and what is due after it: metrics, validation, a checkpoint."""
+        state, config = self.state, self.config
+        state.step += 1
+        self.watchdog.begin(f"step {state.step}")
+        self.profiler.begin_step(state.step)
+        for chunk in self.model:
             chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        sums = forward_backward(config, wrapped, feed, micro_batches)
-        received = stop.reduce(setup.device())
-        ending = step == config.train.steps or received
-        saving = ending or step % config.train.save_interval == 0
-        logging = saving or step % config.train.log_interval == 0  # checkpoints carry full counts
-        scheduler.step(1)
-        read = range(sample_indices, sample_indices + config.train.global_batch_size)
-        with profiler.span("optimizer"):
-            judge = partial(gradients.should_apply, step, read)
+        self.optimizer.zero_grad()
+        sums = self.forward_backward()
+        self.signal = self.stop.reduce(setup.device())
+        ending = state.step == config.train.steps or self.signal
+        saving = ending or state.step % config.train.save_interval == 0
+        validating = self.validator.due(state.step)
+        # Checkpoints carry full counts, so a row comes before each.
+        logging_due = saving or validating or state.step % config.train.log_interval == 0
+        self.scheduler.step(1)
+        norm, norms = self.apply_gradients(measure_groups=logging_due)
+        state.consumed_samples += config.train.global_batch_size
+        self.metrics.add(sums, self.batches.take_counts(), self.timers.backward.take())
+        self.checkpoints.poll()
+        found = self.validate() if validating else None
+        if logging_due:
+            self.log(norm, norms, found)
+        interval = config.watch.picture_interval
+        if self.main and interval and state.step % interval == 0:
+            self.draw_samples()
+        if saving:
+            self.save()
+        self.profiler.end_step()
+
+    def forward_backward(self) -> torch.Tensor:
+        """The micro-batches of a step: gradients into the buffers, this rank's SUMS."""
+        return forward_backward(self.config, self.model, self.batches, self.micro_batches)
+
+    def apply_gradients(self, *, measure_groups: bool) -> tuple[float, dict[str, float]]:
+        """Clip and apply the gradients; returns their norm, and norms by group if wanted.
+
+        Raises DivergedError, on all ranks, after the save under way is complete.
+        """
+        state, size = self.state, self.config.train.global_batch_size
+        samples = range(state.consumed_samples, state.consumed_samples + size)
+        should_apply = partial(self.spike_guard.should_apply, state.step, samples)
+        groups = self.grad_norms if measure_groups else None
+        with self.profiler.span("optimizer"):
             try:
-                norm, by_part = update(optimizer, judge, part_norms if logging else None)
-            except FloatingPointError as error:  # on all ranks
-                watchdog.begin("the last save")  # the run can go on from what is being saved
+                return optimizer_step(self.optimizer, should_apply, groups)
+            except DivergedError as error:
+                self.watchdog.begin("the last save")  # the run can go on from what is being saved
                 try:
-                    saver.wait()
+                    self.checkpoints.wait()
                 except CheckpointError as failure:
                     raise error from failure
                 raise
-        sample_indices = read.stop
-        log.add(sums, feed.take_counts(), timers.backward.take())
-        saver.poll()
-        if logging:
-            agreement.check(step)
-            log.write(
-                step,
-                grad_norm=norm,
-                part_norms=by_part,
-                rates=parameter_groups.learning_rates(plan, scheduler, config),
-                skipped=gradients.state["skipped"],
+
+    def validate(self) -> list[dict]:
+        """The losses on the validation sources; their time does not count as training's."""
+        started = time.perf_counter()
+        self.watchdog.begin(f"validation after step {self.state.step}")
+        with self.profiler.span("validation"):
+            optim.sync_params(self.model)
+            found = self.validator.run(self.model)
+        self.metrics.exclude(time.perf_counter() - started)
+        return found
+
+    def log(self, norm: float, norms: dict[str, float], validation: list[dict] | None) -> None:
+        """Write the row of the interval that ends here."""
+        self.consistency.verify(self.state.step)
+        self.metrics.write(
+            self.state.step,
+            grad_norm=norm,
+            grad_norms=norms,
+            rates=parameter_groups.learning_rates(self.parameters, self.scheduler, self.config),
+            skipped=self.spike_guard.state["skipped"],
+            validation=validation,
+        )
+
+    def draw_samples(self) -> None:
+        """Draw the newest micro-batch as a sheet of samples."""
+        path = sample_sheet.write(self.output, self.state.step, self.batches.last, self.tokenizer)
+        self.wandb.log_image("samples", path, self.state.step)
+
+    def save(self) -> None:
+        """Begin a checkpoint of the state after this step."""
+        with self.profiler.span("checkpoint"):
+            optim.sync_params(self.model)
+            self.state.counts = self.metrics.run_totals
+            self.state.health = self.spike_guard.state
+            self.checkpoints.save(
+                self.state.step,
+                self.chunks,
+                self.config,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                progress=self.state.to_json(),
             )
-        interval = config.watch.picture_interval
-        if main and interval and step % interval == 0:
-            tracker.picture("samples", sample_sheet.write(output, step, feed.last, tokenizer), step)
-        if saving:
-            profiler.begin("checkpoint")
-            optim.sync_params(wrapped)
-            saver.save(
-                step,
-                chunks,
-                config,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                progress={
-                    "step": step,
-                    "slots": sample_indices,
-                    "phases": phases.to_json(data),
-                    "stage_fingerprint": trained,
-                    "counts": log.counts,
-                    "health": gradients.state,
-                },
+
+    def start(self) -> None:
+        """Join the process groups; reads the tokenizer, so that a wrong one is refused first."""
+        config = self.config
+        # A rank that hangs is for the watchdog to show, before those that wait for it give up.
+        patience = max(30, math.ceil(config.health.step_timeout / 60) + 5)
+        self.groups = setup.initialize(config.parallel, timeout_minutes=patience)
+        self.rank = torch.distributed.get_rank()
+        self.main = self.rank == 0
+        _logger.info("%s", _describe_ranks())
+        self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
+
+    def build_model(self) -> None:
+        """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
+        config, groups = self.config, self.groups
+        torch.manual_seed(config.train.seed + groups.pp.rank())
+        self.context = ParallelContext(config, groups, fuses_gradients=True)
+        self.chunks = build(self.context, config.model, config.parallel.virtual_pipeline)
+        for chunk in self.chunks:
+            chunk.to(setup.device())
+        self.parameters = parameter_groups.freeze(config, self.chunks)
+        self.state.stage_fingerprint = parameter_groups.fingerprint(self.parameters)
+        _logger.info("%s", parameter_groups.summary(self.parameters, config))
+        self.resumed_from = save_load.latest(self.output)
+        if self.resumed_from is None:
+            self._load_initial_weights()
+        self.model = optim.wrap_ddp(self.chunks, overlap=config.parallel.overlap)
+        self.optimizer, self.scheduler = optim.build_optimizer(config, self.model)
+
+    def _load_initial_weights(self) -> None:
+        initial = self.config.stage.initial_checkpoint
+        frozen = sum(p.numel for p in self.parameters if not p.trained)
+        if initial is not None:
+            save_load.load_weights(Path(initial), self.chunks)
+            _logger.info("weights from %s", initial)
+        elif frozen and self.main:
+            _logger.warning(
+                "%s parameters that this stage does not train stay random, for "
+                "stage.initial_checkpoint is not set",
+                f"{frozen:,}",
             )
-            profiler.end()
-        profiler.end_step()
-    saver.wait()
-    watchdog.end()
-    profiler.close()
-    feed.close()
-    tracker.close()
-    setup.shutdown()
-    return received if step < config.train.steps else 0
+
+    def resume(self) -> None:
+        """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
+        state, config = self.state, self.config
+        self.datasets = open_sources(config.data)
+        if self.resumed_from is None:
+            state.phases = [phases.first_phase(config.data, self.datasets)]
+        else:
+            self._load_checkpoint(self.resumed_from)
+        _logger.info("%s", state.phases[-1].describe())
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.output / "run.yaml")
+            metrics.drop_after(self.output, state.step)
+            bad_samples.drop_after(self.output, state.consumed_samples)
+            fault_tolerance.drop_after(self.output, state.step)
+        torch.distributed.barrier()  # no rank writes its bad samples before the file was cut
+
+    def _load_checkpoint(self, directory: Path) -> None:
+        state, config = self.state, self.config
+        progress = save_load.read_progress(directory)
+        if progress["stage_fingerprint"] != state.stage_fingerprint:
+            raise ConfigError(
+                "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "
+                f"{directory} was made with; go on with the same, or start another run from it "
+                "with stage.initial_checkpoint"
+            )
+        state.step, state.consumed_samples = progress["step"], progress["slots"]
+        state.counts, state.health = progress["counts"], progress["health"]
+        recorded, where = progress["phases"], str(directory)
+        state.phases = phases.resume(
+            recorded, config.data, self.datasets, state.consumed_samples, where
+        )
+        if len(state.phases) > len(recorded):
+            state.counts = without_sources(state.counts)
+        save_load.load_training(directory, self.chunks, self.optimizer, self.scheduler)
+        _logger.info("continuing from %s at step %d", directory, state.step)
+
+    def build_data(self) -> None:
+        """Loader and iterator of this rank's micro-batches, and the validation."""
+        config, groups = self.config, self.groups
+        # Of the ranks that read the same samples, one logs the bad ones.
+        first = groups.mp.rank() == 0 and groups.cp.rank() == 0
+        per_rank = config.train.global_batch_size // groups.dp.size()
+        self.micro_batches = per_rank // config.train.micro_batch_size
+        decode_images = self.chunks[0].pre_process
+        loader = build_loader(
+            config.data,
+            self.datasets,
+            self.state.phases[-1],
+            tokenizer=self.tokenizer,
+            tokens_per_image=config.model.tokens_per_image,
+            image_size=config.model.vision.image_size,
+            micro_batch_size=config.train.micro_batch_size,
+            start_sample=self.state.consumed_samples,
+            data_parallel_rank=groups.dp.rank(),
+            data_parallel_size=groups.dp.size(),
+            decode_images=decode_images,
+            bad_sample_log=bad_samples.path_of(self.output, self.rank) if first else None,
+        )
+        self.consistency = SampleConsistencyCheck([groups.mp, groups.cp], setup.device())
+        share = groups.cp.rank(), groups.cp.size()
+        self.batches = DataIterator(loader, setup.device(), self.consistency, share)
+        self._closing.callback(self.batches.close)
+        self.validator = Validator(config, groups, self.tokenizer, decode_images=decode_images)
+        self._closing.callback(self.validator.close)
+
+    def build_observers(self) -> None:
+        """Everything that watches the run: watchdog, profiler, metrics, wandb, checkpoints."""
+        config, groups, output, state = self.config, self.groups, self.output, self.state
+        self.spike_guard = fault_tolerance.GradientSpikeGuard(
+            config.health, output, state.health, writes=self.main
+        )
+        self.watchdog = fault_tolerance.Watchdog(config.health.step_timeout, output, self.rank)
+        self._closing.callback(self.watchdog.end)
+        # One rank of every pipeline stage shows all there is to see.
+        first_of_stage = groups.tp.rank() == groups.cp.rank() == groups.dp.rank() == 0
+        self.profiler = Profiler(config.watch, output, records=first_of_stage)
+        self._closing.callback(self.profiler.close)
+        self.timers = self.context.transformer.timers = Timers(self.profiler)
+        self.grad_norms = GradNormsByGroup(self.model, self.optimizer, config.model.decoder)
+        self.wandb = WandbLogger(config, writes=self.main)
+        self._closing.push(self._close_wandb)
+        self.metrics = metrics.Metrics(
+            config,
+            setup.device(),
+            self.wandb,
+            start_step=state.step,
+            run_totals=state.counts,
+            sources=state.phases[-1].sources,
+            trained={parameter.name for parameter in self.parameters if parameter.trained},
+            pipeline_rank=groups.pp.rank(),
+        )
+        self.checkpoints = CheckpointManager(output, config.train)
+
+    def _close_wandb(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.wandb.close(failed=error is not None)
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close what was built, on every path; the process groups only where all ranks do, for a
+        rank that failed would wait in them for the others."""
+        self._closing.__exit__(kind, error, traceback)
+        if error is None:
+            setup.shutdown()
 
 
-def _where() -> str:
-    """How many ranks there are, on what, and how they talk."""
+def train(config: RunConfig, stop: StopSignal | None = None) -> int:
+    """Train one stage on every rank of the job, from inside a program.
+
+    Returns 0, or the number of the signal that ended the run early. Without `stop` the signals in
+    `signals.SIGNALS` are taken over from here on.
+    """
+    return Trainer(config, stop or StopSignal()).train()
+
+
+def _describe_ranks() -> str:
+    """Number of ranks, their device and backend."""
     ranks, backend = torch.distributed.get_world_size(), torch.distributed.get_backend()
     device = "CPU" if setup.on_cpu() else torch.cuda.get_device_name()
     return f"{ranks} rank{'s' if ranks > 1 else ''} on {device}, {backend}"
-
-
-def _silent(*args, **kwargs) -> None:
-    pass

@@ -3,13 +3,14 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_logger = logging.getLogger(__name__)
 _GIB = 1024**3
 
 
@@ -56,7 +57,7 @@ def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
         if whole and wanted(row):
             kept.append(line)
     if torn:
-        print(f"{path}: dropped {torn} lines that a crash has torn", file=sys.stderr, flush=True)
+        _logger.warning("%s: dropped %d lines that a crash has torn", path, torn)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)

@@ -1,11 +1,14 @@
 """Random access to the samples of a finished data set, wherever its shards lie."""
 
+import bisect
+import itertools
+import operator
 from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_owl2.config.schema import DataConfig
+from megatron_owl2.config.schema import DataConfig, StorageConfig
 from megatron_owl2.data.sampling.shuffle import BLOCK_SIZE
 from megatron_owl2.data.shards.manifest import MANIFEST, parse_manifest
 from megatron_owl2.data.shards.records import Record
@@ -46,11 +49,25 @@ class ShardedDataset:
         self.fingerprint: str = manifest["fingerprint"]
         self.shards: list[dict] = manifest["shards"]
         self.sizes: list[int] = [row["samples"] for row in self.shards]
+        self._ends = list(itertools.accumulate(self.sizes))
         self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
         self._checked: set[int] = set()
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at a place of the whole data set, counted over its shards; negative from the
+        end. Raises IndexError beyond it, else what `read` does."""
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.location}")
+        return self.read(*self.find(index % len(self)))
+
+    def find(self, index: int) -> tuple[int, int]:
+        """The shard, and the place in it, of the sample at `index` of the whole data set."""
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
 
     def read(self, shard_index: int, sample_index: int) -> Record:
         """One record. Raises BadSampleError if this sample is damaged, ShardError if its shard
@@ -146,13 +163,18 @@ class ShardedDataset:
         return parse_manifest(data, f"{self.location.rstrip('/')}/{MANIFEST}")
 
 
-def open_sources(config: DataConfig) -> list[ShardedDataset]:
-    """The data sets of `config.sources`; raises what ShardedDataset does."""
-    storage = config.storage
+def open_dataset(path: str, storage: StorageConfig) -> ShardedDataset:
+    """The data set at a path or URL, read as `data.storage` says; raises what ShardedDataset
+    does."""
     options = StorageOptions(
         cache=storage.cache,
         cache_bytes=round(storage.cache_gib * _GIB),
         attempts=storage.attempts,
         timeout=storage.timeout,
     )
-    return [ShardedDataset(source.path, options) for source in config.sources]
+    return ShardedDataset(path, options)
+
+
+def open_sources(config: DataConfig) -> list[ShardedDataset]:
+    """The data sets of `config.sources`; raises what ShardedDataset does."""
+    return [open_dataset(source.path, config.storage) for source in config.sources]

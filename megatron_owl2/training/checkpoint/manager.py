@@ -1,10 +1,10 @@
-"""The checkpoints of a run: written while it goes on, one after the other; old ones are let go."""
+"""Manager of the checkpoints of a run: asynchronous saves one after the other, and retention."""
 
+import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,21 +16,21 @@ from megatron_owl2.training.checkpoint.async_writer import raise_on_all_ranks
 from megatron_owl2.training.checkpoint.save_load import LATEST, Save
 from megatron_owl2.utils.files import sync
 
+_logger = logging.getLogger(__name__)
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
 class CheckpointManager:
-    """Saves into `run/checkpoints/iter_<step>`; all ranks call it together.
+    """Checkpoints of a run in `run/checkpoints/iter_<step>`; all ranks call it together.
 
     A checkpoint that is whole gets its name, then `latest` names it, then what `keep_last` and
-    `keep_every` do not keep is removed. `say` is told of every checkpoint when all that is done.
+    `keep_every` do not keep is removed.
     Everything here raises CheckpointError on all ranks if one cannot write.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, say: Callable[[str], None]):
+    def __init__(self, run: Path, config: TrainConfig):
         self._folder = Path(run) / "checkpoints"
         self._config = config
-        self._say = say
         self._main = torch.distributed.get_rank() == 0
         self._step = 0
         self._under_way: Save | None = None
@@ -38,14 +38,14 @@ class CheckpointManager:
     def save(self, step: int, chunks: Sequence[Owl2], config: RunConfig, **state) -> None:
         """Begin to save what `Save` takes, once the save before is complete. With
         `train.async_save` the files are written while the caller goes on."""
-        self.finish()
+        self.wait()
         directory = self._folder / f"iter_{step:07d}"
         with raise_on_all_ranks(directory):
             if self._main:
                 self._remove_leftovers()
         self._step, self._under_way = step, Save(directory, chunks, config, **state)
         if not self._config.async_save:
-            self.finish()
+            self.wait()
 
     def poll(self) -> None:
         """Complete the save under way if all ranks have written their files; asks the others only
@@ -55,9 +55,9 @@ class CheckpointManager:
         writing = torch.tensor([not self._under_way.written], device=setup.device()).int()
         torch.distributed.all_reduce(writing, torch.distributed.ReduceOp.MAX)
         if not writing:
-            self.finish()
+            self.wait()
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait for the save under way, if any, and complete it."""
         if self._under_way is None:
             return
@@ -67,7 +67,7 @@ class CheckpointManager:
             if self._main:
                 self._point_to(save.directory.name)
                 self._prune()
-        self._say(f"saved {save.directory}")
+        _logger.info("saved %s", save.directory)
 
     def _point_to(self, name: str) -> None:
         pointer = self._folder / f".{LATEST}.partial"
@@ -91,7 +91,7 @@ class CheckpointManager:
             for path in self._folder.glob(f".iter_*.{ending}"):
                 shutil.rmtree(path, ignore_errors=True)
                 if path.exists():  # on network disks while somebody reads it
-                    print(f"{path} cannot be removed yet", file=sys.stderr, flush=True)
+                    _logger.warning("%s cannot be removed yet", path)
 
 
 def expired(steps: Sequence[int], newest: int, keep_last: int, keep_every: int) -> list[int]:

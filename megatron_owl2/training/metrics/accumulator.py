@@ -1,23 +1,12 @@
-"""What is counted while a run goes on: on every rank for itself, summed once per interval."""
+"""Sums of losses and loader metrics: on every rank for itself, over all ranks once per interval."""
 
 from collections import Counter
 
 import torch
 
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.training.metrics.loader_metrics import LOADER_METRICS
 from megatron_owl2.training.step import SUMS
-
-# Of one step on one rank. All ranks of a model read the same samples, each for itself; seen(i)
-# and bad(i) of every data set belong to the first group.
-_OF_SAMPLES = ("tokens", "vision_tokens", "pairs", "bad_samples", "shortened_samples")
-_OF_PROCESSES = (
-    "wait_seconds",
-    "bytes",
-    "read_seconds",
-    "decode_seconds",
-    "read_retries",
-    "worker_restarts",
-)
-OF_THE_RUN = ("bad_samples", "shortened_samples", "read_retries", "worker_restarts")
 
 
 def seen(source: int) -> str:
@@ -30,33 +19,47 @@ def bad(source: int) -> str:
     return f"bad/{source}"
 
 
-def without_sources(counts: dict) -> dict:
-    """The counts of a run that goes on with other data sets."""
-    return {name: count for name, count in counts.items() if name in OF_THE_RUN}
+def count_batch(batch: Batch) -> Counter[str]:
+    """All counts of a micro-batch by name: LOADER_METRICS, and `seen` and `bad` per data set."""
+    counts = Counter({metric.name: metric.count(batch) for metric in LOADER_METRICS})
+    counts.update(map(seen, batch.sources.tolist()))
+    counts.update(bad(sample.source) for sample in batch.bad_samples)
+    return counts
+
+
+def without_sources(run_totals: dict[str, int]) -> dict[str, int]:
+    """The totals of a run that continues with other data sets."""
+    kept = {metric.name for metric in LOADER_METRICS if metric.over_run}
+    return {name: count for name, count in run_totals.items() if name in kept}
 
 
 class MetricAccumulator:
-    """Totals of an interval, and in `run` those of the whole run since its first step.
+    """Totals of an interval, and in `run_totals` those of the whole run since its first step.
 
-    `sources` is the number of data sets, `model_ranks` how many ranks share one model, `run` what
-    a checkpoint has kept.
+    `sources` is the number of data sets, `model_ranks` how many ranks share one model,
+    `run_totals` what a checkpoint has kept.
     """
 
-    def __init__(self, sources: int, model_ranks: int, device: torch.device, run: dict):
+    def __init__(
+        self, sources: int, model_ranks: int, device: torch.device, run_totals: dict[str, int]
+    ):
         by_source = [name(index) for name in (seen, bad) for index in range(sources)]
+        metrics = [metric.name for metric in LOADER_METRICS]
         self.device = device
-        self._of_samples = {*_OF_SAMPLES, *by_source}
         self._model_ranks = model_ranks
-        self._names = (*SUMS, *_OF_SAMPLES, *by_source, *_OF_PROCESSES)
+        of_samples = {metric.name for metric in LOADER_METRICS if not metric.of_each_rank}
+        self._of_samples = of_samples | set(by_source)
+        self._names = (*SUMS, *metrics, *by_source)
         self._totals = torch.zeros(len(self._names), dtype=torch.float64, device=device)
-        self.run = dict.fromkeys((*OF_THE_RUN, *by_source), 0) | run
+        over_run = [metric.name for metric in LOADER_METRICS if metric.over_run]
+        self.run_totals = dict.fromkeys((*over_run, *by_source), 0) | run_totals
 
-    def add(self, sums: torch.Tensor, counts: Counter) -> None:
-        """Count one step of this rank: its SUMS, and what its data were by name."""
+    def add(self, sums: torch.Tensor, counts: Counter[str]) -> None:
+        """Count one step of this rank: its SUMS, and the counts of its micro-batches."""
         self._totals[: len(SUMS)] += sums
-        data = [counts[name] for name in self._names[len(SUMS) :]]
+        counted = [counts[name] for name in self._names[len(SUMS) :]]
         self._totals[len(SUMS) :] += torch.tensor(
-            data, dtype=torch.float64, device=self._totals.device
+            counted, dtype=torch.float64, device=self._totals.device
         )
 
     def take(self) -> dict[str, float]:
@@ -67,6 +70,6 @@ class MetricAccumulator:
         self._totals.zero_()
         for name in self._of_samples:
             totals[name] /= self._model_ranks
-        for name in self.run:
-            self.run[name] += round(totals[name])
+        for name in self.run_totals:
+            self.run_totals[name] += round(totals[name])
         return totals

@@ -1,12 +1,14 @@
-"""The line that a run prints for every interval."""
+"""Console line of a run for every interval."""
 
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.training.metrics.accumulator import OF_THE_RUN
+from megatron_owl2.training.metrics.loader_metrics import LOADER_METRICS
 
 
 def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
-    """What a person wants to see of a row of metrics.jsonl, and the time that is left at the pace
-    since `first_step`, where this process began."""
+    """The numbers of a row of metrics.jsonl that a person looks at, and the time left.
+
+    The time is at the pace since `first_step`, where this process began.
+    """
     done, total = row["step"], config.train.steps
     pace = row["seconds"] / (done - first_step)
     parts = [
@@ -17,6 +19,11 @@ def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
             for kind in ("image", "text")
             if row["image_loss"] is not None and row["text_loss"] is not None
         ),
+        *(
+            f"validation {source['name']} {source['loss']:.4f}"
+            for source in row.get("validation", ())
+            if source["loss"] is not None
+        ),
         f"grad norm {row['grad_norm']:.3f}",
         f"lr {row['lr']:.2e}",
         f"{row['samples_per_second']:,.0f} samples/s",
@@ -24,7 +31,8 @@ def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
         *([f"MFU {row['mfu']:.1%}"] if row["mfu"] is not None else []),
         f"data wait {row['data_wait_share']:.0%}",
     ]
-    counted = (*OF_THE_RUN, "skipped_steps")
+    counted = [metric.name for metric in LOADER_METRICS if metric.over_run]
+    counted.append("skipped_steps")
     parts += [f"{name.replace('_', ' ')} {row[name]}" for name in counted if row[name]]
     parts.append(f"{_clock((total - done) * pace)} left")
     return "  ".join(parts)

@@ -1,4 +1,4 @@
-"""What a device could compute, and what memory it has given."""
+"""Peak FLOP/s of devices by name, and their peak memory."""
 
 import re
 import resource
@@ -41,14 +41,21 @@ def get_peak_flops(name: str) -> float | None:
     return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
 
 
-MEMORY = ("resident",) if setup.on_cpu() else ("allocated", "reserved")
+class DeviceMemoryMonitor:
+    """Monitor of the peak memory of this rank's device, in GiB.
 
+    On a GPU `names` are "allocated" (by tensors) and "reserved" (by torch for them); without one
+    "resident", the most that the process ever took.
+    """
 
-def take_peak_memory() -> list[float]:
-    """GiB by MEMORY: the most that tensors took since the last call, and that torch held for
-    them; without a GPU the most that the process ever took."""
-    if setup.on_cpu():
-        return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB]
-    found = [torch.cuda.max_memory_allocated() / _GIB, torch.cuda.max_memory_reserved() / _GIB]
-    torch.cuda.reset_peak_memory_stats()
-    return found
+    def __init__(self):
+        self._on_cpu = setup.on_cpu()
+        self.names = ("resident",) if self._on_cpu else ("allocated", "reserved")
+
+    def take_peak(self) -> list[float]:
+        """The peaks by `names` since the last call."""
+        if self._on_cpu:
+            return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB]
+        found = [torch.cuda.max_memory_allocated() / _GIB, torch.cuda.max_memory_reserved() / _GIB]
+        torch.cuda.reset_peak_memory_stats()
+        return found

@@ -1,4 +1,4 @@
-"""Samples as the model gets them: pixels after augmentation, text as it was cut into tokens."""
+"""Sample sheet: samples as the model gets them, pixels after augmentation and text as tokens."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def draw(batch: Batch, tokenizer: Tokenizer) -> Image.Image:
     pen = ImageDraw.Draw(page)
     top = _MARGIN
     for row, lines, height in zip(rows, texts, heights, strict=True):
-        page.paste(_picture(owned.get(row)), (_MARGIN, top))
+        page.paste(_thumbnail(owned.get(row)), (_MARGIN, top))
         left = _SIDE + 2 * _MARGIN
         head = (
             f"{batch.keys[row]}, data set {batch.sources[row]}, sample {batch.sample_indices[row]}"
@@ -59,7 +59,7 @@ def _images(batch: Batch) -> dict[int, torch.Tensor]:
     return dict(zip(owners, batch.image, strict=True))
 
 
-def _picture(pixels: torch.Tensor | None) -> Image.Image:
+def _thumbnail(pixels: torch.Tensor | None) -> Image.Image:
     if pixels is None:
         return Image.new("RGB", (_SIDE, _SIDE), "black")
     return Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((_SIDE, _SIDE))

@@ -1,4 +1,4 @@
-"""Which rank holds up the others."""
+"""Straggler detection: the rank that takes longer than those that do the same work."""
 
 import socket
 import statistics
@@ -9,19 +9,20 @@ import torch
 
 from megatron_owl2.mcore import setup
 
-REPORT_RATIO = 1.25  # times the median of its peers; a slowest rank is said from here on
+REPORT_RATIO = 1.25  # times the median of its peers, from which on the slowest rank is reported
 
 
 class CudaTimer:
-    """Adds up what lies between `start` and `stop`, on the device: by CUDA events, which nobody
-    waits for; without a GPU by the clock."""
+    """Timer of device work between `start` and `stop`, by CUDA events that nobody waits for;
+    without a GPU by the clock."""
 
     def __init__(self):
+        self._on_cpu = setup.on_cpu()
         self._seconds, self._started = 0.0, 0.0
         self._events, self._used = [], 0  # pairs, used again after every `take`
 
     def start(self) -> None:
-        if setup.on_cpu():
+        if self._on_cpu:
             self._started = time.perf_counter()
             return
         if self._used == len(self._events):
@@ -29,7 +30,7 @@ class CudaTimer:
         self._events[self._used][0].record()
 
     def stop(self) -> None:
-        if setup.on_cpu():
+        if self._on_cpu:
             self._seconds += time.perf_counter() - self._started
             return
         self._events[self._used][1].record()
@@ -47,8 +48,8 @@ class CudaTimer:
 
 @dataclass(frozen=True)
 class StragglerReport:
-    """A rank, its host, how many times the median of its peers it took, and the share of that
-    which it waited for data."""
+    """The slowest rank, its host, how many times the median of its peers it took, and the share of
+    its time that it waited for data."""
 
     rank: int
     host: str
@@ -63,7 +64,7 @@ class StragglerReport:
 
 
 class StragglerDetector:
-    """Compares the ranks that do the same work, which are those of one pipeline stage.
+    """Comparison of the ranks that do the same work, those of one pipeline stage.
 
     A rank's own time is what it waits for its data and what its backward passes take. In neither
     does it wait for another data-parallel rank, whereas the forward pass may begin with waiting

@@ -1,4 +1,4 @@
-"""The run as wandb keeps it, beside metrics.jsonl."""
+"""wandb logger, beside metrics.jsonl."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _ID = "wandb_id"  # file of the run directory
 
 
 class WandbLogger:
-    """Logs to wandb if `wandb.enabled` and this rank writes; else does nothing.
+    """Logger of rows and images to wandb, if `wandb.enabled` and this rank writes; else nothing.
 
     A run that goes on is the same run there, by the id in RUN/wandb_id.
     """
@@ -36,19 +36,19 @@ class WandbLogger:
         known.write_text(self._run.id)
 
     def log(self, row: dict, step: int) -> None:
-        """Take a row of metrics.jsonl; what is nested is named section/name."""
+        """Log a row of metrics.jsonl; what is nested is named section/name."""
         if self._run is not None:
             self._run.log(flat(row), step=step)
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """Take a picture from its file."""
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Log an image from its file."""
         if self._run is not None:
             self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
-    def close(self) -> None:
-        """Write what is not written yet."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is not written yet; `failed` marks the run as crashed."""
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
 
 
 def flat(row: dict) -> dict:

@@ -1,0 +1,85 @@
+"""Loader metrics: everything counted of micro-batches, each declared once.
+
+A metric that is added to LOADER_METRICS is counted on every rank, summed over the ranks once per
+interval, and reported in metrics.jsonl (and so in wandb).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_owl2.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An interval of training between two rows of metrics.jsonl.
+
+    `reads`: samples read, by every rank for itself; `ranks`: of the whole job.
+    """
+
+    seconds: float
+    reads: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class LoaderMetric:
+    """One number counted of every micro-batch.
+
+    `count` takes the batch as the loader made it. `of_each_rank`: work that every rank does for
+    itself; other counts are of samples, which all ranks of one model read and which count once.
+    `report` makes the value of the key `reported_as` from the interval's total. `over_run`: the
+    total since the first step, kept in checkpoints, is reported under the metric's own name, and
+    the console shows it where it is not 0.
+    """
+
+    name: str
+    count: Callable[[Batch], float]
+    of_each_rank: bool = False
+    reported_as: str | None = None
+    report: Callable[[float, Interval], float] = lambda total, interval: total / interval.seconds
+    over_run: bool = False
+
+
+def _measured(name: str) -> Callable[[Batch], float]:
+    return lambda batch: batch.measurements[name]
+
+
+LOADER_METRICS = (
+    LoaderMetric("tokens", lambda batch: int(batch.lengths.sum()), reported_as="tokens_per_second"),
+    LoaderMetric("vision_tokens", lambda batch: len(batch.vision_token_index)),
+    # Queries and the keys each of them sees, n (n + 1) / 2 for n tokens.
+    LoaderMetric("pairs", lambda batch: int((batch.lengths * (batch.lengths + 1) // 2).sum())),
+    LoaderMetric(
+        "wait_seconds",
+        _measured("wait_seconds"),
+        of_each_rank=True,
+        reported_as="data_wait_share",
+        report=lambda total, interval: total / interval.ranks / interval.seconds,
+    ),
+    LoaderMetric(
+        "bytes",
+        _measured("bytes"),
+        of_each_rank=True,
+        reported_as="data_megabytes_per_second",
+        report=lambda total, interval: total / interval.seconds / 1e6,
+    ),
+    LoaderMetric(
+        "read_seconds",
+        _measured("read_seconds"),
+        of_each_rank=True,
+        reported_as="read_milliseconds",
+        report=lambda total, interval: total / interval.reads * 1e3,
+    ),
+    LoaderMetric(
+        "decode_seconds",
+        _measured("decode_seconds"),
+        of_each_rank=True,
+        reported_as="decode_milliseconds",
+        report=lambda total, interval: total / interval.reads * 1e3,
+    ),
+    LoaderMetric("bad_samples", lambda batch: batch.bad, over_run=True),
+    LoaderMetric("shortened_samples", lambda batch: batch.shortened, over_run=True),
+    LoaderMetric("read_retries", _measured("read_retries"), of_each_rank=True, over_run=True),
+    LoaderMetric("worker_restarts", _measured("worker_restarts"), of_each_rank=True, over_run=True),
+)

@@ -1,0 +1,139 @@
+"""Validation loss: the mean loss per target on data that is not trained on, per source."""
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.shards.dataset import open_dataset
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.data.validation_dataset import ValidationDataset
+from megatron_owl2.mcore import setup
+from megatron_owl2.training.step import SUMS, evaluate
+
+_logger = logging.getLogger(__name__)
+
+
+class Validator:
+    """Validation on the sources of `validation.sources`, the same samples every time.
+
+    The losses do not depend on the parallel layout, but for the order in which fp32 numbers are
+    added up: every sample counts once, whatever ranks and micro-batches share them.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: ProcessGroupCollection,
+        tokenizer: Tokenizer,
+        *,
+        decode_images: bool,
+    ):
+        self._config, self._groups = config, groups
+        parallel = config.parallel
+        self._model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+        self._sources = [
+            ValidationDataset(
+                open_dataset(path, config.data.storage),
+                config.validation.samples,
+                tokenizer=tokenizer,
+                tokens_per_image=config.model.tokens_per_image,
+                sequence_length=config.data.sequence_length,
+                image_size=config.model.vision.image_size,
+                decode_images=decode_images,
+            )
+            for path in config.validation.sources
+        ]
+
+    def due(self, step: int) -> bool:
+        """Whether there is a validation after this step."""
+        interval = self._config.validation.interval
+        last = step == self._config.train.steps
+        return bool(interval and (last or step % interval == 0))
+
+    def run(self, chunks: Sequence[DistributedDataParallel]) -> list[dict]:
+        """Losses of every source; all ranks together.
+
+        Each has its `name` and `path`, `loss` over all targets, `image_loss` and `text_loss` over
+        those of samples with and without an image (None where there are no targets), the number of
+        `samples`, and of those that are `bad` and left out.
+        """
+        names = _names(self._config.validation.sources)
+        for chunk in chunks:
+            chunk.eval()
+        try:
+            paths = self._config.validation.sources
+            return [
+                {"name": name, "path": path, **self._losses(chunks, source)}
+                for name, path, source in zip(names, paths, self._sources, strict=True)
+            ]
+        finally:
+            for chunk in chunks:
+                chunk.train()
+
+    def close(self) -> None:
+        """Close the files of the sources."""
+        for source in self._sources:
+            source.dataset.close()
+
+    def _losses(self, chunks: Sequence[DistributedDataParallel], source: ValidationDataset) -> dict:
+        shares = list(self._micro_batches(len(source)))
+        bad = [0]
+        sums = evaluate(self._config, chunks, self._read(source, shares, bad), len(shares))
+        totals = torch.cat([sums, sums.new_tensor(bad)])
+        torch.distributed.all_reduce(totals)
+        *values, lost = totals.tolist()
+        found = dict(zip(SUMS, values, strict=True))
+        lost = round(lost / self._model_ranks)
+        text = {k: found[k] - found[f"image_{k}"] for k in ("loss", "targets")}
+        return {
+            "loss": _ratio(found["loss"], found["targets"]),
+            "image_loss": _ratio(found["image_loss"], found["image_targets"]),
+            "text_loss": _ratio(text["loss"], text["targets"]),
+            "samples": len(source) - lost,
+            "bad": lost,
+        }
+
+    def _micro_batches(self, count: int) -> Iterator[list[int]]:
+        """The samples of each micro-batch of this data-parallel rank; all ranks have as many.
+
+        Numbers from `count` on are empty rows.
+        """
+        rank, ranks = self._groups.dp.rank(), self._groups.dp.size()
+        size, parallel = self._config.train.micro_batch_size, self._config.parallel
+        batches = -(-count // (ranks * size))
+        if parallel.virtual_pipeline > 1:  # its schedule takes rounds of the pipeline
+            batches = -(-batches // parallel.pipeline) * parallel.pipeline
+        numbers = itertools.count(rank, ranks)
+        for _ in range(batches):
+            yield list(itertools.islice(numbers, size))
+
+    def _read(
+        self, source: ValidationDataset, shares: Sequence[list[int]], bad: list[int]
+    ) -> Iterator[Batch]:
+        cp = self._groups.cp
+        for numbers in shares:
+            batch = source[numbers]
+            for sample in batch.bad_samples:
+                if not bad[0]:
+                    _logger.warning("validation: %s; left out", sample.reason)
+                bad[0] += 1
+            yield batch.local_to(cp.rank(), cp.size()).to(setup.device())
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last part of every path, or all of it where that is not unique."""
+    names = [PurePosixPath(path).name or path for path in paths]
+    return [
+        name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
