@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,6 +12,10 @@ from hypothesis import settings
 from megatron_owl2.mcore.setup import setup
 
 setup()
+
+# Tests that start themselves in ranks of torchrun find what lies in helpers/, too.
+_HELPERS = str(Path(__file__).parent / "helpers")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HELPERS, os.environ.get("PYTHONPATH")]))
 
 settings.register_profile("any machine", deadline=None)  # a busy one stands still now and then
 settings.load_profile("any machine")

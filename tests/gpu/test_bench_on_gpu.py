@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import TOOLS
 
-TOOL = Path(__file__).parent.parent.parent / "tools" / "bench" / "step.py"
+TOOL = TOOLS / "bench" / "step.py"
 
 
 def test_every_kernel_is_measured_or_refused_with_a_reason(tmp_path):

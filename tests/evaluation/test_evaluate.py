@@ -1,0 +1,280 @@
+"""Evaluation from published files to predictions and scores."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from paths import TOOLS
+from PIL import Image
+from processes import run_ranks
+
+from data_prep import shapes
+from megatron_owl2.config.schema import (
+    AbstractorConfig,
+    DecoderConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    VisionConfig,
+)
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation import runner, tasks
+from megatron_owl2.evaluation.runner import Settings
+from megatron_owl2.evaluation.tasks import TASKS
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training.checkpoint.manager import CheckpointManager
+
+SHORT = " Answer the question using a single word or phrase."
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "corpus"
+    shapes.build_corpus(folder, shapes.Parameters(pairs=40, instructions=40, texts=60, eval=12))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(corpus, tmp_path_factory):
+    """A run directory with a checkpoint of a random model."""
+    tokenizer = corpus / "tokenizer" / "tokenizer.model"
+    model = ModelConfig(
+        vision=VisionConfig(28, 14, 32, 1, 2, 32),
+        abstractor=AbstractorConfig(4, 1, 2, 32),
+        decoder=DecoderConfig(Tokenizer(tokenizer).vocab_size, 32, 1, 2, 2, 32, max_positions=512),
+    )
+    config = RunConfig(model=model)
+    config.data.tokenizer = str(tokenizer)
+    config.train.precision = "fp32"
+    torch.manual_seed(1)
+    owl = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model)
+    run = tmp_path_factory.mktemp("run")
+    config.train.async_save = False
+    CheckpointManager(run, config.train, print).save(1, [owl], config)
+    return run
+
+
+def write_vqa(folder: Path) -> Path:
+    """Three questions on two pictures named as COCO names them; the first two on picture 7."""
+    (folder / "images").mkdir(parents=True)
+    for number, color in ((7, "red"), (12, "blue")):
+        name = f"COCO_val2014_{number:012d}.jpg"
+        Image.new("RGB", (20, 30), color).save(folder / "images" / name, quality=95)
+    asked = [(1, 7, "color", "red"), (2, 7, "count", "2"), (3, 12, "color", "blue")]
+    questions = [
+        {"question_id": i, "image_id": image, "question": f"what {kind}?"}
+        for i, image, kind, _ in asked
+    ]
+    annotations = [
+        {
+            "question_id": i,
+            "image_id": image,
+            "question_type": kind,
+            "multiple_choice_answer": gold,
+            "answers": [{"answer": gold, "answer_id": k} for k in range(10)],
+        }
+        for i, image, kind, gold in asked
+    ]
+    name = "v2_OpenEnded_mscoco_val2014_questions.json"
+    (folder / name).write_text(json.dumps({"questions": questions}))
+    name = "v2_mscoco_val2014_annotations.json"
+    (folder / name).write_text(json.dumps({"annotations": annotations}))
+    return folder
+
+
+def run_tool(monkeypatch, name: str, *arguments) -> int:
+    path = TOOLS / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    return runpy.run_path(str(path))["main"]()
+
+
+def test_prompts_are_the_official_ones_up_to_the_colon(corpus):
+    question = tasks.read(TASKS["vqav2"], corpus / "eval/seen")[0][0]
+    text = question.text
+    assert question.prompt(TASKS["vqav2"].suffix) == f"USER: <|image|>{text}{SHORT} ASSISTANT:"
+    assert question.prompt("") == f"USER: <|image|>{text} ASSISTANT:"
+    assert TASKS["pope"].suffix == SHORT
+    caption = tasks.read(TASKS["caption"], corpus / "eval/seen")[0][0]
+    assert caption.prompt(TASKS["caption"].suffix) == (
+        "USER: <|image|>Provide a one-sentence caption for the provided image. ASSISTANT:"
+    )
+    dialogue = tasks.read(TASKS["text"], corpus / "eval/text")[0][0]
+    assert dialogue.prompt(TASKS["text"].suffix) == f"USER: {dialogue.text} ASSISTANT:"
+
+
+def test_the_corpus_is_read_and_its_gold_scores_full_marks(corpus):
+    for name, variant in (("vqav2", "official"), ("pope", None), ("caption", None), ("text", None)):
+        data = corpus / "eval" / ("text" if name == "text" else "heldout")
+        questions, gold = tasks.read(TASKS[name], data)
+        assert len(questions) == len(gold) > 0
+        answers = {question.id: question.gold for question in questions}
+        scores = tasks.score(TASKS[name], answers, gold, variant)
+        assert scores["overall"]["accuracy"] == 100.0
+        assert sum(row["n"] for row in scores["skills"].values()) == len(questions)
+        assert set(scores["skills"]) == {question.skill for question in questions}
+
+
+def test_vqav2_files_under_their_published_names(tmp_path):
+    folder = write_vqa(tmp_path / "vqa")
+    questions, gold = tasks.read(TASKS["vqav2"], folder)
+    assert [(q.id, q.images[0].name, q.skill, q.gold) for q in questions] == [
+        (1, "COCO_val2014_000000000007.jpg", "color", "red"),
+        (2, "COCO_val2014_000000000007.jpg", "count", "2"),
+        (3, "COCO_val2014_000000000012.jpg", "color", "blue"),
+    ]
+    assert list(tasks.read(TASKS["vqav2"], folder, limit=2)[1]) == [1, 2]
+    file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    assert tasks.read(TASKS["vqav2"], file) == (questions, gold)
+
+
+def test_broken_inputs_are_named(tmp_path):
+    vqa, text, pope = TASKS["vqav2"], TASKS["text"], TASKS["pope"]
+    with pytest.raises(TaskError, match="nowhere does not exist"):
+        tasks.read(vqa, tmp_path / "nowhere")
+    with pytest.raises(TaskError, match=r"holds no file \*questions.json"):
+        tasks.read(vqa, tmp_path)
+    folder = write_vqa(tmp_path / "vqa")
+    (folder / "images" / "COCO_val2014_000000000012.jpg").rename(folder / "images" / "13.jpg")
+    with pytest.raises(TaskError, match="12 is missing"):
+        tasks.read(vqa, folder)
+    for name in ("coco_pope_random.json", "coco_pope_popular.json"):
+        row = {"question_id": 1, "image": "1.jpg", "text": "is it?", "label": "no"}
+        (tmp_path / name).write_text(json.dumps(row))
+    with pytest.raises(TaskError, match="several files .* name one of them"):
+        tasks.read(pope, tmp_path)
+    with pytest.raises(TaskError, match="1 pictures .* do not exist, such as .*1.jpg"):
+        tasks.read(pope, tmp_path / "coco_pope_random.json")
+    file = tmp_path / "dialogues.json"
+    file.write_text(json.dumps([{"id": 1, "conversations": [{"from": "human", "value": "a"}]}]))
+    with pytest.raises(TaskError, match="dialogue 1 must be one question and its answer"):
+        tasks.read(text, file)
+    file.write_text("{")
+    with pytest.raises(TaskError, match="cannot be read"):
+        tasks.read(text, file)
+    file.write_text('[{"question_id": 1, "answer": "a"}, {"question_id": 1, "answer": "b"}]')
+    with pytest.raises(TaskError, match="repeat a question_id, such as 1"):
+        tasks.read_predictions(vqa, file)
+    file.write_text('{"question_id": 1}\n')
+    with pytest.raises(TaskError, match="prediction 1 has no text 'answer'"):
+        tasks.read_predictions(vqa, file)
+    with pytest.raises(TaskError, match="no scoring variant 'official'; known: none"):
+        tasks.score(text, {}, {}, "official")
+
+
+class NamesColors:
+    """A generator that answers with the picture's colour, or the number of pictures seen."""
+
+    seen: list = []
+
+    def __init__(self, loaded):
+        pass
+
+    def generate(self, prompts, images, max_new_tokens, min_new_tokens):
+        self.seen.append((prompts, images, max_new_tokens, min_new_tokens))
+        answers = []
+        for prompt, (image,) in zip(prompts, images, strict=True):
+            red, _, blue = image.float().mean((1, 2)).tolist()
+            color = "black" if red + blue < 9 else "red" if red > blue else "blue"
+            answers.append("3" if "count" in prompt else color)
+        return answers
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(runner, "Generator", NamesColors)
+    monkeypatch.setattr(NamesColors, "seen", [])
+    setup.initialize(ParallelConfig())
+    config = ModelConfig(vision=VisionConfig(image_size=28))
+    return type("Loaded", (), {"config": config})
+
+
+def test_answers_belong_to_their_pictures(fake, tmp_path):
+    questions, gold = tasks.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
+    settings = Settings(batch_size=2, suffix=" Short.")
+    result = runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", settings, {})
+    rows = [json.loads(s) for s in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert [(row["question_id"], row["answer"], row["score"]) for row in rows] == [
+        (1, "red", 100.0),
+        (2, "3", 0.0),
+        (3, "blue", 100.0),
+    ]
+    assert rows[2]["gold"] == "blue" and rows[2]["images"][0].endswith("12.jpg")
+    assert result["skills"]["color"]["accuracy"] == 100.0
+    assert result["overall"]["accuracy"] == 66.67
+    assert json.loads((tmp_path / "out/scores.json").read_text()) == result
+    assert result["prompt_suffix"] == " Short." and result["variant"] == "owl2"
+    (prompts, images, *limits), (last, _, *_) = NamesColors.seen
+    assert prompts[0] == "USER: <|image|>what color? Short. ASSISTANT:" and len(last) == 1
+    assert limits == [10, 1]
+    assert images[0][0] is images[1][0]  # one picture, so it will be encoded once
+
+
+def test_blind_means_black_uint8_pictures(fake, tmp_path):
+    questions, gold = tasks.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
+    settings = Settings(blind=True, max_new_tokens=4)
+    result = runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", settings, {})
+    pictures = [image for _, images, *_ in NamesColors.seen for (image,) in images]
+    assert all(p.dtype == torch.uint8 and p.shape == (3, 28, 28) for p in pictures)
+    assert not any(p.any() for p in pictures)
+    assert result["blind"] and result["skills"]["color"]["accuracy"] == 0.0
+    assert result["max_new_tokens"] == NamesColors.seen[0][2] == 4
+
+
+def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch, capsys):
+    data, output = corpus / "eval/seen", tmp_path / "out"
+    options = ["--checkpoint", model, "--task", "vqav2", "--data", data, "--output", output]
+    assert run_tool(monkeypatch, "evaluate", *options, "--limit", 9, "--prompt-suffix", "") == 0
+    printed = capsys.readouterr().out
+    written = json.loads((output / "scores.json").read_text())
+    assert written["overall"]["n"] == 9 and written["prompt_suffix"] == "" and "all" in printed
+    assert len((output / "predictions.jsonl").read_text().splitlines()) == 9
+    gold = json.loads((data / "annotations.json").read_text())["annotations"][:9]
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": gold}))
+    score = ["score", "--task", "vqav2", "--predictions", output / "predictions.jsonl", "--gold"]
+    assert run_tool(monkeypatch, "evaluate", *score, tmp_path / "annotations.json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == {key: written[key] for key in ("overall", "skills")}
+    assert run_tool(monkeypatch, "evaluate", *score, data / "annotations.json") == 2
+    assert "gold questions have no prediction" in capsys.readouterr().err
+    options[1] = tmp_path
+    assert run_tool(monkeypatch, "evaluate", *options) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_command_line_generates(corpus, model, monkeypatch, capsys):
+    first, second = sorted((corpus / "eval/seen/images").iterdir())[:2]
+    base = ["--checkpoint", model, "--max-new-tokens", 5]
+    ask = ["--prompt", "what color is it ?"]
+    answers = []
+    for more in ([], ["--image", first], ["--image", first, "--image", second]):
+        assert run_tool(monkeypatch, "generate", *base, *ask, *more) == 0
+        answers.append(capsys.readouterr().out)
+    assert all(answer.endswith("\n") for answer in answers)
+    placed = ["--prompt", "what color is <|image|> ?", "--image", first]
+    assert run_tool(monkeypatch, "generate", *base, *placed) == 0
+    capsys.readouterr()
+    for wrong, message in (
+        ([*placed, "--image", second], "1 placeholders <|image|>, but 2 images"),
+        ([*ask, "--image", "no.jpg"], "no.jpg"),
+        ([*ask, "--image", corpus / "corpus.json"], "corpus.json: image cannot be decoded"),
+        ([*ask, "--max-new-tokens", "600"], "ask for at most"),
+    ):
+        assert run_tool(monkeypatch, "generate", *base, *wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_two_tensor_parallel_ranks_answer_like_one(corpus, model, tmp_path, monkeypatch):
+    options = ["--checkpoint", str(model), "--task", "vqav2", "--limit", "10"]
+    options += ["--data", str(corpus / "eval/seen"), "--output"]
+    assert run_tool(monkeypatch, "evaluate", *options, tmp_path / "one") == 0
+    done = run_ranks(2, TOOLS / "evaluate.py", *options, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skill") == 1  # one rank prints
+    one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
+    assert one == two and one.count("\n") == 10

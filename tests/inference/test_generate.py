@@ -1,0 +1,276 @@
+"""Greedy answers: the same alone and in a batch, with and without a cache, as the official code."""
+
+import json
+import random
+
+import pytest
+import torch
+from hf_dirs import export
+from paths import DATA
+from safetensors.torch import load_file
+
+from megatron_owl2.config.schema import (
+    AbstractorConfig,
+    DecoderConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    VisionConfig,
+)
+from megatron_owl2.convert import hf_weights as hf
+from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt
+from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_owl2.errors import InferenceError
+from megatron_owl2.inference.engine import Generator, LoadedModel, load_model
+from megatron_owl2.inference.inputs import left_padded
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training.checkpoint.manager import CheckpointManager
+
+OFFICIAL = DATA / "official_tiny"
+SIZE = 28
+
+
+def build(model: ModelConfig) -> Owl2:
+    config = RunConfig(model=model, parallel=ParallelConfig())
+    config.train.precision = "fp32"
+    return Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [f"what color is the {w} one ? red blue green {w}" for w in ("top", "left", "right")]
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer(["USER: ASSISTANT: " + text for text in texts], path, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizer) -> LoadedModel:
+    model = ModelConfig(
+        vision=VisionConfig(SIZE, 14, 32, 2, 4, 64),
+        abstractor=AbstractorConfig(4, 2, 4, 64),
+        decoder=DecoderConfig(tokenizer.vocab_size, 32, 3, 4, 2, 64, max_positions=64),
+        image_mean=[
+            0.2,
+            0.2,
+            0.2,
+        ],  # not the defaults: a loader that forgets them answers otherwise
+        image_std=[0.25, 0.25, 0.25],
+        init_std=0.3,  # wide enough that answers depend on prompt and picture
+    )
+    torch.manual_seed(7)
+    owl = build(model)
+    # A random model hardly ever ends: make EOS likely enough that rows end at different steps.
+    with torch.no_grad():
+        owl.output_layer.weight[tokenizer.eos_id] *= 2.0
+    return LoadedModel(owl, model, tokenizer)
+
+
+def cases(loaded: LoadedModel, n: int = 12) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
+    """Prompts with no, one or two images, of 3 to 20 ids."""
+    rng = random.Random(3)
+    generator = torch.Generator().manual_seed(3)
+    prompts, images = [], []
+    for i in range(n):
+        words = [rng.randrange(3, loaded.tokenizer.vocab_size) for _ in range(rng.randrange(2, 18))]
+        for _ in range(i % 3):
+            words.insert(rng.randrange(len(words) + 1), IMAGE_TOKEN_ID)
+        prompts.append([1, *words])
+        shape = (3, SIZE, SIZE)
+        images.append(
+            [
+                torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+                for _ in range(i % 3)
+            ]
+        )
+    return prompts, images
+
+
+def recompute(loaded, prompt_ids, images, steps, min_new_tokens=1) -> list[int]:
+    """The answer of one prompt from `Owl2.forward` on the whole sequence at every step."""
+    new: list[int] = []
+    picture = torch.stack(images) if images else torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    for step in range(steps):
+        inputs = left_padded([[*prompt_ids, *new]], loaded.config.tokens_per_image, "cpu")
+        with torch.no_grad():
+            logits = loaded.model(
+                inputs.tokens,
+                picture,
+                inputs.vision_token_index,
+                inputs.modality,
+                inputs.position_ids,
+            )[0, -1]
+        if step < min_new_tokens:
+            logits[loaded.tokenizer.eos_id] = float("-inf")
+        new.append(int(logits.argmax()))
+        if new[-1] == loaded.tokenizer.eos_id:
+            return new[:-1]
+    return new
+
+
+@pytest.fixture(scope="module")
+def expected(loaded):
+    return [recompute(loaded, p, i, 12) for p, i in zip(*cases(loaded), strict=True)]
+
+
+def test_cached_answers_equal_full_recomputation(loaded, expected):
+    generator = Generator(loaded)
+    for prompt_ids, images, answer in zip(*cases(loaded), expected, strict=True):
+        assert generator.generate_ids([prompt_ids], [images], 12) == [answer]
+    lengths = {len(answer) for answer in expected}
+    assert len(lengths) > 2 and 12 in lengths  # rows end at different steps, some not at all
+
+
+def test_a_left_padded_batch_gives_the_answers_of_its_rows_alone(loaded, expected):
+    prompts, images = cases(loaded)
+    assert len({len(p) for p in prompts}) > 3
+    assert Generator(loaded).generate_ids(prompts, images, 12) == expected
+    shuffled = [7, 2, 11, 5, 0]
+    batch = [[rows[i] for i in shuffled] for rows in (prompts, images, expected)]
+    assert Generator(loaded).generate_ids(batch[0], batch[1], 12) == batch[2]
+
+
+def test_padding_changes_no_logit(loaded):
+    prompts, images = cases(loaded)
+    generator = Generator(loaded)
+    seen = []
+    next_logits = generator._next_logits
+    generator._next_logits = lambda *args: seen.append(next_logits(*args)) or seen[-1].clone()
+    generator.generate_ids(prompts, images, 1)
+    for prompt_ids, pictures in zip(prompts, images, strict=True):
+        generator.generate_ids([prompt_ids], [pictures], 1)
+    assert torch.isfinite(seen[0]).all()
+    torch.testing.assert_close(seen[0], torch.cat(seen[1:]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_images_matters_and_follows_the_prompt(loaded):
+    first, second = cases(loaded)[1][2]
+    prompt_ids = [1, 50, IMAGE_TOKEN_ID, 60, IMAGE_TOKEN_ID, 70]
+    generator = Generator(loaded)
+    batch = [[first, second], [second, first], [first, first]]
+    together = generator.generate_ids([prompt_ids] * 3, batch, 8)
+    assert together == [recompute(loaded, prompt_ids, images, 8) for images in batch]
+    assert len({tuple(answer) for answer in together}) == 3
+
+
+def test_a_picture_shared_by_prompts_is_encoded_once(loaded, monkeypatch):
+    encoded = []
+    encode = loaded.model.encode_images
+    monkeypatch.setattr(
+        loaded.model, "encode_images", lambda image: encoded.append(len(image)) or encode(image)
+    )
+    first, second = cases(loaded)[1][2]
+    prompts = [[1, IMAGE_TOKEN_ID, 40 + i] for i in range(5)]
+    answers = Generator(loaded).generate_ids(prompts, [[first]] * 3 + [[second]] * 2, 4)
+    assert encoded == [2]
+    assert answers[4] == recompute(loaded, prompts[4], [second], 4)
+
+
+def test_min_and_max_new_tokens(loaded, expected):
+    prompts, images = cases(loaded)
+    generator = Generator(loaded)
+    assert generator.generate_ids(prompts, images, 3) == [answer[:3] for answer in expected]
+    longer = generator.generate_ids(prompts, images, 12, min_new_tokens=9)
+    assert min(map(len, expected)) < 9 <= min(map(len, longer))
+    short = min(range(len(prompts)), key=lambda i: len(expected[i]))
+    assert longer[short] == recompute(loaded, prompts[short], images[short], 12, 9)
+
+
+def test_generation_stops_when_every_row_has_ended(loaded, monkeypatch):
+    calls = []
+    generator = Generator(loaded)
+    next_logits = generator._next_logits
+
+    def ends_at_once(*args):
+        calls.append(1)
+        logits = next_logits(*args)
+        logits[:, loaded.tokenizer.eos_id] = logits.max() + 1
+        return logits
+
+    monkeypatch.setattr(generator, "_next_logits", ends_at_once)
+    prompts, images = cases(loaded)
+    assert all(len(answer) == 2 for answer in generator.generate_ids(prompts, images, 12, 2))
+    assert len(calls) == 3
+
+
+def test_text_in_text_out(loaded):
+    question, (picture,) = "what color is the <|image|> one ?", cases(loaded)[1][1]
+    generator = Generator(loaded)
+    answers = generator.generate([prompt(question), prompt("hello")], [[picture], []], 8)
+    assert answers[0] == generator.generate([prompt(question)], [[picture]], 8)[0]
+    assert all(isinstance(answer, str) and answer == answer.strip() for answer in answers)
+    assert generator.generate([], [], 8) == []
+
+
+def test_mistakes_are_named(loaded):
+    generator = Generator(loaded)
+    picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    with pytest.raises(InferenceError, match="prompt 2 has 1 placeholders .* but 0 images"):
+        generator.generate_ids([[1, 5], [1, IMAGE_TOKEN_ID]], [[], []], 4)
+    with pytest.raises(InferenceError, match="prompt 1 has 1 placeholders .* but 2 images"):
+        generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[picture, picture]], 4)
+    with pytest.raises(InferenceError, match=r"\[3, 28, 28\]"):
+        generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[picture[:, :14]]], 4)
+    with pytest.raises(InferenceError, match="prompt 1 is empty"):
+        generator.generate_ids([[]], [[]], 4)
+    with pytest.raises(InferenceError, match="2 prompts"):
+        generator.generate_ids([[1], [1]], [[]], 4)
+    with pytest.raises(InferenceError, match="at least 1"):
+        generator.generate_ids([[1]], [[]], 0)
+    with pytest.raises(InferenceError, match="not a directory"):
+        load_model("no/such/place")
+
+
+def test_the_last_position_is_used_and_no_more(loaded):
+    generator = Generator(loaded)
+    prompt_ids = [1] + [9] * 49 + [IMAGE_TOKEN_ID]  # 50 + 5 positions of 64
+    images = [torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)]
+    answers = generator.generate_ids([prompt_ids], [images], 10, min_new_tokens=10)
+    assert len(answers[0]) == 10  # the tenth is never read, so 9 positions are enough
+    with pytest.raises(InferenceError, match="takes 55 positions .* at most 10 new tokens"):
+        generator.generate_ids([prompt_ids], [images], 11)
+
+
+def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tmp_path):
+    config = RunConfig(model=loaded.config)
+    config.data.tokenizer = str(tokenizer.path)
+    config.parallel.tensor = 2  # of the run that wrote it; the loader takes what it has
+    run = tmp_path / "run"
+    config.train.async_save = False
+    CheckpointManager(run, config.train, print).save(3, [loaded.model], config)
+    prompts, images = cases(loaded)
+    answers = Generator(loaded).generate_ids(prompts, images, 8)
+    export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)
+    step = run / "checkpoints" / "iter_0000003"
+    for path in (run, run / "checkpoints", step, tmp_path / "hf"):
+        again = load_model(path)
+        assert Generator(again).generate_ids(prompts, images, 8) == answers
+        assert again.tokenizer.encode("what color") == tokenizer.encode("what color")
+    half = load_model(run, "bf16")
+    assert half.model.output_layer.weight.dtype == torch.bfloat16
+    assert len(Generator(half).generate_ids(prompts, images, 8)) == len(prompts)
+    (step / "tokenizer.model").unlink()
+    with pytest.raises(InferenceError, match="has no tokenizer.model"):
+        load_model(run)
+
+
+def test_greedy_ids_of_the_official_model():
+    config = hf.read_hf_config(OFFICIAL / "hf_ckpt")
+    model = build(config)
+    hf.load_hf_weights(OFFICIAL / "hf_ckpt", model)
+    reference = load_file(OFFICIAL / "reference.safetensors")
+    meta = json.loads((OFFICIAL / "meta.json").read_text())
+    names = list(meta["generation"])
+    prompts = [meta["generation"][name]["prompt_ids"] for name in names]
+    images = [
+        [reference["batch/images"][i] for i in meta["batch_image_slots"][name]]
+        if name != "text_only"
+        else []
+        for name in names
+    ]
+    wanted = [meta["generation"][name]["new_ids"] for name in names]
+    generator = Generator(LoadedModel(model, config, Tokenizer))  # its EOS is LLaMA's; no file here
+    assert generator.generate_ids(prompts, images, 16) == wanted
+    for case in zip(prompts, images, wanted, strict=True):
+        assert generator.generate_ids([case[0]], [case[1]], 16) == [case[2]]

@@ -1,0 +1,169 @@
+"""tools/plan.py from its command line to its tables, and the layouts that it proposes."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from paths import ROOT
+
+from megatron_owl2.config.load import load_config
+from megatron_owl2.config.validate import validate_settings
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.planner import plan, report, search, timing, traffic
+from megatron_owl2.planner import static_memory as weights
+from megatron_owl2.planner.activations import ActivationCosts
+from megatron_owl2.planner.timing import Machine
+
+FINETUNE = ROOT / "examples" / "7b" / "finetune.yaml"
+TINY = ROOT / "examples" / "tiny" / "pretrain.yaml"
+SMALLER = ["train.micro_batch_size=16", "train.precision=bf16"]
+
+
+def run_tool(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def tiny_plan():
+    config = load_config(TINY, SMALLER)
+    return plan.plan_run(config, Machine(gpus=8, memory_gib=8, reserve_gib=1), count=4)
+
+
+def test_the_tool_prints_a_plan_and_writes_it(tmp_path):
+    file = tmp_path / "plan.json"
+    run = run_tool("--config", TINY, "--gpus", 2, "--gpu-memory", 8, "--json", file)
+    assert run.returncode == 0, run.stderr
+    assert "this layout fits" in run.stdout and "not yet verified on a GPU" in run.stdout
+    found = json.loads(file.read_text())
+    (rank,) = found["memory"]
+    held = rank["held"]
+    parts = held["parameters"] + held["gradients"] + held["optimizer"]
+    assert rank["total"] == parts + max(rank["activations"], rank["update"])
+    assert found["fits"] and found["time"]["total"] > 0 and found["layouts"]
+    assert f"{found['trained']:,} of {found['parameters']:,} parameters train" in run.stdout
+
+
+def test_exit_codes_tell_what_does_not_fit_from_what_cannot_run():
+    small = run_tool("--config", TINY, "--gpus", 2, "--gpu-memory", 4.001)
+    assert small.returncode == 1 and "does NOT fit" in small.stdout
+    assert "are missing" in small.stdout and "none of" in small.stdout
+    wrong = run_tool("--config", TINY, "--gpus", 3, "--gpu-memory", 80, "parallel.tensor=2")
+    assert wrong.returncode == 2 and "parallel.tensor" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "said"),
+    [
+        (["stage.trainable=[abstracter.*]"], None, "pattern 'abstracter.*' matches no parameter"),
+        (["stage.frozen=['*']"], None, "nothing would train"),
+        ([], 16, "a sample of 16 tokens"),  # a picture takes 17
+        ([], 37, "a sample of 37 tokens"),  # a sequence has 36
+    ],
+)
+def test_what_no_run_could_be_is_not_planned(overrides, tokens, said):
+    config = load_config(TINY, overrides)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        plan.plan_run(config, Machine(gpus=2, memory_gib=8), tokens=tokens, count=1)
+
+
+def test_proposals_are_valid_fit_and_are_in_order(tiny_plan):
+    layouts = tiny_plan.layouts
+    assert 1 < len(layouts) <= 4 <= tiny_plan.valid
+    times = [layout.time.total for layout in layouts]
+    assert times == sorted(times)
+    for layout in layouts:
+        validate_settings(layout.config, 8)
+        assert layout.memory.total <= tiny_plan.machine.usable
+        changed = search.overrides(layout.config, tiny_plan.config).split()
+        again = load_config(TINY, [*SMALLER, *changed])
+        assert again.parallel == layout.config.parallel
+        assert again.train == layout.config.train
+
+
+def test_no_layout_that_fits_is_faster_than_the_first(tiny_plan):
+    config, machine = tiny_plan.config, tiny_plan.machine
+    whole = weights.model_weights(config)
+    costs = ActivationCosts(whole)
+    times = [
+        timing.step_time(layout, machine, whole, costs).total
+        for layout in search.candidates(config, machine)
+        if layout.parallel.recompute == "none" and layout.parallel.tensor <= 2
+    ]
+    assert min(times) >= tiny_plan.layouts[0].time.total * (1 - 1e-9)
+
+
+def test_json_and_words_say_the_same(tiny_plan):
+    tree = json.loads(json.dumps(tiny_plan.to_json()))
+    assert len(tree["layouts"]) == len(tiny_plan.layouts)
+    words = report.text(tiny_plan)
+    assert f"the fastest of {tree['valid']:,} valid layouts" in words
+    assert tiny_plan.sharding in words
+    for layout in tree["layouts"]:
+        assert (layout["overrides"] or "(as the config has it)") in words
+
+
+def test_days_follow_from_flops_and_steps(tiny_plan):
+    total = sum(tiny_plan.model_flops.values())
+    rate = 8 * 989e12 * 0.4
+    assert tiny_plan.days == pytest.approx(total * tiny_plan.config.train.steps / rate / 86400)
+
+
+def test_traffic_of_gradients_parameters_and_stages():
+    config = load_config(
+        FINETUNE, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.recompute=none"]
+    )
+    whole = weights.model_weights(config)
+    sent = traffic.per_pipeline_rank(config, 64, whole, ActivationCosts(whole))
+    held = weights.static_memory(config, 64, whole)
+    for ours, kept in zip(sent, held, strict=True):
+        assert ours.gradients == kept.gradients * 15 // 16  # 16 data-parallel ranks
+        assert ours.parameters == kept.buffer * 2 * 15 // 16
+    # 16 micro-batches; 4 stages have 3 borders, crossed forward and backward, on 2 ranks.
+    states = 2048 // 2 * 4096 * 2
+    assert [rank.pipeline for rank in sent] == [3 * states * 16, 3 * states * 16]
+    assert sent[0].tensor > sent[1].tensor > 0  # the ViT is on the first
+
+
+def test_time_knows_bubble_overlap_and_recomputation():
+    machine = Machine(gpus=64, memory_gib=80)
+    config = load_config(FINETUNE, ["parallel.recompute=none"])
+    whole = weights.model_weights(config)
+    costs = ActivationCosts(whole)
+
+    def time(**parallel):
+        layout = replace(config, parallel=replace(config.parallel, **parallel))
+        return timing.step_time(layout, machine, whole, costs)
+
+    plain, again = time(), time(recompute="full")
+    assert plain.bubble == 0
+    assert again.compute / plain.compute == pytest.approx(1.33, abs=0.01)
+    assert time(overlap=False).data > plain.data
+    pipelined, interleaved = time(pipeline=4), time(pipeline=4, virtual_pipeline=4)
+    assert 0 < interleaved.bubble < pipelined.bubble
+    # Gradients that leave the node travel more slowly than those in it.
+    assert machine.sending(1e9, 8) == pytest.approx(1 / 300)
+    assert machine.sending(1e9, 16) == pytest.approx(1 / 40)
+
+
+def test_transformer_engine_is_planned_on_a_laptop_and_says_so():
+    config = load_config(TINY, [*SMALLER, "kernels.backend=transformer_engine"])
+    found = plan.plan_run(config, Machine(gpus=2, memory_gib=80), count=1)
+    assert "kernels.backend=transformer_engine keeps other tensors" in report.text(found)
+
+
+def test_what_fits_in_bf16_need_not_fit_with_copies_in_fp8():
+    sizes = ["model.decoder.ffn_size=384", "data.sequence_length=64"]  # that FP8 GEMMs take
+    options = [*SMALLER, *sizes, "kernels.backend=transformer_engine"]
+    plain = load_config(TINY, options)
+    fp8 = load_config(TINY, [*options, "kernels.fp8=tensorwise"])
+    (need,) = (rank.total for rank in plan.plan_run(plain, Machine(gpus=2, memory_gib=80)).memory)
+    machine = Machine(gpus=2, memory_gib=(need + 1000) / 2**30, reserve_gib=0)
+    without, found = (plan.plan_run(config, machine, count=1) for config in (plain, fp8))
+    assert without.fits and "FP8 copies" not in report.text(without)
+    assert not found.fits and "FP8 copies" in report.text(found)
+    assert found.memory[0].total - need == found.memory[0].held.copies > 1000

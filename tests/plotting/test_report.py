@@ -1,0 +1,170 @@
+"""The report: numbers put together rightly, and a picture that shows them."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from paths import TOOLS
+from PIL import Image
+
+from megatron_owl2.errors import ReportError
+from megatron_owl2.plotting import figure, report
+from megatron_owl2.plotting.report import Answer, SkillScore
+
+TOOL = TOOLS / "report.py"
+
+
+def evaluation(folder: Path, skills: dict, blind=False, task="vqav2", answers=()) -> Path:
+    """An output of tools/evaluate.py: skills as {name: (accuracy, majority, n)}."""
+    folder.mkdir(parents=True)
+    rows = {
+        name: dict(zip(("accuracy", "majority", "n"), values, strict=True))
+        for name, values in skills.items()
+    }
+    scores = {"task": task, "blind": blind, "overall": {}, "skills": rows}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    lines = "".join(json.dumps(row) + "\n" for row in answers)
+    (folder / "predictions.jsonl").write_text(lines)
+    return folder
+
+
+def answered(picture, skill, answer, gold, score):
+    return {
+        "question_id": f"{picture}{skill}",
+        "answer": answer,
+        "score": score,
+        "question": f"what {skill} ?",
+        "skill": skill,
+        "gold": gold,
+        "images": [str(picture)],
+    }
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """Two stages, a seen and a held-out set with pictures, and a set of text."""
+    pictures = []
+    for i in range(6):
+        pictures.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (56, 56), (40 * i, 0, 0)).save(pictures[-1])
+    rows = [
+        answered(picture, skill, "red" if right else "blue", "red", 100.0 if right else 0.0)
+        for i, picture in enumerate(pictures)
+        for skill, right in (("colour", i % 2 == 0), ("shape", True))
+    ]
+    text = {"scene": (70.0, 10.0, 40)}
+    for name, loss in (("pretrain", 4.0), ("finetune", 2.0)):
+        (tmp_path / name).mkdir()
+        lines = [{"step": s, "loss": loss / s, "lr": 1e-3} for s in range(1, 40)]
+        lines += [{"step": 40, "loss": None}, {"step": 41, "loss": float("nan")}]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    seen = {"colour": (90.0, 20.0, 50), "shape": (95.5, 25.0, 50)}
+    evaluation(tmp_path / "seen", seen, answers=rows[:2])
+    evaluation(tmp_path / "seen-blind", {"colour": (14.0, 20.0, 50)}, blind=True)
+    evaluation(tmp_path / "heldout", {"colour": (50.0, 21.0, 6)}, answers=rows)
+    evaluation(tmp_path / "text", text, task="text", answers=[rows[0] | {"id": 1, "images": []}])
+    return tmp_path
+
+
+def named(folder):
+    sets = ("seen", "seen-blind", "heldout", "text")
+    return [(name.removesuffix("-blind"), folder / name) for name in sets]
+
+
+def test_scores_of_one_set_come_together(outputs):
+    scores = report.collect(named(outputs))
+    assert scores == {
+        "seen": {
+            "colour": SkillScore(90.0, 14.0, 20.0, 50),
+            "shape": SkillScore(95.5, None, 25.0, 50),
+        },
+        "heldout": {"colour": SkillScore(50.0, None, 21.0, 6)},
+        "text": {"scene": SkillScore(70.0, None, 10.0, 40)},
+    }
+    assert report.table(scores).splitlines() == [
+        "skill   set      accuracy  blind  majority   n",
+        "----------------------------------------------",
+        "colour  seen         90.0   14.0      20.0  50",
+        "        heldout      50.0      -      21.0   6",
+        "shape   seen         95.5      -      25.0  50",
+        "scene   text         70.0      -      10.0  40",
+    ]
+
+
+def test_the_same_evaluation_twice_or_of_another_size_is_refused(outputs):
+    with pytest.raises(ReportError, match="set 'a' has skill 'colour' twice"):
+        report.collect([("a", outputs / "seen"), ("a", outputs / "heldout")])
+    with pytest.raises(ReportError, match="50 questions on 'colour', but 6 .* same --limit"):
+        report.collect([("a", outputs / "heldout"), ("a", outputs / "seen-blind")])
+    with pytest.raises(ReportError, match="scores.json does not exist; write it with"):
+        report.collect([("a", outputs / "nowhere")])
+    with pytest.raises(ReportError, match="--run 'dir' must be NAME=DIR"):
+        report.named("--run", ["dir"])
+
+
+def test_curves_are_read_from_the_metrics(outputs):
+    steps, losses = report.read_curve(outputs / "finetune")
+    assert steps == list(range(1, 40)) and losses[:2] == [2.0, 1.0]  # a step without targets ends
+    with pytest.raises(ReportError, match="metrics.jsonl cannot be read"):
+        report.read_curve(outputs / "seen")
+
+
+def test_answers_to_show_cover_skills_and_pictures(outputs):
+    answers = report.read_answers(named(outputs))
+    assert list(answers) == ["seen", "heldout"] and len(answers["heldout"]) == 12
+    chosen = report.pick(answers["heldout"], 6)
+    assert [answer.skill for answer in chosen] == ["colour", "shape"] * 3
+    assert len({answer.picture for answer in chosen}) == 6
+    turned = [Answer(**{**vars(a), "right": not a.right}) for a in answers["heldout"]]
+    assert [a.picture for a in report.pick(turned, 6)] == [a.picture for a in chosen]
+    assert len(report.pick(answers["seen"], 6)) == 2
+
+
+def test_lines_below_a_picture():
+    wrong = Answer(Path("x.png"), "colour", "what color ?", "", "red", right=False)
+    right = Answer(Path("x.png"), "colour", "what color ? " * 9, "costs $5", "red", right=True)
+    assert [(text, color) for text, color, _ in figure._lines(wrong)] == [
+        ("what color ?", figure._INK),
+        ("(no answer)", figure._WRONG),
+        ("gold: red", figure._FAINT),
+    ]
+    first, second, answer = figure._lines(right)
+    assert second[0].endswith("...") and len(first[0]) <= 36
+    assert answer[:2] == (r"costs \$5", figure._RIGHT)
+
+
+def test_smoothing_keeps_a_line_and_removes_a_zigzag():
+    line = [float(i) for i in range(200)]
+    assert figure.smooth(line)[5:-5] == pytest.approx(line[5:-5])
+    zigzag = figure.smooth([i % 2 for i in range(200)])
+    assert max(abs(v - 0.5) for v in zigzag[5:-5]) < 0.1
+
+
+def run_tool(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+    return runpy.run_path(str(TOOL))["main"]()
+
+
+def test_command_line(outputs, monkeypatch, capsys):
+    options = [f"--run={name}={outputs / name}" for name in ("pretrain", "finetune")]
+    options += [f"--evaluation={name}={path}" for name, path in named(outputs)]
+    assert run_tool(monkeypatch, *options, "--output", outputs / "report") == 0
+    assert "colour  seen         90.0   14.0" in capsys.readouterr().out
+    scores = json.loads((outputs / "report" / "scores.json").read_text())
+    assert scores["seen"]["colour"] == {"accuracy": 90.0, "blind": 14.0, "majority": 20.0, "n": 50}
+    with Image.open(outputs / "report" / "report.png") as image:
+        width, height = image.size
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert width == 1430 and height > width
+    assert {(40 * i, 0, 0) for i in range(6)} <= colors  # every held-out picture is there
+
+
+def test_command_line_names_mistakes(outputs, monkeypatch, capsys):
+    options = ["--evaluation", f"seen={outputs / 'seen'}", "--output", outputs / "report"]
+    assert run_tool(monkeypatch, *options, "--pictures", "unseen") == 2
+    assert "--pictures unseen: no such set" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run_tool(monkeypatch, *options) == 2
+    assert "pip install 'megatron-owl2[report]'" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""A checkpoint under another layout and back: the same numbers, the same rates, the same run."""
+
+import json
+import pickle
+import re
+import shutil
+
+import pytest
+import stored
+import tiny_run
+import torch
+from paths import HELPERS
+from processes import run_ranks
+
+from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.errors import CheckpointError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.owl2 import build
+from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint.index import read_index
+
+STEPS, SAVED = 3, "iter_0000002"
+FOUR = ["parallel.tensor=2", "parallel.pipeline=2"]
+DATA = ["train.micro_batch_size=1"]  # TP 1 PP 1 DP 4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run under TP 2 PP 2 DP 1 with checkpoints of its last two steps."""
+    folder = tmp_path_factory.mktemp("layouts")
+    config = tiny_run.make(folder, STEPS)
+    done = tiny_run.train(config, folder / "run", "train.save_interval=2", *FOUR, processes=4)
+    assert done.returncode == 0, done.stderr
+    return config, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def reloaded(whole, tmp_path_factory):
+    """Its checkpoint loaded and saved at DP 4, and that one at TP 2 PP 2 again."""
+    _, run = whole
+    folder = tmp_path_factory.mktemp("reloaded")
+    script = str(HELPERS.joinpath("reload.py"))
+    done = run_ranks(4, script, run / "checkpoints" / SAVED, folder, "1x1", "2x2")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["1x1", "2x2"])
+def test_weights_optimizer_and_rates_are_bitwise_the_same(whole, reloaded, layout):
+    before = whole[1] / "checkpoints" / SAVED
+    expected, found = stored.read(before), stored.read(reloaded / layout)
+    assert found.keys() == expected.keys()
+    assert any(name.startswith(stored.MOMENT) for name in expected)
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+    common = [torch.load(d / "common.pt", weights_only=False) for d in (before, reloaded / layout)]
+    assert common[0]["scheduler"] == common[1]["scheduler"]
+    rates = json.loads((reloaded / f"{layout}.json").read_text())
+    groups = {
+        (g["wd_mult"], g["lr_mult"]): g for g in common[0]["optimizer"]["optimizer"]["param_groups"]
+    }
+    assert len(rates) == len(groups) and len({lr for _, lr in groups}) >= 4  # one per depth
+    for group in rates:
+        old = groups[group["wd_mult"], group["lr_mult"]]
+        assert group == {name: float(old[name]) for name in group}
+        assert group["lr"] == pytest.approx(rates_of_one(rates)["lr"] * group["lr_mult"], rel=1e-12)
+
+
+def test_main_parameters_outlive_a_change_of_precision(whole, tmp_path):
+    """In fp32 they are the weights themselves, which the checkpoint has in bf16 too."""
+    config, _ = whole
+    run, other = tmp_path / "run", tmp_path / "other"
+    options = ["train.precision=bf16", "train.micro_batch_size=1", "train.steps=1"]
+    done = tiny_run.train(config, run, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    saved = save_load.resolve(run)
+    script = str(HELPERS.joinpath("reload.py"))
+    (saved / "run.yaml").write_text((saved / "run.yaml").read_text().replace("bf16", "fp32"))
+    other.mkdir()
+    done = run_ranks(2, script, saved, other, "1x1")
+    assert done.returncode == 0, done.stderr
+    before, after = (stored.read(d, "optimizer.state.param.") for d in (saved, other / "1x1"))
+    assert before.keys() == after.keys() and len(before) > 100
+    assert all(after[name].equal(before[name]) for name in before)
+
+
+def test_an_optimizer_that_is_not_whole_is_refused(whole, tmp_path):
+    config, run = whole
+    broken = tmp_path / "run" / "checkpoints" / SAVED
+    shutil.copytree(run / "checkpoints" / SAVED, broken)
+    (broken.parent / save_load.LATEST).write_text(SAVED)
+    index = read_index(broken)
+    name = f"{stored.MOMENT}output_layer.weight"
+    entry = index.state_dict_metadata[name]
+    lost = entry.chunks.pop()
+    del index.storage_data[
+        next(i for i in index.storage_data if (i.fqn, i.offset) == (name, lost.offsets))
+    ]
+    (broken / ".metadata").write_bytes(pickle.dumps(index))
+    done = tiny_run.train(config, tmp_path / "run", *DATA, processes=4)
+    assert done.returncode != 0
+    assert f"{name} is not whole" in done.stderr
+
+
+def rates_of_one(rates):
+    """A group without a factor on its rate."""
+    return next(group for group in rates if group["lr_mult"] == 1.0)
+
+
+@pytest.mark.parametrize(
+    "source, options, tolerance", [("run", DATA, 1e-6), ("2x2", FOUR, 0)], ids=["DP 4", "back"]
+)
+def test_the_next_step_is_the_same(whole, reloaded, tmp_path, source, options, tolerance):
+    config, run = whole
+    again = tmp_path / "again"
+    (again / "checkpoints").mkdir(parents=True)
+    kept = run / "checkpoints" / SAVED if source == "run" else reloaded / source
+    shutil.copytree(kept, again / "checkpoints" / SAVED)
+    (again / "checkpoints" / save_load.LATEST).write_text(SAVED)
+    done = tiny_run.train(config, again, *options, processes=4)
+    assert done.returncode == 0, done.stderr
+    (step,) = tiny_run.rows(again)
+    expected = tiny_run.rows(run)[-1]
+    assert step["step"] == expected["step"] == STEPS
+    assert step["loss"] == pytest.approx(expected["loss"], rel=tolerance, abs=0)
+    assert step["lr"] == expected["lr"]
+
+
+def test_a_run_cannot_go_on_from_weights_and_what_they_lack_is_listed(whole, tmp_path):
+    config, run = whole
+    saved = save_load.resolve(run)
+    settings = save_load.read_config(saved)
+    settings.parallel = ParallelConfig()
+    groups = setup.initialize(settings.parallel)
+    chunks = build(ParallelContext(settings, groups), settings.model, 1)
+    save_load.load_weights(saved, chunks)
+    bare = tmp_path / "run" / "checkpoints" / saved.name
+    save_load.save(bare, chunks, settings)
+    with pytest.raises(CheckpointError, match=r"weights only.*initial_checkpoint"):
+        save_load.read_progress(bare)
+
+    shutil.copyfile(saved / "progress.json", bare / "progress.json")
+    (bare.parent / save_load.LATEST).write_text(bare.name)
+    done = tiny_run.train(config, tmp_path / "run", f"train.steps={STEPS + 1}")
+    assert done.returncode != 0
+    assert f"error: rank 0: checkpoint {bare} does not fit the optimizer" in done.stderr
+    listed = set(re.findall(r"missing: (optimizer\.state\..*)", done.stderr))
+    stored_by_optimizer = {name for name in stored.read(saved) if name.startswith("optimizer.")}
+    assert listed == stored_by_optimizer
