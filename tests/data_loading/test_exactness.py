@@ -109,7 +109,10 @@ def test_a_fresh_process_continues_from_any_step(data, expected, step):
         f"print(t.digest(t.stretch(d, {step}, {STEPS - step}, 2, 1)))"
     )
     here = os.path.dirname(__file__)
-    environment = os.environ | {"PYTHONPATH": here, "PYTHONHASHSEED": str(step)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([here, os.environ["PYTHONPATH"]]),
+        "PYTHONHASHSEED": str(step),
+    }
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )

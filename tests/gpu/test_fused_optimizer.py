@@ -3,7 +3,7 @@
 import pytest
 import stored
 import tiny_run
-from test_training_on_gpu import FP32, train
+from gpu_runs import FP32, train
 
 from megatron_owl2.training.checkpoint import save_load
 

@@ -5,11 +5,11 @@ import pytest
 import stored
 import tiny_run
 import torch
+from gpu_runs import FP32, train
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.training.checkpoint import save_load
 
-FP32 = ["train.precision=fp32"]
 WIDE = [  # sizes that FP8 GEMMs take
     "train.precision=bf16",
     "model.decoder.hidden_size=256",
@@ -17,13 +17,6 @@ WIDE = [  # sizes that FP8 GEMMs take
     "model.decoder.num_kv_heads=4",
     "model.decoder.ffn_size=512",
 ]
-
-
-def train(config, output, *overrides, cpu=False, processes=1):
-    environment = {"CUDA_VISIBLE_DEVICES": ""} if cpu else None
-    done = tiny_run.train(config, output, *overrides, processes=processes, environment=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return tiny_run.figures(output)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """FLOPs by the mathematics of the model against torch's own count of its real passes."""
 
 import pytest
-from test_plan_activations import STAGE_1, run_config
+from small_configs import STAGE_1, run_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

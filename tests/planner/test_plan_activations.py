@@ -4,19 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_configs import STAGE_1, run_config
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_owl2.config.schema import (
-    AbstractorConfig,
-    DataConfig,
-    DecoderConfig,
-    ModelConfig,
     ParallelConfig,
     RunConfig,
-    StageConfig,
-    TrainConfig,
-    VisionConfig,
 )
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
@@ -25,41 +19,6 @@ from megatron_owl2.planner import activations
 from megatron_owl2.planner import static_memory as weights
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
 from megatron_owl2.training import parameter_groups
-
-STAGE_1 = ["vision_model.*", "abstractor.*", "*.linear_kv_vision.weight", "*.weight_vision"]
-
-
-def run_config(
-    *,
-    hidden=256,
-    kv_heads=8,
-    length=128,
-    layers=3,
-    rows=2,
-    precision="bf16",
-    trainable=("*",),
-    **by,
-) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(
-            vision=VisionConfig(
-                image_size=56, hidden_size=128, num_layers=3, num_heads=4, ffn_size=512
-            ),
-            abstractor=AbstractorConfig(num_queries=15, num_layers=3, num_heads=4, ffn_size=352),
-            decoder=DecoderConfig(
-                vocab_size=1024,
-                hidden_size=hidden,
-                num_layers=layers,
-                num_heads=8,
-                num_kv_heads=kv_heads,
-                ffn_size=688,
-            ),
-        ),
-        data=DataConfig(sequence_length=length),
-        stage=StageConfig(trainable=list(trainable)),
-        train=TrainConfig(precision=precision, micro_batch_size=rows),
-        parallel=ParallelConfig(**by),
-    )
 
 
 def planned(config: RunConfig, stage: int = 0) -> activations.StageCost:

@@ -42,7 +42,7 @@ from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
 from megatron_owl2.training.metrics.device import peak_tflops
-from megatron_owl2.training.step import forward_backward, update
+from megatron_owl2.training.step import forward_backward, optimizer_step
 
 RECIPES = Path(__file__).parent.parent.parent / "examples" / "7b"
 STAGES = {"1": RECIPES / "pretrain.yaml", "2": RECIPES / "finetune.yaml"}
@@ -131,7 +131,7 @@ class Step:
         forward_backward(self.config, self.wrapped, iter([self.batch]), 1)
         mark()
         self.scheduler.step(1)
-        update(self.optimizer, _finite)
+        optimizer_step(self.optimizer, _finite)
         mark()
 
     def milliseconds(self) -> tuple[float, float]:
