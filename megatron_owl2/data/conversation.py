@@ -1,4 +1,4 @@
-"""From a record to ids: template, placeholder, labels and modality, in their final positions.
+"""Conversation template: a record to token ids, labels and modality in their final positions.
 
 The template is the one of official inference, without a system prompt:
 `USER: <|image|>question ASSISTANT: answer</s>`. Training on it closes the gap between the

@@ -1,4 +1,4 @@
-"""Pictures from bytes to the model's square: decode, resize, crop and flip, all on uint8.
+"""Image preprocessing on uint8: decoding, resizing to the model's square, cropping, flipping.
 
 JPEG goes through libjpeg-turbo and the resize through torch's antialiased bicubic filter: within
 one or two levels of 255 of Pillow's result in half the time. Normalisation happens on the device.

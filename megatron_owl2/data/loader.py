@@ -181,7 +181,7 @@ class BatchLoader:
 
 
 class _WorkerContext(ForkContext):
-    """Forks workers, with a flag of the end that none can leave locked.
+    """Context that forks workers with an end-of-data flag that none can leave locked.
 
     torch shares one event among all workers and the trainer and asks it at every batch. A worker
     that is killed inside would keep the lock of multiprocessing's event, for which all of them,

@@ -1,4 +1,4 @@
-"""How context parallelism cuts a sequence, for the data and for the model."""
+"""Positions of a sequence on each context-parallel rank, for the data and for the model."""
 
 import torch
 

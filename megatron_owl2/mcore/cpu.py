@@ -1,4 +1,4 @@
-"""The stand-in for CUDA on machines without a GPU.
+"""Stand-in for CUDA on machines without a GPU.
 
 megatron-core 0.16 allocates on the current CUDA device, keeps CUDA streams and random states, and
 compares tensor types with CUDA names. `apply()` answers those calls with the CPU, so that the
@@ -18,7 +18,7 @@ _CUDA_TYPES = {
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Sends `device="cuda"` to the CPU; `Tensor.type()` answers with the CUDA name of the dtype.
+    """Function mode that sends `device="cuda"` to the CPU, and names tensor types as CUDA's.
 
     The optimizers of megatron-core sort parameters by that name.
     """

@@ -1,5 +1,4 @@
-"""Parallel context of a rank: megatron-core's configuration and process groups, and its
-collectives."""
+"""Parallel context of a rank: megatron-core's configuration, process groups and collectives."""
 
 import copy
 import importlib.util
@@ -21,9 +20,9 @@ from megatron_owl2.mcore.setup import on_cpu
 
 
 def layers_per_stage(config: RunConfig) -> list[int]:
-    """How many decoder layers each stage has, in the order of the layers.
+    """Numbers of decoder layers of all pipeline stages, in the order of the layers.
 
-    Stage n is chunk n // pipeline of pipeline rank n % pipeline.
+    Pipeline stage n is chunk n // pipeline of pipeline rank n % pipeline.
     """
     if config.parallel.layers:
         return list(config.parallel.layers)
@@ -48,7 +47,8 @@ _FP8_FORMAT = {
 
 
 class ParallelContext:
-    """What a module must know to build its share: megatron-core's config and process groups.
+    """Parallel context of a rank: megatron-core's config and process groups, which modules build
+    their shares from, and the collectives between them.
 
     `transformer` is the TransformerConfig of the decoder, which the pipeline schedules and the
     gradient buffers read; ViT and abstractor run without sequence parallelism, so their linears
@@ -112,7 +112,7 @@ class ParallelContext:
 
     @property
     def num_stages(self) -> int:
-        """How many parts the decoder is cut into, over pipeline ranks and chunks."""
+        """Number of pipeline stages over all pipeline ranks and chunks."""
         return len(self._layers)
 
     @property

@@ -1,4 +1,13 @@
-"""The visual abstractor (paper, section 3.1, eq. 2): learnable queries read the ViT's tokens."""
+"""Visual abstractor (paper, section 3.1): learnable queries that read the ViT's tokens.
+
+With visual features I and queries V^i, layer i computes
+
+    C^i     = Attn(V^i, [I; V^i], [I; V^i])                                         (eq. 1)
+    V^(i+1) = SwiGLU(C^i W_1) W_2                                                   (eq. 2)
+
+The released code adds to it: norms of queries and image, positions on queries and keys, both
+residuals, a third weight in the SwiGLU, w2(ffn_ln(silu(w1 n) * w3 n)), and a norm inside.
+"""
 
 import torch
 from torch import nn
@@ -42,7 +51,8 @@ class Abstractor(nn.Module):
 
 
 class AbstractorLayer(nn.Module):
-    """Cross-attention of queries [q, n, h] over themselves and the image, then a gated MLP.
+    """Cross-attention of queries [q, n, h] over themselves and the image (eq. 1), then a gated MLP
+    (eq. 2).
 
     The residual of the attention starts from the normed queries; positions are added to queries
     and keys after the norms, never to values (official behaviour, not visible in the paper).

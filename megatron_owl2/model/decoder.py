@@ -82,7 +82,8 @@ class DecoderLayer(nn.Module):
 
 
 class ModalityAttention(nn.Module):
-    """Causal self-attention over text and vision alike, keys and values split by modality."""
+    """Causal self-attention over text and vision alike: C = softmax(H_Q H_K^T / sqrt(d)) H_V (eq.
+    6), keys and values split by modality."""
 
     def __init__(self, context: ParallelContext, kernels, model: ModelConfig, number: int):
         super().__init__()
@@ -109,7 +110,7 @@ class ModalityAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h]."""
+    """Gated MLP: down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h]."""
 
     def __init__(self, context: ParallelContext, kernels, model: ModelConfig):
         super().__init__()

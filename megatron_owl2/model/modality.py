@@ -1,9 +1,16 @@
-"""The Modality-Adaptive Module (paper, section 3.2): what vision and language do not share.
+"""Modality-Adaptive Module (paper, section 3.2): layer norms, keys and values per modality.
 
-Each token is either vision or text. Layer norms and the key and value projections have weights
-per modality, as far as `model.decoder.modality_split` says so; everything else is shared. The
-released code marks vision with 1 and text and padding with 0 (the paper's eq. 4 has it the other
-way round), and so does this one.
+Each token is either vision or text. The norms and the key and value projections have weights per
+modality, as far as `model.decoder.modality_split` says so; everything else is shared. With
+phi(X, M, m) = X where the modality indicator M is m, else 0 (eq. 3), the paper computes
+
+    H~  = LN_V(phi(H, M, 0)) + LN_T(phi(H, M, 1))                                   (eq. 4)
+    H_Q = H~ W_Q
+    H_K = phi(H~, M, 0) W_K0 + phi(H~, M, 1) W_K1
+    H_V = phi(H~, M, 0) W_V0 + phi(H~, M, 1) W_V1                                   (eq. 5)
+
+ModalityNorm is eq. 4, ModalityQKV eq. 5. The paper's equations mark vision with 0; the released
+code marks it with 1, text and padding with 0, and so does this one.
 """
 
 from dataclasses import dataclass
@@ -19,7 +26,7 @@ from megatron_owl2.mcore.parallel import ParallelContext
 
 @dataclass(frozen=True)
 class Modality:
-    """Where the vision tokens of one micro-batch are; an argument of every layer, never a state.
+    """Modality indicator M of one micro-batch; an argument of every layer, never a state.
 
     With several micro-batches in flight and recomputation, a remembered indicator would be the
     wrong one in the backward pass.
@@ -41,7 +48,10 @@ class Modality:
 
 
 class ModalityNorm(nn.Module):
-    """RMSNorm with one weight [h] per modality (eq. 4): normalise once, scale by the token's own.
+    """RMSNorm with one weight [h] per modality (eq. 4): x / rms(x) * (g_V where M else g_T).
+
+    The token is normalised once and scaled by the weight of its own modality, which is eq. 4: the
+    norm of a zeroed row is zero.
 
     Without `split` the text weight serves all tokens. Statistics in fp32, cast back before the
     scale, as LLaMA does.
@@ -106,7 +116,9 @@ def _renormalize_fused(x, grad, eps):
 
 
 class ModalityQKV(nn.Module):
-    """Shared query, modality-split key and value (eq. 5): [s/tp, b, h] to q, k, v.
+    """Shared query, modality-split key and value (eq. 5): H~ [s/tp, b, h] to q, k, v.
+
+    W_Q, W_K1 and W_V1 (text) are `linear_qkv`, W_K0 and W_V0 (vision) are `linear_kv_vision`.
 
     Queries of all tokens and text keys and values come from one GEMM over all rows; the vision
     projection runs on the vision rows only and replaces theirs. So every weight takes part in

@@ -1,4 +1,4 @@
-"""mPLUG-Owl2 (paper, figure 2): ViT -> abstractor -> visual tokens among the words -> decoder."""
+"""mPLUG-Owl2 model (paper, figure 2): ViT, abstractor, visual tokens among the words, decoder."""
 
 import torch
 from megatron.core.enums import ModelType
@@ -16,10 +16,10 @@ from megatron_owl2.model.vision import VisionModel
 
 
 class Owl2(MegatronModule):
-    """One stage of the model; with one stage, the whole of it.
+    """Model chunk of one pipeline stage; with one pipeline stage, the whole model.
 
-    The first stage has the ViT, the abstractor and the embedding, the last one the final norm
-    and the output layer. A virtual pipeline gives a rank several stages, its chunks. Parameter
+    The first pipeline stage has the ViT, the abstractor and the embedding, the last one the final
+    norm and the output layer. A virtual pipeline gives a rank several chunks. Parameter
     names are the same in every parallel context.
     """
 
@@ -56,7 +56,7 @@ class Owl2(MegatronModule):
         self._received = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor] | torch.Tensor) -> None:
-        """Called by the pipeline schedule with the previous stage's hidden states."""
+        """Take the hidden states of the pipeline stage before; the schedule calls it."""
         self._received = tensors[0] if isinstance(tensors, list) else tensors
 
     def forward(
@@ -72,7 +72,7 @@ class Owl2(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         caches: dict[int, KeyValueCache] | None = None,
     ) -> torch.Tensor:
-        """A micro-batch, as `data.batch.Batch` has it, through this stage.
+        """A micro-batch, as `data.batch.Batch` has it, through this chunk.
 
         tokens, modality, position_ids, labels int64 [b, s]; image uint8 or normalised float [n, 3,
         H, W]; vision_token_index int64 [images in the text * tokens per image]. Images beyond those
@@ -114,7 +114,7 @@ class Owl2(MegatronModule):
 
 
 def build(context: ParallelContext, model: ModelConfig, chunks: int) -> list[Owl2]:
-    """This rank's `chunks` stages of the model, in the order of their layers."""
+    """This rank's model chunks, in the order of their layers."""
     return [Owl2(context, model, chunk) for chunk in range(chunks)]
 
 

@@ -1,4 +1,4 @@
-"""megatron-core's gradient buffers, distributed AdamW and schedule, set up from the run config."""
+"""Gradient buffers, distributed AdamW and learning-rate schedule of megatron-core."""
 
 from collections.abc import Sequence
 
@@ -45,8 +45,8 @@ def wrap_ddp(chunks: Sequence[Owl2], *, overlap: bool) -> list[DistributedDataPa
 
 
 def sync_params(wrapped: Sequence[DistributedDataParallel]) -> None:
-    """Wait until the parameters of all data ranks have been gathered; to be called by all ranks
-    before parameters are read outside of a forward pass."""
+    """Wait until the updated parameters of all data-parallel ranks have been gathered; all ranks
+    call it before parameters are read outside of a forward pass."""
     for chunk in wrapped:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""The spans of a step, by name: for a profiler, and for the stopwatch that finds slow ranks."""
+"""Profiling of the named spans of a step, by torch or Nsight Systems."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from megatron_owl2.training.metrics.straggler import CudaTimer
 
 
 class Profiler:
-    """Profiles `profile_steps` steps from `profile_step` on, which this process counts from 1.
+    """Profiler of `profile_steps` steps from `profile_step` on, which this process counts from 1.
 
     torch: a trace for chrome://tracing or Perfetto, RUN/profile/rank-<rank>.json.gz, of each rank
     that `records`. nsys: the range that `nsys profile --capture-range=cudaProfilerApi` waits for,
@@ -99,9 +99,8 @@ class Profiler:
 
 
 class Timers:
-    """What megatron-core calls `timers` in its config: every span of its schedules, forward and
-    backward pass of a micro-batch among them, is told to the profiler. `backward` is the time of
-    the backward passes."""
+    """Timers in megatron-core's sense (`TransformerConfig.timers`), which tell the profiler of
+    every span of its schedules; `backward` is the time of the backward passes."""
 
     def __init__(self, profiler: Profiler):
         self._profiler = profiler

@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """Remembers a signal from the moment it is made; every rank learns of any rank's.
+    """Flag set by the first signal that this process receives, reduced over the ranks.
 
     Signals after the first, Ctrl-C too, change nothing, for torchrun and terminals both pass on one
     Ctrl-C; SIGQUIT (Ctrl-\\) ends a process at once.
@@ -25,7 +25,7 @@ class StopSignal:
         self._received = self._received or number
 
     def reduce(self, device: "torch.device") -> int:
-        """The signal number that some rank has received, or 0; called by all ranks together.
+        """The number of a signal that some rank has received, or 0; all ranks together.
 
         Of several signals it is the greatest: Ctrl-C gives way to a scheduler's.
         """

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches through the pipeline schedule, gradients, update."""
+"""Optimizer step: micro-batches through the pipeline schedule, gradients, clipping, update."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Directories that appear when they are complete, and logs that survive a crash."""
+"""File-system helpers: directories and files that appear complete, JSON lines after a crash."""
 
 import contextlib
 import fcntl
@@ -39,13 +39,14 @@ def new_directory(output: Path, needed: int = 0) -> Iterator[Path]:
                 raise OSError(f"no room on the disk of {output}: it {sizes}")
             yield partial
             partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
-            put(partial, output)
+            rename_durably(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
-    """Keep the JSON lines of a file that are wanted; what a crash has torn is dropped and said."""
+    """Cut a file of JSON lines down to the wanted ones; a line torn by a crash is dropped and
+    logged."""
     kept, torn = [], 0
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
@@ -63,7 +64,7 @@ def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
     os.replace(partial, path)
 
 
-def put(partial: Path, output: Path) -> None:
+def rename_durably(partial: Path, output: Path) -> None:
     """Rename a folder once all its files are on the disk."""
     for file in partial.iterdir():
         sync(file)

@@ -1,4 +1,4 @@
-"""Processes of the command lines: started anew, deaf to Ctrl-C, and gone with who started them."""
+"""Process pool of the commands: spawned, ignoring Ctrl-C, ended with their parent."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 class ProcessPool(ProcessPoolExecutor):
-    """A pool of `count` processes with one thread each, for they are the parallelism.
+    """Pool of `count` spawned processes with one thread each.
 
     Every process first calls `start` with `arguments`. Ctrl-C reaches all processes of a terminal;
     these leave it to the one that gives them work.

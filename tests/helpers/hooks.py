@@ -1,4 +1,4 @@
-"""Changes to the training loop of another process, for tests of what goes wrong in it."""
+"""Changes to the Trainer of jobs that a scheduler starts, with its own command lines."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,7 @@ class Finder(importlib.abc.MetaPathFinder):
         load = spec.loader.exec_module
         def exec_module(module):
             load(module)
-            import torch
-            exec({body!r}, dict(torch=torch, loop=module))
+            exec({body!r}, dict(trainer=module))
         spec.loader.exec_module = exec_module
         return spec
 sys.meta_path.insert(0, Finder())
@@ -24,7 +23,7 @@ sys.meta_path.insert(0, Finder())
 
 def write(folder: Path, body: str) -> dict[str, str]:
     """Have Python processes run `body` after they import megatron_owl2.training.trainer, which it
-    knows as `loop`; returns the environment that does it."""
+    knows as `trainer`; returns the environment that does it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "sitecustomize.py").write_text(_FINDER.format(body=body))
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}

@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import tiny_data
 import yaml
+from paths import HELPERS
 from processes import killed_by_errors, run_ranks, single_threaded, torchrun, wait_until
 
 from megatron_owl2.config.schema import RunConfig
@@ -79,9 +80,13 @@ def make(folder: Path, steps: int = 2) -> Path:
     return path
 
 
-def program(config: Path, output: Path, overrides: Sequence[str]) -> list[str]:
-    """What a rank of torchrun runs."""
+def program(
+    config: Path, output: Path, overrides: Sequence[str], fault: Callable | None = None
+) -> list[str]:
+    """The program of a rank of torchrun; `fault` is one of faults.py."""
     options = ["--config", str(config), f"train.output={output}", *overrides]
+    if fault is not None:
+        return [str(HELPERS / "faults.py"), fault.__name__, *options]
     return ["-m", "megatron_owl2.train", *options]
 
 
@@ -91,9 +96,11 @@ def train(
     *overrides: str,
     processes: int = 1,
     environment: dict[str, str] | None = None,
+    fault: Callable | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a stage to its end; does not raise on failure."""
-    return run_ranks(processes, *program(config, output, overrides), environment=environment)
+    command = program(config, output, overrides, fault)
+    return run_ranks(processes, *command, environment=environment)
 
 
 def interrupt(

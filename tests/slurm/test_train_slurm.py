@@ -23,21 +23,18 @@ LONG = 400  # seconds, for a machine with other things to do
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 GATE = """
 import os, pathlib, time
-train, forward_backward, calls, stop = loop.train, loop.forward_backward, 0, None
-def watched(config, request):
-    global stop
-    stop = request
-    return train(config, request)
-def gated(*arguments):
-    global calls
-    calls += 1
-    first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    if calls == 5 and first and os.environ.get("SLURM_ARRAY_TASK_ID", "1") == "1":
-        pathlib.Path(os.environ["GATE"], f"{os.environ['RANK']}.{os.getpid()}").touch()
-        while not stop._received:
-            time.sleep(0.02)
-    return forward_backward(*arguments)
-loop.train, loop.forward_backward = watched, gated
+class Gated(trainer.Trainer):
+    def forward_backward(self):
+        first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+        first &= os.environ.get("SLURM_ARRAY_TASK_ID", "1") == "1"
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 5 and first:
+            gate = pathlib.Path(os.environ["GATE"], f"{os.environ['RANK']}.{os.getpid()}")
+            gate.touch()
+            while not self.stop._received:
+                time.sleep(0.02)
+        return super().forward_backward()
+trainer.Trainer = Gated
 """
 # Run by every Python process before anything else.
 CRASH = """

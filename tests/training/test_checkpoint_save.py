@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 
-import hooks
+import faults
 import pytest
 import stored
 import tiny_run
@@ -16,18 +16,6 @@ from megatron_owl2.training.checkpoint.index import read_index
 from megatron_owl2.training.checkpoint.manager import expired
 
 # No file is written before the next step is in the metrics, or the run is over.
-SLOW = """
-import os, pathlib, threading, time
-from megatron_owl2.training.checkpoint_writer import Writing
-write = Writing._write
-metrics = pathlib.Path(os.environ["METRICS"])
-def later(self, *file):
-    began = time.monotonic()
-    while '"step": 5,' not in metrics.read_text() and time.monotonic() < began + 60:
-        time.sleep(0.01)
-    write(self, *file)
-Writing._write = later
-"""
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +28,14 @@ def test_what_is_written_is_the_state_of_the_step_though_training_goes_on(config
     waiting, going_on = tmp_path / "waiting", tmp_path / "going on"
     done = tiny_run.train(config, waiting, *options, "train.async_save=false", processes=2)
     assert done.returncode == 0, done.stderr
-    slow = hooks.write(tmp_path, SLOW) | {"METRICS": str(going_on / "metrics.jsonl")}
-    done = tiny_run.train(config, going_on, *options, processes=2, environment=slow)
+    done = tiny_run.train(
+        config,
+        going_on,
+        *options,
+        processes=2,
+        environment={"METRICS": str(going_on / "metrics.jsonl")},
+        fault=faults.writes_slowly,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     (saved,) = [n for n, line in enumerate(lines) if line.endswith("iter_0000004")]
@@ -76,47 +70,20 @@ def test_every_rank_writes_what_it_holds_and_nobody_more(config, tmp_path):
         assert max(shares.values()) < 0.4 * shares.total(), kind
 
 
-NO_SPACE = """
-import os
-def full(*arguments, **options):
-    raise OSError(28, "No space left on device")
-"""
-SHARE = """
-import os, resource
-if os.environ["RANK"] == "1":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
-"""
-COMMON = (
-    NO_SPACE
-    + """
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-if os.environ["RANK"] == "0":
-    TorchCommonSaveStrategy.save_common = full
-"""
-)
-INDEX = (
-    NO_SPACE
-    + """
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-if os.environ["RANK"] == "0":
-    FileSystemWriterAsync.finish = full
-"""
-)
-
-
 @pytest.mark.parametrize(
-    "body, reason",
-    [(SHARE, "File too large"), (COMMON, "No space"), (INDEX, "No space")],
-    ids=["share of rank 1", "common", "index"],
+    "fault, reason",
+    [
+        (faults.share_of_rank_1_is_too_large, "File too large"),
+        (faults.no_space_for_what_is_common, "No space"),
+        (faults.no_space_for_the_index, "No space"),
+    ],
 )
 def test_a_disk_that_refuses_ends_all_ranks_and_names_the_checkpoint(
-    config, tmp_path, body, reason
+    config, tmp_path, fault, reason
 ):
     run = tmp_path / "run"
     options = ["train.save_interval=1", "parallel.tensor=2", "health.step_timeout=100"]
-    done = tiny_run.train(
-        config, run, *options, processes=2, environment=hooks.write(tmp_path, body)
-    )
+    done = tiny_run.train(config, run, *options, processes=2, fault=fault)
     assert done.returncode != 0
     for rank in (0, 1):
         (line,) = [x for x in done.stderr.splitlines() if x.startswith(f"error: rank {rank}: ")]
@@ -130,13 +97,14 @@ ALONE = """
 import sys, threading
 from pathlib import Path
 import torch
-from megatron_owl2 import mcore
-from megatron_owl2.config import ParallelConfig
-from megatron_owl2.training import checkpoint_writer
+from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.mcore import setup
+setup.setup()
+from megatron_owl2.training.checkpoint import async_writer
 from megatron.core.utils import make_sharded_tensor_for_checkpoint as share
-groups = mcore.initialize(ParallelConfig())
+groups = setup.initialize(ParallelConfig())
 where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
-checkpoint_writer._Common.save_common = lambda *arguments: None
+async_writer._Common.save_common = lambda *arguments: None
 save, count, pause = torch.save, int(sys.argv[1]), float(sys.argv[2])
 go_on = threading.Event()
 def slow(*arguments, **options):
@@ -145,7 +113,7 @@ def slow(*arguments, **options):
 torch.save = slow
 tensors = {str(n): torch.full((3,), float(n)) for n in range(count)}
 state = {name: share(tensor, name, **where) for name, tensor in tensors.items()}
-writing = checkpoint_writer.Writing(state, Path(sys.argv[3]))
+writing = async_writer.Writing(state, Path(sys.argv[3]))
 """
 
 

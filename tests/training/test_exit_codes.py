@@ -9,7 +9,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-import hooks
+import faults
 import pytest
 import tiny_run
 import torch
@@ -64,59 +64,29 @@ def saved(tmp_path_factory):
     return config, folder / "run"
 
 
-def two_ranks(config, output, *overrides, body=None):
+def two_ranks(config, output, *overrides, fault=None):
     options = ["train.micro_batch_size=1", *overrides]
-    environment = hooks.write(output.parent, body) if body else {}
-    program = tiny_run.program(config, output, options)
-    return Ranks(output.parent, output.parent, program=program, environment=environment)
-
-
-FULL = """
-import os
-from megatron_owl2.training.checkpoint_writer import Writing
-def full(self, *file):
-    self._failures.append(OSError(28, "No space left on device"))
-if os.environ["RANK"] == "1":
-    Writing._write = full
-"""
+    program = tiny_run.program(config, output, options, fault)
+    return Ranks(output.parent, output.parent, program=program, environment={})
 
 
 def test_a_full_disk_may_be_empty_tomorrow(saved, tmp_path):
-    ends = two_ranks(saved[0], tmp_path / "run", "parallel.tensor=2", body=FULL).end()
+    ends = two_ranks(
+        saved[0], tmp_path / "run", "parallel.tensor=2", fault=faults.disk_of_rank_1_is_full
+    ).end()
     assert [code for code, _ in ends] == [1, 1]
     assert all("No space left on device" in line for _, (line,) in ends)
 
 
-MISTAKE = """
-import os
-from megatron_owl2.training import checkpoint
-def write_companions(*arguments):
-    raise KeyError("a mistake of ours")
-save_load.write_companions = write_companions
-"""
-
-
 def test_a_mistake_shows_where_it_is_and_ends_all_ranks(saved, tmp_path):
-    ends = two_ranks(saved[0], tmp_path / "run", body=MISTAKE).end()
+    ends = two_ranks(saved[0], tmp_path / "run", fault=faults.mistake_in_the_code).end()
     assert [code for code, _ in ends] == [1, 1]
     assert ends[0][1] == [] and "a mistake of ours" in ends[1][1][0]  # rank 0 has the traceback
 
 
-LOST = """
-import os, signal
-from megatron_owl2.training import checkpoint
-load = save_load.dist_checkpointing.load
-def lost(*arguments, **options):
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return load(*arguments, **options)
-save_load.dist_checkpointing.load = lost
-"""
-
-
 def test_a_rank_that_is_lost_while_a_checkpoint_is_read_is_no_damage_of_it(saved):
     config, run = saved
-    ends = two_ranks(config, run, "train.steps=2", body=LOST).end()
+    ends = two_ranks(config, run, "train.steps=2", fault=faults.rank_1_is_lost_while_it_reads).end()
     assert [code for code, _ in ends] == [1, -signal.SIGKILL]
 
 
@@ -173,35 +143,13 @@ def test_a_driver_that_does_not_run_is_no_matter_of_the_configuration(monkeypatc
         check_machine(RunConfig())
 
 
-DEVICE = """
-import os
-from torch.distributed.checkpoint import filesystem
-def broken(*arguments):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-if os.environ["RANK"] == "1":
-    filesystem.FileSystemReader.read_data = broken
-"""
-
-
 def test_a_device_that_fails_while_a_checkpoint_is_read_is_no_damage_of_it(saved):
     config, run = saved
-    ends = two_ranks(config, run, "train.steps=2", body=DEVICE).end()
+    ends = two_ranks(
+        config, run, "train.steps=2", fault=faults.device_of_rank_1_fails_while_it_reads
+    ).end()
     assert [code for code, _ in ends] == [1, 1]
     assert all("CUDA out of memory" in line for _, (line,) in ends)
-
-
-LATE = """
-import os
-from megatron_owl2.training import checkpoint
-looks, lacks = 0, save_load._lacks
-def late(directory):
-    global looks
-    looks += 1
-    return ["run.yaml"] if looks < 4 else lacks(directory)
-if os.environ["RANK"] == "1":
-    save_load._lacks = late
-    save_load._SEEN_WITHIN = float(os.environ["SEEN_WITHIN"])
-"""
 
 
 @pytest.mark.parametrize("seconds, codes", [("100", [0, 0]), ("0", [1, 1])])
@@ -211,6 +159,8 @@ def test_a_node_may_see_a_checkpoint_later_than_the_first(
     monkeypatch.setenv("SEEN_WITHIN", seconds)
     config, run = saved
     shutil.copytree(run, tmp_path / "run")
-    ends = two_ranks(config, tmp_path / "run", "train.steps=2", body=LATE).end()
+    ends = two_ranks(
+        config, tmp_path / "run", "train.steps=2", fault=faults.rank_1_sees_files_late
+    ).end()
     assert [code for code, _ in ends] == codes
     assert all("but not on" in line for code, lines in ends if code for line in lines)

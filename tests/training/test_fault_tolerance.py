@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-import hooks
+import faults
 import pytest
 import stored
 import tiny_run
@@ -19,10 +19,8 @@ from megatron_owl2.training.fault_tolerance import GradientSpikeGuard
 def judge(folder, norms, state=None, **settings):
     """What is decided about the norms of the steps 1, 2, ..., each of 4 samples."""
     policy = GradientSpikeGuard(HealthConfig(**settings), folder, state, writes=True)
-    sample_indices = [range(4 * step, 4 * step + 4) for step in range(len(norms))]
-    return policy, [
-        policy.should_apply(n + 1, sample_indices[n], norm) for n, norm in enumerate(norms)
-    ]
+    samples = [range(4 * step, 4 * step + 4) for step in range(len(norms))]
+    return policy, [policy.should_apply(n + 1, samples[n], norm) for n, norm in enumerate(norms)]
 
 
 def test_a_norm_that_is_no_number_is_skipped_and_recorded(tmp_path):
@@ -56,27 +54,12 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
         judge(tmp_path, [nan] * 3, max_skipped=3)
 
 
-BLOW_UP = """
-import torch
-from megatron_owl2.training import step
-original = step._summed_loss
-calls = 0
-def poisoned(batch, losses):
-    global calls
-    calls += 1
-    loss, targets, sums = original(batch, losses)
-    return (loss * float("nan") if calls == 6 else loss), targets, sums
-step._summed_loss = poisoned
-"""
-
-
 def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
     """The second of four steps is poisoned; the run goes on, and a resumed run repeats it."""
     config = tiny_run.make(tmp_path, 4)
-    poisoned = hooks.write(tmp_path, BLOW_UP)
     run, other = tmp_path / "run", tmp_path / "other"
     options = ["train.save_interval=1", "optimizer.lr=1e-3", "optimizer.weight_decay=0.0"]
-    done = tiny_run.train(config, run, *options, environment=poisoned)
+    done = tiny_run.train(config, run, *options, fault=faults.loss_of_the_second_step_is_nan)
     assert done.returncode == 0, done.stderr
     assert "skipped step 2 (samples 8 to 15): the gradient norm is nan" in done.stderr
     rows = tiny_run.rows(run)
@@ -95,72 +78,39 @@ def test_a_step_of_nan_leaves_everything_as_it_was(tmp_path):
 
 def test_a_run_whose_first_step_is_skipped_goes_on_from_its_checkpoint(tmp_path):
     config, run, other = tiny_run.make(tmp_path, 3), tmp_path / "run", tmp_path / "other"
-    poisoned = hooks.write(tmp_path, BLOW_UP.replace("calls == 6", "calls == 1"))
-    done = tiny_run.train(config, other, environment=poisoned)
+    fault = faults.loss_of_the_first_step_is_nan
+    done = tiny_run.train(config, other, fault=fault)
     assert done.returncode == 0, done.stderr
     options = ["train.save_interval=1", "train.steps=1", "optimizer.min_lr=1e-2"]
-    assert tiny_run.train(config, run, *options, environment=poisoned).returncode == 0
+    assert tiny_run.train(config, run, *options, fault=fault).returncode == 0
     assert tiny_run.rows(run)[-1]["skipped_steps"] == 1
     done = tiny_run.train(config, run)
     assert done.returncode == 0, done.stderr
     assert tiny_run.figures(run)[1:] == tiny_run.figures(other)[1:]
 
 
-ONLY_NAN = """
-import os, pathlib, threading, time
-from megatron_owl2.training import step
-from megatron_owl2.training.checkpoint_writer import Writing
-original, write = step._summed_loss, Writing._write
-skipped = pathlib.Path(os.environ["RUN"]) / "skipped_steps.jsonl"
-calls = 0
-def poisoned(batch, losses):
-    global calls
-    calls += 1
-    loss, targets, sums = original(batch, losses)
-    return (loss * float("nan") if calls > 4 else loss), targets, sums
-def later(self, *file):
-    began = time.monotonic()
-    while not skipped.exists() and time.monotonic() < began + 60:
-        time.sleep(0.01)
-    write(self, *file)
-step._summed_loss, Writing._write = poisoned, later
-"""
-
-
 def test_what_is_being_saved_when_a_run_gives_up_is_saved(tmp_path):
     config, run = tiny_run.make(tmp_path, 4), tmp_path / "run"
-    poisoned = hooks.write(tmp_path, ONLY_NAN) | {"RUN": str(run)}
     options = ["train.save_interval=1", "health.max_skipped=1"]
-    done = tiny_run.train(config, run, *options, environment=poisoned)
+    done = tiny_run.train(
+        config,
+        run,
+        *options,
+        environment={"RUN": str(run)},
+        fault=faults.loss_is_nan_and_files_are_written_late,
+    )
     assert done.returncode != 0
     assert "error: rank 0: 1 steps in a row were skipped" in done.stderr
     assert save_load.resolve(run).name == "iter_0000001"
 
 
-HANG = """
-import time
-original = loop.forward_backward
-calls = 0
-def sleeps():
-    time.sleep(1000)
-def hanging(*arguments):
-    global calls
-    calls += 1
-    if calls == 3 and torch.distributed.get_rank() == 1:
-        sleeps()
-    return original(*arguments)
-loop.forward_backward = hanging
-"""
-
-
 def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
     config = tiny_run.make(tmp_path, 4)
-    hanging = hooks.write(tmp_path, HANG)
     run = tmp_path / "run"
     options = ["train.micro_batch_size=1", "train.save_interval=1", "health.step_timeout=4"]
     options += ["train.async_save=false"]  # a save that is not complete would be lost
     started = time.monotonic()
-    done = tiny_run.train(config, run, *options, processes=2, environment=hanging)
+    done = tiny_run.train(config, run, *options, processes=2, fault=faults.rank_1_hangs)
     assert done.returncode != 0
     assert time.monotonic() - started < 60
     for rank in (0, 1):
@@ -175,8 +125,8 @@ def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
 def test_a_thread_that_never_yields_cannot_hold_up_the_end():
     """The interpreter stands still, so only the timer of the operating system helps."""
     program = (
-        "import re, tempfile; from megatron_owl2.training import health\n"
-        "health._GRACE = 0.2\n"
+        "import re, tempfile; from megatron_owl2.training import fault_tolerance\n"
+        "fault_tolerance._GRACE = 0.2\n"
         "dog = fault_tolerance.Watchdog(0.5, tempfile.mkdtemp(), 0)\n"
         "dog.begin('a step')\n"
         "re.match('(a|a)*b', 'a' * 40)\n"

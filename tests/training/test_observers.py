@@ -6,7 +6,7 @@ import re
 import runpy
 import sys
 
-import hooks
+import faults
 import pytest
 import tiny_data
 import tiny_run
@@ -142,32 +142,6 @@ def test_peaks_of_devices_by_name():
     assert device.peak_tflops(77.0) == 77.0
 
 
-SLOW = """
-import time
-from megatron_owl2.training import step
-from megatron_owl2.training.agreement import SampleConsistencyCheck
-original_add, original_loss = SampleConsistencyCheck.add, step._summed_loss
-read = 0
-def add(self, batch):
-    global read
-    read += 1
-    if torch.distributed.get_rank() == 1 and read <= 2:
-        time.sleep(0.4)
-    original_add(self, batch)
-class Slow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-    @staticmethod
-    def backward(ctx, grad):
-        if torch.distributed.get_rank() == 1 and read > 2:
-            time.sleep(0.4)
-        return grad
-SampleConsistencyCheck.add = add
-step._summed_loss = lambda batch, losses: original_loss(batch, Slow.apply(losses))
-"""
-
-
 def test_the_slow_one_of_two_ranks_is_named(tmp_path):
     """It reads slowly in two steps and computes slowly in two. With one micro-batch a step, so
     that every pass begins or ends with an exchange between the ranks."""
@@ -178,7 +152,7 @@ def test_the_slow_one_of_two_ranks_is_named(tmp_path):
         "train.micro_batch_size=4",
         "train.log_interval=2",
         processes=2,
-        environment=hooks.write(tmp_path, SLOW),
+        fault=faults.rank_1_is_slow,
     )
     assert done.returncode == 0, done.stderr
     rows = tiny_run.rows(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Random access to the samples of a finished data set, wherever its shards lie."""
+"""Sharded dataset with random access to its samples, wherever the shards lie."""
 
 import bisect
 import itertools
@@ -36,7 +36,10 @@ class _Block(NamedTuple):
 
 
 class ShardedDataset:
-    """The records of a data set: a folder, or a URL that fsspec knows.
+    """Random-access dataset of the records in a folder of shards, or behind a URL that fsspec
+    knows.
+
+    `dataset[index]` counts over all shards, `read` takes shard and place.
 
     Raises ShardError if the manifest is missing or damaged, StorageError if it cannot be read.
     Safe to copy into forked workers.

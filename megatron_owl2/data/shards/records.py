@@ -1,4 +1,4 @@
-"""What a sample is, before shards and after: an image or none, with a caption or a conversation."""
+"""Record of a sample, before shards and after: at most one image, a caption or a conversation."""
 
 import json
 import re

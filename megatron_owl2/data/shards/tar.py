@@ -1,4 +1,4 @@
-"""The part of the tar format that shards use, checked strictly: members to bytes and back.
+"""Tar members as shards use them, checked strictly: to bytes and back.
 
 The tarfile module takes a damaged header for the end of the archive and stops without an error.
 Written are plain ustar members; read are also the extended headers (PAX, GNU long names) that

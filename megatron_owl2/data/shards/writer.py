@@ -28,7 +28,7 @@ INDEX, SUMS = ".idx", ".sums"
 
 
 class ShardWriter:
-    """Writes records into `<prefix>-000000.tar`, ... and, leaving `with`, the manifest.
+    """Writer of records into `<prefix>-000000.tar`, ... and, on leaving `with`, of the manifest.
 
     After an exception inside `with` the manifest is not written. With `manifest=False` the caller
     collects `rows` of several writers and calls write_manifest. Raises FileExistsError if the

@@ -1,4 +1,4 @@
-"""Where the bytes of shards come from: folders, shared file systems, object stores, web servers.
+"""Storage of shards: folders, shared file systems, object stores, web servers.
 
 Every read ends: with all of its bytes, or after a bounded number of attempts with a StorageError.
 """

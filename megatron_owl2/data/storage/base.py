@@ -1,4 +1,4 @@
-"""What all storages share: options, bounded attempts, errors, counts."""
+"""Interface of a storage, with options, bounded attempts and counts that all storages share."""
 
 import errno
 import os
@@ -47,7 +47,7 @@ class ShortReadError(OSError):
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How shards are fetched; raises ValueError for a value that cannot work.
+    """Options of reading shards; raises ValueError for a value that cannot work.
 
     `cache` is a folder on a disk of this node, of which `cache_bytes` are used at most; without one
     every remote sample is a request of its own. `timeout` is in seconds for one request, `backoff`

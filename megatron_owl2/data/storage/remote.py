@@ -1,4 +1,4 @@
-"""Shards behind a network: range requests through fsspec, a cache on the node, look-ahead."""
+"""Storage behind a network: range requests through fsspec, a cache on the node, prefetching."""
 
 import os
 import queue
@@ -168,7 +168,8 @@ class RemoteStorage(Storage):
 
 
 class _RemoteProcess(Process):
-    """Adds the threads that look ahead, daemons: a hanging server cannot hold up the exit."""
+    """Process state with the prefetching threads, daemons: a hanging server cannot hold up the
+    exit."""
 
     def __init__(self):
         super().__init__()

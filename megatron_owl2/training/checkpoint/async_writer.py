@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint get to the disk: copied at once, then written by threads.
+"""Asynchronous writing of a checkpoint: tensors are copied at once, then written by threads.
 
 megatron-core's own writers are processes. Forked from one that has CUDA and threads they may
 deadlock, spawned they want the tensors a second time in shared memory, and both outlive a trainer
@@ -39,7 +39,7 @@ _FORMAT = ("torch_dist", 1)
 
 @contextmanager
 def raise_io_error(directory: Path) -> Iterator[None]:
-    """Turn what a disk refuses into a CheckpointIOError."""
+    """Context that turns the errors of a disk into CheckpointIOError."""
     try:
         yield
     except (OSError, CheckpointException) as error:
@@ -49,7 +49,7 @@ def raise_io_error(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks(directory: Path) -> Iterator[None]:
-    """`raise_io_error`, and what fails on one rank raises CheckpointError on all of them.
+    """Context in which an error of one rank raises CheckpointError on all of them.
 
     All ranks enter it together; inside, none may wait for another. Raises CheckpointIOError where
     the first failure is one, or is neither (a mistake, which its own rank raises as it is).
@@ -172,8 +172,8 @@ class _Plan(TorchDistSaveShardedStrategy):
 
 
 class _Common(TorchCommonSaveStrategy):
-    """What is not sharded is written by rank 0 in the midst of the planning, where a failure
-    would leave the other ranks waiting."""
+    """Writing of what is not sharded, by rank 0 in the midst of the planning, where a failure must
+    not leave the other ranks waiting."""
 
     def save_common(self, common_state_dict, checkpoint_dir) -> None:
         with raise_on_all_ranks(Path(checkpoint_dir)):

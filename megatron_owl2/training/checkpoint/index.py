@@ -1,4 +1,4 @@
-"""What a checkpoint holds: its index, read without running code that somebody put there."""
+"""Index of a checkpoint, read without running code that somebody put there."""
 
 import pickle
 from collections.abc import Callable

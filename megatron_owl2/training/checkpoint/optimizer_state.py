@@ -1,4 +1,4 @@
-"""The distributed optimizer's state in checkpoints: what megatron-core 0.16 needs mended there.
+"""Sharded state of the distributed optimizer, in place of megatron-core 0.16's own way.
 
 Its own way gathers the whole state of the model on every rank, for each save anew. Here a rank
 writes and reads what it holds, a run of the numbers of each flattened parameter, as blocks of the

@@ -1,4 +1,4 @@
-"""Checkpoints: megatron-core's distributed format in a directory that carries all it needs.
+"""Saving and loading of checkpoints: megatron-core's distributed format and its companions.
 
 `checkpoints/iter_0000100/` holds the sharded tensors (loadable under any parallel layout), the
 resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside its place and
@@ -48,7 +48,7 @@ from megatron_owl2.training.checkpoint.optimizer_state import (
     allocate_optimizer_state,
     load_optimizer_state,
 )
-from megatron_owl2.utils.files import put
+from megatron_owl2.utils.files import rename_durably
 
 LATEST = "latest"
 _SEEN_WITHIN = 60.0  # seconds in which a node sees what another one has written
@@ -107,7 +107,7 @@ class Save:
                 shutil.rmtree(replaced, ignore_errors=True)
                 if self.directory.exists():
                     self.directory.rename(replaced)
-                put(self._partial, self.directory)
+                rename_durably(self._partial, self.directory)
                 shutil.rmtree(replaced, ignore_errors=True)
 
 
