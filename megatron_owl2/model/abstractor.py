@@ -2,7 +2,7 @@
 
 With visual features I and queries V^i, layer i computes
 
-    C^i     = Attn(V^i, [I; V^i], [I; V^i])                                         (eq. 1)
+    C^i     = Attn(V^i, [I; V^i], [I; V^i])
     V^(i+1) = SwiGLU(C^i W_1) W_2                                                   (eq. 2)
 
 The released code adds to it: norms of queries and image, positions on queries and keys, both
@@ -51,7 +51,7 @@ class Abstractor(nn.Module):
 
 
 class AbstractorLayer(nn.Module):
-    """Cross-attention of queries [q, n, h] over themselves and the image (eq. 1), then a gated MLP
+    """Cross-attention of queries [q, n, h] over themselves and the image, then a gated MLP
     (eq. 2).
 
     The residual of the attention starts from the normed queries; positions are added to queries

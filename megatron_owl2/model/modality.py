@@ -2,7 +2,7 @@
 
 Each token is either vision or text. The norms and the key and value projections have weights per
 modality, as far as `model.decoder.modality_split` says so; everything else is shared. With
-phi(X, M, m) = X where the modality indicator M is m, else 0 (eq. 3), the paper computes
+phi(X, M, m) = X where the modality indicator M is m, else 0, the paper computes
 
     H~  = LN_V(phi(H, M, 0)) + LN_T(phi(H, M, 1))                                   (eq. 4)
     H_Q = H~ W_Q
