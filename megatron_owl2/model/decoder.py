@@ -82,8 +82,8 @@ class DecoderLayer(nn.Module):
 
 
 class ModalityAttention(nn.Module):
-    """Causal self-attention over text and vision alike: C = softmax(H_Q H_K^T / sqrt(d)) H_V (eq.
-    6), keys and values split by modality."""
+    """Causal self-attention over text and vision alike: softmax(H_Q H_K^T / sqrt(d)) H_V, keys
+    and values split by modality."""
 
     def __init__(self, context: ParallelContext, kernels, model: ModelConfig, number: int):
         super().__init__()
