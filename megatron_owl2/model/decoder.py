@@ -6,7 +6,7 @@ from torch import nn
 from megatron_owl2.config.schema import DecoderConfig, ModelConfig
 from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model.kernels import build_kernels
+from megatron_owl2.model.kernels import Kernels, build_kernels
 from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack, swiglu
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm layer: split norms, split key and value; shared query, output and MLP (fig. 3)."""
 
-    def __init__(self, context: ParallelContext, kernels, model: ModelConfig, number: int):
+    def __init__(self, context: ParallelContext, kernels: Kernels, model: ModelConfig, number: int):
         super().__init__()
         size, eps = model.decoder.hidden_size, model.decoder.norm_eps
         split = model.decoder.modality_split
@@ -85,7 +85,7 @@ class ModalityAttention(nn.Module):
     """Causal self-attention over text and vision alike: softmax(H_Q H_K^T / sqrt(d)) H_V, keys
     and values split by modality."""
 
-    def __init__(self, context: ParallelContext, kernels, model: ModelConfig, number: int):
+    def __init__(self, context: ParallelContext, kernels: Kernels, model: ModelConfig, number: int):
         super().__init__()
         size = model.decoder.hidden_size
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
@@ -112,7 +112,7 @@ class ModalityAttention(nn.Module):
 class GatedMLP(nn.Module):
     """Gated MLP: down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h]."""
 
-    def __init__(self, context: ParallelContext, kernels, model: ModelConfig):
+    def __init__(self, context: ParallelContext, kernels: Kernels, model: ModelConfig):
         super().__init__()
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
         size, ffn = model.decoder.hidden_size, model.decoder.ffn_size

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from megatron_owl2.config.schema import DecoderConfig
 from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ class ModalityQKV(nn.Module):
     Without "key_value" in `modality_split` there is no `linear_kv_vision`.
     """
 
-    def __init__(self, context: ParallelContext, kernels, config: DecoderConfig, init_std: float):
+    def __init__(
+        self, context: ParallelContext, kernels: Kernels, config: DecoderConfig, init_std: float
+    ):
         super().__init__()
         self.context = context
         self.gemm_row_alignment = kernels.gemm_row_alignment

@@ -1,4 +1,5 @@
-"""python tests/kill_runs.py --kills 20: runs whose ranks are killed again and again lose nothing.
+"""python tests/helpers/kill_runs.py --kills 20: runs whose ranks are killed again and again lose
+nothing.
 
 A run that saves every second step is started, one of its ranks is killed (SIGKILL) at a random
 moment or in the midst of a save, and it is started again, until it has been killed often enough

@@ -1,4 +1,4 @@
-"""torchrun tests/reload.py CKPT FOLDER LAYOUT...: go on under one layout after the other.
+"""torchrun tests/helpers/reload.py CKPT FOLDER LAYOUT...: go on under one layout after the other.
 
 LAYOUT is TENSORxPIPELINE. Each loads weights, optimizer and schedule of the checkpoint before it,
 and saves them as FOLDER/LAYOUT with the rates of its groups, FOLDER/LAYOUT.json.

@@ -1,4 +1,5 @@
-"""torchrun tests/resave.py CKPT OUTPUT TENSOR PIPELINE: load under a layout and save from it."""
+"""torchrun tests/helpers/resave.py CKPT OUTPUT TENSOR PIPELINE: load under a layout and save from
+it."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Ranks that are killed at random moments; the long form is `python tests/kill_runs.py`."""
+"""Ranks that are killed at random moments; the long form is `python tests/helpers/kill_runs.py`."""
 
 import kill_runs
 
