@@ -1,7 +1,7 @@
 """What the official code recorded against what we compute, under every parallel layout.
 
 `python tests/helpers/official_layouts.py` prints the worst deviations as a Markdown table. For each
-layout it starts itself through torchrun, with a folder and the layout's overrides as arguments. """
+layout it starts itself through torchrun, with a folder and the layout's overrides as arguments."""
 
 import json
 import sys

@@ -1,12 +1,21 @@
 """What a training run does beside learning: bad samples, broken shards."""
 
+import gzip
 import json
+import os
+import shutil
 
+import faults
 import pytest
 import tiny_data
 import tiny_run
+import torch
+from paths import ROOT
 
+from megatron_owl2.config.load import load_config
 from megatron_owl2.data.shards.records import Record
+from megatron_owl2.training.signals import StopSignal
+from megatron_owl2.training.trainer import Trainer
 
 
 def with_bad_pictures(folder, every):
@@ -43,3 +52,82 @@ def test_a_rank_that_cannot_go_on_says_so(tmp_path):
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: rank ")]
     assert lines and all(shard.name in line and "cut or replaced" in line for line in lines)
+
+
+def test_a_run_that_fails_closes_what_it_opened(tmp_path):
+    """The profile that was begun is written, the data workers are gone, and the error shows."""
+    config = tiny_run.make(tmp_path, 4)
+    done = tiny_run.train(
+        config,
+        tmp_path / "run",
+        "data.workers=1",
+        "watch.profiler=torch",
+        "watch.profile_step=1",
+        "watch.profile_steps=9",
+        fault=faults.step_3_fails,
+    )
+    assert done.returncode != 0 and "a mistake in step 3" in done.stderr
+    trace = gzip.decompress((tmp_path / "run" / "profile" / "rank-00000.json.gz").read_bytes())
+    names = [event["name"] for event in json.loads(trace)["traceEvents"]]
+    assert "step 2" in names and "step 4" not in names
+
+
+def test_a_trainer_can_be_subclassed_and_run_in_place(tmp_path):
+    """In this process, without a command line; its losses are those of the command."""
+    config = tiny_run.make(tmp_path, 3)
+    losses = []
+
+    class Watching(Trainer):
+        def log(self, norm, norms, validation):
+            losses.append((self.state.step, self.state.consumed_samples))
+            super().log(norm, norms, validation)
+
+    settings = load_config(config, [f"train.output={tmp_path / 'here'}"])
+    assert Watching(settings, StopSignal()).train() == 0
+    assert losses == [(1, 8), (2, 16), (3, 24)]
+    assert not torch.distributed.is_initialized()
+    done = tiny_run.train(config, tmp_path / "there")
+    assert done.returncode == 0, done.stderr
+    here, there = tiny_run.rows(tmp_path / "here"), tiny_run.rows(tmp_path / "there")
+    assert [row["loss"] for row in here] == pytest.approx([row["loss"] for row in there], rel=1e-6)
+
+
+PADDING = """
+    LoaderMetric(
+        "padding",
+        lambda batch: batch.tokens.numel() - int(batch.lengths.sum()),
+        reported_as="padded_positions",
+        report=lambda total, interval: total,
+        over_run=True,
+    ),
+"""
+
+
+def test_a_loader_metric_is_added_in_one_file(tmp_path, monkeypatch):
+    """In a copy of the package: one more declaration in loader_metrics.py and nothing else."""
+    shutil.copytree(ROOT / "megatron_owl2", tmp_path / "tree" / "megatron_owl2")
+    path = tmp_path / "tree/megatron_owl2/training/metrics/loader_metrics.py"
+    declarations = path.read_text()
+    assert declarations.rstrip().endswith(")")
+    path.write_text(declarations.rstrip()[:-1] + PADDING + ")\n")
+    monkeypatch.chdir(tmp_path)  # `python -m` looks for packages here first
+    config = tiny_run.make(tmp_path, 2)
+    tree = os.pathsep.join([str(tmp_path / "tree"), os.environ["PYTHONPATH"]])
+    done = tiny_run.train(
+        config, tmp_path / "run", "parallel.tensor=2", processes=2, environment={"PYTHONPATH": tree}
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = tiny_run.rows(tmp_path / "run")
+    (one, other) = (
+        sum(batch.tokens.numel() - int(batch.lengths.sum()) for batch in batches)
+        for batches in _steps(load_config(config))
+    )
+    assert (first["padded_positions"], second["padded_positions"]) == (one, other)
+    assert (first["padding"], second["padding"]) == (one, one + other)
+    assert f"padding {one + other}" in done.stdout
+
+
+def _steps(config):
+    """The micro-batches of the two steps of one process."""
+    batches = list(tiny_run.batches(config, 2, limit_samples=16))
+    return batches[:4], batches[4:]
