@@ -1,29 +1,35 @@
-"""Loading of a run's configuration: YAML files with parents, dotted overrides, unknown keys.
+"""Loading of configuration files: YAML with parents, dotted overrides, unknown keys.
 
 `load_config` reads a YAML file (which may name a parent with `extends:`), applies overrides,
-`section.key=value` or other YAML files, and refuses every key it does not know.
+`section.key=value` or other YAML files, and refuses every key it does not know. `merge` does the
+same for any schema of dataclasses.
 """
 
 import dataclasses
-import difflib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_owl2.config.schema import RunConfig, SourceConfig
+from megatron_owl2.config.fields import choice_misfit
+from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.errors import ConfigError
+from megatron_owl2.utils.suggest import did_you_mean
+
+T = TypeVar("T")
+Layer = tuple[str, dict]  # where keys and values come from, for messages, and their tree
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and overrides, in their order, into a RunConfig.
 
     An override is `section.key=value` or a YAML file. Raises ConfigError for a missing file, a key
     that does not exist (with the nearest one that does), a value of the wrong type, or an override
     that is neither.
     """
-    known = OmegaConf.structured(RunConfig)
     layers = _read_with_parents(Path(path))
     for override in overrides:
         if "=" in override:
@@ -34,18 +40,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
             raise ConfigError(
                 f"override {override!r} has no '='; write section.key=value, or name a .yaml file"
             )
-    for where, layer in layers:
-        _refuse_unknown(OmegaConf.to_container(layer), RunConfig, where)
-        try:
-            known = OmegaConf.merge(known, layer)
-        except OmegaConfBaseException as error:
-            raise ConfigError(
-                f"{where}: {str(error).splitlines()[0]} (key {error.full_key})"
-            ) from None
-    try:
-        return OmegaConf.to_object(known)
-    except OmegaConfBaseException as error:  # what ${...} refers to is looked for here
-        raise ConfigError(f"{str(error).splitlines()[0]} (key {error.full_key})") from None
+    return merge(RunConfig, layers)
 
 
 def to_dict(config: RunConfig) -> dict:
@@ -58,54 +53,95 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def _parse(override: str) -> DictConfig:
+def read_yaml(path: Path) -> dict:
+    """The tree of a YAML file; raises ConfigError if it is not there or holds no sections."""
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
     try:
-        return OmegaConf.from_dotlist([override])
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections with keys, not a {type(tree).__name__}")
+    return tree
+
+
+def merge(schema: type[T], layers: Sequence[Layer]) -> T:
+    """An object of a dataclass with the values of `layers`, each overriding those before it.
+
+    Raises ConfigError for unknown and missing keys, and values of the wrong type or choice.
+    """
+    known: Any = OmegaConf.structured(schema)
+    for where, tree in layers:
+        _check_tree(tree, schema, where)
+        try:
+            known = OmegaConf.merge(known, OmegaConf.create(tree))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{where}: {_describe(error)}") from None
+    try:
+        return OmegaConf.to_object(known)  # pyright: ignore[reportReturnType] # of the schema
+    except OmegaConfBaseException as error:  # a missing key, or what ${...} refers to
+        raise ConfigError(_describe(error)) from None
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    return f"{str(error).splitlines()[0]} (key {error.full_key})"
+
+
+def _parse(override: str) -> dict:
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        return tree
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(
             f"an override is not valid YAML: {' '.join(str(error).split())}"
         ) from None
 
 
-def _read_with_parents(path: Path) -> list[tuple[str, DictConfig]]:
-    """Name and content of `path` and all it extends, the oldest first; `extends` is relative to its
+def _read_with_parents(path: Path) -> list[Layer]:
+    """Name and tree of a file and of all it extends, the oldest first; `extends` is relative to its
     file."""
     chain: list[tuple[Path, dict]] = []
     while True:
-        if not path.is_file():
-            raise ConfigError(f"config file {path} does not exist")
         if any(path.resolve() == seen.resolve() for seen, _ in chain):
             raise ConfigError(f"{path} extends itself")
-        try:
-            tree = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} must hold sections with keys, not a {type(tree).__name__}")
+        tree = read_yaml(path)
         parent = tree.pop("extends", None)
         chain.append((path, tree))
         if parent is None:
-            return [(str(path), OmegaConf.create(tree)) for path, tree in reversed(chain)]
+            return [(str(path), tree) for path, tree in reversed(chain)]
         path = path.parent / parent
 
 
-def _refuse_unknown(tree: dict, cls: type, where: str, prefix: str = "") -> None:
-    names = {f.name: f for f in dataclasses.fields(cls)}
+def _check_tree(tree: dict, schema: Any, where: str, prefix: str = "") -> None:
+    """Refuse keys that the schema does not have, sections that are none, and wrong choices."""
+    types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(schema)}
     for key, value in tree.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
+        if key not in types:
+            hint = did_you_mean(str(key), types, prefix)
             raise ConfigError(f"{where}: unknown key '{prefix}{key}'; {hint}")
-        kind = names[key].type
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{where}: '{prefix}{key}' is a section, not {value!r}")
-            _refuse_unknown(value, kind, where, f"{prefix}{key}.")
-        elif kind == list[SourceConfig]:
-            if not isinstance(value, list):
-                raise ConfigError(f"{where}: '{prefix}{key}' is a list, not {value!r}")
-            for index, source in enumerate(value):
-                name = f"{prefix}{key}[{index}]"
-                if not isinstance(source, dict):
-                    raise ConfigError(f"{where}: '{name}' is a section, not {source!r}")
-                _refuse_unknown(source, SourceConfig, where, f"{name}.")
+        _check_value(value, types[key], where, f"{prefix}{key}")
+
+
+def _check_value(value: Any, kind: Any, where: str, name: str) -> None:
+    """Refuse a value of the wrong choice or that is no section; OmegaConf tells other types."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: '{name}' is a section, not {value!r}")
+        _check_tree(value, kind, where, f"{name}.")
+    elif get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0]):
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: '{name}' is a list, not {value!r}")
+        for index, item in enumerate(value):
+            _check_value(item, get_args(kind)[0], where, f"{name}[{index}]")
+    elif get_origin(kind) is dict and dataclasses.is_dataclass(get_args(kind)[1]):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: '{name}' is a section, not {value!r}")
+        for key, item in value.items():
+            _check_value(item, get_args(kind)[1], where, f"{name}.{key}")
+    elif isinstance(value, str) and "${" in value:
+        pass  # OmegaConf checks what it refers to
+    elif wanted := choice_misfit(kind, value):
+        raise ConfigError(f"{where}: {name} is {value!r}; {wanted}")

@@ -1,11 +1,11 @@
-"""What must be on the machine: GPUs, libraries, files."""
+"""Checks of the machine: GPUs, libraries, files."""
 
-import math
 import os
 import re
 import socket
 from pathlib import Path
 
+from megatron_owl2.config.fp8 import FP8_RECIPES
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.errors import ConfigError
@@ -18,21 +18,26 @@ def check_machine(config: RunConfig) -> None:
     may.
     """
     _check_gpus_are_seen()
-    own_kernels, profiler = config.kernels.backend == "local", config.watch.profiler
-    if own_kernels and profiler != "nsys":
-        return
+    if config.watch.profiler == "nsys":
+        _require_gpu("watch.profiler=nsys", "watch.profiler=torch")
+    if config.kernels.backend == "transformer_engine":
+        _require_gpu("kernels.backend=transformer_engine", "kernels.backend=local")
+        _check_transformer_engine(config)
+
+
+def _require_gpu(key: str, instead: str) -> None:
     import torch
 
-    for wanted, what, instead in (
-        (not own_kernels, "kernels.backend=transformer_engine", "kernels.backend=local"),
-        (profiler == "nsys", "watch.profiler=nsys", "watch.profiler=torch"),
-    ):
-        require(
-            not wanted or torch.cuda.is_available(),
-            f"{what} needs a GPU, and torch sees none here; use {instead}",
-        )
-    if own_kernels:
-        return
+    require(
+        torch.cuda.is_available(),
+        f"{key} needs a GPU, and torch sees none here; use {instead}",
+    )
+
+
+def _check_transformer_engine(config: RunConfig) -> None:
+    """Transformer Engine, and a GPU that can do bf16 and the FP8 recipe."""
+    import torch
+
     try:  # megatron-core's way
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
     except (ImportError, OSError, RuntimeError) as error:
@@ -46,13 +51,10 @@ def check_machine(config: RunConfig) -> None:
         "kernels.backend=transformer_engine needs compute capability 8.0 for bf16, this GPU has "
         f"{major}.{minor}; use kernels.backend=local",
     )
-    support = {
-        "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
-        "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
-    }
     if config.kernels.fp8 != "none":  # it depends on GPU, CUDA and cuBLAS together
-        able, reason = support.get(config.kernels.fp8, FP8GlobalStateManager.is_fp8_available)()
-        require(able, f"kernels.fp8={config.kernels.fp8} does not run here: {reason}")
+        recipe = FP8_RECIPES[config.kernels.fp8]
+        able, reason = getattr(FP8GlobalStateManager, recipe.support_check)()
+        require(able, f"kernels.fp8={recipe.name} does not run here: {reason}")
 
 
 def _check_gpus_are_seen() -> None:
@@ -86,25 +88,28 @@ def check_files(config: RunConfig) -> None:
         f"data.tokenizer: {config.data.tokenizer} does not exist",
     )
     require(len(config.data.sources) > 0, "data.sources is empty; name at least one data set")
-    for index, source in enumerate(config.data.sources):
-        require(
-            0 < source.weight < math.inf,
-            f"data.sources[{index}].weight ({source.weight}) must be positive and finite",
-        )
-        if "://" in source.path:
-            require(
-                config.data.storage.cache != "",
-                f"data.sources[{index}] is read over a network; set data.storage.cache to a folder "
-                "on a local disk of the nodes",
-            )
-            continue
-        require(
-            (Path(source.path) / "manifest.json").is_file(),
-            f"data.sources[{index}]: {source.path or '(empty path)'} holds no manifest.json; "
-            "make shards with tools/preprocess_data.py",
-        )
+    places = {f"data.sources[{i}]": source.path for i, source in enumerate(config.data.sources)}
+    places |= {f"validation.sources[{i}]": path for i, path in enumerate(config.validation.sources)}
+    for key, path in places.items():
+        _check_source(key, path, config.data.storage.cache)
     initial = config.stage.initial_checkpoint
     require(
         initial is None or Path(initial).is_dir(),
         f"stage.initial_checkpoint: {initial} is not a directory",
+    )
+
+
+def _check_source(key: str, path: str, cache: str) -> None:
+    """A sharded data set that is there, or the cache that its URL needs."""
+    if "://" in path:
+        require(
+            cache != "",
+            f"{key} is read over a network; set data.storage.cache to a folder on a local disk of "
+            "the nodes",
+        )
+        return
+    require(
+        (Path(path) / "manifest.json").is_file(),
+        f"{key}: {path or '(empty path)'} holds no manifest.json; make shards with "
+        "tools/preprocess_data.py",
     )

@@ -1,26 +1,43 @@
 """Schema of a run's configuration: one dataclass per section of the YAML file.
 
-Defaults are the paper's 7B model.
+Defaults are the paper's 7B model. `number` declares the range of a key, `Literal` its choices; both
+are checked by `config.fields.check_section`.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, get_args
+
+from megatron_owl2.config.fields import number, numbers
+from megatron_owl2.config.fp8 import FP8
+
+ModalitySplit = Literal["input_norm", "key_value", "mlp_norm"]
+MODALITY_SPLIT: tuple[ModalitySplit, ...] = get_args(ModalitySplit)
+Recompute = Literal["none", "selective", "full"]
+Backend = Literal["local", "transformer_engine"]
+Precision = Literal["fp32", "bf16"]
+
+# Beyond every model: more is a mistake, which otherwise shows after minutes or in lost memory.
+_size = partial(number, at_least=1, at_most=2**24)
+_layers = partial(number, at_least=1, at_most=1000)
 
 
 @dataclass
 class VisionConfig:
     """CLIP ViT-L/14; sizes in channels and layers, `image_size` and `patch_size` in pixels."""
 
-    image_size: int = 224
-    patch_size: int = 14
-    hidden_size: int = 1024
-    num_layers: int = 24
-    num_heads: int = 16
-    ffn_size: int = 4096
-    norm_eps: float = 1e-6  # the released model's value; OpenAI's CLIP has 1e-5
-    position_init_std: float = 0.02  # only without a CLIP start
+    image_size: int = _size(224)
+    patch_size: int = _size(14)
+    hidden_size: int = _size(1024)
+    num_layers: int = _layers(24)
+    num_heads: int = _size(16)
+    ffn_size: int = _size(4096)
+    norm_eps: float = number(1e-6, positive=True)  # as released; OpenAI's CLIP has 1e-5
+    position_init_std: float = number(0.02, at_least=0)  # only without a CLIP start
 
     @property
     def grid_size(self) -> int:
+        """Patches along a side of the image."""
         return self.image_size // self.patch_size
 
 
@@ -28,15 +45,14 @@ class VisionConfig:
 class AbstractorConfig:
     """The visual abstractor; its width is the ViT's."""
 
-    num_queries: int = 64
-    num_layers: int = 6
-    num_heads: int = 16
-    ffn_size: int = 2816
-    norm_eps: float = 1e-6  # of the inner feed-forward norm; the outer norms have 1e-5 always
-    attention_init_std: float = 0.02  # query and key projections; wider makes the queries differ
-
-
-MODALITY_SPLIT = ("input_norm", "key_value", "mlp_norm")
+    num_queries: int = _size(64)
+    num_layers: int = _layers(6)
+    num_heads: int = _size(16)
+    ffn_size: int = _size(2816)
+    # Of the norm within the feed-forward network; the outer norms have 1e-5 always.
+    norm_eps: float = number(1e-6, positive=True)
+    # Of the query and key projections; wider makes the queries differ.
+    attention_init_std: float = number(0.02, at_least=0)
 
 
 @dataclass
@@ -48,52 +64,59 @@ class DecoderConfig:
     three; the paper's text shows [input_norm, key_value] only; [] is the plain LLaMA of Table 5.
     """
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    ffn_size: int = 11008
-    max_positions: int = 2048
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    modality_split: list[str] = field(default_factory=lambda: list(MODALITY_SPLIT))
+    vocab_size: int = _size(32000)
+    hidden_size: int = _size(4096)
+    num_layers: int = _layers(32)
+    num_heads: int = _size(32)
+    num_kv_heads: int = _size(32)
+    ffn_size: int = _size(11008)
+    max_positions: int = _size(2048)
+    norm_eps: float = number(1e-6, positive=True)
+    rope_theta: float = number(10000.0, positive=True)
+    modality_split: list[ModalitySplit] = field(default_factory=lambda: list(MODALITY_SPLIT))
 
 
 @dataclass
 class ModelConfig:
+    """The model: sizes, initialization and how pixels are normalized (by channel)."""
+
     vision: VisionConfig = field(default_factory=VisionConfig)
     abstractor: AbstractorConfig = field(default_factory=AbstractorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
-    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
-    init_std: float = 0.02
+    image_mean: list[float] = numbers(0.48145466, 0.4578275, 0.40821073)
+    image_std: list[float] = numbers(0.26862954, 0.26130258, 0.27577711, positive=True)
+    init_std: float = number(0.02, at_least=0)
 
     @property
     def tokens_per_image(self) -> int:
+        """Visual tokens of an image in the decoder's sequence."""
         return self.abstractor.num_queries + 1  # vit_eos closes every image
 
 
 @dataclass
 class ParallelConfig:
-    """How the model is laid over ranks; data parallelism takes what the others leave."""
+    """Sizes of Megatron's parallel groups; data parallelism takes the ranks that remain."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1  # parts of the decoder on every pipeline rank, interleaved
-    context: int = 1  # ranks that share a sequence
-    sequence: bool = False  # what tensor parallelism would hold twice is split along the sequence
-    layers: list[int] = field(default_factory=list)  # of the decoder, per stage; [] is evenly
-    recompute: str = "none"  # none | selective | full: again in the backward pass, not kept
-    overlap: bool = True  # reduce gradients and gather parameters while the GEMMs run
+    tensor: int = number(1, at_least=1)
+    pipeline: int = number(1, at_least=1)
+    virtual_pipeline: int = number(1, at_least=1)  # model chunks per rank, interleaved schedule
+    context: int = number(1, at_least=1)  # ranks that split each sequence, in attention too
+    # Sequence parallelism: between the tensor-parallel linears of the decoder, activations are
+    # split along the sequence over the tensor-parallel ranks.
+    sequence: bool = False
+    # Decoder layers of every pipeline stage (pipeline x virtual_pipeline numbers); [] is evenly.
+    layers: list[int] = field(default_factory=list)
+    # Activation recomputation in the backward pass: of attention and gates, or of whole layers.
+    recompute: Recompute = "none"
+    overlap: bool = True  # gradient reduction and parameter gathering with computation
 
 
 @dataclass
 class KernelConfig:
-    """What computes the decoder's layers; ViT and abstractor stay on torch in `train.precision`."""
+    """Kernels of the decoder's layers; ViT and abstractor stay on torch in `train.precision`."""
 
-    backend: str = "local"  # local (torch) | transformer_engine
-    fp8: str = "none"  # none | tensorwise | delayed | blockwise | mxfp8
+    backend: Backend = "local"  # local: torch and megatron-core's own linears
+    fp8: FP8 = "none"  # recipe of the linears' GEMMs, of transformer_engine only
 
 
 @dataclass
@@ -101,41 +124,46 @@ class SourceConfig:
     """One sharded data set, a folder or a URL, and its share of the mixture."""
 
     path: str = ""
-    weight: float = 1.0
+    weight: float = number(1.0, positive=True)
 
 
 @dataclass
 class StorageConfig:
-    """Shards behind a network: the cache on the node that they go through, and when to give up."""
+    """Reading of shards over a network: the node's cache, retries, timeout."""
 
     cache: str = ""  # folder on a local disk; needed if a source is a URL
-    cache_gib: float = 50.0
-    attempts: int = 6  # of a read, with growing pauses
-    timeout: float = 60.0  # seconds of one request
+    cache_gib: float = number(50.0, positive=True)
+    attempts: int = number(6, at_least=1)  # of a read, with growing pauses
+    timeout: float = number(60.0, positive=True)  # seconds of one request
 
 
 @dataclass
 class DataConfig:
-    """What is read and how; `phase` is raised by one to go on with other sources or weights."""
+    """Training data and its loader.
+
+    `phase` is raised by one to resume a run with other sources or weights.
+    """
 
     sources: list[SourceConfig] = field(default_factory=list)
-    phase: int = 1
+    phase: int = number(1, at_least=1)
     tokenizer: str = ""
-    sequence_length: int = 256  # after the placeholders are expanded into visual tokens
-    workers: int = 2
-    prefetch: int = 2  # micro-batches that every worker keeps ready
-    stall_timeout: float = 1800.0  # seconds without a batch from the workers that end a run
-    seed: int = 1234
+    # Tokens, after the placeholders are expanded into visual tokens.
+    sequence_length: int = number(256, at_least=1)
+    workers: int = number(2, at_least=0)
+    prefetch: int = number(2, at_least=1)  # micro-batches that every worker keeps ready
+    # Seconds without a batch from the workers that end a run.
+    stall_timeout: float = number(1800.0, positive=True)
+    seed: int = number(1234, at_least=0)
     augment: bool = False  # random resized crop and flip; plain resize otherwise
-    max_bad_fraction: float = 0.01
-    max_bad_in_a_row: int = 100
+    max_bad_fraction: float = number(0.01, at_least=0, at_most=1)
+    max_bad_in_a_row: int = number(100, at_least=1)
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass
 class StageConfig:
-    """What a stage trains: what is trainable and not frozen. Patterns are shell globs over
-    parameter names."""
+    """A training stage: the parameters that are `trainable` and not `frozen` learn. Patterns are
+    shell globs over parameter names."""
 
     name: str = "pretrain"
     trainable: list[str] = field(default_factory=lambda: ["*"])
@@ -148,28 +176,30 @@ class StageConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and a cosine from `lr` to `min_lr` (paper, Table 15)."""
 
-    lr: float = 1e-4
-    min_lr: float = 1e-6
-    warmup_steps: int = 1000
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.05
-    clip_grad: float = 1.0
-    vision_layer_decay: float = 1.0  # paper: 0.9, per ViT layer from the top
+    lr: float = number(1e-4, at_least=0)
+    min_lr: float = number(1e-6, at_least=0)
+    warmup_steps: int = number(1000, at_least=0)
+    beta1: float = number(0.9, at_least=0)
+    beta2: float = number(0.98, at_least=0)
+    eps: float = number(1e-6, at_least=0)
+    weight_decay: float = number(0.05, at_least=0)
+    clip_grad: float = number(1.0, at_least=0)
+    vision_layer_decay: float = number(1.0, at_least=0)  # paper: 0.9, per ViT layer from the top
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 42500
-    global_batch_size: int = 8192
-    micro_batch_size: int = 16
-    precision: str = "bf16"
-    seed: int = 1234
-    log_interval: int = 10
-    save_interval: int = 1000
-    keep_last: int = 0  # newest checkpoints that stay; 0 keeps all
-    keep_every: int = 0  # checkpoints of steps divisible by it stay for good
+    """Length, batch and precision of a run, its log and its checkpoints; intervals are steps."""
+
+    steps: int = number(42500, at_least=1)
+    global_batch_size: int = number(8192, at_least=1)
+    micro_batch_size: int = number(16, at_least=1)
+    precision: Precision = "bf16"
+    seed: int = number(1234, at_least=0)
+    log_interval: int = number(10, at_least=1)
+    save_interval: int = number(1000, at_least=1)
+    keep_last: int = number(0, at_least=0)  # newest checkpoints that stay; 0 keeps all
+    keep_every: int = number(0, at_least=0)  # checkpoints of steps divisible by it stay for good
     async_save: bool = True  # write checkpoints while the training goes on
     output: str = ""
 
@@ -179,39 +209,47 @@ class ValidationConfig:
     """Loss on data that is not trained on, each source by itself; `interval` is steps, 0 never."""
 
     sources: list[str] = field(default_factory=list)  # sharded data sets, folders or URLs
-    interval: int = 0
-    samples: int = 1024  # of each source, spread evenly over it; 0: all
+    interval: int = number(0, at_least=0)
+    samples: int = number(1024, at_least=0)  # of each source, spread evenly over it; 0: all
 
 
 @dataclass
 class HealthConfig:
-    """When a run that does not go well skips a step, and when it stops."""
+    """Limits for steps that hang, spike or are not finite."""
 
-    step_timeout: float = 1800.0  # seconds of one step, after which stacks are dumped; 0: never
-    spike_factor: float = 0.0  # skip gradients so many times their running median norm; 0: never
-    max_skipped: int = 5  # steps skipped in a row (NaN or spike) after which the run stops
+    # Seconds of one step, after which stacks are dumped and the run ends; 0: never.
+    step_timeout: float = number(1800.0, at_least=0)
+    # Multiple of the running median of the gradient norm above which a step is skipped; 0: never.
+    spike_factor: float = number(0.0, at_least=0)
+    # Steps skipped in a row (NaN or spike) after which the run stops.
+    max_skipped: int = number(5, at_least=1)
 
 
 @dataclass
 class WatchConfig:
-    """What a run shows beside its log line; intervals are steps, 0 is never."""
+    """Images of samples, MFU and profiles; intervals are steps, 0 is never."""
 
-    picture_interval: int = 0  # samples as the model gets them, as a picture
-    peak_tflops: float = 0.0  # of one device in bf16, for MFU; 0: by the device's name
-    profiler: str = "none"  # none | torch | nsys
-    profile_step: int = 10  # of this process, the first to be profiled
-    profile_steps: int = 3
+    picture_interval: int = number(0, at_least=0)  # sheet of samples as the model gets them
+    # Peak of one device in bf16, for MFU; 0: by the device's name.
+    peak_tflops: float = number(0.0, at_least=0)
+    profiler: Literal["none", "torch", "nsys"] = "none"
+    profile_step: int = number(10, at_least=1)  # first step of this process to be profiled
+    profile_steps: int = number(3, at_least=1)
 
 
 @dataclass
 class WandbConfig:
+    """Logging to Weights & Biases."""
+
     enabled: bool = False
     project: str = "megatron-owl2"
-    mode: str = "offline"
+    mode: Literal["offline", "online"] = "offline"
 
 
 @dataclass
 class RunConfig:
+    """The whole configuration of a run."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)

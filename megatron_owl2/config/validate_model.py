@@ -1,23 +1,18 @@
-"""Numbers that a model can have, and sizes that fit together."""
+"""Sizes of a model that fit together."""
 
 import dataclasses
-import sys
 
-from megatron_owl2.config.require import check_each, require
-from megatron_owl2.config.schema import MODALITY_SPLIT, ModelConfig
+from megatron_owl2.config.fields import check_section, number_misfit
+from megatron_owl2.config.require import require
+from megatron_owl2.config.schema import ModelConfig
 
 # Beyond every model: more is a mistake, which otherwise shows after minutes or in lost memory.
-_MOST, _MOST_LAYERS, _MOST_POSITIONS = 2**24, 1000, 2**28
-_LARGEST = sys.float_info.max
-# The least value and its words, where a number need not be above 0.
-_LEAST = {"image_mean": (-_LARGEST, "finite")} | dict.fromkeys(
-    ("init_std", "position_init_std", "attention_init_std"), (0, "finite and not below 0")
-)
+_MOST_POSITIONS = 2**28
 
 
 def validate_model(model: ModelConfig) -> None:
     """Refuse numbers that no model has and sizes that do not fit together; raises ConfigError."""
-    check_each(model, misfit, "model.")
+    check_section(model, "model.", misfit)
     vision, decoder = model.vision, model.decoder
     require(
         vision.image_size % vision.patch_size == 0,
@@ -53,26 +48,10 @@ def validate_model(model: ModelConfig) -> None:
         "the decoder's head size must be even for rotary positions; change "
         "model.decoder.num_heads or hidden_size",
     )
-    split = decoder.modality_split
-    require(
-        set(split) <= set(MODALITY_SPLIT) and len(set(split)) == len(split),
-        f"model.decoder.modality_split ({split}) may hold each of {', '.join(MODALITY_SPLIT)} "
-        "at most once",
-    )
 
 
-def misfit(field: dataclasses.Field, value: object) -> str | None:
-    """What a field of ModelConfig or its sections must be if `value` is not that, else None."""
-    if field.type is int:
-        most = _MOST_LAYERS if field.name == "num_layers" else _MOST
-        fits = type(value) is int and 1 <= value <= most
-        return None if fits else f"a number, whole and from 1 to {most}"
-    three = field.type == list[float]
-    if field.type is not float and not three:
-        return None
-    least, words = _LEAST.get(field.name, (sys.float_info.min, "finite and above 0"))
-    numbers = value if three else [value]
-    fits = isinstance(numbers, list) and len(numbers) == (3 if three else 1)
-    if fits and all(type(n) in (int, float) and least <= n <= _LARGEST for n in numbers):
-        return None
-    return f"{'three numbers' if three else 'a number'}, {words}"
+def misfit(entry: dataclasses.Field, value: object) -> str | None:
+    """What a number of ModelConfig or its sections must be if `value` is not that, else None."""
+    wanted = number_misfit(entry, value)
+    noun = "a number" if entry.type in (int, float) else "three numbers"
+    return wanted and f"{noun}, {wanted}"

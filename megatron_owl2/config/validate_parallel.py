@@ -1,11 +1,15 @@
-"""Parallel layouts, batches and kernels that fit a model and a number of ranks."""
+"""Parallel sizes, batches and kernels that fit a model and a number of ranks."""
 
-from megatron_owl2.config.require import one_of, require
+from megatron_owl2.config.fields import check_section
+from megatron_owl2.config.fp8 import FP8_RECIPES, FP8Recipe
+from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
 
 
 def validate_parallel(config: RunConfig, world_size: int) -> None:
-    """Refuse a parallel layout or batch that the ranks cannot carry; raises ConfigError."""
+    """Refuse parallel sizes, a batch or kernels that do not fit the ranks; raises ConfigError."""
+    check_section(config.parallel, "parallel.")
+    check_section(config.kernels, "kernels.")
     model, parallel, train = config.model, config.parallel, config.train
     tp, pp, cp = parallel.tensor, parallel.pipeline, parallel.context
     require(
@@ -26,7 +30,6 @@ def validate_parallel(config: RunConfig, world_size: int) -> None:
     ):
         require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
     _check_stages(config)
-    one_of(config, "parallel.recompute", "none", "selective", "full")
     require(
         not parallel.sequence or tp > 1,
         "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
@@ -60,7 +63,7 @@ def validate_parallel(config: RunConfig, world_size: int) -> None:
 
 
 def _check_stages(config: RunConfig) -> None:
-    """How the decoder is cut over pipeline ranks and their chunks."""
+    """Decoder layers of the pipeline stages."""
     parallel, layers = config.parallel, config.model.decoder.num_layers
     stages = parallel.pipeline * parallel.virtual_pipeline
     require(
@@ -86,14 +89,11 @@ def _check_stages(config: RunConfig) -> None:
 
 def _check_kernels(config: RunConfig) -> None:
     """Refuse kernels that would compute in another precision than asked, or not at all."""
-    kernels, model, parallel = config.kernels, config.model, config.parallel
-    one_of(config, "kernels.backend", "local", "transformer_engine")
-    one_of(config, "kernels.fp8", "none", "tensorwise", "delayed", "blockwise", "mxfp8")
+    kernels, decoder = config.kernels, config.model.decoder
     require(
         kernels.backend == "local" or config.train.precision == "bf16",
         "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
     )
-    decoder, tp = model.decoder, parallel.tensor
     head = decoder.hidden_size // decoder.num_heads
     require(
         kernels.backend == "local" or (head % 8 == 0 and head <= 256),
@@ -101,20 +101,24 @@ def _check_kernels(config: RunConfig) -> None:
         "kernels.backend=transformer_engine takes multiples of 8 up to 256; use "
         "kernels.backend=local",
     )
-    if kernels.fp8 == "none":
-        return
     require(
-        kernels.backend == "transformer_engine",
+        kernels.fp8 == "none" or kernels.backend == "transformer_engine",
         f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the local one "
         "the run would be in bf16",
     )
-    multiple = 32 if kernels.fp8 == "mxfp8" else 16
-    # Scales per block are gathered along the sequence in whole blocks (utils.py and
-    # tensor/float8_blockwise_tensor.py of Transformer Engine).
-    gathered = 128 if kernels.fp8 == "blockwise" and parallel.sequence else multiple
+    if kernels.fp8 != "none":
+        _check_fp8(config, FP8_RECIPES[kernels.fp8])
+
+
+def _check_fp8(config: RunConfig, recipe: FP8Recipe) -> None:
+    """Refuse sizes that the FP8 GEMMs of the decoder do not take."""
+    decoder, parallel = config.model.decoder, config.parallel
+    tp, head = parallel.tensor, decoder.hidden_size // decoder.num_heads
+    multiple = recipe.gemm_row_alignment
+    gathered = recipe.gathered_row_alignment if parallel.sequence else multiple
     shards = parallel.context * (tp if parallel.sequence else 1)
     rows = config.data.sequence_length * config.train.micro_batch_size
-    where = f"kernels.fp8={kernels.fp8}"
+    where = f"kernels.fp8={recipe.name}"
     where += " with parallel.sequence" if gathered > multiple else ""
     require(
         rows % (shards * gathered) == 0,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_owl2.config.schema import ModelConfig, ParallelConfig, Precision, RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.hf_weights import read_hf
@@ -144,7 +144,7 @@ def _agreed(
     return config
 
 
-def _lossless(tensors: dict[str, LazyTensor]) -> str:
+def _lossless(tensors: dict[str, LazyTensor]) -> Precision:
     """The narrowest precision that keeps every bit of weights in 32 bit or less."""
     dtypes = {tensor.dtype for name, tensor in tensors.items() if name not in position_tables.NAMES}
     return "bf16" if dtypes == {torch.bfloat16} else "fp32"

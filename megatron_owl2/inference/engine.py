@@ -12,7 +12,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config.schema import KernelConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_owl2.config.schema import (
+    KernelConfig,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+)
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
@@ -37,7 +43,7 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def load_model(path: str | Path, precision: str = "fp32") -> LoadedModel:
+def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
     """Load a checkpoint (run directory, its `checkpoints/` or one `iter_*`) or an HF export.
 
     Under torchrun the weights are split over all its processes (tensor parallel), and every

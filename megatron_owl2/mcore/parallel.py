@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_owl2.config.fp8 import FP8_RECIPES
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore import context_parallel
 from megatron_owl2.mcore.setup import on_cpu
@@ -33,17 +34,6 @@ def layers_per_stage(config: RunConfig) -> list[int]:
 def fused_gradients_found() -> bool:
     """Whether apex's kernel is there that adds weight gradients to their buffer in the GEMM."""
     return not on_cpu() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-# Transformer Engine's own choice for every recipe (common/recipe): one scale for a whole tensor
-# leaves gradients the wider e5m2, scales per block the finer e4m3 throughout.
-_FP8_FORMAT = {
-    "none": None,
-    "tensorwise": "hybrid",
-    "delayed": "hybrid",
-    "blockwise": "e4m3",
-    "mxfp8": "e4m3",
-}
 
 
 class ParallelContext:
@@ -66,7 +56,8 @@ class ParallelContext:
         self.groups = groups
         self.dtype = dtype
         self.recompute = parallel.recompute
-        self.backend, self.fp8 = config.kernels.backend, config.kernels.fp8
+        self.backend = config.kernels.backend
+        self.fp8_recipe = recipe = FP8_RECIPES.get(config.kernels.fp8)  # None: no FP8
         self.fuses_gradients = fuses_gradients and parallel.recompute != "full"
         self._layers = layers_per_stage(config)
         interleaved = parallel.virtual_pipeline > 1
@@ -87,8 +78,8 @@ class ParallelContext:
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,
-            fp8=_FP8_FORMAT[self.fp8],
-            fp8_recipe="delayed" if self.fp8 == "none" else self.fp8,
+            fp8=recipe.te_format if recipe else None,
+            fp8_recipe=recipe.name if recipe else "delayed",
             fp8_amax_history_len=1024,
             fp8_amax_compute_algo="max",  # one quiet micro-batch must not narrow the range
             use_cpu_initialization=True,  # the same weights for every tensor-parallel size

@@ -130,15 +130,31 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
         ("data.sources=[{path: /no}]", 1, "/no holds no manifest.json; make shards with"),
         ("stage.initial_checkpoint=/no", 1, "initial_checkpoint: /no is not a directory"),
         ("train.output=''", 1, "train.output is not set"),
+        ("data.sources=[{path: x, weight: 0}]", 1, r"sources\[0\].weight is 0.0; .* above 0"),
+        ("data.max_bad_fraction=1.5", 1, "max_bad_fraction is 1.5; it must be from 0 to 1"),
+        ("data.stall_timeout=0", 1, "data.stall_timeout is 0.0; it must be finite and above 0"),
+        ("data.storage.cache_gib=.inf", 1, "data.storage.cache_gib is inf; it must be finite"),
+        ("validation.interval=-1", 1, "validation.interval is -1; it must be at least 0"),
+        ("validation.interval=5", 1, "interval is 5, but validation.sources is empty; name data"),
+        ("validation.sources=[x]", 1, "sources is set, but validation.interval is 0; set it to"),
+        (
+            "validation.sources=[/no] & validation.interval=5",
+            1,
+            r"validation.sources\[0\]: /no holds no manifest.json; make shards with",
+        ),
+        (
+            "validation.sources=['http://x/y'] & validation.interval=5",
+            1,
+            r"validation.sources\[0\] is read over a network; set data.storage.cache to",
+        ),
     ],
 )
 def test_runs_that_cannot_work(tmp_path, override, world_size, words):
     path = tiny_run.make(tmp_path)
-    config = load_config(path, [f"train.output={tmp_path / 'run'}"])
-    validate(config, world_size=1)
-    config = load_config(path, [f"train.output={tmp_path / 'run'}", *override.split(" & ")])
+    output = [f"train.output={tmp_path / 'run'}"]
+    validate(load_config(path, output), world_size=1)
     with pytest.raises(ConfigError, match=words):
-        validate(config, world_size)
+        validate(load_config(path, [*output, *override.split(" & ")]), world_size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
@@ -146,6 +162,13 @@ def test_nsys_without_a_gpu(tmp_path):
     config = load_config(tiny_run.make(tmp_path), ["watch.profiler=nsys"])
     with pytest.raises(ConfigError, match="nsys needs a GPU, .*; use watch.profiler=torch"):
         check_machine(config)
+
+
+def test_validation_on_data_that_is_there(tmp_path):
+    sources = f"validation.sources=['{tmp_path / 'shards'}', 'http://x/y']"
+    overrides = ["validation.interval=5", sources, f"data.storage.cache={tmp_path / 'cache'}"]
+    config = load_config(tiny_run.make(tmp_path), [f"train.output={tmp_path}", *overrides])
+    validate(config, world_size=1)
 
 
 # Sizes that FP8 GEMMs take, and a layout that gathers their rows.

@@ -26,6 +26,7 @@ from megatron_owl2.config.schema import (
     DecoderConfig,
     ModelConfig,
     ParallelConfig,
+    Precision,
     RunConfig,
     TrainConfig,
 )
@@ -38,7 +39,7 @@ from megatron_owl2.model.decoder import DecoderLayer, rotary_tables, rotate
 from megatron_owl2.model.kernels import build_kernels
 from megatron_owl2.model.modality import Modality
 
-PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
+PRECISION: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
 AGREE = {"float32": 1e-4, "bfloat16": 0.03}  # greatest difference over the greatest value
 TARGETS = {  # what ours may cost more than the other at so many tokens
     ("unsplit", 256): 0.08,

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_owl2.config.fp8 import FP8_RECIPES
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.machine import check_machine
 from megatron_owl2.config.schema import RunConfig
@@ -49,8 +50,7 @@ STAGES = {"1": RECIPES / "pretrain.yaml", "2": RECIPES / "finetune.yaml"}
 KERNELS = {
     "local": ("local", "none"),
     "te": ("transformer_engine", "none"),
-    **{f"te-{fp8}": ("transformer_engine", fp8) for fp8 in ("tensorwise", "delayed", "blockwise")},
-    "te-mxfp8": ("transformer_engine", "mxfp8"),
+    **{f"te-{fp8}": ("transformer_engine", fp8) for fp8 in FP8_RECIPES},
 }
 RECOMPUTE = ("none", "selective", "full")
 TINY = [

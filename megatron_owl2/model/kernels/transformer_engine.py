@@ -30,7 +30,8 @@ class TransformerEngineKernels:
         self._config = context.transformer
         self.ColumnLinear = ColumnLinear
         self.RowLinear = RowLinear
-        self.gemm_row_alignment = gemm_row_alignment(context.fp8)
+        recipe = context.fp8_recipe
+        self.gemm_row_alignment = recipe.gemm_row_alignment if recipe else 1
 
     def attention(self, context: ParallelContext, number: int) -> nn.Module:
         return Attention(context, number)
@@ -58,11 +59,6 @@ class TransformerEngineKernels:
         reach back 1,024 / (layers of the rank + 1) micro-batches.
         """
         return te.checkpoint(function, *inputs, use_reentrant=False)
-
-
-def gemm_row_alignment(fp8: str) -> int:
-    """What the rows of an FP8 GEMM must be a multiple of (megatron-core, fp8_utils.py)."""
-    return {"none": 1, "mxfp8": 32}.get(fp8, 16)
 
 
 def _config(context: ParallelContext, spec: LinearSpec) -> TransformerConfig:
