@@ -1,7 +1,7 @@
-"""Make the data of a recipe: lists of addresses, downloads, shards, and the sources for training.
+"""Data of a recipe: lists of addresses, downloads, shards, sources for training.
 
-    python tools/build_mixture.py --recipe examples/mixture.yaml --folder DIR          # look
-    python tools/build_mixture.py --recipe examples/mixture.yaml --folder DIR --run    # work
+    owl2 build-mixture --recipe examples/mixture.yaml --folder DIR          # look
+    owl2 build-mixture --recipe examples/mixture.yaml --folder DIR --run    # work
 
 Looking shows how far every source is and the commands of the next steps; --run runs them. When all
 sources are ready DIR/config.yaml holds the mixture for `python -m megatron_owl2.train --config`.
@@ -12,17 +12,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_prep.downloads.mixture import Mixture, State
-from data_prep.downloads.recipe import read_recipe
+from megatron_owl2.cli.command import Command
 from megatron_owl2.errors import PreprocessError
 
+if TYPE_CHECKING:
+    from data_prep.downloads.mixture import Mixture, State
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 1 if a step failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="of the mixture")
     parser.add_argument("--run", action="store_true", help="run the steps instead of showing them")
@@ -30,16 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", metavar="NAME", help="one source, so that machines share the work"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that write shards")
-    options = parser.parse_args(arguments)
-    try:
-        return _build(options)
-    except (PreprocessError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
-def _build(options: argparse.Namespace) -> int:
-    mixture = Mixture(read_recipe(options.recipe), options.folder)
+def run(options: argparse.Namespace) -> int:
+    """Returns 0; raises PreprocessError if a step failed."""
+    from data_prep.downloads.mixture import Mixture
+    from data_prep.downloads.recipe import read_recipe
+    from megatron_owl2.config.examples import locate
+
+    recipe = locate(options.recipe)
+    mixture = Mixture(read_recipe(recipe), options.folder)
     names = list(mixture.recipe.sources)
     if options.only is not None:
         if options.only not in names:
@@ -58,11 +57,11 @@ def _build(options: argparse.Namespace) -> int:
     if failed:
         raise PreprocessError(f"not finished: {', '.join(failed)}")
     if all(state.sharded is not None for state in states.values()):
-        print(f"the mixture is ready: {mixture.write_config(options.recipe)}")
+        print(f"the mixture is ready: {mixture.write_config(recipe)}")
     return 0
 
 
-def _run(mixture: Mixture, name: str, workers: int) -> bool:
+def _run(mixture: "Mixture", name: str, workers: int) -> bool:
     """Whether a source is ready after its steps."""
     if missing := mixture.missing(name):
         print(f"{name}: {missing}", file=sys.stderr)
@@ -77,7 +76,7 @@ def _run(mixture: Mixture, name: str, workers: int) -> bool:
     return True
 
 
-def _table(mixture: Mixture, states: dict[str, State]) -> str:
+def _table(mixture: "Mixture", states: "dict[str, State]") -> str:
     rows = [("source", "listed", "downloaded", "sharded", "target")]
     for name, source in mixture.recipe.sources.items():
         state = states[name]
@@ -97,5 +96,6 @@ def _number(value: int | None) -> str:
     return "0" if value is None else f"{value:,}"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(
+    verb="build-mixture", help=__doc__, add_arguments=add_arguments, run=run, error_code=1
+).main

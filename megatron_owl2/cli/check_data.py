@@ -1,45 +1,34 @@
-"""Check a data set: manifest, sizes, indexes, and every sample against its checksum.
+"""Check of a data set: manifest, sizes, indexes, and every sample against its checksum.
 
-    python tools/check_data.py DIR [--decode FRACTION] [--workers N]
+    owl2 check-data DIR [--decode FRACTION] [--workers N]
 
 DIR is a folder or a URL. Prints what is wrong and the counts; exits 0 if all is right, 1 if
 anything is wrong and 2 if DIR is no data set.
 """
 
 import argparse
-import sys
 
-from data_prep.check import check, unlisted
-from megatron_owl2.data.storage import StorageOptions
-from megatron_owl2.errors import ShardError, StorageError
+from megatron_owl2.cli.command import Command
+from megatron_owl2.cli.options import fraction
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="data set: a folder or a URL")
     parser.add_argument(
-        "--decode", type=_fraction, default=0.0, metavar="FRACTION", help="of pictures to decode"
+        "--decode", type=fraction, default=0.0, metavar="FRACTION", help="of images to decode"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument("--cache", default="", metavar="DIR", help="local folder, for a URL")
     parser.add_argument(
         "--show", type=int, default=20, metavar="N", help="bad samples to print; the rest count"
     )
-    options = parser.parse_args(arguments)
-    try:
-        return _check(options)
-    except (ShardError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
-def _check(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Returns 0 for a sound data set, 1 for a damaged one."""
+    from data_prep.check import check, unlisted
+    from megatron_owl2.data.storage import StorageOptions
+
     storage = StorageOptions(cache=options.cache)
     shards = samples = good = decoded = bad = unreadable = faults = shown = 0
     for result in check(options.directory, options.decode, options.workers, storage):
@@ -68,12 +57,4 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(verb="check-data", help=__doc__, add_arguments=add_arguments, run=run).main

@@ -1,66 +1,36 @@
-"""Ask a model about pictures, or without one:
+"""Answer of a model to a question about images, or about none.
 
-python tools/generate.py --checkpoint CKPT_OR_HF_DIR --image FILE --prompt "What is this?"
+owl2 generate --checkpoint CKPT_OR_HF_DIR --image FILE --prompt "What is this?"
 """
 
 import argparse
-import os
-import sys
-from pathlib import Path
+
+from megatron_owl2.cli.command import Command, is_first_rank
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="run directory, iter_* or HF export")
     parser.add_argument(
-        "--image", action="append", default=[], help="a picture; several in order, or none"
+        "--image", action="append", default=[], help="an image; several in order, or none"
     )
     parser.add_argument(
         "--prompt",
         required=True,
-        help="the question; <|image|> in it places the pictures, which come first otherwise",
+        help="the question; <|image|> in it places the images, which come first otherwise",
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    arguments = parser.parse_args()
 
-    from megatron_owl2.data import images
-    from megatron_owl2.data.conversation import prompt
-    from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
-    from megatron_owl2.errors import (
-        BadSampleError,
-        CheckpointError,
-        ConfigError,
-        ConversionError,
-        InferenceError,
-    )
-    from megatron_owl2.inference.engine import Generator, load_model
 
-    question = arguments.prompt
-    if IMAGE_PLACEHOLDER not in question:
-        question = IMAGE_PLACEHOLDER * len(arguments.image) + question
-    try:
-        files = [Path(name).read_bytes() for name in arguments.image]
-        loaded = load_model(arguments.checkpoint, arguments.precision)
-        size = loaded.config.vision.image_size
-        pictures = []
-        for name, data in zip(arguments.image, files, strict=True):
-            try:
-                pictures.append(images.resize_square(images.decode(data), size))
-            except BadSampleError as error:
-                raise InferenceError(f"{name}: {error}") from None
-        answers = Generator(loaded).generate(
-            [prompt(question)], [pictures], arguments.max_new_tokens
-        )
-    except (InferenceError, CheckpointError, ConversionError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if os.environ.get("RANK", "0") == "0":
-        print(answers[0])
+def run(options: argparse.Namespace) -> int:
+    from megatron_owl2.inference import api
+
+    images = [api.read_image(file) for file in options.image]  # before the seconds of loading
+    model = api.load(options.checkpoint, options.precision)
+    answer = model.generate(options.prompt, images, max_new_tokens=options.max_new_tokens)
+    if is_first_rank():
+        print(answer)
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(verb="generate", help=__doc__, add_arguments=add_arguments, run=run).main

@@ -1,6 +1,6 @@
-"""Make the tar files of another program a data set where they lie, without copying them.
+"""Index and manifest for the tar files of another program, where they lie.
 
-    python tools/index_data.py DIR [--workers N]
+    owl2 index-data DIR [--workers N]
 
 DIR holds shards as webdataset.ShardWriter or img2dataset write them (an image with .txt or .json)
 or our own without their manifest. Every file is read once and gets an index and checksums beside
@@ -13,26 +13,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_prep.index import index_directory
-from megatron_owl2.errors import ShardError
+from megatron_owl2.cli.command import Command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
-    options = parser.parse_args(arguments)
-    try:
-        found = index_directory(options.directory, options.workers)
-    except (OSError, ShardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; start again to index the folder", file=sys.stderr)
-        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 0, or 1 if a file is damaged."""
+    from data_prep.index import index_directory
+
+    found = index_directory(options.directory, options.workers)
     for failure in found.failures:
         print(f"damaged: {failure}", file=sys.stderr)
     samples = sum(row["samples"] for row in found.rows)
@@ -54,5 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(
+    verb="index-data",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    interrupted="interrupted; start again to index the folder",
+).main

@@ -1,29 +1,25 @@
-"""Plan a run before it is queued: memory per rank, operations, traffic, days, and better layouts.
+"""Plan of a run before it is queued: memory per rank, time, and better layouts.
 
-python tools/plan.py --config examples/7b/pretrain.yaml --gpus 64 --gpu-memory 80 \\
+owl2 plan --config examples/7b/pretrain.yaml --gpus 64 --gpu-memory 80 \\
     [section.key=value ...]
 
-Needs no GPU, no data and no checkpoint. Exit codes: 0 the config's layout fits; 1 it does not; 2
+Shows memory, operations and traffic. Needs no GPU, no data and no checkpoint. Exit codes: 0 the config's layout fits; 1 it does not; 2
 the config cannot run on so many GPUs.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from megatron_owl2.config.load import load_config
-from megatron_owl2.errors import ConfigError
+from megatron_owl2.cli.command import Command
+from megatron_owl2.cli.options import count, positive
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("--gpus", required=True, type=_count, help="of the whole job")
-    parser.add_argument("--gpu-memory", required=True, type=_positive, metavar="GIB")
-    parser.add_argument("--gpus-per-node", type=_count, default=8)
+    parser.add_argument("--gpus", required=True, type=count, help="of the whole job")
+    parser.add_argument("--gpu-memory", required=True, type=positive, metavar="GIB")
+    parser.add_argument("--gpus-per-node", type=count, default=8)
     parser.add_argument(
         "--reserve",
         type=float,
@@ -33,40 +29,43 @@ def main() -> int:
     )
     parser.add_argument(
         "--mfu",
-        type=_positive,
+        type=positive,
         default=0.4,
         help="share of the peak that a GPU reaches (default %(default)s)",
     )
     parser.add_argument(
         "--peak-tflops",
-        type=_positive,
+        type=positive,
         default=989.0,
         help="of a GPU in bf16 (default %(default)s, an H100)",
     )
     parser.add_argument(
         "--intra-node",
-        type=_positive,
+        type=positive,
         default=300.0,
         metavar="GB/S",
         help="a GPU sends at inside its node (default %(default)s)",
     )
     parser.add_argument(
         "--inter-node",
-        type=_positive,
+        type=positive,
         default=40.0,
         metavar="GB/S",
         help="a GPU sends at to other nodes (default %(default)s)",
     )
     parser.add_argument(
         "--tokens-per-sample",
-        type=_count,
+        type=count,
         metavar="N",
-        help="that are not padding, with the picture's (default: full sequences)",
+        help="that are not padding, with the image's (default: full sequences)",
     )
     parser.add_argument("--json", metavar="FILE", help="the whole plan, in bytes and seconds")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args()
 
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 0 if the layout fits, 1 if it does not."""
+    from megatron_owl2.config.load import load_config
     from megatron_owl2.planner import plan, report
     from megatron_owl2.planner.timing import Machine
 
@@ -80,31 +79,14 @@ def main() -> int:
         intra_node=options.intra_node,
         inter_node=options.inter_node,
     )
-    try:
-        run = load_config(options.config, options.overrides)
-        found = plan.plan_run(run, machine, tokens=options.tokens_per_sample)
-        if options.json:
-            Path(options.json).write_text(json.dumps(found.to_json(), indent=1) + "\n")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(options.config, options.overrides)
+    found = plan.plan_run(config, machine, tokens=options.tokens_per_sample)
+    if options.json:
+        Path(options.json).write_text(json.dumps(found.to_json(), indent=1) + "\n")
     print(report.text(found))
     return 0 if found.fits else 1
 
 
-def _count(argument: str) -> int:
-    number = int(argument)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{argument} is not a positive number")
-    return number
-
-
-def _positive(argument: str) -> float:
-    number = float(argument)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{argument} is not a positive number")
-    return number
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(
+    verb="plan", help=__doc__, add_arguments=add_arguments, run=run, intermixed=True
+).main

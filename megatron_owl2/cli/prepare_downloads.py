@@ -1,31 +1,31 @@
-"""List the pictures of a published corpus that are worth a download, and write the download.
+"""List of the images of a corpus that are worth a download, and the script for it.
 
-    python tools/prepare_downloads.py --corpus NAME --input PATH --output DIR
+    owl2 prepare-downloads --corpus NAME --input PATH --output DIR
     bash DIR/download.sh FOLDER
-    python tools/preprocess_data.py --input FOLDER --format img2dataset --output SHARDS
+    owl2 preprocess-data --input FOLDER --format img2dataset --output SHARDS
 
 DIR gets the list (urls-NNNNN.parquet), report.json (rows left out, by reason) and download.sh, the
 exact img2dataset command. For COCO there is only the script, which fetches the official archives.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from data_prep.arguments import score_limit
-from data_prep.downloads import img2dataset_script as download
-from data_prep.downloads.corpora import CORPORA
-from data_prep.downloads.selection import Selection
-from data_prep.downloads.url_list import write_url_list
-from data_prep.formats import coco
+from megatron_owl2.cli.command import Command
+from megatron_owl2.cli.options import score_limit
 from megatron_owl2.errors import PreprocessError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from data_prep.downloads.corpora import CORPORA
+    from data_prep.downloads.img2dataset_script import Options
+
+    lines = []
+    for corpus in CORPORA.values():
+        lines.append(f"{corpus.name}: {corpus.about}")
+        declared = corpus.scores | corpus.labels
+        lines += [f"    {name}: {meaning}" for name, meaning in declared.items()]
+    parser.epilog = "\n".join(lines)
     parser.add_argument("--corpus", choices=[*CORPORA, "coco"], required=True)
     parser.add_argument("--input", type=Path, help="file of the corpus as published, or folder")
     parser.add_argument("--output", type=Path, required=True, help="new folder of the list")
@@ -41,35 +41,35 @@ def main(arguments: list[str] | None = None) -> int:
     rows.add_argument("--max-caption", type=int, metavar="CHARACTERS")
     rows.add_argument("--sample", type=int, metavar="N", help="draw N of the rows that pass")
     rows.add_argument("--seed", type=int, default=1234, help="of the sample")
-    pictures = parser.add_argument_group("pictures, as they are downloaded")
-    defaults = download.Options()
-    pictures.add_argument(
+    images = parser.add_argument_group("images, as they are downloaded")
+    defaults = Options()
+    images.add_argument(
         "--image-size",
         type=int,
         default=defaults.image_size,
         metavar="PIXELS",
-        help="smaller side of pictures that are bigger (default: %(default)s)",
+        help="smaller side of images that are bigger (default: %(default)s)",
     )
-    pictures.add_argument("--quality", type=int, default=defaults.quality, help="of JPEG")
-    pictures.add_argument(
+    images.add_argument("--quality", type=int, default=defaults.quality, help="of JPEG")
+    images.add_argument(
         "--output-format", choices=["webdataset", "files", "parquet"], default="webdataset"
     )
-    pictures.add_argument(
+    images.add_argument(
         "--shard-size",
         type=int,
         default=defaults.samples_per_shard,
         metavar="N",
         help="addresses of a shard",
     )
-    options = parser.parse_args(arguments)
-    try:
-        return _list(options)
-    except (PreprocessError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
-def _list(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    from data_prep.downloads import img2dataset_script as download
+    from data_prep.downloads.corpora import CORPORA
+    from data_prep.downloads.selection import Selection
+    from data_prep.downloads.url_list import write_url_list
+    from data_prep.formats import coco
+
     if options.corpus == "coco":
         print(f"now: bash {coco.write_download(options.output)} FOLDER")
         return 0
@@ -108,14 +108,6 @@ def _labels(text: str) -> tuple[str, list[str]]:
     return name, labels.split(",")
 
 
-def _epilog() -> str:
-    lines = []
-    for corpus in CORPORA.values():
-        lines.append(f"{corpus.name}: {corpus.about}")
-        declared = corpus.scores | corpus.labels
-        lines += [f"    {name}: {meaning}" for name, meaning in declared.items()]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(
+    verb="prepare-downloads", help=__doc__, add_arguments=add_arguments, run=run, error_code=1
+).main

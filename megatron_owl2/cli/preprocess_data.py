@@ -1,6 +1,6 @@
-"""Turn a published corpus into a data set of shards.
+"""Conversion of a published corpus into a data set of shards.
 
-    python tools/preprocess_data.py --input PATH --format NAME --output DIR
+    owl2 preprocess-data --input PATH --format NAME --output DIR
 
 Repeatable: a finished output is left alone, an interrupted one continued. Several machines share
 the work: each runs --partition I/N into one folder, then one of them --merge; --deduplicate and
@@ -9,52 +9,34 @@ of the corpus.
 """
 
 import argparse
-import signal
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_prep.arguments import score_limit
-from data_prep.filters import Filters
-from data_prep.formats.registry import FORMATS
-from data_prep.job import PAGE, Outcome, preprocess
-from data_prep.reencode import DEFAULT_QUALITY, Reencoding
-from data_prep.splits import ReadOptions
-from data_prep.worker import Settings
+from megatron_owl2.cli.command import Command
+from megatron_owl2.cli.options import count, score_limit
 from megatron_owl2.errors import PreprocessError
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return _preprocess(options)
-    except (PreprocessError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; finished parts are kept, start again to continue", file=sys.stderr)
-        return 130
+if TYPE_CHECKING:
+    from data_prep.job import Outcome
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from data_prep.formats.registry import FORMATS
+    from data_prep.reencode import DEFAULT_QUALITY
+
+    parser.allow_abbrev = False
     add = parser.add_argument_group("input").add_argument
     add("--input", type=Path, required=True, help="folder or file to read")
     add("--format", choices=sorted(FORMATS), required=True)
-    add("--images", type=Path, metavar="DIR", help="folder that picture paths are relative to")
-    add("--image-column", metavar="NAME", help="column of a table with the picture's path")
+    add("--images", type=Path, metavar="DIR", help="folder that image paths are relative to")
+    add("--image-column", metavar="NAME", help="column of a table with the image's path")
     add("--caption-column", metavar="NAME", help="column of a table with the caption")
 
     add = parser.add_argument_group("which samples stay").add_argument
-    add("--min-side", type=_positive, metavar="PIXELS", help="of the smaller side")
+    add("--min-side", type=count, metavar="PIXELS", help="of the smaller side")
     add("--max-aspect", type=_ratio, metavar="RATIO", help="of the longer to the shorter side")
-    add("--min-caption", type=_positive, metavar="CHARACTERS")
-    add("--max-caption", type=_positive, metavar="CHARACTERS")
+    add("--min-caption", type=count, metavar="CHARACTERS")
+    add("--max-caption", type=count, metavar="CHARACTERS")
     for name, text in (("--min-score", "least"), ("--max-score", "largest")):
         add(
             name,
@@ -64,44 +46,50 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME=VALUE",
             help=f"{text} value of a column such as clip_similarity_vitb32; may be repeated",
         )
-    add("--no-decode", action="store_true", help="trust pictures whose header can be read")
+    add("--no-decode", action="store_true", help="trust images whose header can be read")
     add(
         "--deduplicate",
         choices=("image", "pair"),
-        help="keep the first of samples with the same picture, or the same picture and text",
+        help="keep the first of samples with the same image, or the same image and text",
     )
     add("--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1")
     add("--seed", type=int, default=0, help="of the sample")
 
-    add = parser.add_argument_group("how pictures are stored").add_argument
-    add("--max-side", type=_positive, metavar="PIXELS", help="make larger pictures smaller")
+    add = parser.add_argument_group("how images are stored").add_argument
+    add("--max-side", type=count, metavar="PIXELS", help="make larger images smaller")
     add(
         "--jpeg-quality",
         type=_quality,
         metavar="Q",
-        help=f"store every picture as JPEG ({DEFAULT_QUALITY} for those that --max-side changes)",
+        help=f"store every image as JPEG ({DEFAULT_QUALITY} for those that --max-side changes)",
     )
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="folder of the data set")
     add(
         "--shard-size",
-        type=_positive,
+        type=count,
         default=10_000,
         metavar="N",
         help="most samples of a shard; every part of the input begins a new one",
     )
-    add("--workers", type=_positive, default=1, metavar="N", help="processes")
+    add("--workers", type=count, default=1, metavar="N", help="processes")
     share = parser.add_mutually_exclusive_group()
     share.add_argument(
         "--partition", type=_partition, default=(0, 1), metavar="I/N", help="0/N to (N-1)/N"
     )
     share.add_argument("--merge", action="store_true", help="do what all partitions must precede")
     share.add_argument("--plan", action="store_true", help="say how many parts and readings")
-    return parser
 
 
-def _preprocess(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    from data_prep.filters import Filters
+    from data_prep.formats.registry import FORMATS
+    from data_prep.job import preprocess
+    from data_prep.reencode import Reencoding
+    from data_prep.splits import ReadOptions
+    from data_prep.worker import Settings
+
     if not options.input.exists():
         raise PreprocessError(f"--input {options.input} does not exist")
     reader = FORMATS[options.format]
@@ -151,7 +139,9 @@ def _preprocess(options: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(outcome: Outcome, output: Path) -> str:
+def _summary(outcome: "Outcome", output: Path) -> str:
+    from data_prep.job import PAGE
+
     if outcome.report is not None:
         state = "finished" if outcome.finished else "was finished already, nothing done"
         return f"{state}; {outcome.report}\nlook at {output / PAGE}"
@@ -160,13 +150,6 @@ def _summary(outcome: Outcome, output: Path) -> str:
     verb = "scanned" if outcome.scanned else "written"
     count = outcome.scanned + outcome.written
     return f"{count} parts {verb}; when all partitions are through, run --merge"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
 
 
 def _quality(text: str) -> int:
@@ -197,5 +180,12 @@ def _partition(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(
+    verb="preprocess-data",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    error_code=1,
+    interrupted="interrupted; finished parts are kept, start again to continue",
+    sigterm_interrupts=True,
+).main

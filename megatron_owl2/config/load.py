@@ -5,15 +5,16 @@
 """
 
 import dataclasses
-import difflib
 from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_owl2.config.examples import locate
 from megatron_owl2.config.schema import RunConfig, SourceConfig
 from megatron_owl2.errors import ConfigError
+from megatron_owl2.utils.suggest import did_you_mean
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -21,7 +22,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 
     An override is `section.key=value` or a YAML file. Raises ConfigError for a missing file, a key
     that does not exist (with the nearest one that does), a value of the wrong type, or an override
-    that is neither.
+    that is neither. A file `examples/...` that is not there is the package's own example.
     """
     known = OmegaConf.structured(RunConfig)
     layers = _read_with_parents(Path(path))
@@ -71,6 +72,7 @@ def _read_with_parents(path: Path) -> list[tuple[str, DictConfig]]:
     """Name and content of `path` and all it extends, the oldest first; `extends` is relative to its
     file."""
     chain: list[tuple[Path, dict]] = []
+    path = locate(path)
     while True:
         if not path.is_file():
             raise ConfigError(f"config file {path} does not exist")
@@ -86,15 +88,14 @@ def _read_with_parents(path: Path) -> list[tuple[str, DictConfig]]:
         chain.append((path, tree))
         if parent is None:
             return [(str(path), OmegaConf.create(tree)) for path, tree in reversed(chain)]
-        path = path.parent / parent
+        path = locate(parent, path.parent)
 
 
 def _refuse_unknown(tree: dict, cls: type, where: str, prefix: str = "") -> None:
     names = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in tree.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
+            hint = did_you_mean(key, names, prefix)
             raise ConfigError(f"{where}: unknown key '{prefix}{key}'; {hint}")
         kind = names[key].type
         if dataclasses.is_dataclass(kind):
