@@ -1,4 +1,4 @@
-"""Check of a data set: manifest, sizes, indexes, and every sample against its checksum.
+"""Check of a data set: manifest, sizes, indexes, checksums of every sample.
 
     owl2 check-data DIR [--decode FRACTION] [--workers N]
 

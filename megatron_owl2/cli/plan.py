@@ -3,8 +3,8 @@
 owl2 plan --config examples/7b/pretrain.yaml --gpus 64 --gpu-memory 80 \\
     [section.key=value ...]
 
-Shows memory, operations and traffic. Needs no GPU, no data and no checkpoint. Exit codes: 0 the config's layout fits; 1 it does not; 2
-the config cannot run on so many GPUs.
+Shows memory, operations, traffic and days. Needs no GPU, no data and no checkpoint. Exit codes: 0
+the config's layout fits; 1 it does not; 2 the config cannot run on so many GPUs.
 """
 
 import argparse
