@@ -1,5 +1,6 @@
 """What must be on the machine: GPUs, libraries, files."""
 
+import importlib.util
 import math
 import os
 import re
@@ -18,6 +19,7 @@ def check_machine(config: RunConfig) -> None:
     may.
     """
     _check_gpus_are_seen()
+    _check_wandb(config)
     own_kernels, profiler = config.kernels.backend == "local", config.watch.profiler
     if own_kernels and profiler != "nsys":
         return
@@ -53,6 +55,16 @@ def check_machine(config: RunConfig) -> None:
     if config.kernels.fp8 != "none":  # it depends on GPU, CUDA and cuBLAS together
         able, reason = support.get(config.kernels.fp8, FP8GlobalStateManager.is_fp8_available)()
         require(able, f"kernels.fp8={config.kernels.fp8} does not run here: {reason}")
+
+
+def _check_wandb(config: RunConfig) -> None:
+    spec = importlib.util.find_spec("wandb") if config.wandb.enabled else None
+    require(
+        # A folder wandb/ of earlier runs looks like a package, but has no file.
+        not config.wandb.enabled or (spec is not None and spec.origin is not None),
+        "wandb.enabled needs the package wandb, which is not installed; pip install "
+        "'megatron-owl2[wandb]', or use wandb.enabled=false",
+    )
 
 
 def _check_gpus_are_seen() -> None:
