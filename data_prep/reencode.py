@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 
 from megatron_owl2.data.shards.records import image_extension
 from megatron_owl2.errors import BadSampleError
+
+if TYPE_CHECKING:  # the parser of preprocess-data needs DEFAULT_QUALITY alone
+    import torch
 
 DEFAULT_QUALITY = 90  # of what must be encoded when no quality was asked for
 _LONGEST = 65_500  # pixels; libjpeg's limit
@@ -39,8 +41,10 @@ class Reencoding:
             raise BadSampleError("image is too long for JPEG")
         return True
 
-    def encode(self, pixels: torch.Tensor) -> bytes:
+    def encode(self, pixels: "torch.Tensor") -> bytes:
         """JPEG (4:2:0) of uint8 [3, H, W], made smaller by antialiased bicubic interpolation."""
+        import torch.nn.functional as F
+
         height, width = self._target(*pixels.shape[1:])
         if (height, width) != pixels.shape[1:]:
             pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
@@ -54,7 +58,7 @@ class Reencoding:
         return tuple(max(1, round(side * scale)) for side in size)
 
 
-def fit(pixels: torch.Tensor, longest: int) -> bytes:
+def fit(pixels: "torch.Tensor", longest: int) -> bytes:
     """A JPEG of uint8 [3, H, W] with no side above `longest` pixels."""
     return Reencoding(max_side=longest).encode(pixels)
 

@@ -1,79 +1,8 @@
-"""Check a data set: manifest, sizes, indexes, and every sample against its checksum.
+"""Script of a checkout for `owl2 check-data`, megatron_owl2/cli/check_data.py."""
 
-    python tools/check_data.py DIR [--decode FRACTION] [--workers N]
-
-DIR is a folder or a URL. Prints what is wrong and the counts; exits 0 if all is right, 1 if
-anything is wrong and 2 if DIR is no data set.
-"""
-
-import argparse
 import sys
 
-from data_prep.check import check, unlisted
-from megatron_owl2.data.storage import StorageOptions
-from megatron_owl2.errors import ShardError, StorageError
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", metavar="DIR", help="data set: a folder or a URL")
-    parser.add_argument(
-        "--decode", type=_fraction, default=0.0, metavar="FRACTION", help="of pictures to decode"
-    )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
-    parser.add_argument("--cache", default="", metavar="DIR", help="local folder, for a URL")
-    parser.add_argument(
-        "--show", type=int, default=20, metavar="N", help="bad samples to print; the rest count"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        return _check(options)
-    except (ShardError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _check(options: argparse.Namespace) -> int:
-    storage = StorageOptions(cache=options.cache)
-    shards = samples = good = decoded = bad = unreadable = faults = shown = 0
-    for result in check(options.directory, options.decode, options.workers, storage):
-        shards += 1
-        samples += result.good + len(result.bad) + result.unreadable
-        good, decoded = good + result.good, decoded + result.decoded
-        bad, unreadable = bad + len(result.bad), unreadable + result.unreadable
-        faults += len(result.faults)
-        for fault in result.faults:
-            print(f"shard: {fault}")
-        for reason in result.bad[: max(0, options.show - shown)]:
-            print(f"sample: {reason}")
-        shown += len(result.bad)
-    if shown > options.show:
-        print(f"... and {shown - options.show} more bad samples (--show {shown} prints all)")
-    extra = unlisted(options.directory)
-    for name in extra:
-        print(f"shard: {name} is not in the manifest, so it is never read")
-    print(
-        f"{options.directory}: {samples:,} samples in {shards:,} shards: {good:,} good "
-        f"({decoded:,} pictures decoded), {bad:,} bad, {unreadable:,} unreadable; "
-        f"{faults + len(extra)} faults of shards"
-    )
-    wrong = bad or unreadable or faults or extra
-    print("DAMAGED" if wrong else "ok")
-    return 1 if wrong else 0
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
-
+from megatron_owl2.cli.check_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

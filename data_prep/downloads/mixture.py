@@ -1,7 +1,7 @@
 """Carries out a recipe: what is there of each source, what comes next, and the training's sources.
 
 Under the mixture's folder lie lists/NAME (addresses), pictures/NAME (img2dataset's output) and
-shards/NAME. The steps are the commands of the other tools, which can be run by hand or elsewhere.
+shards/NAME. The steps are other verbs of `owl2`, which can be run by hand or elsewhere.
 """
 
 import json
@@ -22,7 +22,6 @@ from megatron_owl2.data.shards.manifest import MANIFEST, write_atomically
 from megatron_owl2.errors import PreprocessError
 
 CONFIG = "config.yaml"
-_TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Mixture:
 
     def _list(self, name: str, source: Source) -> list[str]:
         return [
-            *_tool("prepare_downloads.py"),
+            *_verb("prepare-downloads"),
             *_flags({"corpus": source.corpus, "input": self.folder / source.metadata}),
             *_flags({"output": self._path("lists", name)}),
             *_flags(source.list),
@@ -150,7 +149,7 @@ class Mixture:
         if source.images is not None:
             place["images"] = self.folder / source.images
         return [
-            *_tool("preprocess_data.py"),
+            *_verb("preprocess-data"),
             *_flags(place | {"output": self._path("shards", name)}),
             *_flags(source.shards),
             *_flags({"sample": source.target, "seed": self.recipe.seed}),
@@ -158,8 +157,9 @@ class Mixture:
         ]
 
 
-def _tool(name: str) -> list[str]:
-    return [sys.executable, str(_TOOLS / name)]
+def _verb(name: str) -> list[str]:
+    """`owl2 NAME`, with this interpreter whatever else is on the PATH."""
+    return [sys.executable, "-m", "megatron_owl2.cli", name]
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """A recipe: which corpora make a mixture, how many pairs of each, and what is left out of them."""
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 from data_prep.downloads.corpora import CORPORA
 from data_prep.formats.registry import FORMATS
 from megatron_owl2.errors import PreprocessError
+from megatron_owl2.utils.suggest import did_you_mean
 
 # Options of tools/prepare_downloads.py and tools/preprocess_data.py, with underscores.
 _LIMITS = ("min_score", "max_score", "min_side", "max_aspect", "min_caption", "max_caption")
@@ -103,9 +103,7 @@ def _check_keys(
         raise PreprocessError(f"{place} must be a section with keys, not {tree!r}")
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise PreprocessError(f"{place}: unknown key '{key}'; {hint}")
+            raise PreprocessError(f"{place}: unknown key '{key}'; {did_you_mean(key, known)}")
     for key in needed:
         if key not in tree:
             raise PreprocessError(f"{place}: '{key}' is missing")

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_owl2.config.examples import locate
 from megatron_owl2.config.fields import choice_misfit
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.errors import ConfigError
@@ -28,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     An override is `section.key=value` or a YAML file. Raises ConfigError for a missing file, a key
     that does not exist (with the nearest one that does), a value of the wrong type, or an override
-    that is neither.
+    that is neither. A file `examples/...` that is not there is the package's own example.
     """
     layers = _read_with_parents(Path(path))
     for override in overrides:
@@ -104,6 +105,7 @@ def _read_with_parents(path: Path) -> list[Layer]:
     """Name and tree of a file and of all it extends, the oldest first; `extends` is relative to its
     file."""
     chain: list[tuple[Path, dict]] = []
+    path = locate(path)
     while True:
         if any(path.resolve() == seen.resolve() for seen, _ in chain):
             raise ConfigError(f"{path} extends itself")
@@ -112,7 +114,7 @@ def _read_with_parents(path: Path) -> list[Layer]:
         chain.append((path, tree))
         if parent is None:
             return [(str(path), tree) for path, tree in reversed(chain)]
-        path = path.parent / parent
+        path = locate(parent, path.parent)
 
 
 def _check_tree(tree: dict, schema: Any, where: str, prefix: str = "") -> None:

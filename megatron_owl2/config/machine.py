@@ -1,5 +1,6 @@
 """Checks of the machine: GPUs, libraries, files."""
 
+import importlib.util
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ def check_machine(config: RunConfig) -> None:
     may.
     """
     _check_gpus_are_seen()
+    _check_wandb(config)
     if config.watch.profiler == "nsys":
         _require_gpu("watch.profiler=nsys", "watch.profiler=torch")
     if config.kernels.backend == "transformer_engine":
@@ -55,6 +57,16 @@ def _check_transformer_engine(config: RunConfig) -> None:
         recipe = FP8_RECIPES[config.kernels.fp8]
         able, reason = getattr(FP8GlobalStateManager, recipe.support_check)()
         require(able, f"kernels.fp8={recipe.name} does not run here: {reason}")
+
+
+def _check_wandb(config: RunConfig) -> None:
+    spec = importlib.util.find_spec("wandb") if config.wandb.enabled else None
+    require(
+        # A folder wandb/ of earlier runs looks like a package, but has no file.
+        not config.wandb.enabled or (spec is not None and spec.origin is not None),
+        "wandb.enabled needs the package wandb, which is not installed; pip install "
+        "'megatron-owl2[wandb]', or use wandb.enabled=false",
+    )
 
 
 def _check_gpus_are_seen() -> None:

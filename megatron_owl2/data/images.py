@@ -40,13 +40,18 @@ def decode(data: bytes) -> torch.Tensor:
             pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
         else:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                check_size(*image.size)
-                pixels = np.array(_to_rgb(image))
+                return from_pillow(image)
     except BadSampleError:
         raise
     except Exception as error:  # Pillow's readers raise many types on damaged files
         raise BadSampleError(f"image cannot be decoded: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def from_pillow(image: Image.Image) -> torch.Tensor:
+    """An image of Pillow as RGB, uint8 [3, H, W]; raises BadSampleError if it is too large."""
+    check_size(*image.size)
+    return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
 
 
 def image_size(data: bytes) -> tuple[int, int]:

@@ -1,0 +1,61 @@
+"""Export of a checkpoint as a Hugging Face directory in safetensors.
+
+Layout owl2 has the names of the released model; llama is the decoder's text branch as a
+LlamaForCausalLM; clip is the ViT as a CLIPVisionModel.
+"""
+
+import argparse
+import os
+
+from megatron_owl2.cli.command import Command, UsageError
+from megatron_owl2.errors import ConversionError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="CKPT", required=True, help="checkpoint or run")
+    parser.add_argument("--output", metavar="DIR", required=True, help="new directory")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights; the checkpoint's own by default",
+    )
+    parser.add_argument("--layout", choices=["owl2", "llama", "clip"], default="owl2")
+    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of a weight file")
+
+
+def run(options: argparse.Namespace) -> int:
+    if not 0 < options.max_shard_gib < float("inf"):
+        raise UsageError("--max-shard-gib must be a positive number")
+
+    import torch
+
+    from megatron_owl2.convert.hf_weights import export_hf
+    from megatron_owl2.convert.sources import from_checkpoint
+
+    if os.path.lexists(options.output):
+        raise ConversionError(f"{options.output} exists already; name a new directory")
+    source = from_checkpoint(options.checkpoint)
+    export_hf(
+        source.tensors,
+        source.config.model,
+        options.output,
+        tokenizer=source.config.data.tokenizer or None,
+        layout=options.layout,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        max_shard_bytes=int(options.max_shard_gib * 1024**3),
+        progress=True,
+    )
+    if options.layout != "clip" and not source.config.data.tokenizer:
+        print("warning: the checkpoint has no tokenizer.model, so the directory has none either")
+    print(f"wrote {options.output}")
+    return 0
+
+
+main = Command(
+    verb="convert-to-hf",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    interrupted="interrupted; nothing was written",
+    sigterm_interrupts=True,
+).main

@@ -1,0 +1,191 @@
+"""Conversion of a published corpus into a data set of shards.
+
+    owl2 preprocess-data --input PATH --format NAME --output DIR
+
+Repeatable: a finished output is left alone, an interrupted one continued. Several machines share
+the work: each runs --partition I/N into one folder, then one of them --merge; --deduplicate and
+--sample N take both twice. slurm/preprocess.sh submits that chain. DIR/report.html shows what came
+of the corpus.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_owl2.cli.command import Command
+from megatron_owl2.cli.options import count, score_limit
+from megatron_owl2.errors import PreprocessError
+
+if TYPE_CHECKING:
+    from data_prep.job import Outcome
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from data_prep.formats.registry import FORMATS
+    from data_prep.reencode import DEFAULT_QUALITY
+
+    parser.allow_abbrev = False
+    add = parser.add_argument_group("input").add_argument
+    add("--input", type=Path, required=True, help="folder or file to read")
+    add("--format", choices=sorted(FORMATS), required=True)
+    add("--images", type=Path, metavar="DIR", help="folder that image paths are relative to")
+    add("--image-column", metavar="NAME", help="column of a table with the image's path")
+    add("--caption-column", metavar="NAME", help="column of a table with the caption")
+
+    add = parser.add_argument_group("which samples stay").add_argument
+    add("--min-side", type=count, metavar="PIXELS", help="of the smaller side")
+    add("--max-aspect", type=_ratio, metavar="RATIO", help="of the longer to the shorter side")
+    add("--min-caption", type=count, metavar="CHARACTERS")
+    add("--max-caption", type=count, metavar="CHARACTERS")
+    for name, text in (("--min-score", "least"), ("--max-score", "largest")):
+        add(
+            name,
+            type=score_limit,
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help=f"{text} value of a column such as clip_similarity_vitb32; may be repeated",
+        )
+    add("--no-decode", action="store_true", help="trust images whose header can be read")
+    add(
+        "--deduplicate",
+        choices=("image", "pair"),
+        help="keep the first of samples with the same image, or the same image and text",
+    )
+    add("--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1")
+    add("--seed", type=int, default=0, help="of the sample")
+
+    add = parser.add_argument_group("how images are stored").add_argument
+    add("--max-side", type=count, metavar="PIXELS", help="make larger images smaller")
+    add(
+        "--jpeg-quality",
+        type=_quality,
+        metavar="Q",
+        help=f"store every image as JPEG ({DEFAULT_QUALITY} for those that --max-side changes)",
+    )
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, required=True, help="folder of the data set")
+    add(
+        "--shard-size",
+        type=count,
+        default=10_000,
+        metavar="N",
+        help="most samples of a shard; every part of the input begins a new one",
+    )
+    add("--workers", type=count, default=1, metavar="N", help="processes")
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument(
+        "--partition", type=_partition, default=(0, 1), metavar="I/N", help="0/N to (N-1)/N"
+    )
+    share.add_argument("--merge", action="store_true", help="do what all partitions must precede")
+    share.add_argument("--plan", action="store_true", help="say how many parts and readings")
+
+
+def run(options: argparse.Namespace) -> int:
+    from data_prep.filters import Filters
+    from data_prep.formats.registry import FORMATS
+    from data_prep.job import preprocess
+    from data_prep.reencode import Reencoding
+    from data_prep.splits import ReadOptions
+    from data_prep.worker import Settings
+
+    if not options.input.exists():
+        raise PreprocessError(f"--input {options.input} does not exist")
+    reader = FORMATS[options.format]
+    settings = Settings(
+        reader.read,
+        Filters(
+            options.min_side,
+            options.max_aspect,
+            options.min_caption,
+            options.max_caption,
+            dict(options.min_score),
+            dict(options.max_score),
+            decode=not options.no_decode,
+        ),
+        Reencoding(options.max_side, options.jpeg_quality),
+        options.deduplicate,
+        options.sample,
+        options.seed,
+        options.shard_size,
+    )
+    parts = reader.plan(
+        options.input,
+        ReadOptions(
+            options.images, options.shard_size, options.image_column, options.caption_column
+        ),
+    )
+    if options.plan:
+        print(f"{len(parts)} parts, {2 if settings.two_readings else 1} readings")
+        return 0
+    arguments = {
+        "format": options.format,
+        "input": str(options.input.resolve()),
+        "images": options.images and str(options.images.resolve()),
+        "image_column": options.image_column,
+        "caption_column": options.caption_column,
+    }
+    outcome = preprocess(
+        parts,
+        settings,
+        options.output,
+        arguments,
+        options.workers,
+        options.partition,
+        options.merge,
+    )
+    print(f"{options.output}: {_summary(outcome, options.output)}")
+    return 0
+
+
+def _summary(outcome: "Outcome", output: Path) -> str:
+    from data_prep.job import PAGE
+
+    if outcome.report is not None:
+        state = "finished" if outcome.finished else "was finished already, nothing done"
+        return f"{state}; {outcome.report}\nlook at {output / PAGE}"
+    if outcome.selected:
+        return "selected; now run the partitions again, then --merge"
+    verb = "scanned" if outcome.scanned else "written"
+    count = outcome.scanned + outcome.written
+    return f"{count} parts {verb}; when all partitions are through, run --merge"
+
+
+def _quality(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
+    return value
+
+
+def _ratio(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _sample(text: str) -> int | float:
+    value = float(text) if "." in text else int(text)
+    if value <= 0 or (isinstance(value, float) and value >= 1):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of samples nor below 1")
+    return value
+
+
+def _partition(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or not 0 <= int(index) < int(count):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")
+    return int(index), int(count)
+
+
+main = Command(
+    verb="preprocess-data",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    error_code=1,
+    interrupted="interrupted; finished parts are kept, start again to continue",
+    sigterm_interrupts=True,
+).main

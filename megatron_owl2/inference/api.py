@@ -1,0 +1,112 @@
+"""Inference API: a model that answers questions about images, from a checkpoint or an HF export.
+
+`megatron_owl2.load` and the verb `generate` are this module's.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias, overload
+
+import torch
+from PIL import Image
+
+from megatron_owl2.data import images as image_processing
+from megatron_owl2.data.conversation import prompt
+from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
+from megatron_owl2.errors import BadSampleError, InferenceError
+from megatron_owl2.inference.engine import Generator, LoadedModel, load_model
+
+ImageInput: TypeAlias = str | PathLike[str] | Image.Image | torch.Tensor
+
+
+class InferenceModel:
+    """A loaded model that answers questions, greedily."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.config, self.tokenizer = loaded.config, loaded.tokenizer
+        self._generator = Generator(loaded)
+
+    @overload
+    def generate(
+        self, prompts: str, images: Sequence[ImageInput] = (), *, max_new_tokens: int = 64
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[ImageInput]] = (),
+        *,
+        max_new_tokens: int = 64,
+    ) -> list[str]: ...
+
+    def generate(self, prompts, images=(), *, max_new_tokens=64):
+        """The answer to a question with its images, or the answers to a list of questions.
+
+        images: for one question its images in order; for a list of questions one such list for
+        each, or nothing. An image is a path, a Pillow image or a tensor uint8 [3, H, W] (RGB) of
+        any size; it is squashed to the model's square. Images go where the question has
+        `<|image|>`, or before it if it has none. Questions of a list are answered in one batch.
+        An answer has at most `max_new_tokens` tokens.
+        Raises InferenceError if an image cannot be used, the placeholders and images differ in
+        number, or the question and its answer exceed the decoder's positions; OSError for a file
+        that cannot be read. Under torchrun all processes must make the same calls.
+        """
+        if isinstance(prompts, str):
+            return self.generate([prompts], [images], max_new_tokens=max_new_tokens)[0]
+        rows = [_as_list(row) for row in images] or [[]] * len(prompts)
+        if len(rows) != len(prompts):
+            raise InferenceError(f"{len(prompts)} prompts, but images for {len(rows)}")
+        questions = map(_with_placeholders, prompts, map(len, rows))
+        size = self.config.vision.image_size
+        pixels = [
+            [image_processing.resize_square(read_image(image), size) for image in row]
+            for row in rows
+        ]
+        return self._generator.generate([*map(prompt, questions)], pixels, max_new_tokens)
+
+
+def load(path: str | PathLike[str], precision: str = "fp32") -> InferenceModel:
+    """Load a model: an HF export, a run directory, its `checkpoints/` or one `iter_*`.
+
+    `precision` is fp32 or bf16. Under torchrun the weights are split over all its processes.
+    Raises InferenceError, CheckpointError, ConversionError or ConfigError, as
+    `inference.engine.load_model` does.
+    """
+    return InferenceModel(load_model(Path(path), precision))
+
+
+def read_image(image: ImageInput) -> torch.Tensor:
+    """An image as uint8 [3, H, W] of its own size, from a path, a Pillow image or such a tensor.
+
+    Raises InferenceError if it cannot be decoded or is none of these, OSError if its file cannot
+    be read.
+    """
+    if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+            raise InferenceError(
+                f"an image is a tensor {image.dtype} {list(image.shape)}; give uint8 [3, H, W]"
+            )
+        return image
+    try:
+        if isinstance(image, Image.Image):
+            return image_processing.from_pillow(image)
+        return image_processing.decode(Path(image).read_bytes())
+    except BadSampleError as error:
+        name = "an image" if isinstance(image, Image.Image) else image
+        raise InferenceError(f"{name}: {error}") from None
+
+
+def _with_placeholders(question: str, images: int) -> str:
+    """The question with a placeholder for each image, which come first unless it has its own."""
+    if IMAGE_PLACEHOLDER in question:
+        return question
+    return IMAGE_PLACEHOLDER * images + question
+
+
+def _as_list(images: Sequence[ImageInput]) -> list[ImageInput]:
+    """The images of one question; raises InferenceError for one image without a list."""
+    if isinstance(images, str | PathLike | Image.Image | torch.Tensor):
+        raise InferenceError("images of a question are a list: images=[image], also for one image")
+    return list(images)
