@@ -149,7 +149,7 @@ def test_a_configuration_of_another_model_is_refused_with_all_differences():
 
 def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(tmp_path):
     tokenizer = small_tokenizer(tmp_path)
-    with pytest.raises(ConversionError, match="320 pieces, the embedding only 64 rows"):
+    with pytest.raises(ConversionError, match="has 320 pieces, but the model embeds 64"):
         from_llama_and_clip(LLAMA, CLIP, config=parts_config(), tokenizer=tokenizer)
 
 

@@ -56,7 +56,7 @@ def model(corpus, tmp_path_factory):
     owl = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model)
     run = tmp_path_factory.mktemp("run")
     config.train.async_save = False
-    CheckpointManager(run, config.train, print).save(1, [owl], config)
+    CheckpointManager(run, config.train).save(1, [owl], config)
     return run
 
 

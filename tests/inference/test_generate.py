@@ -238,7 +238,7 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
     config.parallel.tensor = 2  # of the run that wrote it; the loader takes what it has
     run = tmp_path / "run"
     config.train.async_save = False
-    CheckpointManager(run, config.train, print).save(3, [loaded.model], config)
+    CheckpointManager(run, config.train).save(3, [loaded.model], config)
     prompts, images = cases(loaded)
     answers = Generator(loaded).generate_ids(prompts, images, 8)
     export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)
