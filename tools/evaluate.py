@@ -10,8 +10,7 @@ import os
 import sys
 
 from megatron_owl2.errors import ScoreError, TaskError
-from megatron_owl2.evaluation import tasks
-from megatron_owl2.evaluation.tasks import TASKS
+from megatron_owl2.evaluation import benchmark, registry
 
 
 def main() -> int:
@@ -28,13 +27,12 @@ def evaluate(arguments: list[str]) -> int:
         "--data", required=True, help="folder with the published files and images/, or its file"
     )
     parser.add_argument("--output", required=True, help="for predictions.jsonl and scores.json")
-    parser.add_argument("--blind", action="store_true", help="show black pictures only")
+    parser.add_argument("--blind", action="store_true", help="show black images only")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--limit", type=int, help="ask the first N questions only")
     parser.add_argument(
         "--prompt-suffix",
-        help="after every question, with its own leading space, instead of the task's "
-        f"{TASKS['vqav2'].suffix!r} (vqav2, pope) or nothing",
+        help="after every question, with its own leading space, instead of the task's",
     )
     parser.add_argument("--max-new-tokens", type=int, help="instead of the task's")
     parser.add_argument("--min-new-tokens", type=int, help="instead of the task's")
@@ -58,9 +56,9 @@ def evaluate(arguments: list[str]) -> int:
         variant=options.variant,
     )
     about = {"model": options.checkpoint, "data": options.data}
-    task = TASKS[options.task]
+    task = registry.find_benchmarks()[options.task]
     try:
-        questions, gold = tasks.read(task, options.data, options.limit)
+        questions, gold = benchmark.read(task, options.data, options.limit)
         loaded = load_model(options.checkpoint, options.precision)
         result = runner.evaluate(
             loaded, options.task, questions, gold, options.output, settings, about
@@ -80,12 +78,11 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("--predictions", required=True, help="JSON lines or a JSON list")
     parser.add_argument("--gold", required=True, help="the published answers")
     options = parser.parse_args(arguments)
-    task = TASKS[options.task]
+    task = registry.find_benchmarks()[options.task]
     try:
-        predictions = tasks.read_predictions(task, options.predictions)
-        result = tasks.score(
-            task, predictions, tasks.read_gold(task, options.gold), options.variant
-        )
+        predictions = benchmark.read_predictions(task, options.predictions)
+        gold = benchmark.read_gold(task, options.gold)
+        result = benchmark.score(task, predictions, gold, options.variant)
     except (TaskError, ScoreError) as error:
         return _refuse(error)
     print(json.dumps(result, indent=1))
@@ -93,11 +90,16 @@ def score(arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
+    benchmarks = registry.find_benchmarks()
+    tasks = "\n".join(registry.describe(*item) for item in benchmarks.items())
     parser = argparse.ArgumentParser(
-        prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name,
+        description=__doc__,
+        epilog=f"tasks:\n{tasks}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--variant", help="of the scoring rule; vqav2: owl2 (default) or official")
+    parser.add_argument("--task", required=True, choices=benchmarks, help="one of those below")
+    parser.add_argument("--variant", help="of the task's scoring rule, where it has several")
     return parser
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_owl2.errors import ReportError
-from megatron_owl2.evaluation.tasks import PREDICTIONS, SCORES, TASKS
+from megatron_owl2.evaluation.benchmark import PREDICTIONS, SCORES
+from megatron_owl2.evaluation.registry import find_benchmarks
 
 
 @dataclass
@@ -122,7 +123,7 @@ def read_answers(evaluations: Sequence[tuple[str, Path]]) -> dict[str, list[Answ
         result = _json(directory / SCORES)
         if result["blind"]:
             continue
-        field = TASKS[result["task"]].answer_field
+        field = find_benchmarks()[result["task"]].answer_field
         for row in _json_lines(directory / PREDICTIONS):
             if row["images"]:
                 answer = Answer(
