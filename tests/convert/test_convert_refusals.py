@@ -332,14 +332,14 @@ def test_an_interrupted_tool_says_so_and_leaves_nothing(tmp_path, converted, too
     source = {"convert_from_hf": ["--owl2", OWL2], "convert_to_hf": ["--checkpoint", converted]}
     code = f"""
 import os, runpy, sys
-from megatron_owl2.convert import lazy, stream, weights
-read_ahead = lazy.read_ahead
+from megatron_owl2.convert import lazy_tensor, megatron_io, safetensors_io
+read_ahead = lazy_tensor.read_ahead
 def stopped(tensors):
     for count, pair in enumerate(read_ahead(tensors)):
         if count == 3:
             os.kill(os.getpid(), {int(number)})
         yield pair
-stream.read_ahead = weights.read_ahead = stopped
+megatron_io.read_ahead = safetensors_io.read_ahead = stopped
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -18,7 +18,8 @@ from megatron_owl2.config.schema import (
     VisionConfig,
 )
 from megatron_owl2.convert import hf_weights as hf
-from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt
+from megatron_owl2.data.conversation import prompt
+from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.engine import Generator, LoadedModel, load_model
