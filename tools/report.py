@@ -1,4 +1,4 @@
-"""Put the training curves and evaluations of a model together, as a table and a picture:
+"""Put the training curves and evaluations of a model together, as a table and a figure:
 
 python tools/report.py --run pretrain=RUN_DIR --run finetune=RUN_DIR \\
     --evaluation seen=DIR --evaluation heldout=DIR --output DIR
@@ -41,12 +41,12 @@ def main() -> int:
         runs = report.named("--run", options.run)
         scores = report.collect(evaluations)
         print(report.table(scores))
-        curves = [(name, *report.read_curve(path)) for name, path in runs]
+        curves = [report.read_loss_curves(name, path) for name, path in runs]
         answers = report.read_answers(evaluations)
         shown = options.pictures or next(reversed(answers), None)
         if shown is not None and shown not in answers:
             raise ReportError(
-                f"--pictures {shown}: no such set has answers about pictures; there are "
+                f"--pictures {shown}: no such set has answers about images; there are "
                 f"{', '.join(answers) or 'none'}"
             )
         examples = report.pick(answers[shown], count=8) if shown else []
