@@ -11,7 +11,7 @@ from megatron_owl2.cli.command import Command, UsageError, is_first_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    tasks = _add_task(parser)
+    _add_task(parser)
     parser.add_argument("--checkpoint", required=True, help="run directory, iter_* or HF export")
     parser.add_argument(
         "--data", required=True, help="folder with the published files and images/, or its file"
@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="ask the first N questions only")
     parser.add_argument(
         "--prompt-suffix",
-        help="after every question, with its own leading space, instead of the task's "
-        f"{tasks['vqav2'].suffix!r} (vqav2, pope) or nothing",
+        help="after every question, with its own leading space, instead of the task's",
     )
     parser.add_argument("--max-new-tokens", type=int, help="instead of the task's")
     parser.add_argument("--min-new-tokens", type=int, help="instead of the task's")
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
 
-    from megatron_owl2.evaluation import runner, tasks
+    from megatron_owl2.evaluation import benchmark, registry, runner
     from megatron_owl2.inference.engine import load_model
 
     settings = runner.Settings(
@@ -48,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
         variant=options.variant,
     )
     about = {"model": options.checkpoint, "data": options.data}
-    questions, gold = tasks.read(tasks.TASKS[options.task], options.data, options.limit)
+    task = registry.find_benchmarks()[options.task]
+    questions, gold = benchmark.read(task, options.data, options.limit)
     loaded = load_model(options.checkpoint, options.precision)
     result = runner.evaluate(loaded, options.task, questions, gold, options.output, settings, about)
     if is_first_rank():
@@ -63,22 +63,24 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def score(options: argparse.Namespace) -> int:
-    from megatron_owl2.evaluation import tasks
+    from megatron_owl2.evaluation import benchmark, registry
 
-    task = tasks.TASKS[options.task]
-    predictions = tasks.read_predictions(task, options.predictions)
-    gold = tasks.read_gold(task, options.gold)
-    print(json.dumps(tasks.score(task, predictions, gold, options.variant), indent=1))
+    task = registry.find_benchmarks()[options.task]
+    predictions = benchmark.read_predictions(task, options.predictions)
+    gold = benchmark.read_gold(task, options.gold)
+    print(json.dumps(benchmark.score(task, predictions, gold, options.variant), indent=1))
     return 0
 
 
-def _add_task(parser: argparse.ArgumentParser) -> dict:
-    """Options of both modes; returns the benchmarks by name."""
-    from megatron_owl2.evaluation.tasks import TASKS
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    """Options of both modes, with the benchmarks in the help."""
+    from megatron_owl2.evaluation import registry
 
-    parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--variant", help="of the scoring rule; vqav2: owl2 (default) or official")
-    return TASKS
+    benchmarks = registry.find_benchmarks()
+    tasks = "\n".join(registry.describe(*item) for item in benchmarks.items())
+    parser.epilog = f"tasks:\n{tasks}"
+    parser.add_argument("--task", required=True, choices=benchmarks, help="one of those below")
+    parser.add_argument("--variant", help="of the task's scoring rule, where it has several")
 
 
 _SCORE = Command(verb="evaluate", help=__doc__, add_arguments=add_score_arguments, run=score)

@@ -42,12 +42,12 @@ def run(options: argparse.Namespace) -> int:
     runs = report.named("--run", options.run)
     scores = report.collect(evaluations)
     print(report.table(scores))
-    curves = [(name, *report.read_curve(path)) for name, path in runs]
+    curves = [report.read_loss_curves(name, path) for name, path in runs]
     answers = report.read_answers(evaluations)
     shown = options.pictures or next(reversed(answers), None)
     if shown is not None and shown not in answers:
         raise ReportError(
-            f"--pictures {shown}: no such set has answers about pictures; there are "
+            f"--pictures {shown}: no such set has answers about images; there are "
             f"{', '.join(answers) or 'none'}"
         )
     examples = report.pick(answers[shown], count=8) if shown else []

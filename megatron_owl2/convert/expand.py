@@ -1,13 +1,21 @@
-"""Raw inputs of the released model (ids with -200 for an image) to the inputs of Owl2.
+"""Conversion of the released model's raw inputs (ids with -200 for an image) to those of Owl2.
 
 The released code expands the placeholders inside the forward pass; here it is done before.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from megatron_owl2.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_owl2.data.image_tokens import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_ID,
+    TEXT,
+    VISION,
+    expand_placeholders,
+    vision_token_index,
+)
 
 
 @dataclass(frozen=True)
@@ -58,43 +66,38 @@ def expand(
     counts = [1] * takers if images_per_placeholder is None else list(images_per_placeholder)
     if len(counts) != takers:
         raise ValueError(f"{takers} placeholders and text-only rows, but {len(counts)} counts")
-    counts = iter(counts)
-    rows, owners, idle, image = [], [], [], 0
-    for ids, keep, targets in zip(
-        input_ids.tolist(),
-        mask.tolist(),
-        [None] * len(input_ids) if labels is None else labels.tolist(),
-        strict=True,
-    ):
-        row = []  # (token, label, modality, valid)
-        if IMAGE_TOKEN_ID not in ids:
-            count = next(counts)
-            idle.extend(range(image, image + count))
-            image += count
-        for t, token in enumerate(ids):
-            if token == IMAGE_TOKEN_ID:
-                count = next(counts)
-                owners.extend(range(image, image + count))
-                image += count
-                row += [(0, IGNORE_INDEX, 1, True)] * (count * tokens_per_image)
-            else:
-                row.append((token, IGNORE_INDEX if targets is None else targets[t], 0, keep[t]))
+    remaining = iter(counts)
+    rows, valid, owners, idle, image = [], [], [], [], 0
+    for number, (ids, keep) in enumerate(zip(input_ids.numpy(), mask.numpy(), strict=True)):
+        own = int(placeholders[number])
+        taken = [next(remaining) for _ in range(max(own, 1))]
+        (owners if own else idle).extend(range(image, image + sum(taken)))
+        image += sum(taken)
+        targets = None if labels is None else labels[number].numpy()
+        row = expand_placeholders(ids, tokens_per_image, targets, taken if own else None)
         rows.append(row)
-    lengths = torch.tensor([len(row) for row in rows])
+        valid.append((row.modality == VISION) | keep[row.origin])
+    lengths = torch.tensor([len(row.tokens) for row in rows])
     length = -(-int(lengths.max()) // multiple_of) * multiple_of
-    padding = (0, IGNORE_INDEX, 0, False)
-    table = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-    tokens, unshifted, modality, valid = table.unbind(-1)
+    unshifted = _right_padded([row.labels for row in rows], length, IGNORE_INDEX)
     shifted = torch.full_like(unshifted, IGNORE_INDEX)
     shifted[:, :-1] = unshifted[:, 1:]
-    batch, position = modality.nonzero(as_tuple=True)  # row after row, image after image
+    modality = _right_padded([row.modality for row in rows], length, TEXT)
     return Expanded(
-        tokens=tokens.contiguous(),
+        tokens=_right_padded([row.tokens for row in rows], length, 0),
         labels=shifted,
-        modality=modality.contiguous(),
+        modality=modality,
         position_ids=torch.arange(length).expand(len(rows), -1).contiguous(),
-        valid=valid.bool(),
+        valid=_right_padded(valid, length, False),
         lengths=lengths,
-        vision_token_index=position * len(rows) + batch,
+        vision_token_index=vision_token_index(modality),
         image_order=torch.tensor(owners + idle),
     )
+
+
+def _right_padded(rows: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:
+    """Rows of one dtype as a table [b, length]."""
+    table = np.full((len(rows), length), value, dtype=rows[0].dtype)
+    for target, row in zip(table, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(table)

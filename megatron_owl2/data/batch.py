@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from megatron_owl2.data.conversation import IGNORE_INDEX, Sample
+from megatron_owl2.data.conversation import Sample
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, vision_token_index
 from megatron_owl2.mcore import context_parallel
 
 
@@ -66,16 +67,15 @@ class Batch:
         """
         if size == 1:
             return self
-        rows, length = self.tokens.shape
-        places = context_parallel.positions(length, rank, size)
-        local = torch.full((length,), -1)
-        local[places] = torch.arange(len(places))
-        position, row = local[self.vision_token_index // rows], self.vision_token_index % rows
-        names = ("labels", "loss_mask", "modality", "position_ids")
+        places = context_parallel.positions(self.tokens.shape[1], rank, size)
+        modality = self.modality[:, places]
         return replace(
             self,
-            local_vision_token_index=(position * rows + row)[position >= 0],
-            **{name: getattr(self, name)[:, places] for name in names},
+            labels=self.labels[:, places],
+            loss_mask=self.loss_mask[:, places],
+            modality=modality,
+            position_ids=self.position_ids[:, places],
+            local_vision_token_index=vision_token_index(modality),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
@@ -94,21 +94,20 @@ class Batch:
 
 def collate(samples: Sequence[Sample], image_size: int) -> Batch:
     """Stack samples; `image_size` is H = W of the black image of a text-only batch (0: none)."""
-    rows = len(samples)
     labels = np.stack([sample.labels for sample in samples])
     images = [sample.image for sample in samples if sample.image is not None]
     if not images:
         images = [torch.zeros(3, image_size, image_size, dtype=torch.uint8)]
-    vision_token_index = [sample.image_positions * rows + row for row, sample in enumerate(samples)]
+    modality = torch.from_numpy(np.stack([sample.modality for sample in samples]))
     positions = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy((labels != IGNORE_INDEX).astype(np.float32)),
-        modality=torch.from_numpy(np.stack([sample.modality for sample in samples])),
+        modality=modality,
         position_ids=torch.from_numpy(positions.copy()),
         image=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
-        vision_token_index=torch.from_numpy(np.concatenate(vision_token_index)),
+        vision_token_index=vision_token_index(modality),
         lengths=torch.tensor([sample.length for sample in samples]),
         sample_indices=torch.tensor([sample.sample_index for sample in samples]),
         sources=torch.tensor([sample.source for sample in samples]),

@@ -11,28 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_owl2.data.image_tokens import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_ID,
+    TEXT,
+    expand_placeholders,
+)
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError
-
-IMAGE_TOKEN_ID = -200  # the placeholder among ids, before the image's rows take its place
-IGNORE_INDEX = -100  # a label that the loss skips
-TEXT, VISION = 0, 1  # modality indicators; padding counts as text
 
 
 @dataclass
 class Sample:
     """One row of a batch, padded to the sequence length s.
 
-    tokens, labels and modality are int64 [s]; `image_positions` int64 [tokens_per_image or 0] are
-    the rows that the image fills; `length` positions are not padding. `shortened`: turns or the end
-    of an answer did not fit. The stream adds image (uint8 [3, H, W] or None), sample index, key and
-    source (the number of the data set)."""
+    tokens, labels and modality are int64 [s]; `length` positions are not padding. `shortened`:
+    turns or the end of an answer did not fit. The data set adds image (uint8 [3, H, W] or None),
+    sample index, key and source (the number of the data set)."""
 
     tokens: np.ndarray
     labels: np.ndarray
     modality: np.ndarray
-    image_positions: np.ndarray
     length: int
     shortened: bool
     image: torch.Tensor | None = None
@@ -102,16 +102,12 @@ def build_sample(
     tokens = np.zeros(sequence_length, dtype=np.int64)
     labels = np.full(sequence_length, IGNORE_INDEX, dtype=np.int64)
     modality = np.full(sequence_length, TEXT, dtype=np.int64)
-    image_positions = np.empty(0, dtype=np.int64)
-    if has_image:
-        first = ids.index(IMAGE_TOKEN_ID)
-        ids[first : first + 1] = [0] * tokens_per_image
-        targets[first : first + 1] = [IGNORE_INDEX] * tokens_per_image
-        image_positions = np.arange(first, first + tokens_per_image)
-        modality[first : first + tokens_per_image] = VISION
-    tokens[: len(ids)] = ids
-    labels[: len(ids) - 1] = targets[1:]
-    return Sample(tokens, labels, modality, image_positions, len(ids), shortened)
+    row = expand_placeholders(ids, tokens_per_image, targets)
+    length = len(row.tokens)
+    tokens[:length] = row.tokens
+    labels[: length - 1] = row.labels[1:]
+    modality[:length] = row.modality
+    return Sample(tokens, labels, modality, length, shortened)
 
 
 def _exchanges(record: Record, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:

@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 
 from megatron_owl2.data import images
 from megatron_owl2.data.batch import BadSample, Batch, collate
-from megatron_owl2.data.conversation import IGNORE_INDEX, TEXT, Sample, build_sample
+from megatron_owl2.data.conversation import Sample, build_sample
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, TEXT
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError
@@ -86,7 +87,6 @@ class ValidationDataset(Dataset):
             tokens=np.zeros(length, dtype=np.int64),
             labels=np.full(length, IGNORE_INDEX, dtype=np.int64),
             modality=np.full(length, TEXT, dtype=np.int64),
-            image_positions=np.empty(0, dtype=np.int64),
             length=1,
             shortened=False,
         )

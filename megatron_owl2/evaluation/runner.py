@@ -1,4 +1,4 @@
-"""Asks a model the questions of a task and leaves predictions and scores in a directory."""
+"""Evaluation of a model on a benchmark: predictions and scores, written to a directory."""
 
 import json
 import os
@@ -13,16 +13,17 @@ from tqdm import tqdm
 
 from megatron_owl2.data import images
 from megatron_owl2.errors import BadSampleError, TaskError
-from megatron_owl2.evaluation import tasks
-from megatron_owl2.evaluation.tasks import PREDICTIONS, SCORES, TASKS, Question
+from megatron_owl2.evaluation.benchmark import PREDICTIONS, SCORES, Benchmark, Gold, Question
+from megatron_owl2.evaluation.benchmark import score as score_predictions
+from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.inference.engine import Generator, LoadedModel
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a task is asked; None takes the task's own value.
+    """Options of an evaluation; None takes the benchmark's own value.
 
-    `blind` replaces every picture by a black one (uint8 zeros, before normalisation): what the
+    `blind` replaces every image by a black one (uint8 zeros, before normalisation): what the
     model scores without looking. `suffix` follows every question as it stands, with its own
     leading space.
     """
@@ -38,64 +39,61 @@ class Settings:
 
 def evaluate(
     loaded: LoadedModel,
-    task_name: str,
+    name: str,
     questions: list[Question],
-    gold: dict,
+    gold: Gold,
     output: str | Path,
     settings: Settings,
     about: dict,
 ) -> dict:
-    """Answer `questions`; writes predictions.jsonl and scores.json to `output`, returns the latter.
+    """The scores of the model's answers to `questions` of the benchmark `name`.
 
-    `questions` and `gold` come from `tasks.read`; `about` (names of model and data) is kept with
-    the scores. Every process of a tensor-parallel group calls this and the first one writes.
-    Raises TaskError, ScoreError and InferenceError.
+    Writes predictions.jsonl and scores.json to `output`. `questions` and `gold` come from
+    `benchmark.read`; `about` (names of model and data) is kept with the scores. Every process of a
+    tensor-parallel group calls this and the first one writes. Raises TaskError, ScoreError and
+    InferenceError.
     """
-    task = TASKS[task_name]
-    suffix = _first(settings.suffix, task.suffix)
+    benchmark = find_benchmarks()[name]
+    suffix = benchmark.suffix if settings.suffix is None else settings.suffix
     limits = {
-        "max_new_tokens": _first(settings.max_new_tokens, task.max_new_tokens),
-        "min_new_tokens": _first(settings.min_new_tokens, task.min_new_tokens),
+        key: getattr(benchmark if getattr(settings, key) is None else settings, key)
+        for key in ("max_new_tokens", "min_new_tokens")
     }
     main = torch.distributed.get_rank() == 0
     if main:
         Path(output).mkdir(parents=True, exist_ok=True)
-    picture = _picture_reader(loaded.config.vision.image_size, settings)
+    read_image = _image_reader(loaded.config.vision.image_size, settings)
     generator = Generator(loaded)
     predictions: dict[int | str, str] = {}
     started = time.perf_counter()
     with (
         open(Path(output) / PREDICTIONS if main else os.devnull, "w", encoding="utf-8") as file,
-        tqdm(total=len(questions), desc=task_name, unit=" questions", disable=not main) as bar,
+        tqdm(total=len(questions), desc=name, unit=" questions", disable=not main) as bar,
     ):
         for first in range(0, len(questions), settings.batch_size):
             batch = questions[first : first + settings.batch_size]
             answers = generator.generate(
                 [question.prompt(suffix) for question in batch],
-                [[picture(path) for path in question.images] for question in batch],
+                [[read_image(path) for path in question.images] for question in batch],
                 **limits,
             )
             for question, answer in zip(batch, answers, strict=True):
                 predictions[question.id] = answer
-                alone = tasks.score(
-                    task, {question.id: answer}, {question.id: gold[question.id]}, settings.variant
-                )
-                row = {task.id_field: question.id, task.answer_field: answer}
-                row |= {"score": alone["overall"]["accuracy"]} | _shown(question)
+                row = _prediction(benchmark, question, answer, gold, settings.variant)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(len(batch))
     seconds = time.perf_counter() - started
     result = {
         **about,
-        "task": task_name,
+        "task": name,
         "blind": settings.blind,
         "limit": settings.limit,
         "prompt_suffix": suffix,
         **limits,
-        "variant": _first(settings.variant, next(iter(task.variants), None)),
+        "variant": settings.variant or next(iter(benchmark.variants), None),
         "seconds": round(seconds, 2),
         "questions_per_second": round(len(questions) / seconds, 2),
-        **tasks.score(task, predictions, gold, settings.variant),
+        **score_predictions(benchmark, predictions, gold, settings.variant),
     }
     if main:
         (Path(output) / SCORES).write_text(json.dumps(result, indent=1) + "\n")
@@ -103,7 +101,7 @@ def evaluate(
 
 
 def table(scores: dict) -> str:
-    """The rows of a scorer's result as text, in percent."""
+    """A text table of a benchmark's score, in percent: a row per skill and one for all."""
     rows = scores["skills"] | {"all": scores["overall"]}
     width = max(map(len, rows))
     lines = [f"{'skill':<{width}}  accuracy  majority      n"]
@@ -122,9 +120,9 @@ def table(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def _picture_reader(size: int, settings: Settings) -> Callable[[Path], torch.Tensor]:
-    """Pictures as the same tensor object while questions about them follow each other, which is
-    how the generator knows to encode them once."""
+def _image_reader(size: int, settings: Settings) -> Callable[[Path], torch.Tensor]:
+    """A reader of images [3, size, size] in uint8, cached: questions about one image that follow
+    each other get the same tensor object, which the generator encodes once."""
     black = torch.zeros(3, size, size, dtype=torch.uint8)
 
     @lru_cache(maxsize=settings.batch_size)
@@ -139,14 +137,19 @@ def _picture_reader(size: int, settings: Settings) -> Callable[[Path], torch.Ten
     return read
 
 
-def _shown(question: Question) -> dict:
+def _prediction(
+    benchmark: Benchmark, question: Question, answer: str, gold: Gold, variant: str | None
+) -> dict:
+    """A row of predictions.jsonl, with the question's own score."""
+    alone = score_predictions(
+        benchmark, {question.id: answer}, {question.id: gold[question.id]}, variant
+    )
     return {
+        benchmark.id_field: question.id,
+        benchmark.answer_field: answer,
+        "score": alone["overall"]["accuracy"],
         "question": question.text,
         "skill": question.skill,
         "gold": question.gold,
         "images": [str(path.resolve()) for path in question.images],
     }
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)

@@ -21,7 +21,8 @@ from megatron_owl2.config.schema import (
 )
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert import hf_weights as hf
-from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt_ids
+from megatron_owl2.data.conversation import prompt_ids
+from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_owl2.errors import ConfigError, InferenceError
@@ -29,7 +30,6 @@ from megatron_owl2.inference.inputs import DecoderInputs, left_padded
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import KeyValueCache
-from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import save_load
 
@@ -143,17 +143,17 @@ class Generator:
     def _next_logits(
         self, inputs: DecoderInputs, visual: torch.Tensor, caches: dict[int, KeyValueCache]
     ) -> torch.Tensor:
-        """What `Owl2.forward` does, after the last position only: logits fp32 [b, vocab]."""
+        """Logits after the last position, fp32 [b, vocab]."""
         model = self.model
-        x = model.merge(inputs.tokens, visual, inputs.vision_token_index)
-        x = model.decoder(
-            x,
-            Modality.of(inputs.modality, inputs.vision_token_index, model.context),
+        x = model.hidden_states(
+            model.merge(inputs.tokens, visual, inputs.vision_token_index),
+            inputs.modality,
+            inputs.vision_token_index,
             inputs.position_ids,
             attention_mask=inputs.attention_mask,
             caches=caches,
         )
-        return model.context.gather_logits(model.output_layer(model.final_norm(x[-1:])))[0].float()
+        return model.context.gather_logits(model.head(x[-1:]))[0].float()
 
     def _visual_tokens(self, images: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Visual tokens [n, tokens per image, h] of all images in order, equal objects once."""

@@ -1,18 +1,20 @@
-"""What the decoder reads while it answers: prompts padded on the left, then one token per row."""
+"""Inputs of the decoder during generation: left-padded prompts, then one token per row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_owl2.data.conversation import IMAGE_TOKEN_ID
+from megatron_owl2.data.image_tokens import TEXT, expand_placeholders, vision_token_index
 
 
 @dataclass(frozen=True)
 class DecoderInputs:
-    """What one call of the decoder reads: tokens, modality, position_ids int64 [b, s],
-    vision_token_index int64 [n], valid bool [b, all positions so far], attention_mask bool [b, 1,
-    s, so far]."""
+    """Inputs of one call of the decoder.
+
+    tokens, modality, position_ids int64 [b, s]; vision_token_index int64 [n]; valid bool [b, all
+    positions so far], False on padding; attention_mask bool [b, 1, s, all positions so far].
+    """
 
     tokens: torch.Tensor
     modality: torch.Tensor
@@ -27,7 +29,7 @@ class DecoderInputs:
         valid = torch.cat([self.valid, torch.ones_like(token, dtype=torch.bool)], dim=1)
         return DecoderInputs(
             tokens=token,
-            modality=torch.zeros_like(token),
+            modality=torch.full_like(token, TEXT),
             position_ids=self.position_ids[:, -1:] + 1,
             vision_token_index=self.vision_token_index[:0],
             valid=valid,
@@ -38,27 +40,23 @@ class DecoderInputs:
 def left_padded(
     prompts: Sequence[Sequence[int]], tokens_per_image: int, device: torch.device
 ) -> DecoderInputs:
-    """Ids with placeholders to the decoder's inputs, all rows ending at the last position."""
-    rows = []
-    for prompt in prompts:
-        row: list[int] = []
-        for i in prompt:
-            row += [IMAGE_TOKEN_ID] * tokens_per_image if i == IMAGE_TOKEN_ID else [i]
-        rows.append(row)
-    b, s = len(rows), max(map(len, rows))
-    ids = torch.tensor([[0] * (s - len(row)) + row for row in rows])
-    vision = ids == IMAGE_TOKEN_ID
-    row, position = vision.nonzero(as_tuple=True)  # row after row, as the images come
-    first = torch.tensor([s - len(row) for row in rows]).unsqueeze(1)
+    """Inputs of the first call: ids with placeholders, all rows ending at the last position."""
+    rows = [expand_placeholders(prompt, tokens_per_image) for prompt in prompts]
+    b, s = len(rows), max(len(row.tokens) for row in rows)
+    tokens, modality = torch.zeros(b, s, dtype=torch.int64), torch.full((b, s), TEXT)
+    first = torch.tensor([s - len(row.tokens) for row in rows]).unsqueeze(1)
+    for i, row in enumerate(rows):
+        tokens[i, first[i] :] = torch.from_numpy(row.tokens)
+        modality[i, first[i] :] = torch.from_numpy(row.modality)
     valid = torch.arange(s) >= first
     # A padding position sees itself, since a softmax over nothing is NaN in some attention kernels.
     causal = torch.ones(s, s, dtype=torch.bool).tril()
     allowed = (causal & valid.unsqueeze(1)) | torch.eye(s, dtype=torch.bool)
     return DecoderInputs(
-        tokens=ids.masked_fill(vision, 0).to(device),
-        modality=vision.long().to(device),
+        tokens=tokens.to(device),
+        modality=modality.to(device),
         position_ids=(torch.arange(s) - first).clamp(min=0).to(device),
-        vision_token_index=(position * b + row).to(device),
+        vision_token_index=vision_token_index(modality).to(device),
         valid=valid.to(device),
         attention_mask=allowed.unsqueeze(1).to(device),
     )

@@ -68,9 +68,6 @@ class Owl2(MegatronModule):
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
         local_vision_token_index: torch.Tensor | None = None,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        caches: dict[int, KeyValueCache] | None = None,
     ) -> torch.Tensor:
         """A micro-batch, as `data.batch.Batch` has it, through this chunk.
 
@@ -85,14 +82,37 @@ class Owl2(MegatronModule):
         else:
             x = self._received
         rows = vision_token_index if local_vision_token_index is None else local_vision_token_index
-        split = Modality.of(modality, rows, self.context)
-        x = self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
+        x = self.hidden_states(x, modality, rows, position_ids)
         if not self.post_process:
             return x
-        logits = self.output_layer(self.final_norm(x))
+        logits = self.head(x)
         if labels is None:
             return self.context.gather_logits(logits).transpose(0, 1)
         return vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t()
+
+    def hidden_states(
+        self,
+        x: torch.Tensor,
+        modality: torch.Tensor,
+        vision_token_index: torch.Tensor,
+        position_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        caches: dict[int, KeyValueCache] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [s, b, h] behind this stage's decoder layers.
+
+        x [s, b, h] comes from `merge` or from the previous stage; modality and position_ids [b, s]
+        and vision_token_index [n] are this rank's share under context parallelism;
+        `attention_mask` and `caches` are those of `Decoder`.
+        """
+        split = Modality.of(modality, vision_token_index, self.context)
+        return self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Final norm and output layer: hidden states [s, b, h] to this rank's logits [s, b,
+        vocab/tp], which `ParallelContext.gather_logits` makes whole."""
+        return self.output_layer(self.final_norm(x))
 
     def encode_images(self, image: torch.Tensor) -> torch.Tensor:
         """Pixels [n, 3, H, W] to visual tokens [n, queries + 1, h]; uint8 is normalised first."""

@@ -1,64 +1,65 @@
-"""The report as a picture: loss curves, accuracy per skill, and pictures with their answers."""
+"""Figure of a report: loss curves, accuracy per skill, and images with their answers."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 from PIL import Image
 
 from megatron_owl2.errors import ReportError
-from megatron_owl2.plotting.report import Answer, Scores
+from megatron_owl2.plotting.report import Answer, LossCurves, Scores
 
 _INK, _FAINT, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _RIGHT, _WRONG = "#0f7b3e", "#c0262d"
 _SETS = ("#2b6cb0", "#ed8936", "#805ad5", "#319795")
 _COLUMNS = 4
-_PICTURE_INCHES, _LINE_INCHES = 2.25, 0.185
-_PIXELS = 300  # of an enlarged picture
+_IMAGE_INCHES, _LINE_INCHES = 2.25, 0.185
+_PIXELS = 300  # of an enlarged image
 
 
 def draw(
     path: Path,
     title: str,
-    curves: Sequence[tuple[str, list[int], list[float]]],
+    curves: Sequence[LossCurves],
     scores: Scores,
     answers: Sequence[Answer],
     answered_set: str | None,
 ) -> None:
-    """Write a PNG with those of the three parts that there is anything for.
+    """A PNG at `path` with those of the three sections that there is anything for.
 
-    `curves` are (stage, steps, losses); `answers` are of the set `answered_set`. Raises
-    ReportError if matplotlib is not installed or a picture cannot be read.
+    `answers` are of the set `answered_set`. Raises ReportError if matplotlib is not installed or
+    an image cannot be read.
     """
     texts = [_lines(answer) for answer in answers]
     rows = [texts[i : i + _COLUMNS] for i in range(0, len(texts), _COLUMNS)]
     heights = [
         height
         for row in rows
-        for height in (_PICTURE_INCHES, _LINE_INCHES * (max(map(len, row)) + 1))
+        for height in (_IMAGE_INCHES, _LINE_INCHES * (max(map(len, row)) + 1))
     ]
-    parts = [
-        (2.5, lambda part: _curves(part, curves), bool(curves)),
-        (2.9, lambda part: _bars(part, scores), bool(scores)),
+    sections = [
+        (2.5, lambda box: _curves(box, curves), bool(curves)),
+        (2.9, lambda box: _bars(box, scores), bool(scores)),
         (
             0.5 + sum(heights),
-            lambda part: _pictures(part, answers, texts, heights, answered_set),
+            lambda box: _images(box, answers, texts, heights, answered_set),
             bool(answers),
         ),
     ]
-    parts = [(height, paint) for height, paint, wanted in parts if wanted]
-    part_heights = [height for height, _ in parts]
-    with canvas(path, title, 11, sum(part_heights) + 0.5) as figure:
-        boxes = figure.subfigures(len(parts), 1, height_ratios=part_heights, squeeze=False)[:, 0]
-        for (_, paint), box in zip(parts, boxes, strict=True):
+    shown = [(height, paint) for height, paint, wanted in sections if wanted]
+    shares = [height for height, _ in shown]
+    with canvas(path, title, 11, sum(shares) + 0.5) as figure:
+        boxes = figure.subfigures(len(shown), 1, height_ratios=shares, squeeze=False)[:, 0]
+        for (_, paint), box in zip(shown, boxes, strict=True):
             paint(box)
 
 
 @contextmanager
 def canvas(path: Path, title: str, width: float, height: float) -> Iterator:
-    """A matplotlib figure of so many inches in the style of all our pictures, written to `path`
-    at the end. Raises ReportError if matplotlib is not installed."""
+    """A matplotlib figure of so many inches in the style of all our plots, written to `path` at
+    the end. Raises ReportError if matplotlib is not installed."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ def curve(
     *,
     smoothed: bool = True,
 ) -> None:
-    """Draw values over steps; `smoothed`: faintly as they are and smoothed on top."""
+    """A line of values over steps; `smoothed`: faintly as they are, and smoothed on top."""
     if smoothed:
         axis.plot(steps, values, color=color, alpha=0.3, linewidth=1)
         values = smooth(values)
@@ -102,13 +103,34 @@ def curve(
     axis.grid(color=_GRID)
 
 
-def _curves(part, curves) -> None:
-    part.suptitle("Training loss", x=0.01, ha="left", fontweight="bold")
-    axes = part.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (name, steps, losses) in zip(axes, curves, strict=True):
-        curve(axis, steps, losses, _SETS[0])
+def validation_curve(
+    axis, steps: Sequence[int], values: Sequence[float], color: str, source: str
+) -> None:
+    """A dashed line with a marker for every validation of one source."""
+    label = f"validation {source}"
+    axis.plot(
+        steps,
+        values,
+        color=color,
+        linestyle="--",
+        linewidth=1.5,
+        marker="o",
+        markersize=4,
+        label=label,
+    )
+
+
+def _curves(box, curves: Sequence[LossCurves]) -> None:
+    box.suptitle("Training loss", x=0.01, ha="left", fontweight="bold")
+    axes = box.subplots(1, len(curves), squeeze=False)[0]
+    for axis, run in zip(axes, curves, strict=True):
+        curve(axis, run.steps, run.losses, _SETS[0], "training")
+        for color, (source, line) in zip(cycle(_SETS[1:]), run.validation.items(), strict=False):
+            validation_curve(axis, *line, color, source)
+        if run.validation:
+            axis.legend(loc="lower left", fontsize=7, frameon=False)
         axis.annotate(
-            f"{smooth(losses)[-1]:.3f}",
+            f"{smooth(run.losses)[-1]:.3f}",
             (1, 0.97),
             xycoords="axes fraction",
             ha="right",
@@ -116,14 +138,15 @@ def _curves(part, curves) -> None:
             color=_SETS[0],
             fontweight="bold",
         )
-        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_title(run.name, loc="left", fontsize=10)
         axis.set_xlabel("step")
-        axis.set_ylim(0, max(losses) * 1.05)
+        highest = max([*run.losses, *(max(values) for _, values in run.validation.values())])
+        axis.set_ylim(0, highest * 1.05)
 
 
-def _bars(part, scores: Scores) -> None:
-    part.suptitle("Accuracy per skill, %", x=0.01, ha="left", fontweight="bold")
-    axis = part.subplots()
+def _bars(box, scores: Scores) -> None:
+    box.suptitle("Accuracy per skill, %", x=0.01, ha="left", fontweight="bold")
+    axis = box.subplots()
     skills = list(dict.fromkeys(skill for rows in scores.values() for skill in rows))
     width = 0.8 / len(scores)
     for i, (name, rows) in enumerate(scores.items()):
@@ -144,7 +167,7 @@ def _bars(part, scores: Scores) -> None:
                 edgecolor=_INK if kind == "blind" else None,
                 linewidth=1.2,
                 zorder=3,
-                label={"blind": "black picture", "majority": "majority answer"}[kind]
+                label={"blind": "black image", "majority": "majority answer"}[kind]
                 if i == 0
                 else None,
             )
@@ -157,15 +180,17 @@ def _bars(part, scores: Scores) -> None:
     axis.legend(loc="lower left", bbox_to_anchor=(0.2, 1.0), ncols=len(scores) + 2, frameon=False)
 
 
-def _pictures(part, answers: Sequence[Answer], texts, heights, answered_set: str) -> None:
-    part.suptitle(f"Answers on the set {answered_set}", x=0.01, ha="left", fontweight="bold")
-    axes = part.subplots(len(heights), _COLUMNS, squeeze=False, height_ratios=heights)
+def _images(
+    box, answers: Sequence[Answer], texts, heights: list[float], answered_set: str | None
+) -> None:
+    box.suptitle(f"Answers on the set {answered_set}", x=0.01, ha="left", fontweight="bold")
+    axes = box.subplots(len(heights), _COLUMNS, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.set_axis_off()
-    for picture, below, answer, text in zip(
+    for shown, below, answer, text in zip(
         axes[::2].flat, axes[1::2].flat, answers, texts, strict=False
     ):
-        picture.imshow(_enlarged(answer.picture))
+        shown.imshow(_enlarged(answer.image))
         for k, (line, color, weight) in enumerate(text):
             below.annotate(
                 line,
@@ -182,7 +207,7 @@ def _pictures(part, answers: Sequence[Answer], texts, heights, answered_set: str
 
 
 def _lines(answer: Answer) -> list[tuple[str, str, str]]:
-    """(text, colour, weight) of the lines below a picture; the gold only where it is missed."""
+    """(text, colour, weight) of the lines below an image; the gold only where it is missed."""
     lines = [(line, _INK, "normal") for line in _wrapped(answer.question)]
     color = _RIGHT if answer.right else _WRONG
     lines += [(line, color, "bold") for line in _wrapped(answer.answer) or ["(no answer)"]]
@@ -198,7 +223,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _enlarged(path: Path) -> Image.Image:
-    """The picture at the size it is shown in; matplotlib would blur a small one."""
+    """The image at the size it is shown in; matplotlib would blur a small one."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
@@ -210,7 +235,7 @@ def _enlarged(path: Path) -> Image.Image:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over a fortieth of the curve to either side, as far as there are values."""
+    """Moving average over a fortieth of the curve to either side, as far as there are values."""
     reach = len(values) // 40
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -1,4 +1,4 @@
-"""What the evaluations of one model say together: a table per skill, with and without looking."""
+"""Report of one model: its evaluations as one table per skill, and the curves of its training."""
 
 import json
 import math
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_owl2.errors import ReportError
-from megatron_owl2.evaluation.tasks import PREDICTIONS, SCORES, TASKS
+from megatron_owl2.evaluation.benchmark import PREDICTIONS, SCORES
+from megatron_owl2.evaluation.registry import find_benchmarks
 
 
 @dataclass
@@ -21,13 +22,24 @@ class SkillScore:
 
 
 Scores = dict[str, dict[str, SkillScore]]  # set -> skill -> score
+Series = dict[str, tuple[list[int], list[float]]]  # label -> steps and values
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """The training loss of a run over its steps, and its validation losses by source."""
+
+    name: str
+    steps: list[int]
+    losses: list[float]
+    validation: Series
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question about a picture, as it was answered."""
+    """A question about an image, as it was answered."""
 
-    picture: Path
+    image: Path
     skill: str
     question: str
     answer: str
@@ -49,7 +61,7 @@ def named(option: str, arguments: Sequence[str]) -> list[tuple[str, Path]]:
 def collect(evaluations: Sequence[tuple[str, Path]]) -> Scores:
     """Scores per set and skill from (set name, evaluation directory) pairs.
 
-    A set may have several directories: one per task, and one more per task with black pictures.
+    A set may have several directories: one per task, and one more per task with black images.
     Raises ReportError if one is missing, two are of the same kind, or a blind evaluation was not
     asked the same number of questions.
     """
@@ -77,12 +89,12 @@ def collect(evaluations: Sequence[tuple[str, Path]]) -> Scores:
 def table(scores: Scores) -> str:
     """One line per skill and set, the sets of a skill together; percent, `-` if not evaluated."""
     skills = list(dict.fromkeys(skill for rows in scores.values() for skill in rows))
-    cells = [("skill", "set", "accuracy", "blind", "majority", "n")]
+    cells = [["skill", "set", "accuracy", "blind", "majority", "n"]]
     for skill in skills:
         sets = [(name, rows[skill]) for name, rows in scores.items() if skill in rows]
         for i, (name, row) in enumerate(sets):
             percents = (_percent(v) for v in (row.accuracy, row.blind, row.majority))
-            cells.append(("" if i else skill, name, *percents, str(row.n)))
+            cells.append(["" if i else skill, name, *percents, str(row.n)])
     widths = [max(len(row[i]) for row in cells) for i in range(6)]
     lines = [
         "  ".join(
@@ -99,34 +111,59 @@ def read_metrics(run: Path) -> list[dict]:
     """The rows of a run directory's metrics.jsonl; raises ReportError if none has a loss."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     rows = _json_lines(path)
-    if not any(_learnt(row) for row in rows):
+    if not any(_is_finite(row["loss"]) for row in rows):
         raise ReportError(f"{path} holds no loss")
     return rows
 
 
-def read_curve(run: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses from a run directory's metrics.jsonl; raises ReportError if it has none."""
-    rows = [row for row in read_metrics(run) if _learnt(row)]
-    return [row["step"] for row in rows], [row["loss"] for row in rows]
+def read_loss_curves(name: str, run: Path) -> LossCurves:
+    """The curves of the run directory `run`, shown as `name`.
+
+    Steps without a finite loss are left out. Raises ReportError if none has one.
+    """
+    rows = read_metrics(run)
+    return LossCurves(name, *values_over_steps(rows, "loss"), validation_losses(rows))
 
 
-def _learnt(row: dict) -> bool:
-    """Whether there were targets and the loss was a number; a step without is skipped."""
-    return row["loss"] is not None and math.isfinite(row["loss"])
+def validation_losses(rows: Sequence[dict]) -> Series:
+    """Losses of each validation source by its name, over the steps that had a validation."""
+    found = [
+        {"step": row["step"], "name": source["name"], "loss": source["loss"]}
+        for row in rows
+        for source in row.get("validation", ())
+    ]
+    names = dict.fromkeys(row["name"] for row in found)
+    series = {
+        name: values_over_steps([row for row in found if row["name"] == name], "loss")
+        for name in names
+    }
+    return {name: (steps, losses) for name, (steps, losses) in series.items() if steps}
+
+
+def values_over_steps(
+    rows: Sequence[dict], key: str, scale: float = 1
+) -> tuple[list[int], list[float]]:
+    """Steps and values, times `scale`, of those rows that have a finite value under `key`."""
+    kept = [(row["step"], row[key] * scale) for row in rows if _is_finite(row.get(key))]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def read_answers(evaluations: Sequence[tuple[str, Path]]) -> dict[str, list[Answer]]:
-    """The answers about pictures by set, blind evaluations left out; sets without any too."""
+    """The answers about images by set; blind evaluations and sets without images are left out."""
     answers: dict[str, list[Answer]] = {}
     for name, directory in evaluations:
         result = _json(directory / SCORES)
         if result["blind"]:
             continue
-        field = TASKS[result["task"]].answer_field
+        field = find_benchmarks()[result["task"]].answer_field
         for row in _json_lines(directory / PREDICTIONS):
             if row["images"]:
                 answer = Answer(
-                    picture=Path(row["images"][0]),
+                    image=Path(row["images"][0]),
                     skill=row["skill"],
                     question=row["question"],
                     answer=row[field],
@@ -140,7 +177,7 @@ def read_answers(evaluations: Sequence[tuple[str, Path]]) -> dict[str, list[Answ
 def pick(answers: Sequence[Answer], count: int) -> list[Answer]:
     """`count` answers for the eye: the skills in turn, spread evenly over each skill's questions.
 
-    Right or wrong plays no part in the choice; each is about another picture where there are
+    Right or wrong plays no role in the choice; each is about another image where there are
     enough.
     """
     skills: dict[str, list[Answer]] = {}
@@ -151,8 +188,8 @@ def pick(answers: Sequence[Answer], count: int) -> list[Answer]:
         found = list(skills.values())[i % len(skills)]
         start = round((i + 0.5) / count * len(found))
         turn = [found[(start + k) % len(found)] for k in range(len(found))]
-        used = {answer.picture for answer in chosen}
-        chosen.append(next((a for a in turn if a.picture not in used), turn[0]))
+        used = {answer.image for answer in chosen}
+        chosen.append(next((a for a in turn if a.image not in used), turn[0]))
     return chosen
 
 

@@ -149,7 +149,7 @@ def test_a_configuration_of_another_model_is_refused_with_all_differences():
 
 def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(tmp_path):
     tokenizer = small_tokenizer(tmp_path)
-    with pytest.raises(ConversionError, match="320 pieces, the embedding only 64 rows"):
+    with pytest.raises(ConversionError, match="has 320 pieces, but the model embeds 64"):
         from_llama_and_clip(LLAMA, CLIP, config=parts_config(), tokenizer=tokenizer)
 
 
@@ -332,14 +332,14 @@ def test_an_interrupted_tool_says_so_and_leaves_nothing(tmp_path, converted, too
     source = {"convert_from_hf": ["--owl2", OWL2], "convert_to_hf": ["--checkpoint", converted]}
     code = f"""
 import os, runpy, sys
-from megatron_owl2.convert import lazy, stream, weights
-read_ahead = lazy.read_ahead
+from megatron_owl2.convert import lazy_tensor, megatron_io, safetensors_io
+read_ahead = lazy_tensor.read_ahead
 def stopped(tensors):
     for count, pair in enumerate(read_ahead(tensors)):
         if count == 3:
             os.kill(os.getpid(), {int(number)})
         yield pair
-stream.read_ahead = weights.read_ahead = stopped
+megatron_io.read_ahead = safetensors_io.read_ahead = stopped
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -8,7 +8,7 @@ from exported import ATTENTIONS, answers, batch, export, grouped_model, load, of
 from transformers import DynamicCache
 
 from megatron_owl2.convert.mapping import constants
-from megatron_owl2.data.conversation import IMAGE_TOKEN_ID
+from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.inference.engine import Generator, LoadedModel
 from megatron_owl2.inference.inputs import left_padded
@@ -49,14 +49,15 @@ def test_logits_of_our_model(ours, grouped, attention):
     inputs = batch(5, prompts, images)
     rows = left_padded(prompts, 5, "cpu")
     with torch.no_grad():
-        wanted = ours(
-            rows.tokens,
-            inputs["pixel_values"],
-            rows.vision_token_index,
+        visual = ours.encode_images(inputs["pixel_values"])
+        hidden_states = ours.hidden_states(
+            ours.merge(rows.tokens, visual, rows.vision_token_index),
             rows.modality,
+            rows.vision_token_index,
             rows.position_ids,
             attention_mask=rows.attention_mask,
         )
+        wanted = ours.head(hidden_states).transpose(0, 1)
         model = load(grouped, attn_implementation=attention)
         logits = model(**inputs).logits
     assert model.model.layers[0].self_attn.k_proj.multiway[1].weight.shape == (16, 32)

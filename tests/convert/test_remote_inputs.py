@@ -21,7 +21,8 @@ from transformers import (
     CLIPImageProcessor,
 )
 
-from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, build_sample, prompt, prompt_ids
+from megatron_owl2.data.conversation import build_sample, prompt, prompt_ids
+from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.images import decode, resize_square
 from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer

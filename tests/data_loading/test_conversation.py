@@ -6,14 +6,8 @@ import torch
 from tiny_data import LetterTokenizer, encoded, picture
 
 from megatron_owl2.data.batch import BadSample, collate
-from megatron_owl2.data.conversation import (
-    IGNORE_INDEX,
-    IMAGE_PLACEHOLDER,
-    IMAGE_TOKEN_ID,
-    build_sample,
-    prompt,
-    prompt_ids,
-)
+from megatron_owl2.data.conversation import IMAGE_PLACEHOLDER, build_sample, prompt, prompt_ids
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import BadSampleError
@@ -63,7 +57,7 @@ def test_conversation_with_image():
     targets = [-100] * (len(first) + 3 + len(second)) + [*ids("yo"), EOS]
     targets += [-100] * len(third) + [*ids("c"), EOS]
     assert sample.labels.tolist() == padded(targets[1:], -100)  # shifted: the next id
-    assert sample.image_positions.tolist() == [7, 8, 9]
+    assert np.flatnonzero(sample.modality).tolist() == [7, 8, 9]
     assert sample.modality.tolist() == padded([0] * 7 + [1] * 3, 0)
     assert sample.length == len(targets) and not sample.shortened
     assert {a.dtype for a in (sample.tokens, sample.labels, sample.modality)} == {np.dtype("int64")}
@@ -92,7 +86,7 @@ def test_text_conversation():
     given = [BOS, *ids("USER: a ASSISTANT:")]
     assert sample.tokens.tolist() == padded([*given, ord("b"), EOS], 0)
     assert sample.labels.tolist() == padded([-100] * (len(given) - 1) + [ord("b"), EOS], -100)
-    assert sample.image_positions.size == 0 and not sample.modality.any()
+    assert not sample.modality.any()
 
 
 def test_caption_masks_only_the_placeholder():
@@ -100,7 +94,7 @@ def test_caption_masks_only_the_placeholder():
     sample = build(Record("k", image=IMAGE, caption="ab"))
     assert sample.tokens.tolist() == padded([0, 0, 0, BOS, *ids("ab"), EOS], 0)
     assert sample.labels.tolist() == padded([-100, -100, BOS, *ids("ab"), EOS], -100)
-    assert sample.image_positions.tolist() == [0, 1, 2]
+    assert np.flatnonzero(sample.modality).tolist() == [0, 1, 2]
 
 
 def test_caption_without_image_is_text():
@@ -134,7 +128,7 @@ def test_a_first_answer_is_cut_and_the_image_stays(record, before):
         assert sample.tokens[before:].tolist() == ids("answer"[:fit])
         assert sample.labels[before - 1 : -1].tolist() == ids("answer"[:fit])
         assert sample.labels[-1] == -100 and sample.shortened
-        assert len(sample.image_positions) == (3 if record.image else 0)
+        assert np.count_nonzero(sample.modality) == (3 if record.image else 0)
     assert (build(record, before + 7).labels == EOS).sum() == 1
     with pytest.raises(BadSampleError, match="nothing to learn fits"):
         build(record, before)

@@ -22,14 +22,15 @@ from megatron_owl2.config.schema import (
 )
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import runner, tasks
+from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.runner import Settings
-from megatron_owl2.evaluation.tasks import TASKS
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 
+TASKS = find_benchmarks()
 SHORT = " Answer the question using a single word or phrase."
 
 
@@ -56,12 +57,12 @@ def model(corpus, tmp_path_factory):
     owl = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model)
     run = tmp_path_factory.mktemp("run")
     config.train.async_save = False
-    CheckpointManager(run, config.train, print).save(1, [owl], config)
+    CheckpointManager(run, config.train).save(1, [owl], config)
     return run
 
 
 def write_vqa(folder: Path) -> Path:
-    """Three questions on two pictures named as COCO names them; the first two on picture 7."""
+    """Three questions on two images named as COCO names them; the first two on image 7."""
     (folder / "images").mkdir(parents=True)
     for number, color in ((7, "red"), (12, "blue")):
         name = f"COCO_val2014_{number:012d}.jpg"
@@ -95,26 +96,26 @@ def run_tool(monkeypatch, name: str, *arguments) -> int:
 
 
 def test_prompts_are_the_official_ones_up_to_the_colon(corpus):
-    question = tasks.read(TASKS["vqav2"], corpus / "eval/seen")[0][0]
+    question = benchmark.read(TASKS["vqav2"], corpus / "eval/seen")[0][0]
     text = question.text
     assert question.prompt(TASKS["vqav2"].suffix) == f"USER: <|image|>{text}{SHORT} ASSISTANT:"
     assert question.prompt("") == f"USER: <|image|>{text} ASSISTANT:"
     assert TASKS["pope"].suffix == SHORT
-    caption = tasks.read(TASKS["caption"], corpus / "eval/seen")[0][0]
+    caption = benchmark.read(TASKS["caption"], corpus / "eval/seen")[0][0]
     assert caption.prompt(TASKS["caption"].suffix) == (
         "USER: <|image|>Provide a one-sentence caption for the provided image. ASSISTANT:"
     )
-    dialogue = tasks.read(TASKS["text"], corpus / "eval/text")[0][0]
+    dialogue = benchmark.read(TASKS["text"], corpus / "eval/text")[0][0]
     assert dialogue.prompt(TASKS["text"].suffix) == f"USER: {dialogue.text} ASSISTANT:"
 
 
 def test_the_corpus_is_read_and_its_gold_scores_full_marks(corpus):
     for name, variant in (("vqav2", "official"), ("pope", None), ("caption", None), ("text", None)):
         data = corpus / "eval" / ("text" if name == "text" else "heldout")
-        questions, gold = tasks.read(TASKS[name], data)
+        questions, gold = benchmark.read(TASKS[name], data)
         assert len(questions) == len(gold) > 0
         answers = {question.id: question.gold for question in questions}
-        scores = tasks.score(TASKS[name], answers, gold, variant)
+        scores = benchmark.score(TASKS[name], answers, gold, variant)
         assert scores["overall"]["accuracy"] == 100.0
         assert sum(row["n"] for row in scores["skills"].values()) == len(questions)
         assert set(scores["skills"]) == {question.skill for question in questions}
@@ -122,53 +123,53 @@ def test_the_corpus_is_read_and_its_gold_scores_full_marks(corpus):
 
 def test_vqav2_files_under_their_published_names(tmp_path):
     folder = write_vqa(tmp_path / "vqa")
-    questions, gold = tasks.read(TASKS["vqav2"], folder)
+    questions, gold = benchmark.read(TASKS["vqav2"], folder)
     assert [(q.id, q.images[0].name, q.skill, q.gold) for q in questions] == [
         (1, "COCO_val2014_000000000007.jpg", "color", "red"),
         (2, "COCO_val2014_000000000007.jpg", "count", "2"),
         (3, "COCO_val2014_000000000012.jpg", "color", "blue"),
     ]
-    assert list(tasks.read(TASKS["vqav2"], folder, limit=2)[1]) == [1, 2]
+    assert list(benchmark.read(TASKS["vqav2"], folder, limit=2)[1]) == [1, 2]
     file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
-    assert tasks.read(TASKS["vqav2"], file) == (questions, gold)
+    assert benchmark.read(TASKS["vqav2"], file) == (questions, gold)
 
 
 def test_broken_inputs_are_named(tmp_path):
     vqa, text, pope = TASKS["vqav2"], TASKS["text"], TASKS["pope"]
     with pytest.raises(TaskError, match="nowhere does not exist"):
-        tasks.read(vqa, tmp_path / "nowhere")
+        benchmark.read(vqa, tmp_path / "nowhere")
     with pytest.raises(TaskError, match=r"holds no file \*questions.json"):
-        tasks.read(vqa, tmp_path)
+        benchmark.read(vqa, tmp_path)
     folder = write_vqa(tmp_path / "vqa")
     (folder / "images" / "COCO_val2014_000000000012.jpg").rename(folder / "images" / "13.jpg")
     with pytest.raises(TaskError, match="12 is missing"):
-        tasks.read(vqa, folder)
+        benchmark.read(vqa, folder)
     for name in ("coco_pope_random.json", "coco_pope_popular.json"):
         row = {"question_id": 1, "image": "1.jpg", "text": "is it?", "label": "no"}
         (tmp_path / name).write_text(json.dumps(row))
     with pytest.raises(TaskError, match="several files .* name one of them"):
-        tasks.read(pope, tmp_path)
-    with pytest.raises(TaskError, match="1 pictures .* do not exist, such as .*1.jpg"):
-        tasks.read(pope, tmp_path / "coco_pope_random.json")
+        benchmark.read(pope, tmp_path)
+    with pytest.raises(TaskError, match="1 images .* do not exist, such as .*1.jpg"):
+        benchmark.read(pope, tmp_path / "coco_pope_random.json")
     file = tmp_path / "dialogues.json"
     file.write_text(json.dumps([{"id": 1, "conversations": [{"from": "human", "value": "a"}]}]))
     with pytest.raises(TaskError, match="dialogue 1 must be one question and its answer"):
-        tasks.read(text, file)
+        benchmark.read(text, file)
     file.write_text("{")
     with pytest.raises(TaskError, match="cannot be read"):
-        tasks.read(text, file)
+        benchmark.read(text, file)
     file.write_text('[{"question_id": 1, "answer": "a"}, {"question_id": 1, "answer": "b"}]')
     with pytest.raises(TaskError, match="repeat a question_id, such as 1"):
-        tasks.read_predictions(vqa, file)
+        benchmark.read_predictions(vqa, file)
     file.write_text('{"question_id": 1}\n')
     with pytest.raises(TaskError, match="prediction 1 has no text 'answer'"):
-        tasks.read_predictions(vqa, file)
+        benchmark.read_predictions(vqa, file)
     with pytest.raises(TaskError, match="no scoring variant 'official'; known: none"):
-        tasks.score(text, {}, {}, "official")
+        benchmark.score(text, {}, {}, "official")
 
 
 class NamesColors:
-    """A generator that answers with the picture's colour, or the number of pictures seen."""
+    """A generator that answers with the image's colour, or the number of images seen."""
 
     seen: list = []
 
@@ -194,8 +195,8 @@ def fake(monkeypatch):
     return type("Loaded", (), {"config": config})
 
 
-def test_answers_belong_to_their_pictures(fake, tmp_path):
-    questions, gold = tasks.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
+def test_answers_belong_to_their_images(fake, tmp_path):
+    questions, gold = benchmark.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
     settings = Settings(batch_size=2, suffix=" Short.")
     result = runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", settings, {})
     rows = [json.loads(s) for s in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
@@ -212,16 +213,16 @@ def test_answers_belong_to_their_pictures(fake, tmp_path):
     (prompts, images, *limits), (last, _, *_) = NamesColors.seen
     assert prompts[0] == "USER: <|image|>what color? Short. ASSISTANT:" and len(last) == 1
     assert limits == [10, 1]
-    assert images[0][0] is images[1][0]  # one picture, so it will be encoded once
+    assert images[0][0] is images[1][0]  # one image, so it will be encoded once
 
 
-def test_blind_means_black_uint8_pictures(fake, tmp_path):
-    questions, gold = tasks.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
+def test_blind_means_black_uint8_images(fake, tmp_path):
+    questions, gold = benchmark.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
     settings = Settings(blind=True, max_new_tokens=4)
     result = runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", settings, {})
-    pictures = [image for _, images, *_ in NamesColors.seen for (image,) in images]
-    assert all(p.dtype == torch.uint8 and p.shape == (3, 28, 28) for p in pictures)
-    assert not any(p.any() for p in pictures)
+    shown = [image for _, images, *_ in NamesColors.seen for (image,) in images]
+    assert all(p.dtype == torch.uint8 and p.shape == (3, 28, 28) for p in shown)
+    assert not any(p.any() for p in shown)
     assert result["blind"] and result["skills"]["color"]["accuracy"] == 0.0
     assert result["max_new_tokens"] == NamesColors.seen[0][2] == 4
 

@@ -3,7 +3,11 @@
 import pytest
 
 from megatron_owl2.errors import ScoreError
-from megatron_owl2.evaluation.scoring import exact_match, normalize_answer, pope, pope_answer, vqa
+from megatron_owl2.evaluation.benchmarks.pope import score as pope
+from megatron_owl2.evaluation.benchmarks.pope import yes_or_no
+from megatron_owl2.evaluation.benchmarks.vqav2 import normalize_answer
+from megatron_owl2.evaluation.benchmarks.vqav2 import score as vqa
+from megatron_owl2.evaluation.scoring import exact_match
 
 
 def annotation(answers, kind="colour"):
@@ -102,7 +106,7 @@ def test_the_two_vqa_rules_differ_on_capitals_and_unanimous_gold():
     ],
 )
 def test_pope_reads_yes_and_no(text, answer):
-    assert pope_answer(text) == answer
+    assert yes_or_no(text) == answer
 
 
 def test_pope_numbers():

@@ -20,7 +20,7 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.convert.hf_weights import load_hf_weights, read_hf_config
 from megatron_owl2.convert.verify import verify as proof
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.conversation import IMAGE_TOKEN_ID
+from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.inference.engine import Generator, LoadedModel
 from megatron_owl2.mcore import setup

@@ -18,7 +18,8 @@ from megatron_owl2.config.schema import (
     VisionConfig,
 )
 from megatron_owl2.convert import hf_weights as hf
-from megatron_owl2.data.conversation import IMAGE_TOKEN_ID, prompt
+from megatron_owl2.data.conversation import prompt
+from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.engine import Generator, LoadedModel, load_model
@@ -238,7 +239,7 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
     config.parallel.tensor = 2  # of the run that wrote it; the loader takes what it has
     run = tmp_path / "run"
     config.train.async_save = False
-    CheckpointManager(run, config.train, print).save(3, [loaded.model], config)
+    CheckpointManager(run, config.train).save(3, [loaded.model], config)
     prompts, images = cases(loaded)
     answers = Generator(loaded).generate_ids(prompts, images, 8)
     export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)

@@ -1,4 +1,4 @@
-"""The report: numbers put together rightly, and a picture that shows them."""
+"""The report: numbers put together rightly, and a figure that shows them."""
 
 import json
 import runpy
@@ -30,28 +30,28 @@ def evaluation(folder: Path, skills: dict, blind=False, task="vqav2", answers=()
     return folder
 
 
-def answered(picture, skill, answer, gold, score):
+def answered(image, skill, answer, gold, score):
     return {
-        "question_id": f"{picture}{skill}",
+        "question_id": f"{image}{skill}",
         "answer": answer,
         "score": score,
         "question": f"what {skill} ?",
         "skill": skill,
         "gold": gold,
-        "images": [str(picture)],
+        "images": [str(image)],
     }
 
 
 @pytest.fixture
 def outputs(tmp_path):
-    """Two stages, a seen and a held-out set with pictures, and a set of text."""
-    pictures = []
+    """Two stages, a seen and a held-out set with images, and a set of text."""
+    images = []
     for i in range(6):
-        pictures.append(tmp_path / f"{i}.png")
-        Image.new("RGB", (56, 56), (40 * i, 0, 0)).save(pictures[-1])
+        images.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (56, 56), (40 * i, 0, 0)).save(images[-1])
     rows = [
-        answered(picture, skill, "red" if right else "blue", "red", 100.0 if right else 0.0)
-        for i, picture in enumerate(pictures)
+        answered(image, skill, "red" if right else "blue", "red", 100.0 if right else 0.0)
+        for i, image in enumerate(images)
         for skill, right in (("colour", i % 2 == 0), ("shape", True))
     ]
     text = {"scene": (70.0, 10.0, 40)}
@@ -105,24 +105,26 @@ def test_the_same_evaluation_twice_or_of_another_size_is_refused(outputs):
 
 
 def test_curves_are_read_from_the_metrics(outputs):
-    steps, losses = report.read_curve(outputs / "finetune")
-    assert steps == list(range(1, 40)) and losses[:2] == [2.0, 1.0]  # a step without targets ends
+    curves = report.read_loss_curves("second", outputs / "finetune")
+    assert curves.name == "second" and curves.validation == {}
+    assert curves.steps == list(range(1, 40))  # the last two steps have no finite loss
+    assert curves.losses[:2] == [2.0, 1.0]
     with pytest.raises(ReportError, match="metrics.jsonl cannot be read"):
-        report.read_curve(outputs / "seen")
+        report.read_loss_curves("seen", outputs / "seen")
 
 
-def test_answers_to_show_cover_skills_and_pictures(outputs):
+def test_answers_to_show_cover_skills_and_images(outputs):
     answers = report.read_answers(named(outputs))
     assert list(answers) == ["seen", "heldout"] and len(answers["heldout"]) == 12
     chosen = report.pick(answers["heldout"], 6)
     assert [answer.skill for answer in chosen] == ["colour", "shape"] * 3
-    assert len({answer.picture for answer in chosen}) == 6
+    assert len({answer.image for answer in chosen}) == 6
     turned = [Answer(**{**vars(a), "right": not a.right}) for a in answers["heldout"]]
-    assert [a.picture for a in report.pick(turned, 6)] == [a.picture for a in chosen]
+    assert [a.image for a in report.pick(turned, 6)] == [a.image for a in chosen]
     assert len(report.pick(answers["seen"], 6)) == 2
 
 
-def test_lines_below_a_picture():
+def test_lines_below_an_image():
     wrong = Answer(Path("x.png"), "colour", "what color ?", "", "red", right=False)
     right = Answer(Path("x.png"), "colour", "what color ? " * 9, "costs $5", "red", right=True)
     assert [(text, color) for text, color, _ in figure._lines(wrong)] == [
@@ -158,7 +160,7 @@ def test_command_line(outputs, monkeypatch, capsys):
         width, height = image.size
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
     assert width == 1430 and height > width
-    assert {(40 * i, 0, 0) for i in range(6)} <= colors  # every held-out picture is there
+    assert {(40 * i, 0, 0) for i in range(6)} <= colors  # every held-out image is there
 
 
 def test_command_line_names_mistakes(outputs, monkeypatch, capsys):

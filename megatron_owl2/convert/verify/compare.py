@@ -20,7 +20,7 @@ from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules, shared_branches
 from megatron_owl2.convert.megatron_io import read_checkpoint
 from megatron_owl2.convert.verify.verify import Verification
-from megatron_owl2.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.errors import ConversionError
 
 # Of fp32 on both sides; logits and losses where they are above 1, gradients of each parameter in

@@ -24,7 +24,7 @@ from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.partition import gather
 from megatron_owl2.convert.safetensors_io import write_safetensors
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.conversation import VISION
+from megatron_owl2.data.image_tokens import VISION
 from megatron_owl2.data.tokenizer import Tokenizer
 
 _MOST = 8  # samples of a picture

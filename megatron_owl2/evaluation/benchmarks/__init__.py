@@ -1,0 +1,1 @@
+"""The benchmarks, one module each; `evaluation.registry` finds every module of this package."""

@@ -1,0 +1,47 @@
+"""Image captions in the format of COCO, scored by exact match with one of the references."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question, read_json
+from megatron_owl2.evaluation.scoring import exact_match
+
+REQUEST = "Provide a one-sentence caption for the provided image."
+
+
+def read_questions(path: Path, gold: Gold) -> list[Question]:
+    """The same request for every image that has a caption."""
+    names = {row["id"]: row["file_name"] for row in read_json(path)["images"]}
+    return [
+        Question(
+            id=i,
+            text=REQUEST,
+            images=(path.parent / "images" / names[i],),
+            skill=row["skill"],
+            gold=row["answers"][0],
+        )
+        for i, row in gold.items()
+    ]
+
+
+def read_gold(path: Path) -> Gold:
+    """All captions of each image, by image id."""
+    captions = defaultdict(list)
+    for row in read_json(path)["annotations"]:
+        captions[row["image_id"]].append(row["caption"])
+    return {i: {"answers": texts, "skill": "caption"} for i, texts in captions.items()}
+
+
+BENCHMARK = Benchmark(
+    about="captions in COCO's format, exact match with any of an image's",
+    file="captions*.json",
+    gold_file="captions*.json",
+    id_field="image_id",
+    answer_field="caption",
+    suffix="",
+    max_new_tokens=60,
+    min_new_tokens=8,
+    read_questions=read_questions,
+    read_gold=read_gold,
+    score=exact_match,
+)

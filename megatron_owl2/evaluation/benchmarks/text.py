@@ -1,0 +1,46 @@
+"""Dialogues of one question and its answer without an image, scored by exact match."""
+
+from pathlib import Path
+
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question, read_json, rows_by_id
+from megatron_owl2.evaluation.scoring import exact_match
+
+
+def read_questions(path: Path, gold: Gold) -> list[Question]:
+    """The questions of the dialogues."""
+    return [
+        Question(i, row["question"], (), row["skill"], row["answers"][0]) for i, row in gold.items()
+    ]
+
+
+def read_gold(path: Path) -> Gold:
+    """Question, answer and skill of each dialogue by its id.
+
+    Raises TaskError for a dialogue that is not one question and its answer.
+    """
+    gold = {}
+    for i, row in rows_by_id(read_json(path), "id").items():
+        messages = row["conversations"]
+        if [message["from"] for message in messages] != ["human", "gpt"]:
+            raise TaskError(
+                f"{path}: dialogue {i!r} must be one question and its answer (human, gpt)"
+            )
+        question, answer = (message["value"] for message in messages)
+        gold[i] = {"question": question, "answers": [answer], "skill": row.get("skill", "text")}
+    return gold
+
+
+BENCHMARK = Benchmark(
+    about="dialogues of one turn without an image, exact match",
+    file="*.json",
+    gold_file="*.json",
+    id_field="id",
+    answer_field="answer",
+    suffix="",
+    max_new_tokens=32,
+    min_new_tokens=1,
+    read_questions=read_questions,
+    read_gold=read_gold,
+    score=exact_match,
+)
