@@ -22,7 +22,7 @@ from megatron_owl2.data.shards.manifest import MANIFEST, write_atomically
 from megatron_owl2.errors import PreprocessError
 
 CONFIG = "config.yaml"
-_TOOLS = Path(__file__).resolve().parents[1] / "tools"
+_TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 @dataclass(frozen=True)
