@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from paths import ROOT
+from paths import HELPERS, ROOT
 from preprocess_run import records
 from tiny_data import encoded, picture
 
@@ -84,9 +84,13 @@ def folder(tmp_path):
     (tmp_path / "base.yaml").write_text("data: {sequence_length: 99}\n")
     program = tmp_path / "bin/img2dataset"
     program.parent.mkdir()
+<<<<<<< HEAD
     program.write_text(
         f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/helpers/fake_img2dataset.py "$@"\n'
     )
+=======
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {HELPERS}/fake_img2dataset.py "$@"\n')
+>>>>>>> r_dataprep
     program.chmod(0o755)
     return folder
 
@@ -101,7 +105,7 @@ def build(folder: Path, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools/build_mixture.py", "--folder", folder]
     command += ["--recipe", folder.parent / "recipe.yaml", *arguments]
     path = f"{folder.parent / 'bin'}:{os.environ['PATH']}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HELPERS}", "PATH": path}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
 
 

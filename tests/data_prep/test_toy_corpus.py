@@ -154,7 +154,7 @@ def test_pairs_are_an_img2dataset_folder(corpus):
 def test_pairs_continue_in_the_next_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_formats, "SHARD_SIZE", 3)
     pictures = [world.draw_picture(1, "pairs", i) for i in range(7)]
-    shapes_formats.write_pairs(tmp_path / "pairs", pictures, shapes_formats.BadSampleLog())
+    shapes_formats.write_pairs(tmp_path / "pairs", pictures, shapes_formats.AnswerRecord())
     counts = []
     for shard in range(3):
         counts.append(load(tmp_path / f"pairs/{shard:05d}_stats.json")["count"])

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
-from paths import ROOT
+from paths import HELPERS, ROOT, TOOLS
 from tiny_data import encoded, picture
 
 from data_prep.job import Outcome, preprocess
@@ -19,11 +19,11 @@ from data_prep.worker import Settings
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HELPERS)))}
 
 
 def command(*arguments) -> list[str]:
-    return [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, arguments)]
+    return [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, arguments)]
 
 
 def tool(source, kind, output, *more) -> SimpleNamespace:
