@@ -22,10 +22,6 @@ from megatron_owl2.data.shards.manifest import MANIFEST, write_atomically
 from megatron_owl2.errors import PreprocessError
 
 CONFIG = "config.yaml"
-<<<<<<< HEAD
-=======
-_TOOLS = Path(__file__).resolve().parents[2] / "tools"
->>>>>>> r_dataprep
 
 
 @dataclass(frozen=True)

@@ -84,13 +84,7 @@ def folder(tmp_path):
     (tmp_path / "base.yaml").write_text("data: {sequence_length: 99}\n")
     program = tmp_path / "bin/img2dataset"
     program.parent.mkdir()
-<<<<<<< HEAD
-    program.write_text(
-        f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/helpers/fake_img2dataset.py "$@"\n'
-    )
-=======
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {HELPERS}/fake_img2dataset.py "$@"\n')
->>>>>>> r_dataprep
     program.chmod(0o755)
     return folder
 
