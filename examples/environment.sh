@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by examples/quickstart.sh and tests/run.sh: makes .venv with the tested packages, once.
 # Afterwards $ROOT is the project's directory and $VENV/bin holds python, torchrun and pytest.
 # PYTHON names the interpreter to build .venv from (default: python3.11, else python3).
@@ -37,7 +38,7 @@ make_environment() {
     [ -x "$VENV/bin/pip" ] || "$python" -m venv --clear "$VENV"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     install_torch || fail "torch could not be installed; see the message above"
-    "$VENV/bin/pip" install --constraint "$ROOT/constraints.txt" --editable "$ROOT[report,test]" ||
+    "$VENV/bin/pip" install --constraint "$ROOT/constraints.txt" --editable "${ROOT}[report,test]" ||
         fail "the packages could not be installed; see the message above"
     echo "$wanted" >"$VENV/.complete"
 }

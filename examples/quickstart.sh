@@ -9,6 +9,7 @@
 set -euo pipefail
 DIRECTORY=${1:-}
 [ -z "$DIRECTORY" ] || DIRECTORY=$(realpath -m "$DIRECTORY")
+# shellcheck source=SCRIPTDIR/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 DIRECTORY=${DIRECTORY:-$ROOT/runs/quickstart}
 CONFIGS=$ROOT/examples/tiny
@@ -18,7 +19,13 @@ mkdir -p "$DIRECTORY/done" "$DIRECTORY/logs"
 cd "$DIRECTORY"
 export PATH="$VENV/bin:$PATH"
 export OMP_NUM_THREADS=1 # one thread per process, two processes: the fastest way on two cores
-trap 'pids=$(jobs -p); [ -z "$pids" ] || kill $pids 2>/dev/null || true' EXIT
+end_jobs() { # those that this script has started
+    local pids
+    pids=$(jobs -p)
+    # shellcheck disable=SC2086 # several numbers
+    [ -z "$pids" ] || kill $pids 2>/dev/null || true
+}
+trap end_jobs EXIT
 
 number=0
 step() { # step NAME WHAT FUNCTION: run FUNCTION unless it is done, and note the seconds
@@ -62,12 +69,16 @@ run_stages() { # run_stages PROCESSES NAME...: stages side by side, each from it
 make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus; }
 
 make_shards() {
+    local set
     shard pairs img2dataset pairs
     shard questions conversations instructions/llava_shapes.json --images corpus/instructions
     shard captions conversations instructions/llava_captions.json --images corpus/instructions
     shard documents documents text/documents.jsonl
     shard text_start conversations text/sharegpt_start.json
     shard text conversations text/sharegpt_instructions.json
+    for set in seen heldout; do
+        shard "validation_$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images"
+    done
 }
 
 start_parts() { run_stages 1 vision text; }
@@ -94,19 +105,19 @@ export_model() {
     python "$TOOLS/verify_checkpoint.py" --checkpoint runs/finetune --against model
 }
 
-answer() { # the exported model, on pictures it has never seen
+answer() { # the exported model, on images it has never seen
     ask 000000000001 "Provide a one-sentence caption for the provided image."
     ask 000000000002 "Provide a one-sentence caption for the provided image."
     ask 000000000003 "how many shapes are there ?"
 }
 
-ask() { # ask PICTURE QUESTION
-    local picture=corpus/eval/seen/images/$1.jpg
-    printf '%s\n  %s\n' "$PWD/$picture" "$2"
-    python "$TOOLS/generate.py" --checkpoint model --image "$picture" --prompt "$2" | sed 's/^/  > /'
+ask() { # ask IMAGE QUESTION
+    local image=corpus/eval/seen/images/$1.jpg
+    printf '%s\n  %s\n' "$PWD/$image" "$2"
+    python "$TOOLS/generate.py" --checkpoint model --image "$image" --prompt "$2" | sed 's/^/  > /'
 }
 
-evaluate() { # two at a time; "heldout" has colour-shape pairs that no training picture has
+evaluate() { # two at a time; "heldout" has colour-shape pairs that no training image has
     local set
     {
         for set in seen heldout; do
@@ -144,8 +155,8 @@ step import "import both as the first mPLUG-Owl2 checkpoint" import_parts
 step pretrain "stage 1: pre-training, language model frozen, tensor parallel over 2 ranks" pretrain
 step finetune "stage 2: joint instruction tuning, everything trains, data parallel over 2 ranks" finetune
 step export "export to Hugging Face, and prove the export with transformers" export_model
-step answer "ask the exported model about new pictures" answer
-step evaluate "score it on new pictures, seeing and blind" evaluate
+step answer "ask the exported model about new images" answer
+step evaluate "score it on new images, seeing and blind" evaluate
 rm -f done/report
 step report "report" report
 
