@@ -41,7 +41,9 @@ def _check_transformer_engine(config: RunConfig) -> None:
     import torch
 
     try:  # megatron-core's way
-        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+        from transformer_engine.pytorch.fp8 import (  # pyright: ignore[reportMissingImports]
+            FP8GlobalStateManager,
+        )
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"kernels.backend=transformer_engine cannot be imported ({error}); pip install "

@@ -1,6 +1,6 @@
 """Micro-batch as it leaves a data worker: in its final shapes, nothing is cut or inserted later."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -51,7 +51,7 @@ class Batch:
     keys: list[str]
     shortened: int = 0  # samples that lost turns or the end of an answer
     bad_samples: list[BadSample] = field(default_factory=list)
-    measurements: Counter[str] = field(default_factory=Counter)
+    measurements: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     local_vision_token_index: torch.Tensor | None = None
 
     @property

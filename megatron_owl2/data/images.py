@@ -32,7 +32,7 @@ def decode(data: bytes) -> torch.Tensor:
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
             check_size(width, height)
             # No other bytes of a JPEG's scans look like the start of one.
             if _may_have_many_scans(data) and data.count(b"\xff\xda") > MAX_SCANS:
@@ -61,7 +61,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
         else:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size

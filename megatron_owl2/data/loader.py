@@ -9,8 +9,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.context import ForkContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ class BatchLoader:
         self._config = config
         self._bad_sample_log = bad_sample_log
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         config = self._config
         log = BadSampleLog(self._bad_sample_log, config.max_bad_fraction, config.max_bad_in_a_row)
         try:
@@ -211,7 +212,7 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _end(workers: set[multiprocessing.Process]) -> None:
+def _end(workers: set[BaseProcess]) -> None:
     """End workers at once, whatever they wait for.
 
     torch would wait for them when their iterator is collected. After an error that is at any later
@@ -264,4 +265,6 @@ def build_loader(
     batches = MicroBatchSampler(
         start_sample, data_parallel_rank, data_parallel_size, micro_batch_size, limit_samples
     )
-    return BatchLoader(dataset, batches, config, bad_sample_log and Path(bad_sample_log))
+    return BatchLoader(
+        dataset, batches, config, None if bad_sample_log is None else Path(bad_sample_log)
+    )

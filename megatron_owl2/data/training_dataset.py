@@ -6,7 +6,7 @@ seek.
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -65,14 +65,14 @@ class TrainingDataset(Dataset):
         """The batch of these samples. Raises DataError if a sample and all its substitutes are bad,
         ShardError if a shard is not what its manifest says, StorageError if it cannot be read."""
         bad: list[BadSample] = []
-        measured = Counter(read_retries=-self._retries())
+        measured = defaultdict(float, read_retries=-self._retries())
         samples = [self.sample(sample_index, bad, measured) for sample_index in sample_indices]
         batch = collate(samples, self._image_size if self._decode_images else 0)
         measured["read_retries"] += self._retries()
         batch.bad_samples, batch.measurements = bad, measured
         return batch
 
-    def sample(self, sample_index: int, bad: list[BadSample], measured: Counter[str]) -> Sample:
+    def sample(self, sample_index: int, bad: list[BadSample], measured: dict[str, float]) -> Sample:
         """The sample of an index, or its first usable substitute; the unusable ones are added to
         `bad`, bytes and seconds to `measured`."""
         place = sample_index - self._first_sample

@@ -164,4 +164,16 @@ class ParallelContext:
     def mark_sequence_parallel(self, *parameters: torch.nn.Parameter) -> None:
         """Have the gradients of replicated parameters that see s/tp rows summed over the ranks."""
         for parameter in parameters:
-            parameter.sequence_parallel = self.sequence_parallel
+            # megatron-core keeps its marks on the parameters themselves.
+            parameter.sequence_parallel = self.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def mark_tensor_parallel(parameter: torch.nn.Parameter, *, dim: int) -> None:
+    """Mark a parameter as split along `dim` over the tensor-parallel ranks, as megatron-core
+    does."""
+    for name, value in (
+        ("tensor_model_parallel", True),
+        ("partition_dim", dim),
+        ("partition_stride", 1),
+    ):
+        setattr(parameter, name, value)

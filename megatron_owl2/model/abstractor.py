@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, RowLinear
-from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.mcore.parallel import ParallelContext, mark_tensor_parallel
 from megatron_owl2.model.attention import attend
 from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack, swiglu
 from megatron_owl2.model.position_tables import image_positions, query_positions
@@ -35,6 +35,8 @@ class Abstractor(nn.Module):
             context, lambda number: AbstractorLayer(context, model), 0, config.num_layers
         )
         self.visual_fc = nn.Linear(size, width, dtype=dtype)
+        self.query_positions: torch.Tensor
+        self.image_positions: torch.Tensor
         # In fp32 whatever the model computes in, as the released model stores them.
         self.register_buffer("query_positions", query_positions(config.num_queries, size))
         self.register_buffer("image_positions", image_positions(model.vision.grid_size, size))
@@ -107,8 +109,7 @@ class SplitLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(local, dtype=context.dtype))
         self.bias = nn.Parameter(torch.zeros(local, dtype=context.dtype))
         for parameter in (self.weight, self.bias):
-            parameter.tensor_model_parallel, parameter.partition_dim = True, 0
-            parameter.partition_stride = 1
+            mark_tensor_parallel(parameter, dim=0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()

@@ -15,11 +15,12 @@ class KeyValueCache:
     """Keys and values that one attention layer has seen, [s, b, kv_heads/tp, d] each."""
 
     def __init__(self):
-        self.key = self.value = None
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new positions; returns all keys and values so far."""
-        if self.key is not None:
+        if self.key is not None and self.value is not None:
             key, value = torch.cat([self.key, key]), torch.cat([self.value, value])
         self.key, self.value = key, value
         return key, value

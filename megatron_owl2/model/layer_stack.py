@@ -58,7 +58,7 @@ class LayerStack(nn.Module):
             self.add_module(str(number), build(number))
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._modules.values())
+        return self.children()
 
     def numbers(self) -> list[int]:
         """The numbers, in the whole model, of the layers here."""

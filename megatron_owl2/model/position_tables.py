@@ -44,7 +44,7 @@ def _sincos(count: int, size: int) -> np.ndarray:
     return np.concatenate([_rounded(mpmath.sin, angles), _rounded(mpmath.cos, angles)], axis=1)
 
 
-def _rounded(function: Callable[[mpmath.mpf], mpmath.mpf], values: np.ndarray) -> np.ndarray:
+def _rounded(function: Callable, values: np.ndarray) -> np.ndarray:
     """The function of fp32 values, computed to 80 bits and rounded to fp32."""
     distinct, places = np.unique(values, return_inverse=True)
     with mpmath.workprec(80):

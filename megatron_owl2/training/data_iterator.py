@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -26,7 +26,8 @@ class DataIterator(Iterator[Batch]):
         context_parallel: tuple[int, int] = (0, 1),
     ):
         """`context_parallel`: this rank among those that share a sequence, and their number."""
-        self._loader, self._batches, self._device = loader, iter(loader), device
+        self._loader, self._device = loader, device
+        self._batches: Generator[Batch, None, None] = iter(loader)
         self._consistency, self._context_parallel = consistency, context_parallel
         self._restarts = 0
         self._counts: Counter[str] = Counter()

@@ -11,7 +11,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer.optimizer_config import ParamGroupOverride, ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_owl2.config.schema import RunConfig
@@ -40,7 +40,8 @@ def wrap_ddp(chunks: Sequence[Owl2], *, overlap: bool) -> list[DistributedDataPa
     ]
     transformer.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in wrapped]
-    transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    # A list where there are several chunks, which the annotation does not know.
+    transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
     return wrapped
 
 
@@ -77,13 +78,11 @@ def build_optimizer(
         overlap_param_gather=config.parallel.overlap,
     )
     overrides = get_standard_config_overrides(settings)
-    for factor in sorted({p.rate_factor for chunk in wrapped for p in chunk.parameters()} - {1.0}):
+    for factor in sorted({_rate_factor(p) for c in wrapped for p in c.parameters()} - {1.0}):
         # megatron-core reads max_lr and min_lr, but tells groups apart in checkpoints by lr_mult.
-        overrides[_parameters_with_factor(factor)] = {
-            "max_lr": chosen.lr * factor,
-            "min_lr": chosen.min_lr * factor,
-            "lr_mult": factor,
-        }
+        overrides[_parameters_with_factor(factor)] = ParamGroupOverride(
+            max_lr=chosen.lr * factor, min_lr=chosen.min_lr * factor, lr_mult=factor
+        )
     optimizer = get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
@@ -105,4 +104,11 @@ def build_optimizer(
 
 
 def _parameters_with_factor(factor: float) -> ParamKey:
-    return ParamKey(predicate=ParamPredicate(f"rate x {factor}", lambda p: p.rate_factor == factor))
+    return ParamKey(
+        predicate=ParamPredicate(f"rate x {factor}", lambda p: _rate_factor(p) == factor)
+    )
+
+
+def _rate_factor(parameter: torch.nn.Parameter) -> float:
+    """The factor that `parameter_groups.freeze` has put on the parameter."""
+    return vars(parameter)["rate_factor"]

@@ -28,7 +28,7 @@ class Profiler:
         rank = torch.distributed.get_rank()
         self._path = Path(output) / "profile" / f"rank-{rank:05d}.json.gz"
         self._steps = 0
-        self._profile = None
+        self._profile: torch.profiler.profile | None = None
         self._active = False
         self._open: list[torch.profiler.record_function] = []
 
@@ -80,6 +80,7 @@ class Profiler:
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
             return
+        assert self._profile is not None
         self._profile.stop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self._path))

@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.mcore import setup
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
 
 SUMS = ("loss", "targets", "image_loss", "image_targets")  # added up over micro-batches and ranks
@@ -61,14 +62,14 @@ def _run_schedule(
         micro_batch_size=config.train.micro_batch_size,
         forward_only=forward_only,
     )
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=chunks[0].module.image_mean.device)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=setup.device())
     for result in results:
         sums += result["sums"]
     return sums
 
 
 def optimizer_step(
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     should_apply: Callable[[float], bool],
     groups: GradNormsByGroup | None = None,
 ) -> tuple[float, dict[str, float]]:

@@ -81,7 +81,7 @@ class Trainer:
         self.optimizer.zero_grad()
         sums = self.forward_backward()
         self.signal = self.stop.reduce(setup.device())
-        ending = state.step == config.train.steps or self.signal
+        ending = state.step == config.train.steps or self.signal != 0
         saving = ending or state.step % config.train.save_interval == 0
         validating = self.validator.due(state.step)
         # Checkpoints carry full counts, so a row comes before each.
@@ -149,7 +149,9 @@ class Trainer:
 
     def draw_samples(self) -> None:
         """Draw the newest micro-batch as a sheet of samples."""
-        path = sample_sheet.write(self.output, self.state.step, self.batches.last, self.tokenizer)
+        batch = self.batches.last
+        assert batch is not None, "a step has read micro-batches"
+        path = sample_sheet.write(self.output, self.state.step, batch, self.tokenizer)
         self.wandb.log_image("samples", path, self.state.step)
 
     def save(self) -> None:

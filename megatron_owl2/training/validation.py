@@ -89,7 +89,7 @@ class Validator:
         totals = torch.cat([sums, sums.new_tensor(bad)])
         torch.distributed.all_reduce(totals)
         *values, lost = totals.tolist()
-        found = dict(zip(SUMS, values, strict=True))
+        found: dict[str, float] = dict(zip(SUMS, values, strict=True))
         lost = round(lost / self._model_ranks)
         text = {k: found[k] - found[f"image_{k}"] for k in ("loss", "targets")}
         return {

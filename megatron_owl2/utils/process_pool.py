@@ -47,5 +47,7 @@ def _start(start: Callable | None, arguments: tuple) -> None:
 
 def _end_with_parent() -> None:
     """A process whose parent was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a spawned process has one"
+    parent.join()
     os._exit(1)

@@ -86,9 +86,7 @@ def full_batch(config: RunConfig) -> Batch:
         labels, modality = np.roll(tokens, -1), np.zeros(length, np.int64)
         labels[: positions[-1]], modality[positions] = -100, 1
         pixels = torch.from_numpy(chance.integers(0, 256, (3, size, size), np.uint8))
-        samples.append(
-            Sample(tokens, labels, modality, positions, length, False, pixels, sample_index)
-        )
+        samples.append(Sample(tokens, labels, modality, length, False, pixels, sample_index))
     return collate(samples, size)
 
 

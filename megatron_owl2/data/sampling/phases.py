@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_owl2.config.schema import DataConfig
 from megatron_owl2.data.sampling.keyed_random import combine
@@ -86,9 +87,10 @@ def to_json(phases: list[Phase]) -> list[dict]:
     return [{_STORED_NAMES.get(name, name): v for name, v in tree.items()} for tree in trees]
 
 
-def _from_json(tree: dict) -> Phase:
+def _from_json(tree: dict[str, Any]) -> Phase:
     names = {stored: name for name, stored in _STORED_NAMES.items()}
-    return Phase(**{names.get(name, name): value for name, value in tree.items()})
+    fields: dict[str, Any] = {names.get(name, name): value for name, value in tree.items()}
+    return Phase(**fields)
 
 
 def _phase(config: DataConfig, datasets: Sequence[ShardedDataset], start_sample: int) -> Phase:

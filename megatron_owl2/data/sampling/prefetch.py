@@ -30,7 +30,7 @@ class Prefetcher:
         self._datasets, self._order = datasets, order
         self._remote = [not isinstance(d.storage, LocalStorage) for d in datasets]
         self._shuffle_blocks: dict[int, tuple[int, int]] = {}  # by stream: epoch and number
-        self._queue: SimpleQueue | None = None
+        self._queue: SimpleQueue = SimpleQueue()
         self._copies: list[ShardedDataset] = []
         self._process = 0
 
@@ -58,7 +58,7 @@ class Prefetcher:
         """End the thread after what it does; `advance_to` starts another."""
         if self._process == os.getpid():
             self._queue.put(None)
-        self._process, self._queue = 0, None
+        self._process = 0
 
     def _start(self) -> None:
         self._process, self._shuffle_blocks, self._queue = os.getpid(), {}, SimpleQueue()
@@ -67,7 +67,10 @@ class Prefetcher:
         Thread(target=_fetch, args=work, name="prefetch", daemon=True).start()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_queue": None, "_process": 0}
+        return self.__dict__ | {
+            "_queue": None,
+            "_process": 0,
+        }  # a queue cannot be sent to a process
 
 
 def working_set(

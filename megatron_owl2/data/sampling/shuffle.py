@@ -212,7 +212,7 @@ def _blocks(sizes: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _repeat(
-    blocks: tuple[np.ndarray, ...], samples: int, key: int
+    blocks: tuple[np.ndarray, np.ndarray, np.ndarray], samples: int, key: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The blocks again and again until they hold `samples` samples; the last block is cut."""
     shard, start, count = blocks

@@ -55,7 +55,9 @@ def members(
     read: Callable[[int, int], bytes | memoryview], position: int, stop: int
 ) -> Iterator[tuple[int, str, int, int]]:
     """The files of an archive between two byte offsets: entries() that have a name."""
-    return (entry for entry in entries(read, position, stop) if entry[1] is not None)
+    for start, name, data, size in entries(read, position, stop):
+        if name is not None:
+            yield start, name, data, size
 
 
 def entries(
@@ -149,6 +151,8 @@ def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
     try:
         while position < len(body):
             record = _PAX_RECORD.match(body, position)
+            if record is None:
+                raise ValueError
             start, end = record.end(), position + int(record[1])
             if not start < end <= len(body) or body[end - 1 : end] != b"\n":
                 raise ValueError
@@ -159,7 +163,7 @@ def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
                     raise ValueError
                 size = int(body[start : end - 1])
             position = end
-    except (ValueError, TypeError, AttributeError):
+    except ValueError:
         raise BadSampleError("damaged tar header (extended header)") from None
     return path, size
 

@@ -66,10 +66,10 @@ class ShardWriter:
             self._shard = _ShardFile(self.directory / name)
         self._shard.add(record.key, parts)
         if len(self._shard.offsets) == self._samples_per_shard:
-            self._finish_shard()
+            self._finish(self._shard)
 
-    def _finish_shard(self) -> None:
-        self.rows.append(self._shard.finish())
+    def _finish(self, shard: "_ShardFile") -> None:
+        self.rows.append(shard.finish())
         self._shard = None
 
     def __enter__(self) -> "ShardWriter":
@@ -78,7 +78,7 @@ class ShardWriter:
     def __exit__(self, kind, error, traceback) -> None:
         try:
             if kind is None and self._shard is not None:
-                self._finish_shard()
+                self._finish(self._shard)
         finally:
             if self._shard is not None:
                 self._shard.discard()

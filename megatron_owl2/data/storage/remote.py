@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 import warnings
+from typing import Any
 from urllib.parse import quote
 
 import fsspec
@@ -97,12 +98,13 @@ class RemoteStorage(Storage):
         self._here().stop_prefetching()
 
     def _read_and_keep(self, name: str, start: int, stop: int, extent: tuple[int, int]) -> bytes:
-        for _ in range(2 if self._uses_cache() else 0):
+        cache = self._usable_cache()
+        for _ in range(0 if cache is None else 2):
             data = self._fill(name, *extent)
             if data is not None:
                 return data[start - extent[0] : stop - extent[0]]
             # Another process or thread brought it; where the cache is tight it may be gone again.
-            data = self._cache.read(name, extent, start, stop)
+            data = cache.read(name, extent, start, stop)
             if data is not None:
                 return data
         return self._fetch(name, start, stop)
@@ -110,11 +112,12 @@ class RemoteStorage(Storage):
     def _fill(self, name: str, start: int, stop: int) -> bytes | None:
         """The extent if this call fetched it, now cached; None if it did not."""
         check_name(self.location, name)
-        if not self._uses_cache():
+        cache = self._usable_cache()
+        if cache is None:
             return None
         here = self._here()
         try:
-            return self._cache.fill(
+            return cache.fill(
                 name, (start, stop), lambda: self._fetch(name, start, stop), self.options.patience
             )
         except CacheError as error:
@@ -125,8 +128,9 @@ class RemoteStorage(Storage):
                 warnings.warn(f"{error}; {self.location} is read without it", stacklevel=2)
             return None
 
-    def _uses_cache(self) -> bool:
-        return self._cache is not None and time.monotonic() >= self._here().cache_resumes
+    def _usable_cache(self) -> RangeCache | None:
+        """The cache, unless it could not take a range a moment ago."""
+        return self._cache if time.monotonic() >= self._here().cache_resumes else None
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         def attempt() -> bytes:
@@ -139,7 +143,7 @@ class RemoteStorage(Storage):
         self._here().add(bytes_fetched=len(data))
         return data
 
-    def _request(self, method: str, name: str, **arguments):
+    def _request(self, method: str, name: str, **arguments) -> Any:
         """One attempt within the time limit, through fsspec's event loop."""
         timeout = self.options.timeout
         client = _client(self._protocol, timeout)
@@ -165,6 +169,11 @@ class RemoteStorage(Storage):
 
     def _new_process(self) -> "_RemoteProcess":
         return _RemoteProcess()
+
+    def _here(self) -> "_RemoteProcess":
+        here = super()._here()
+        assert isinstance(here, _RemoteProcess)
+        return here
 
 
 class _RemoteProcess(Process):

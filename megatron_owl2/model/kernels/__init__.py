@@ -24,21 +24,27 @@ class Kernels(Protocol):
 
     def ColumnLinear(self, context: ParallelContext, spec: LinearSpec) -> nn.Module:
         """Linear [..., in] to [..., out / tp], as `mcore.linear.ColumnLinear`."""
+        ...
 
     def RowLinear(self, context: ParallelContext, spec: LinearSpec) -> nn.Module:
         """Linear [..., in / tp] to [..., out], as `mcore.linear.RowLinear`."""
+        ...
 
     def attention(self, context: ParallelContext, number: int) -> nn.Module:
         """Causal attention of decoder layer `number`, as `local.Attention`."""
+        ...
 
     def fp8_context(self) -> AbstractContextManager:
         """FP8 context of a pass through all layers of a model chunk."""
+        ...
 
     def layer_fp8_context(self, number: int) -> AbstractContextManager:
         """FP8 context of a pass through layer `number`."""
+        ...
 
     def checkpoint(self, function: Callable, *inputs: Any) -> Any:
         """function(*inputs), computed again in the backward pass with the same scales."""
+        ...
 
 
 def build_kernels(context: ParallelContext) -> Kernels:

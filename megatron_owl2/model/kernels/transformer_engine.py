@@ -5,7 +5,7 @@ import os
 from contextlib import nullcontext
 
 import torch
-import transformer_engine.pytorch as te
+import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ class CheckpointManager:
                     _logger.warning("%s cannot be removed yet", path)
 
 
-def expired(steps: Sequence[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
+def expired(steps: Collection[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
     """Which of `steps` are not kept now that `newest` is whole: those that are older than the
     newest `keep_last` and not divisible by `keep_every`. Later ones are not touched: they are of a
     run that was set back. With keep_last 0 all are kept."""

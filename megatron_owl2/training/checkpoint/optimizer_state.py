@@ -9,11 +9,12 @@ checkpoint can be read under any layout.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
+from megatron.core.optimizer import ChainedOptimizer, distrib_optimizer
 
 from megatron_owl2.mcore import setup
 
@@ -52,7 +53,8 @@ def _blocks(
     whole parameter."""
     numbers, begin = numbers.detach(), 0
     # Gate and up are two parts, one behind the other.
-    for part in share.build() if isinstance(share, ShardedTensorFactory) else [share]:
+    parts: list[Any] = share.build() if isinstance(share, ShardedTensorFactory) else [share]
+    for part in parts:
         end = begin + math.prod(part.local_shape)
         place, stop = max(start, begin), min(start + len(numbers), end)
         for offset, shape in blocks(part.local_shape, place - begin, stop - begin):
@@ -126,7 +128,7 @@ def install() -> None:
     optimizer.load_parameter_state_from_fully_reshardable = _read_in_place
 
 
-def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
+def allocate_optimizer_state(optimizer: ChainedOptimizer) -> None:
     """Give torch's AdamW the state it would make in its first step, so that one can be loaded.
 
     The fused optimizers of Transformer Engine and apex need no such thing and are left alone.
@@ -140,7 +142,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
                 part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict) -> None:
+def load_optimizer_state(optimizer: ChainedOptimizer, state: dict) -> None:
     """`optimizer.load_state_dict`, with what the AdamW at hand needs beyond it.
 
     The settings of a group become those in the checkpoint, where another AdamW (torch's, apex's or

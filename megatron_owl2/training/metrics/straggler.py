@@ -4,6 +4,7 @@ import socket
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,8 +76,9 @@ class StragglerDetector:
 
     def __init__(self, stage: int):
         """`stage` is this rank's pipeline rank; all ranks together."""
-        self._ranks = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(self._ranks, (stage, socket.gethostname()))
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, (stage, socket.gethostname()))
+        self._ranks: list[tuple[int, str]] = ranks
 
     def slowest(self, waited: list[float], computed: list[float]) -> StragglerReport:
         """The rank that is farthest above the median of its stage, from seconds by rank."""

@@ -1,6 +1,7 @@
 """wandb logger, beside metrics.jsonl."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_owl2.config.load import to_dict
 from megatron_owl2.config.schema import RunConfig
@@ -15,7 +16,8 @@ class WandbLogger:
     """
 
     def __init__(self, config: RunConfig, *, writes: bool):
-        self._wandb = self._run = None
+        self._wandb: Any = None
+        self._run: Any = None
         if not (config.wandb.enabled and writes):
             return
         import wandb
