@@ -38,8 +38,10 @@ def _check_transformer_engine(config: RunConfig) -> None:
     """Transformer Engine, and a GPU that can do bf16 and the FP8 recipe."""
     import torch
 
-    try:  # megatron-core's way
-        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+    try:  # imported as megatron-core does; pyright does not see the optional package
+        from transformer_engine.pytorch.fp8 import (  # pyright: ignore[reportMissingImports]
+            FP8GlobalStateManager,
+        )
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"kernels.backend=transformer_engine cannot be imported ({error}); pip install "

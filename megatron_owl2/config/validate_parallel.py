@@ -90,21 +90,22 @@ def _check_stages(config: RunConfig) -> None:
 def _check_kernels(config: RunConfig) -> None:
     """Refuse kernels that would compute in another precision than asked, or not at all."""
     kernels, decoder = config.kernels, config.model.decoder
-    require(
-        kernels.backend == "local" or config.train.precision == "bf16",
-        "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
-    )
-    head = decoder.hidden_size // decoder.num_heads
-    require(
-        kernels.backend == "local" or (head % 8 == 0 and head <= 256),
-        f"the decoder's heads are {head} wide; the fused attention of "
-        "kernels.backend=transformer_engine takes multiples of 8 up to 256; use "
-        "kernels.backend=local",
-    )
+    if kernels.backend == "transformer_engine":
+        require(
+            config.train.precision == "bf16",
+            "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
+        )
+        head = decoder.hidden_size // decoder.num_heads
+        require(
+            head % 8 == 0 and head <= 256,
+            f"the decoder's heads are {head} wide; the fused attention of "
+            "kernels.backend=transformer_engine takes multiples of 8 up to 256; use "
+            "kernels.backend=local",
+        )
     require(
         kernels.fp8 == "none" or kernels.backend == "transformer_engine",
-        f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the local one "
-        "the run would be in bf16",
+        f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the "
+        f"{kernels.backend} one the run would be in bf16",
     )
     if kernels.fp8 != "none":
         _check_fp8(config, FP8_RECIPES[kernels.fp8])
