@@ -83,7 +83,8 @@ def _check_pipeline_stages(config: RunConfig) -> None:
     require(
         len(given) == num_stages and sum(given) == layers and min(given) >= 0,
         f"parallel.layers is {given}; it must hold {num_stages} numbers, none below 0, one for "
-        f"every pipeline stage of parallel.pipeline x parallel.virtual_pipeline, that add up to {layers}",
+        f"every pipeline stage of parallel.pipeline x parallel.virtual_pipeline, that "
+        f"add up to {layers}",
     )
 
 
