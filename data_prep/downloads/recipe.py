@@ -1,15 +1,14 @@
 """A recipe: which corpora make a mixture, how many pairs of each, and what is left out of them."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_prep.downloads.corpora import CORPORA
 from data_prep.formats.registry import FORMATS
-from megatron_owl2.errors import PreprocessError
+from megatron_owl2.config.load import merge, read_yaml
+from megatron_owl2.errors import ConfigError, PreprocessError
 from megatron_owl2.utils.suggest import did_you_mean
 
 # Options of tools/prepare_downloads.py and tools/preprocess_data.py, with underscores.
@@ -54,59 +53,42 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file; raises PreprocessError for what no recipe can hold."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise PreprocessError(f"{path} cannot be read: {error}") from None
-    _check_keys(path, "", tree, [entry.name for entry in fields(Recipe)], {"sources"})
-    if not isinstance(tree["sources"], dict) or not tree["sources"]:
-        raise PreprocessError(f"{path}: sources must be a section of names with their sources")
-    sources = {}
-    for name, body in tree["sources"].items():
-        where = f"sources.{name}"
-        _check_keys(path, where, body, [entry.name for entry in fields(Source)], {"target"})
-        _check_keys(path, f"{where}.list", body.get("list", {}), LIST_OPTIONS)
-        _check_keys(path, f"{where}.shards", body.get("shards", {}), SHARD_OPTIONS)
-        sources[str(name)] = _checked(path, where, Source(**body))
-    for key in ("seed", "image_size", "shard_size"):
-        _require(type(tree.get(key, 1)) is int, path, key, "a whole number")
-    return Recipe(**(tree | {"sources": sources}))
+        tree = read_yaml(path)
+        if isinstance(tree.get("sources"), dict):  # a name may look like a number
+            tree["sources"] = {str(name): body for name, body in tree["sources"].items()}
+        recipe = merge(Recipe, [(str(path), tree)])
+    except ConfigError as error:
+        said = str(error)
+        raise PreprocessError(said if str(path) in said else f"{path}: {said}") from None
+    _require(len(recipe.sources) > 0, path, "sources", "a section of names with their sources")
+    for name, source in recipe.sources.items():
+        _check_options(path, f"sources.{name}.list.", source.list, LIST_OPTIONS)
+        _check_options(path, f"sources.{name}.shards.", source.shards, SHARD_OPTIONS)
+        _check_source(path, f"sources.{name}", source)
+    return recipe
 
 
-def _checked(path: Path, where: str, source: Source) -> Source:
-    _require(
-        type(source.target) is int and source.target > 0, path, f"{where}.target", "above 0, whole"
-    )
-    _require(
-        type(source.expected) in (int, float) and 0 < source.expected <= 1,
-        path,
-        f"{where}.expected",
-        "a share above 0 and up to 1",
-    )
+def _check_source(path: Path, where: str, source: Source) -> None:
+    _require(source.target > 0, path, f"{where}.target", "above 0, whole")
+    expected = "a share above 0 and up to 1"
+    _require(0 < source.expected <= 1, path, f"{where}.expected", expected)
     _require(source.format in FORMATS, path, f"{where}.format", " or ".join(FORMATS))
     if source.corpus is None:
         _require(isinstance(source.input, str), path, f"{where}.input", "a path without a corpus")
         _require(not source.list, path, f"{where}.list", "absent where nothing is downloaded")
-        return source
+        return
     _require(source.corpus in CORPORA, path, f"{where}.corpus", " or ".join(CORPORA))
     _require(isinstance(source.metadata, str), path, f"{where}.metadata", "the path of its tables")
     for key, default in (("format", "img2dataset"), ("input", None), ("images", None)):
         given = getattr(source, key)
         _require(given == default, path, f"{where}.{key}", "absent for a corpus to download")
-    return source
 
 
-def _check_keys(
-    path: Path, where: str, tree: Any, known: Collection[str], needed: Collection[str] = ()
-) -> None:
-    place = f"{path}: {where}" if where else str(path)
-    if not isinstance(tree, dict):
-        raise PreprocessError(f"{place} must be a section with keys, not {tree!r}")
-    for key in tree:
+def _check_options(path: Path, prefix: str, options: dict, known: Collection[str]) -> None:
+    for key in options:
         if key not in known:
-            raise PreprocessError(f"{place}: unknown key '{key}'; {did_you_mean(key, known)}")
-    for key in needed:
-        if key not in tree:
-            raise PreprocessError(f"{place}: '{key}' is missing")
+            hint = did_you_mean(key, known, prefix)
+            raise PreprocessError(f"{path}: unknown key '{prefix}{key}'; {hint}")
 
 
 def _require(condition: bool, path: Path, key: str, wanted: str) -> None:

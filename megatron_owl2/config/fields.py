@@ -66,7 +66,7 @@ def numbers(*defaults: float, positive: bool = False) -> list[float]:
 
 
 def number_misfit(entry: dataclasses.Field, value: object) -> str | None:
-    """What the number or numbers of a field must be, in words, if `value` is not that."""
+    """Range of the number or numbers of a field, in words, if `value` is outside of it."""
     limits: Range | None = entry.metadata.get("range")
     if limits is None:
         return None
@@ -98,7 +98,7 @@ def check_section(
 
 
 def choice_misfit(kind: Any, value: Any) -> str | None:
-    """What a Literal, or a list of Literal without repetitions, allows if `value` is not that."""
+    """Choices of a Literal (a list holds each at most once), in words, if `value` is none."""
     if get_origin(kind) is Literal:
         *most, last = get_args(kind)
         return None if value in (*most, last) else f"use {', '.join(most)} or {last}"

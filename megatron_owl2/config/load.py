@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_owl2.config.examples import locate
 from megatron_owl2.config.fields import choice_misfit
@@ -88,6 +88,8 @@ def merge(schema: type[T], layers: Sequence[Layer]) -> T:
 
 
 def _describe(error: OmegaConfBaseException) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        return f"'{error.full_key}' is missing"
     return f"{str(error).splitlines()[0]} (key {error.full_key})"
 
 
@@ -122,7 +124,7 @@ def _check_tree(tree: dict, schema: Any, where: str, prefix: str = "") -> None:
     types: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(schema)}
     for key, value in tree.items():
         if key not in types:
-            hint = did_you_mean(str(key), types, prefix)
+            hint = did_you_mean(key, types, prefix)
             raise ConfigError(f"{where}: unknown key '{prefix}{key}'; {hint}")
         _check_value(value, types[key], where, f"{prefix}{key}")
 

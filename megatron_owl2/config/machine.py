@@ -40,7 +40,7 @@ def _check_transformer_engine(config: RunConfig) -> None:
     """Transformer Engine, and a GPU that can do bf16 and the FP8 recipe."""
     import torch
 
-    try:  # megatron-core's way
+    try:  # imported as megatron-core does; pyright does not see the optional package
         from transformer_engine.pytorch.fp8 import (  # pyright: ignore[reportMissingImports]
             FP8GlobalStateManager,
         )

@@ -51,7 +51,7 @@ def validate_model(model: ModelConfig) -> None:
 
 
 def misfit(entry: dataclasses.Field, value: object) -> str | None:
-    """What a number of ModelConfig or its sections must be if `value` is not that, else None."""
+    """Range of a field of ModelConfig or its sections, in words, if `value` is outside of it."""
     wanted = number_misfit(entry, value)
     noun = "a number" if entry.type in (int, float) else "three numbers"
     return wanted and f"{noun}, {wanted}"

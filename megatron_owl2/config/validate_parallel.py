@@ -29,7 +29,7 @@ def validate_parallel(config: RunConfig, world_size: int) -> None:
         ("model.decoder.vocab_size", model.decoder.vocab_size),
     ):
         require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
-    _check_stages(config)
+    _check_pipeline_stages(config)
     require(
         not parallel.sequence or tp > 1,
         "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
@@ -62,10 +62,10 @@ def validate_parallel(config: RunConfig, world_size: int) -> None:
     _check_kernels(config)
 
 
-def _check_stages(config: RunConfig) -> None:
+def _check_pipeline_stages(config: RunConfig) -> None:
     """Decoder layers of the pipeline stages."""
     parallel, layers = config.parallel, config.model.decoder.num_layers
-    stages = parallel.pipeline * parallel.virtual_pipeline
+    num_stages = parallel.pipeline * parallel.virtual_pipeline
     require(
         parallel.virtual_pipeline == 1 or parallel.pipeline > 1,
         f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, but there is no pipeline; "
@@ -73,38 +73,40 @@ def _check_stages(config: RunConfig) -> None:
     )
     if not parallel.layers:
         require(
-            layers % stages == 0,
+            layers % num_stages == 0,
             f"model.decoder.num_layers ({layers}) is not divisible by parallel.pipeline x "
-            f"parallel.virtual_pipeline = {stages}; name the layers of every stage in "
-            "parallel.layers",
+            f"parallel.virtual_pipeline = {num_stages}; name the layers of every "
+            "pipeline stage in parallel.layers",
         )
         return
     given = parallel.layers
     require(
-        len(given) == stages and sum(given) == layers and min(given) >= 0,
-        f"parallel.layers is {given}; it must hold {stages} numbers, none below 0, one for every "
-        f"stage of parallel.pipeline x parallel.virtual_pipeline, that add up to {layers}",
+        len(given) == num_stages and sum(given) == layers and min(given) >= 0,
+        f"parallel.layers is {given}; it must hold {num_stages} numbers, none below 0, one for "
+        f"every pipeline stage of parallel.pipeline x parallel.virtual_pipeline, that "
+        f"add up to {layers}",
     )
 
 
 def _check_kernels(config: RunConfig) -> None:
     """Refuse kernels that would compute in another precision than asked, or not at all."""
     kernels, decoder = config.kernels, config.model.decoder
-    require(
-        kernels.backend == "local" or config.train.precision == "bf16",
-        "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
-    )
-    head = decoder.hidden_size // decoder.num_heads
-    require(
-        kernels.backend == "local" or (head % 8 == 0 and head <= 256),
-        f"the decoder's heads are {head} wide; the fused attention of "
-        "kernels.backend=transformer_engine takes multiples of 8 up to 256; use "
-        "kernels.backend=local",
-    )
+    if kernels.backend == "transformer_engine":
+        require(
+            config.train.precision == "bf16",
+            "kernels.backend=transformer_engine computes in bf16; set train.precision to bf16",
+        )
+        head = decoder.hidden_size // decoder.num_heads
+        require(
+            head % 8 == 0 and head <= 256,
+            f"the decoder's heads are {head} wide; the fused attention of "
+            "kernels.backend=transformer_engine takes multiples of 8 up to 256; use "
+            "kernels.backend=local",
+        )
     require(
         kernels.fp8 == "none" or kernels.backend == "transformer_engine",
-        f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the local one "
-        "the run would be in bf16",
+        f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the "
+        f"{kernels.backend} one the run would be in bf16",
     )
     if kernels.fp8 != "none":
         _check_fp8(config, FP8_RECIPES[kernels.fp8])

@@ -13,6 +13,12 @@ from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
 
 
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory):
+    """The configuration of a tiny run, with its data."""
+    return tiny_run.make(tmp_path_factory.mktemp("tiny"))
+
+
 def test_the_defaults_are_the_papers_model_and_pass_the_checks():
     config = RunConfig()
     validate_model(config.model)
@@ -54,9 +60,9 @@ def test_keys_and_values_that_do_not_exist(tmp_path, override, words):
         load_config(tmp_path / "run.yaml", [override])
 
 
-def test_a_reference_to_nothing_is_named(tmp_path):
+def test_a_reference_to_nothing_is_named(run_yaml):
     with pytest.raises(ConfigError, match=r"FOO.*\(key train.output\)"):
-        load_config(tiny_run.make(tmp_path), ["train.output=${FOO}"])
+        load_config(run_yaml, ["train.output=${FOO}"])
 
 
 @pytest.mark.parametrize(
@@ -149,26 +155,24 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
         ),
     ],
 )
-def test_runs_that_cannot_work(tmp_path, override, world_size, words):
-    path = tiny_run.make(tmp_path)
+def test_runs_that_cannot_work(run_yaml, tmp_path, override, world_size, words):
     output = [f"train.output={tmp_path / 'run'}"]
-    validate(load_config(path, output), world_size=1)
+    validate(load_config(run_yaml, output), world_size=1)
     with pytest.raises(ConfigError, match=words):
-        validate(load_config(path, [*output, *override.split(" & ")]), world_size)
+        validate(load_config(run_yaml, [*output, *override.split(" & ")]), world_size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
-def test_nsys_without_a_gpu(tmp_path):
-    config = load_config(tiny_run.make(tmp_path), ["watch.profiler=nsys"])
+def test_nsys_without_a_gpu(run_yaml):
+    config = load_config(run_yaml, ["watch.profiler=nsys"])
     with pytest.raises(ConfigError, match="nsys needs a GPU, .*; use watch.profiler=torch"):
         check_machine(config)
 
 
-def test_validation_on_data_that_is_there(tmp_path):
-    sources = f"validation.sources=['{tmp_path / 'shards'}', 'http://x/y']"
+def test_validation_on_data_that_is_there(run_yaml, tmp_path):
+    sources = f"validation.sources=['{run_yaml.parent / 'shards'}', 'http://x/y']"
     overrides = ["validation.interval=5", sources, f"data.storage.cache={tmp_path / 'cache'}"]
-    config = load_config(tiny_run.make(tmp_path), [f"train.output={tmp_path}", *overrides])
-    validate(config, world_size=1)
+    validate(load_config(run_yaml, [f"train.output={tmp_path}", *overrides]), world_size=1)
 
 
 # Sizes that FP8 GEMMs take, and a layout that gathers their rows.
@@ -202,12 +206,11 @@ SP = ["parallel.tensor=2", "parallel.sequence=true"]
         (["kernels.fp8=blockwise", *WIDE], "needs a GPU|cannot be imported|does not run here"),
     ],
 )
-def test_kernels_that_are_not_there_or_do_not_fit(tmp_path, overrides, words):
+def test_kernels_that_are_not_there_or_do_not_fit(run_yaml, tmp_path, overrides, words):
     backend = ["kernels.backend=transformer_engine", "train.precision=bf16"]
     narrow = "model.decoder.num_kv_heads=1"
-    path = tiny_run.make(tmp_path)
     output = f"train.output={tmp_path / 'run'}"
-    config = load_config(path, [output, *backend, narrow, *overrides])
+    config = load_config(run_yaml, [output, *backend, narrow, *overrides])
     with pytest.raises(ConfigError, match=words):
         validate(config, world_size=config.parallel.tensor)
 

@@ -142,7 +142,7 @@ def test_any_schema_can_be_merged():
         ({"inner": {"x": 3}}, "a: 'inner.x' is a section, not 3"),
         ({"inner": 3}, "a: 'inner' is a section, not 3"),
         ({"inner": {"x": {"count": 1.5}}}, r"a: .*1.5.* \(key inner.x.count\)"),
-        ({"inner": {"x": {}}}, r"missing .*\(key inner.x.count\)"),
+        ({"inner": {"x": {}}}, "'inner.x.count' is missing"),
     ):
         with pytest.raises(ConfigError, match=said):
             merge(_Outer, [("a", tree)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -203,34 +204,46 @@ def changed(path: str, value) -> dict:
     ("path", "value", "message"),
     [
         ("sead", 1, "unknown key 'sead'; did you mean 'seed'"),
-        ("seed", "1", "seed must be a whole number"),
+        ("seed", "x", "'x' of type 'str' could not be converted to Integer (key seed)"),
         ("sources", {}, "sources must be a section"),
-        ("sources.small.taget", 1, "sources.small: unknown key 'taget'; did you mean 'target'"),
+        (
+            "sources.small.taget",
+            1,
+            "'sources.small.taget'; did you mean 'sources.small.target'",
+        ),
         ("sources.small.target", 0, "sources.small.target must be above 0"),
-        ("sources.small.target", 1.5, "sources.small.target must be above 0"),
+        (
+            "sources.small.target",
+            1.5,
+            "not be converted to Integer (key sources.small.target)",
+        ),
         ("sources.small.expected", 0, "a share above 0"),
         ("sources.small.corpus", "cc4m", "sources.small.corpus must be cc3m or"),
         ("sources.small.metadata", None, "sources.small.metadata must be the path"),
         ("sources.small.input", "x", "sources.small.input must be absent"),
-        ("sources.large.list.min_scores", {}, "sources.large.list: unknown key 'min_scores'"),
-        ("sources.large.shards.sample", 3, "sources.large.shards: unknown key 'sample'"),
+        (
+            "sources.large.list.min_scores",
+            {},
+            "unknown key 'sources.large.list.min_scores'; did",
+        ),
+        ("sources.large.shards.sample", 3, "unknown key 'sources.large.shards.sample'; known"),
         ("sources.coco.format", "jpg", "sources.coco.format must be coco or"),
         ("sources.coco.input", None, "sources.coco.input must be a path"),
         ("sources.coco.list", {"min_side": 3}, "sources.coco.list must be absent"),
-        ("sources.coco", 3, "sources.coco must be a section"),
+        ("sources.coco", 3, "'sources.coco' is a section, not 3"),
     ],
 )
 def test_what_no_recipe_can_hold(tmp_path, path, value, message):
-    with pytest.raises(PreprocessError, match=message.replace(".", r"\.")):
+    with pytest.raises(PreprocessError, match=re.escape(message)):
         read_recipe(write_recipe(tmp_path, changed(path, value)))
 
 
 def test_a_recipe_needs_a_target(tmp_path):
     recipe = changed("sources.small", {"corpus": "cc3m", "metadata": "x"})
-    with pytest.raises(PreprocessError, match="sources.small: 'target' is missing"):
+    with pytest.raises(PreprocessError, match="recipe.yaml: 'sources.small.target' is missing"):
         read_recipe(write_recipe(tmp_path, recipe))
     (tmp_path / "recipe.yaml").write_text("a: [")
-    with pytest.raises(PreprocessError, match="cannot be read"):
+    with pytest.raises(PreprocessError, match="recipe.yaml is not valid YAML"):
         read_recipe(tmp_path / "recipe.yaml")
 
 

@@ -4,6 +4,7 @@ import gpu_model
 import pytest
 import torch
 
+from megatron_owl2.config.fp8 import FP8_RECIPES
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels import build_kernels
@@ -12,7 +13,7 @@ pytest.importorskip(
     "transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=Exception
 )
 
-RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+RECIPES = tuple(FP8_RECIPES)
 TE = {"kernels": {"backend": "transformer_engine"}}
 
 
