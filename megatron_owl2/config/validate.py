@@ -88,15 +88,10 @@ def _check_sequence_length(config: RunConfig) -> None:
 
 
 def _check_validation(config: RunConfig) -> None:
-    """Validation that has both data and an interval, or neither."""
+    """Validation at an interval, for which there are data."""
     chosen = config.validation
     require(
         chosen.interval == 0 or len(chosen.sources) > 0,
         f"validation.interval is {chosen.interval}, but validation.sources is empty; name data "
         "sets that are not trained on, or set validation.interval to 0",
-    )
-    require(
-        chosen.interval > 0 or not chosen.sources,
-        "validation.sources is set, but validation.interval is 0; set it to the steps between two "
-        "validations, or validation.sources to []",
     )

@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.distributed_c10d import HashStore
 
 from megatron_owl2.config.schema import ParallelConfig
 from megatron_owl2.mcore import cpu
@@ -74,7 +73,8 @@ def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> "ProcessG
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         alone: dict[str, Any] = {}
         if "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
-            alone = {"store": HashStore(), "rank": 0, "world_size": 1}
+            store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            alone = {"store": store, "rank": 0, "world_size": 1}
         torch.distributed.init_process_group(
             "gloo" if on_cpu() else "nccl",
             timeout=timedelta(minutes=timeout_minutes),

@@ -160,7 +160,9 @@ class ModalityQKV(nn.Module):
         query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
         if self.linear_kv_vision is not None:
             rows = modality.vision_token_index
-            kv_vision = self._project_vision(x.flatten(0, 1).index_select(0, rows))
+            kv_vision = self._project_vision(
+                self.linear_kv_vision, x.flatten(0, 1).index_select(0, rows)
+            )
             key, value = (
                 text.index_copy(0, rows, vision)
                 for text, vision in zip((key, value), kv_vision.split(1, dim=2), strict=True)
@@ -168,7 +170,7 @@ class ModalityQKV(nn.Module):
         query, key, value = (part.reshape(s, b, -1, self.head_size) for part in (query, key, value))
         return query, key, value
 
-    def _project_vision(self, x: torch.Tensor) -> torch.Tensor:
+    def _project_vision(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Vision rows [n, h] to their keys and values [n, groups, 2, d].
 
         FP8 GEMMs take rows in multiples, and not none; rows of zeros fill up and leave no gradient.
@@ -177,7 +179,7 @@ class ModalityQKV(nn.Module):
         if self.gemm_row_alignment > 1 and len(x) == 0:
             missing = self.gemm_row_alignment
         padded = F.pad(x, (0, 0, 0, missing)) if missing else x
-        projected = self.linear_kv_vision(padded)[: len(x)]
+        projected = linear(padded)[: len(x)]
         return projected.view(len(x), self.groups, 2, self.head_size)
 
 

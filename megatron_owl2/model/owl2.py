@@ -53,7 +53,9 @@ class Owl2(MegatronModule):
         mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
         self.register_buffer("image_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", std.view(3, 1, 1), persistent=False)
-        self._received = None
+        self.image_mean: torch.Tensor
+        self.image_std: torch.Tensor
+        self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor] | torch.Tensor) -> None:
         """Take the hidden states of the pipeline stage before; the schedule calls it."""
@@ -80,6 +82,7 @@ class Owl2(MegatronModule):
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:
+            assert self._received is not None, "the schedule hands over hidden states first"
             x = self._received
         rows = vision_token_index if local_vision_token_index is None else local_vision_token_index
         x = self.hidden_states(x, modality, rows, position_ids)
@@ -117,7 +120,8 @@ class Owl2(MegatronModule):
     def encode_images(self, image: torch.Tensor) -> torch.Tensor:
         """Pixels [n, 3, H, W] to visual tokens [n, queries + 1, h]; uint8 is normalised first."""
         if image.dtype == torch.uint8:
-            image = image.float(memory_format=torch.contiguous_format)  # batches are channels last
+            # Batches are channels last.
+            image = image.to(torch.float32, memory_format=torch.contiguous_format)
             image = (image / 255 - self.image_mean) / self.image_std
         return self.abstractor(self.vision_model(image.to(self.context.dtype)))
 

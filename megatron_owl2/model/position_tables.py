@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 # The names of the model's tables. Checkpoints made before these were kept lack them.
-QUERY_POSITIONS = "abstractor.query_positions"
-IMAGE_POSITIONS = "abstractor.image_positions"
-NAMES = (QUERY_POSITIONS, IMAGE_POSITIONS)
+QUERY_POSITIONS: str = "abstractor.query_positions"
+IMAGE_POSITIONS: str = "abstractor.image_positions"
+NAMES: tuple[str, ...] = (QUERY_POSITIONS, IMAGE_POSITIONS)
 
 
 def query_positions(count: int, size: int) -> torch.Tensor:

@@ -1,18 +1,19 @@
 """Gradient buffers, distributed AdamW and learning-rate schedule of megatron-core."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import (
-    MegatronOptimizer,
+    ChainedOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.model.owl2 import Owl2
@@ -55,7 +56,7 @@ def sync_params(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 def build_optimizer(
     config: RunConfig, wrapped: Sequence[DistributedDataParallel]
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """The optimizer over the trained parameters and its schedule, at step 0.
 
     Step n of the run uses the rate after n calls of `scheduler.step(1)`: `lr` is reached at
@@ -80,10 +81,14 @@ def build_optimizer(
     overrides = get_standard_config_overrides(settings)
     for factor in sorted({_rate_factor(p) for c in wrapped for p in c.parameters()} - {1.0}):
         # megatron-core reads max_lr and min_lr, but tells groups apart in checkpoints by lr_mult.
-        overrides[_parameters_with_factor(factor)] = ParamGroupOverride(
-            max_lr=chosen.lr * factor, min_lr=chosen.min_lr * factor, lr_mult=factor
-        )
+        override: Any = {  # the annotation of megatron-core lacks lr_mult
+            "max_lr": chosen.lr * factor,
+            "min_lr": chosen.min_lr * factor,
+            "lr_mult": factor,
+        }
+        overrides[_parameters_with_factor(factor)] = override
     optimizer = get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
+    assert isinstance(optimizer, ChainedOptimizer)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -86,7 +86,7 @@ def optimizer_step(
         for part in optimizer.chained_optimizers:
             if getattr(part, "is_stub_optimizer", False):  # nothing trains on this rank
                 continue
-            parameters = part.get_parameters()
+            parameters: list[torch.Tensor] = [*part.get_parameters()]
             if parameters and part.config.clip_grad > 0.0:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
         optimizer.step_with_ready_grads()

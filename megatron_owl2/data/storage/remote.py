@@ -99,7 +99,9 @@ class RemoteStorage(Storage):
 
     def _read_and_keep(self, name: str, start: int, stop: int, extent: tuple[int, int]) -> bytes:
         cache = self._usable_cache()
-        for _ in range(0 if cache is None else 2):
+        for _ in range(2):
+            if cache is None:
+                break
             data = self._fill(name, *extent)
             if data is not None:
                 return data[start - extent[0] : stop - extent[0]]

@@ -53,7 +53,7 @@ def _blocks(
     whole parameter."""
     numbers, begin = numbers.detach(), 0
     # Gate and up are two parts, one behind the other.
-    parts: list[Any] = share.build() if isinstance(share, ShardedTensorFactory) else [share]
+    parts: Any = share.build() if isinstance(share, ShardedTensorFactory) else [share]
     for part in parts:
         end = begin + math.prod(part.local_shape)
         place, stop = max(start, begin), min(start + len(numbers), end)

@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import (
@@ -70,7 +71,7 @@ class Save:
         chunks: Sequence[Owl2],
         config: RunConfig,
         *,
-        optimizer: MegatronOptimizer | None = None,
+        optimizer: ChainedOptimizer | None = None,
         scheduler: OptimizerParamScheduler | None = None,
         progress: dict | None = None,
     ):
@@ -83,7 +84,7 @@ class Save:
                 self._partial.mkdir(parents=True)
         weights = sharded_weights(chunks)
         state = {"model": weights}
-        if optimizer is not None:
+        if optimizer is not None and scheduler is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
             state["scheduler"] = scheduler.state_dict()
         self._writing = Writing(state, self._partial)
@@ -142,7 +143,7 @@ def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
 def load_training(
     directory: Path,
     chunks: Sequence[Owl2],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> None:
     """Continue a run: weights, optimizer and schedule in place.
@@ -174,7 +175,7 @@ def _fill(chunks: Sequence[Owl2], loaded: dict[str, torch.Tensor]) -> None:
                 tensor.copy_(loaded[name])
 
 
-def _load(directory: Path, template: dict) -> dict:
+def _load(directory: Path, template: dict) -> Any:
     """Read what `template` names; all ranks together.
 
     What a rank reads alone may raise RuntimeError where it is damaged; together with others that is
@@ -274,9 +275,9 @@ def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | Sharded
             state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **where)
             continue
         state[name] = make_tp_sharded_tensor_for_checkpoint(
-            parameter, name, parameter.partition_dim, **where
+            parameter, name, vars(parameter)["partition_dim"], **where
         )
-        if parameter.partition_stride == 2:  # gate and up, each split over the ranks
+        if vars(parameter)["partition_stride"] == 2:  # gate and up, each split over the ranks
             state[name] = apply_swiglu_sharded_factory(state[name], ())
     for number, share in enumerate(state.values()):  # each data-parallel rank writes some of them
         *others, rank = share.replica_id
@@ -290,9 +291,9 @@ def _stored_weights(
     """The local weights, once the model's are held against the checkpoint's, on all ranks alike;
     without the position tables that an older checkpoint lacks."""
     stages = chunks[0].context.groups.pp  # between them they have the whole model
-    shares = [None] * stages.size()
+    shares: list[Any] = [None] * stages.size()
     torch.distributed.all_gather_object(shares, global_shapes(chunks), group=stages)
-    absent = [None]
+    absent: list[set[str]] = [set()]
     with raise_on_all_ranks(
         directory
     ):  # one rank asks for all files, of which there may be thousands
@@ -307,8 +308,8 @@ def _compare_optimizer(directory: Path, template: dict) -> None:
     """Hold the names of the optimizer's tensors against the checkpoint's, on all ranks alike."""
     main = torch.distributed.get_rank() == 0
     names = {entry.key for entry in nested_values(template) if isinstance(entry, ShardedTensor)}
-    shares = [None] * torch.distributed.get_world_size() if main else None
-    torch.distributed.gather_object(names, shares)
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.gather_object(names, shares if main else None)
     with raise_on_all_ranks(directory):
         if main:
             wanted, stored = set().union(*shares), stored_optimizer(read_index(directory)).keys()
@@ -327,7 +328,7 @@ def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
     Returns the names of the position tables that it lacks, as older checkpoints do.
     """
     stored = {n: tuple(t.size) for n, t in stored_weights(read_index(directory)).items()}
-    absent = set(position_tables.NAMES) & wanted.keys() - stored.keys()
+    absent: set[str] = set(position_tables.NAMES) & wanted.keys() - stored.keys()
     missing = sorted(wanted.keys() - stored.keys() - absent)
     problems = [f"missing: {n} {wanted[n]}" for n in missing]
     problems += [f"unexpected: {n} {stored[n]}" for n in sorted(stored.keys() - wanted.keys())]
@@ -352,7 +353,7 @@ def global_shapes(chunks: Sequence[Owl2]) -> dict[str, tuple[int, ...]]:
     for name, parameter in _weights(chunks):
         shape = list(parameter.shape)
         if getattr(parameter, "tensor_model_parallel", False):
-            shape[parameter.partition_dim] *= chunks[0].context.tensor_parallel_size
+            shape[vars(parameter)["partition_dim"]] *= chunks[0].context.tensor_parallel_size
         shapes[name] = tuple(shape)
     return shapes
 
