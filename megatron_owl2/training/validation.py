@@ -48,7 +48,7 @@ class Validator:
                 image_size=config.model.vision.image_size,
                 decode_images=decode_images,
             )
-            for path in config.validation.sources
+            for path in (config.validation.sources if config.validation.interval else ())
         ]
 
     def due(self, step: int) -> bool:
