@@ -46,6 +46,12 @@ class Installed:
         return done.stdout
 
 
+def pip(*arguments: object) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
@@ -56,7 +62,15 @@ def installed(tmp_path_factory) -> Installed:
     for name in FILES:
         shutil.copy(ROOT / name, tree / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, tree]
+    build = [
+        "wheel",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        tree,
+    ]
     subprocess.run([*map(str, [*pip, *build])], check=True, capture_output=True)
     shutil.rmtree(tree)
 
@@ -66,10 +80,8 @@ def installed(tmp_path_factory) -> Installed:
     # project's editable installation stays out.
     third_party = [path for path in sys.path if path.endswith("site-packages")]
     (folder / "env/lib" / place / "third_party.pth").write_text("\n".join(third_party) + "\n")
-    (wheel,) = folder.glob("*.whl")
-    options = ["install", "--no-deps", "--no-index", "--ignore-installed", wheel]
-    target = ["--python", folder / "env/bin/python"]
-    subprocess.run([*map(str, [*pip, *target, *options])], check=True, capture_output=True)
+    install = ["install", "--no-index", "--no-deps", "--ignore-installed"]
+    pip("--python", folder / "env/bin/python", *install, *folder.glob("*.whl"))
     (folder / "work").mkdir()
     return Installed(folder / "env", folder / "work")
 
