@@ -7,13 +7,16 @@ official fine-tuning scripts (with a system prompt) and official inference (with
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError
+
+if TYPE_CHECKING:  # the help of owl2 evaluate comes without it
+    import torch
 
 IMAGE_TOKEN_ID = -200  # the placeholder among ids, before the image's rows take its place
 IGNORE_INDEX = -100  # a label that the loss skips
@@ -35,7 +38,7 @@ class Sample:
     image_positions: np.ndarray
     length: int
     shortened: bool
-    image: torch.Tensor | None = None
+    image: "torch.Tensor | None" = None
     sample_index: int = -1
     key: str = ""
     source: int = 0
