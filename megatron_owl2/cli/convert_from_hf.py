@@ -34,6 +34,9 @@ def run(options: argparse.Namespace) -> int:
     if (options.owl2 is None) != all(parts) or (options.owl2 and any(parts)):
         raise UsageError("give either --owl2, or both --language-model and --vision-model")
 
+    from megatron_owl2.mcore.setup import setup
+
+    setup()
     from megatron_owl2.config.load import load_config
     from megatron_owl2.convert import sources
     from megatron_owl2.convert.megatron_io import write_checkpoint

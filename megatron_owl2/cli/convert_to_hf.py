@@ -29,6 +29,9 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
+    from megatron_owl2.mcore.setup import setup
+
+    setup()
     from megatron_owl2.convert.hf_weights import export_hf
     from megatron_owl2.convert.sources import from_checkpoint
 

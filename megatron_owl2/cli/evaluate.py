@@ -34,6 +34,9 @@ def run(options: argparse.Namespace) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
 
+    from megatron_owl2.mcore.setup import setup
+
+    setup()
     from megatron_owl2.evaluation import benchmark, registry, runner
     from megatron_owl2.inference.engine import load_model
 

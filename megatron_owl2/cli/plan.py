@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0 if the layout fits, 1 if it does not."""
+    from megatron_owl2.mcore.setup import setup
+
+    setup()
     from megatron_owl2.config.load import load_config
     from megatron_owl2.planner import plan, report
     from megatron_owl2.planner.timing import Machine

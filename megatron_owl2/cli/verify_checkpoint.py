@@ -35,6 +35,9 @@ def run(options: argparse.Namespace) -> int:
     if options.against is not None and (any(files) or options.gradients):
         raise UsageError("--against makes its own inputs and always compares gradients")
 
+    from megatron_owl2.mcore.setup import setup
+
+    setup()
     from megatron_owl2.convert.verify.compare import compare
     from megatron_owl2.convert.verify.verify import read_inputs, verify, write_results
 

@@ -7,9 +7,9 @@ official fine-tuning scripts (with a system prompt) and official inference (with
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from megatron_owl2.data.image_tokens import (
     IGNORE_INDEX,
@@ -21,6 +21,9 @@ from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError
 
+
+if TYPE_CHECKING:  # the help of owl2 evaluate comes without it
+    import torch
 
 @dataclass
 class Sample:
@@ -35,7 +38,7 @@ class Sample:
     modality: np.ndarray
     length: int
     shortened: bool
-    image: torch.Tensor | None = None
+    image: "torch.Tensor | None" = None
     sample_index: int = -1
     key: str = ""
     source: int = 0

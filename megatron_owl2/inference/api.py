@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias, overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import torch
 from PIL import Image
@@ -15,7 +15,10 @@ from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import BadSampleError, InferenceError
-from megatron_owl2.inference.engine import Generator, LoadedModel, load_model
+from megatron_owl2.mcore.setup import setup
+
+if TYPE_CHECKING:
+    from megatron_owl2.inference.engine import LoadedModel
 
 ImageInput: TypeAlias = str | PathLike[str] | Image.Image | torch.Tensor
 
@@ -23,7 +26,9 @@ ImageInput: TypeAlias = str | PathLike[str] | Image.Image | torch.Tensor
 class InferenceModel:
     """A loaded model that answers questions, greedily."""
 
-    def __init__(self, loaded: LoadedModel):
+    def __init__(self, loaded: "LoadedModel"):
+        from megatron_owl2.inference.engine import Generator
+
         self.config, self.tokenizer = loaded.config, loaded.tokenizer
         self._generator = Generator(loaded)
 
@@ -74,6 +79,9 @@ def load(path: str | PathLike[str], precision: str = "fp32") -> InferenceModel:
     Raises InferenceError, CheckpointError, ConversionError or ConfigError, as
     `inference.engine.load_model` does.
     """
+    setup()  # before the engine imports megatron-core
+    from megatron_owl2.inference.engine import load_model
+
     return InferenceModel(load_model(Path(path), precision))
 
 

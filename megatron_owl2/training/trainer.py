@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 
 from megatron_owl2.config.load import save_config
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.validate import validate
 from megatron_owl2.data import bad_samples
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.sampling import phases
@@ -326,8 +328,10 @@ def train(config: RunConfig, stop: StopSignal | None = None) -> int:
     """Train one stage on every rank of the job, from inside a program.
 
     Returns 0, or the number of the signal that ended the run early. Without `stop` the signals in
-    `signals.SIGNALS` are taken over from here on.
+    `signals.SIGNALS` are taken over from here on. Raises ConfigError for a configuration that
+    cannot run here.
     """
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     return Trainer(config, stop or StopSignal()).train()
 
 

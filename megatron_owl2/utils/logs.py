@@ -1,7 +1,7 @@
 """Logging of commands: messages of rank 0 on stdout, warnings of every rank on stderr.
 
 Modules log to `logging.getLogger(__name__)`; commands call `setup_logging` once. Lines that
-scripts read (`error: ...`) are written directly, by `errors.report`.
+scripts read (`error: ...`) are written directly, by the commands.
 """
 
 import logging

@@ -1,0 +1,123 @@
+"""Inference API: one question or many, images in every form, one code path with the command."""
+
+import pytest
+import torch
+from exported import export, grouped_model
+from hf_dirs import small_tokenizer
+from PIL import Image
+from tiny_data import picture
+
+import megatron_owl2
+from megatron_owl2.cli import generate
+from megatron_owl2.data import images
+from megatron_owl2.data.conversation import prompt
+from megatron_owl2.errors import InferenceError
+from megatron_owl2.inference.api import InferenceModel, read_image
+from megatron_owl2.inference.engine import Generator, load_model
+
+QUESTION = "badal bamer <|image|> dinap"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """An HF export of a random model whose answers depend on what it is asked and shown."""
+    folder = tmp_path_factory.mktemp("api")
+    return export(grouped_model(), folder / "hf", tokenizer=small_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def model(directory) -> InferenceModel:
+    return megatron_owl2.load(directory)
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        picture(number).save(path)
+    return paths
+
+
+def test_paths_pillow_images_and_tensors_give_the_same_answer(model, files):
+    (path, *_) = files
+    with Image.open(path) as opened:
+        tensor = images.decode(path.read_bytes())
+        assert tensor.shape == (3, 30, 40)  # not the model's size
+        forms = [str(path), path, opened, tensor]
+        answers = {model.generate(QUESTION, [form], max_new_tokens=12) for form in forms}
+    pixels = images.resize_square(tensor, model.config.vision.image_size)
+    assert answers == set(engine(model, [QUESTION], [[pixels]]))
+    assert len({model.generate(QUESTION, [f], max_new_tokens=12) for f in files}) > 1
+
+
+def engine(model: InferenceModel, questions, pixels) -> list[str]:
+    """What the engine answers to questions with placeholders and images of the model's size."""
+    return model._generator.generate([prompt(q) for q in questions], pixels, 12)
+
+
+def test_placeholders_come_first_unless_the_question_has_them(model, files):
+    size = model.config.vision.image_size
+    pixels = [images.resize_square(read_image(file), size) for file in files[:2]]
+    assert [model.generate("badal", files[:2], max_new_tokens=12)] == engine(
+        model, ["<|image|><|image|>badal"], [pixels]
+    )
+    assert [model.generate("badal", max_new_tokens=12)] == engine(model, ["badal"], [[]])
+
+
+def test_a_list_of_questions_is_answered_as_one_by_one(model, files):
+    questions = ["badal bamer", QUESTION, "kunat"]
+    shown = [[], files[:1], files[1:]]
+    together = model.generate(questions, shown, max_new_tokens=12)
+    assert together == [
+        model.generate(question, row, max_new_tokens=12)
+        for question, row in zip(questions, shown, strict=True)
+    ]
+    assert len(set(together)) == 3
+    assert model.generate(["badal", "kunat"], max_new_tokens=12) == [
+        model.generate(question, max_new_tokens=12) for question in ("badal", "kunat")
+    ]
+    assert model.generate([]) == []
+
+
+def test_answers_have_at_most_so_many_tokens(model):
+    short = model.generate("badal", max_new_tokens=1)
+    assert len(model.tokenizer.encode(short)) <= 2
+    with pytest.raises(InferenceError, match="max_new_tokens is 0"):
+        model.generate("badal", max_new_tokens=0)
+
+
+def test_what_cannot_be_shown_is_refused(model, files, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    for shown, message in (
+        ([tmp_path / "text.jpg"], "text.jpg: image cannot be decoded"),
+        ([torch.zeros(3, 28, 28)], r"tensor torch.float32 \[3, 28, 28\]; give uint8 \[3, H, W\]"),
+        ([torch.zeros(28, 28, 3, dtype=torch.uint8)], r"\[28, 28, 3\]; give uint8"),
+        ([Image.new("F", (8, 8))], "an image: image of 32-bit numbers"),
+        (str(files[0]), r"are a list: images=\[image\]"),
+        (files, "1 placeholders <|image|>, but 3 images"),
+    ):
+        with pytest.raises(InferenceError, match=message.replace("|", r"\|")):
+            model.generate(QUESTION, shown)
+    with pytest.raises(FileNotFoundError, match=r"no\.jpg"):
+        model.generate("badal", ["no.jpg"])
+    with pytest.raises(InferenceError, match="2 prompts, but images for 1"):
+        model.generate(["badal", "kunat"], [files[:1]])
+
+
+def test_the_command_gives_the_answer_of_the_api(model, directory, files, capsys):
+    options = ["--checkpoint", str(directory), "--prompt", "badal", "--max-new-tokens", "12"]
+    for file in files[:2]:
+        options += ["--image", str(file)]
+    assert generate.main(options, "owl2 generate") == 0
+    assert capsys.readouterr().out == model.generate("badal", files[:2], max_new_tokens=12) + "\n"
+
+
+def test_loading_is_the_engines(directory, tmp_path):
+    loaded = megatron_owl2.load(str(directory), precision="bf16")
+    assert isinstance(loaded, megatron_owl2.InferenceModel)
+    reference = Generator(load_model(directory, "bf16"))
+    assert [loaded.generate("badal", max_new_tokens=12)] == reference.generate(
+        [prompt("badal")], [[]], 12
+    )
+    with pytest.raises(megatron_owl2.Owl2Error, match="is not a directory"):
+        megatron_owl2.load(tmp_path / "no")
