@@ -53,7 +53,7 @@ class Owl2(MegatronModule):
         mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
         self.register_buffer("image_mean", mean.view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", std.view(3, 1, 1), persistent=False)
-        self._received = None
+        self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, tensors: list[torch.Tensor] | torch.Tensor) -> None:
         """Called by the pipeline schedule with the previous stage's hidden states."""
@@ -80,6 +80,7 @@ class Owl2(MegatronModule):
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:
+            assert self._received is not None, "the schedule calls set_input_tensor first"
             x = self._received
         rows = vision_token_index if local_vision_token_index is None else local_vision_token_index
         x = self.hidden_states(x, modality, rows, position_ids)

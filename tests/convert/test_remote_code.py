@@ -49,7 +49,7 @@ def case(reference, name: str) -> dict[str, torch.Tensor]:
         images = images[sum(META["frames_list_image_rows"], [])]
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     e = expand(ids, 9, attention_mask=mask, images_per_placeholder=counts)
-    images = images[e.image_order][: len(e.vision_rows) // 9]
+    images = images[e.image_order][: len(e.vision_token_index) // 9]
     return {
         "input_ids": e.tokens,
         "attention_mask": e.valid.long(),
