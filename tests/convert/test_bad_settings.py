@@ -9,15 +9,7 @@ import pytest
 import torch
 from exported import grouped_model, offline
 from hf_dirs import ABSTRACTOR as ABSTRACTOR_SIZES
-from hf_dirs import (
-    CLIP,
-    LLAMA,
-    OWL2,
-    editable,
-    export,
-    small_tokenizer,
-    tensors_of,
-)
+from hf_dirs import CLIP, LLAMA, OWL2, editable, export, small_tokenizer, tensors_of
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
