@@ -81,8 +81,8 @@ def canvas(path: Path, title: str, width: float, height: float) -> Iterator:
         "ytick.color": _FAINT,
     }
     with rc_context(style):
-        layout = ConstrainedLayoutEngine(w_pad=0.1)
-        figure = Figure(figsize=(width, height), dpi=130, layout=layout)
+        engine = ConstrainedLayoutEngine(w_pad=0.1)
+        figure = Figure(figsize=(width, height), dpi=130, layout=engine)
         figure.suptitle(title, fontsize=15, fontweight="bold")
         yield figure
         figure.savefig(path, facecolor="white")

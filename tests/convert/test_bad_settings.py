@@ -193,7 +193,7 @@ def test_position_tables_have_a_limit():
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_image_statistics_no_picture_has(tmp_path, file):
+def test_image_statistics_no_image_has(tmp_path, file):
     for key, value in (
         ("image_std", [0.1, 0, 0.1]),
         ("image_std", [0.1, math.nan, 0.1]),

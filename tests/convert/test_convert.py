@@ -94,11 +94,11 @@ def test_shards_have_the_size_that_was_asked_for(tmp_path):
     assert not (out / "tokenizer.model").exists()
 
 
-def test_the_parallel_layout_of_a_checkpoint_leaves_no_trace(tmp_path):
+def test_the_parallel_sizes_of_a_checkpoint_leave_no_trace(tmp_path):
     whole = from_owl2(OWL2)
     write_checkpoint(tmp_path / "one", whole.tensors, whole.config)
-    script, layout = HELPERS / "resave.py", ["2", "2"]
-    done = run_ranks(4, script, tmp_path / "one", tmp_path / "four", *layout)
+    script, sizes = HELPERS / "resave.py", ["2", "2"]
+    done = run_ranks(4, script, tmp_path / "one", tmp_path / "four", *sizes)
     assert done.returncode == 0, done.stderr
     for name in ("one", "four"):
         whole = from_checkpoint(tmp_path / name)

@@ -235,7 +235,7 @@ def _greedy(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
     if config.parallel.pipeline > 1 or config.parallel.sequence:
         found = _without_cache(config, model, prompts, sum(images, []), steps)
     else:
-        # The picture of the text-only sample is a dummy, which takes its turn but is not shown.
+        # The image of the text-only sample is a dummy, which takes its turn but is not shown.
         pairs = zip(prompts, images, strict=True)
         shown = [row if IMAGE_TOKEN_ID in ids else [] for ids, row in pairs]
         loaded = LoadedModel(model, config.model, Tokenizer)  # only its EOS matters, LLaMA's

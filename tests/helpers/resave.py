@@ -1,4 +1,4 @@
-"""torchrun tests/resave.py CKPT OUTPUT TENSOR PIPELINE: load under a layout and save from it."""
+"""torchrun tests/resave.py CKPT OUTPUT TENSOR PIPELINE: load with these sizes and save."""
 
 import sys
 
