@@ -55,7 +55,7 @@ class Settings:
         return cls(**{ours: kinds[ours](found[theirs]) for ours, theirs in fields.items()})
 
     def hold(self, fixed: dict) -> None:
-        """Refuse what differs from what the model always is; absent settings are right."""
+        """Refusal of what differs from what the model always is; absent settings are right."""
         self._refuse(
             (key, self.tree[key], f"this model only has {wanted!r}")
             for key, wanted in fixed.items()
@@ -63,14 +63,14 @@ class Settings:
         )
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse sizes that are right one by one, but not together."""
+        """Refusal of sizes that are right one by one, but not together."""
         try:
             validate_model(model)
         except ConfigError as error:
             raise ConversionError(f"{self.file}: {error}") from None
 
     def _refuse(self, wrong: Iterable[tuple[str, object, str]]) -> None:
-        """Raise if there are keys with values that are wrong."""
+        """ConversionError if there are keys with values that are wrong."""
         listing = "; ".join(f"{self.place}{k} is {value!r}, {why}" for k, value, why in wrong)
         if listing:
             raise ConversionError(f"{self.file}: {listing}")

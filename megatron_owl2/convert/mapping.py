@@ -20,6 +20,8 @@ from megatron_owl2.model.position_tables import (
     query_positions,
 )
 
+# `join` makes our weight of a directory's tensors, and `split` undoes it exactly.
+
 
 @dataclass(frozen=True)
 class Copy:

@@ -184,7 +184,7 @@ def write_shards(
     *,
     progress: bool = False,
 ) -> None:
-    """Write named tensors as `model*.safetensors`, at most `max_shard_bytes` each (one tensor may
+    """Files `model*.safetensors` of named tensors, at most `max_shard_bytes` each (one tensor may
     be larger), with `model.safetensors.index.json` if they do not fit into one file.
 
     One tensor is in memory at a time, which safetensors' own writer cannot do.
@@ -215,7 +215,7 @@ def write_shards(
 def write_safetensors(
     path: Path, tensors: dict[str, LazyTensor], progress: tqdm | None = None
 ) -> None:
-    """Write one file: the header's length (8 bytes), the header in JSON, the numbers."""
+    """One safetensors file: the header's length (8 bytes), the header in JSON, the numbers."""
     # Wide numbers first, so that all of them are aligned whatever the odd sizes of the others.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}

@@ -228,7 +228,7 @@ def _whole_numbers(inputs: dict[str, torch.Tensor], name: str, *axes: str) -> to
 
 
 def _fit_config(config: RunConfig, expanded: Expanded) -> None:
-    """Set the sizes of the inputs in the configuration and check that it can run them."""
+    """Configuration with the sizes of the inputs, set in place and checked."""
     rows, length = expanded.tokens.shape
     config.data.sequence_length = length
     config.train.micro_batch_size = config.train.global_batch_size = rows
