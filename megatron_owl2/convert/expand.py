@@ -48,7 +48,7 @@ def expand(
     images_per_placeholder: list[int] | None = None,
     multiple_of: int = 1,
 ) -> Expanded:
-    """Replace each -200 in input_ids [b, s] by the visual tokens of its image(s).
+    """Rows in which each -200 of input_ids [b, s] has become the visual tokens of its image(s).
 
     Images are consumed strictly in order, row after row; a row without placeholder consumes one
     (official behaviour: a text-only sample brings a dummy image). `labels` [b, s] are unshifted;

@@ -39,7 +39,7 @@ _ABSTRACTOR = {
     "ffn_size": "intermediate_size",
     "norm_eps": "layer_norm_eps",
 }
-# What the model always is; a directory that says otherwise is another model.
+# Settings that the model always has; a directory that says otherwise is another model.
 _FIXED_DECODER = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -153,7 +153,10 @@ def read_image_statistics(directory: str | Path) -> tuple[list[float], list[floa
 
 
 def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Write config.json and the settings for generation and images that go with it."""
+    """config.json of a model in `directory`, and the files for generation and images beside it.
+
+    `layout` is "owl2", "llama" or "clip".
+    """
     name = str(dtype).removeprefix("torch.")
     trees = {"config.json": _CONFIGS[layout](model) | {"torch_dtype": name}}
     if layout != "clip":
@@ -185,7 +188,7 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
 
 
 def write_remote_code(directory: Path) -> None:
-    """Add the code that transformers 5 loads with trust_remote_code to an "owl2" directory: the
+    """The code that transformers 5 loads with trust_remote_code, added to an "owl2" directory: the
     modules, and in the settings that are there the classes to take from them."""
     for module in (Path(__file__).parent / "remote_code").glob("*_mplug_owl2.py"):
         shutil.copyfile(module, directory / module.name)
@@ -196,7 +199,7 @@ def write_remote_code(directory: Path) -> None:
 
 
 def write_tokenizer(directory: Path, model: ModelConfig) -> None:
-    """Write tokenizer_config.json, which makes LLaMA's tokenizer of a tokenizer.model."""
+    """tokenizer_config.json, which makes LLaMA's tokenizer of a tokenizer.model."""
     tree = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,

@@ -1,4 +1,4 @@
-"""Owl2's weights from and to Hugging Face directories, with a tensor or two in memory."""
+"""Weights of Owl2 from and to Hugging Face directories, with a tensor or two in memory."""
 
 import shutil
 from functools import reduce
@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.lazy_tensor import LazyTensor
-from megatron_owl2.convert.partition import share
+from megatron_owl2.convert.partition import shard
 from megatron_owl2.convert.safetensors_io import TensorReader, write_shards
 from megatron_owl2.errors import ConversionError
 from megatron_owl2.model.layer_stack import weights
@@ -69,7 +69,8 @@ def read_hf(
                 tensor = resize_positions(tensor, model.vision.grid_size).to(tensor.dtype)
             return tensor
 
-        dtype = reduce(torch.promote_types, map(reader.dtype, rule.theirs))
+        dtypes = [t for t in map(reader.dtype, rule.theirs) if isinstance(t, torch.dtype)]
+        dtype = reduce(torch.promote_types, dtypes)  # `_check` has refused all other kinds
         return LazyTensor(shapes[rule.ours], dtype, read)
 
     rules = mapping.rules(layout, model)
@@ -82,15 +83,15 @@ def read_hf(
 
 
 def load_hf_weights(directory: str | Path, model: Owl2) -> None:
-    """Fill a live model from a directory in the released layout, under any TP or PP size.
+    """Loading of a directory in the released layout into a live model of any TP and PP size.
 
-    The numbers are cast to the model's dtype. Raises ConversionError as `read_hf` does; the model
+    The weights are cast to the model's dtype. Raises ConversionError as `read_hf` does; the model
     is untouched then.
     """
     tensors = read_hf(directory, "owl2", model.model, global_shapes([model]))
     with torch.no_grad():
         for name, tensor in weights(model).items():
-            tensor.copy_(share(tensors[name].read(), tensor, model.context))
+            tensor.copy_(shard(tensors[name].read(), tensor, model.context))
 
 
 def export_hf(
@@ -104,8 +105,8 @@ def export_hf(
     max_shard_bytes: int = 5 * _GIB,
     progress: bool = False,
 ) -> None:
-    """Write whole weights under our names as a Hugging Face directory, with the SentencePiece
-    model `tokenizer` if there is one.
+    """Export of whole weights under our names as a Hugging Face directory, with the
+    SentencePiece model `tokenizer` if there is one.
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
     CLIPVisionModel; "owl2" brings its code for transformers along. `dtype` is by default the
@@ -146,7 +147,7 @@ def _theirs(
     tensors: dict[str, LazyTensor], layout: str, model: ModelConfig, dtype: torch.dtype
 ) -> dict[str, LazyTensor]:
     """The tensors of a directory under their names, cast to `dtype`."""
-    current: dict[str, list[torch.Tensor]] = {}  # the parts of the parameter that was read last
+    current: dict[str, list[torch.Tensor]] = {}  # what the parameter read last is split into
 
     def lazy(rule: mapping.Rule, index: int, name: str, shape: torch.Size) -> LazyTensor:
         def read() -> torch.Tensor:
@@ -161,9 +162,9 @@ def _theirs(
     theirs = {}
     for rule in mapping.rules(layout, model):
         if not rule.import_only:
-            parts = rule.transform.split(torch.empty(tensors[rule.ours].shape, device="meta"))
-            for i, (name, part) in enumerate(zip(rule.theirs, parts, strict=True)):
-                theirs[name] = lazy(rule, i, name, part.shape)
+            split = rule.transform.split(torch.empty(tensors[rule.ours].shape, device="meta"))
+            for i, (name, tensor) in enumerate(zip(rule.theirs, split, strict=True)):
+                theirs[name] = lazy(rule, i, name, tensor.shape)
     for name, same in mapping.shared_branches(layout, model).items():
         theirs[name] = theirs[same]
     return theirs
@@ -185,14 +186,14 @@ def _check(
     rules: list[mapping.Rule],
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
-    """Hold the directory's names, shapes and kinds of numbers against what the table asks for."""
+    """Check of the directory's names, shapes and dtypes against what the table asks for."""
     wanted = {}  # their shape, or None for what lies on another pipeline stage
     for rule in rules:
-        parts = [None] * len(rule.theirs)
+        split = [None] * len(rule.theirs)
         if rule.ours in shapes:
-            parts = rule.transform.split(torch.empty(shapes[rule.ours], device="meta"))
-        for name, part in zip(rule.theirs, parts, strict=True):
-            wanted[name] = wanted.get(name) or (None if part is None else tuple(part.shape))
+            split = rule.transform.split(torch.empty(shapes[rule.ours], device="meta"))
+        for name, tensor in zip(rule.theirs, split, strict=True):
+            wanted[name] = wanted.get(name) or (None if tensor is None else tuple(tensor.shape))
     shared_branches = mapping.shared_branches(layout, model)
     wanted |= {name: wanted[same] for name, same in shared_branches.items()}
     found = reader.names()

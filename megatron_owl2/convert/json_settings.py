@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.config.validate_model import misfit, validate_model
@@ -45,15 +46,16 @@ class Settings:
         """cls with each of our fields from theirs, checked to be what a model can have."""
         found = {theirs: self.tree.get(theirs) for theirs in fields.values()}
         known = {f.name: f for f in dataclasses.fields(cls)}
+        kinds: dict[str, Any] = {name: f.type for name, f in known.items()}
         self._refuse(
             (theirs, found[theirs], f"wanted {wanted}")
             for ours, theirs in fields.items()
             if (wanted := misfit(known[ours], found[theirs]))
         )
-        return cls(**{ours: known[ours].type(found[theirs]) for ours, theirs in fields.items()})
+        return cls(**{ours: kinds[ours](found[theirs]) for ours, theirs in fields.items()})
 
     def hold(self, fixed: dict) -> None:
-        """Refuse what differs from what the model always is; absent settings are right."""
+        """Refusal of what differs from what the model always is; absent settings are right."""
         self._refuse(
             (key, self.tree[key], f"this model only has {wanted!r}")
             for key, wanted in fixed.items()
@@ -61,14 +63,14 @@ class Settings:
         )
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse sizes that are right one by one, but not together."""
+        """Refusal of sizes that are right one by one, but not together."""
         try:
             validate_model(model)
         except ConfigError as error:
             raise ConversionError(f"{self.file}: {error}") from None
 
     def _refuse(self, wrong: Iterable[tuple[str, object, str]]) -> None:
-        """Raise if there are keys with values that are wrong."""
+        """ConversionError if there are keys with values that are wrong."""
         listing = "; ".join(f"{self.place}{k} is {value!r}, {why}" for k, value, why in wrong)
         if listing:
             raise ConversionError(f"{self.file}: {listing}")

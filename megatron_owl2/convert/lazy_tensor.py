@@ -1,4 +1,4 @@
-"""Tensors that are read when they are needed: a model converts with three of them in memory."""
+"""Lazy tensors, read when they are needed: a model converts with three of them in memory."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,11 +20,12 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "LazyTensor":
-        """One that is in memory already."""
+        """A tensor that is in memory already."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach())
 
     @property
     def nbytes(self) -> int:
+        """Size of the numbers in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""One table of names: which tensors of a Hugging Face directory make which parameter of Owl2.
+"""Table of names: the tensors of a Hugging Face directory that make each parameter of Owl2.
 
 Three layouts: "owl2" is the released model, "llama" a LlamaForCausalLM (the decoder), "clip" a
 CLIPVisionModel (the ViT). In a row, `{i}` is a layer, `{p}` stands for weight and bias, `{text}`
@@ -20,13 +20,15 @@ from megatron_owl2.model.position_tables import (
     query_positions,
 )
 
+# `join` makes our weight of a directory's tensors, and `split` undoes it exactly.
+
 
 @dataclass(frozen=True)
 class Copy:
     """One tensor, as it is."""
 
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return parts[0]
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0]
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
@@ -36,14 +38,15 @@ class Copy:
 class Interleave:
     """Several tensors cut into `groups` blocks of rows: block 0 of each, block 1 of each, ...
 
-    `shares` are the relative sizes of the parts. With one group it is a concatenation.
+    `shares` are the relative sizes of the tensors. With one group it is a concatenation.
     """
 
     groups: int
     shares: tuple[int, ...]
 
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([p.unflatten(0, (self.groups, -1)) for p in parts], dim=1).flatten(0, 1)
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        blocks = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
+        return torch.cat(blocks, dim=1).flatten(0, 1)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         blocks = tensor.unflatten(0, (self.groups, -1))
@@ -57,8 +60,8 @@ class LeadingOnes:
 
     count: int
 
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return parts[0].reshape((1,) * self.count + parts[0].shape)
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].reshape((1,) * self.count + tensors[0].shape)
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.reshape(tensor.shape[self.count :])]
@@ -70,8 +73,8 @@ class Repeat:
 
     count: int
 
-    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return parts[0]
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0]
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor] * self.count
@@ -256,13 +259,12 @@ _BRANCHES = {
 }
 _LAYER = "model.visual_abstractor.encoder.layers.{i}.crossattention.attention."
 _TABLES = {QUERY_POSITIONS: _LAYER + "q_pos_embed", IMAGE_POSITIONS: _LAYER + "k_pos_embed"}
-_IGNORABLE = {  # what the model can compute, or parts of a CLIP that Owl2 does not have
+_IGNORABLE = {  # what the model can compute, or modules of a CLIP that Owl2 does not have
     "owl2": r".*\.(rotary_emb\.inv_freq|[qk]_pos_embed)",
     "llama": r".*\.rotary_emb\.inv_freq",
     "clip": r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
     r"|vision_model\.embeddings\.position_ids",
 }
-LAYOUTS = tuple(_BLOCKS)
 
 
 def rules(layout: str, model: ModelConfig) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""Weights to and from checkpoints, a tensor or two in memory, in a single process.
+"""Checkpoints written and read by a single process, with a tensor or two in memory.
 
 The files are megatron-core's distributed format, as `training.checkpoint` writes and reads it
 with all ranks of a run.
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm
 
 from megatron_owl2.config.schema import RunConfig
@@ -25,7 +27,7 @@ from megatron_owl2.utils.files import new_directory
 
 
 class _ReadingPlanner(DefaultSavePlanner):
-    """Hands each tensor to the writer when its turn comes."""
+    """Save planner that reads each tensor when its turn to be written comes."""
 
     def __init__(self, tensors: dict[str, LazyTensor], progress: tqdm):
         super().__init__()
@@ -38,8 +40,8 @@ class _ReadingPlanner(DefaultSavePlanner):
         return tensor
 
 
-class _IndexedReader(dcp.FileSystemReader):
-    """Reads tensors with an index that was read and checked before."""
+class _IndexedReader(FileSystemReader):
+    """Reader of tensors with an index that was read and checked before."""
 
     def __init__(self, directory: Path):
         super().__init__(directory)
@@ -56,7 +58,7 @@ def write_checkpoint(
     *,
     progress: bool = False,
 ) -> None:
-    """Write whole weights as a checkpoint that loads under any parallel layout.
+    """A checkpoint of whole weights at `directory`, which loads under any parallel sizes.
 
     Every tensor keeps its dtype and has a file of its own. The directory appears when complete.
     Raises CheckpointError if it exists or the disk refuses; nothing is left then.
@@ -65,19 +67,24 @@ def write_checkpoint(
     empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
     needed = sum(t.nbytes for t in tensors.values())
     bar = tqdm(total=len(tensors), desc="writing", unit="tensor", disable=not progress)
-    with raise_io_error(directory), new_directory(directory, needed) as partial, bar, _alone():
-        writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, sync_files=False)
+    with (
+        raise_io_error(directory),
+        new_directory(directory, needed) as partial,
+        bar,
+        _single_process(),
+    ):
+        writer = FileSystemWriter(partial, single_file_per_rank=False, sync_files=False)
         planner = _ReadingPlanner(tensors, bar)
-        dcp.save(empty, storage_writer=writer, planner=planner, no_dist=True)
+        save(empty, storage_writer=writer, planner=planner, no_dist=True)
         save_config(CheckpointingConfig("torch_dist"), str(partial))
         torch.save({}, partial / "common.pt")  # what megatron-core does not shard: nothing
         save_load.write_companions(partial, config, {})
 
 
 @contextmanager
-def _alone():
-    """One process is meant here, so torch need not warn of it; nor need it compute check sums,
-    which take longer than the rest and which it does not look at when it reads."""
+def _single_process():
+    """Single-process use of torch's distributed checkpoints, without its warning of that and
+    without check sums, which take longer than the rest and are not looked at when it reads."""
     checked = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -89,7 +96,7 @@ def _alone():
 
 
 def read_checkpoint(directory: str | Path) -> dict[str, LazyTensor]:
-    """The whole weights of a checkpoint, whatever layout it was saved under, in its own dtypes.
+    """The whole weights of a checkpoint, saved under any parallel sizes, in its own dtypes.
 
     Raises CheckpointError for a checkpoint that is not whole, at once or when a tensor is read.
     """
@@ -99,8 +106,8 @@ def read_checkpoint(directory: str | Path) -> dict[str, LazyTensor]:
         def read() -> torch.Tensor:
             state = {name: torch.empty(shape, dtype=dtype)}
             try:
-                with _alone():
-                    dcp.load(state, storage_reader=reader, no_dist=True)
+                with _single_process():
+                    load(state, storage_reader=reader, no_dist=True)
             except (CheckpointException, OSError, RuntimeError) as error:
                 raise unreadable(f"{reader.path}: {name}", error) from None
             return state[name]

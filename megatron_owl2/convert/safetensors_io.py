@@ -1,4 +1,4 @@
-"""Tensor files of Hugging Face directories: read without unpickling code, written in shards."""
+"""Tensor files of Hugging Face directories, read without unpickling code, written in shards."""
 
 import json
 import struct
@@ -6,6 +6,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,14 +18,14 @@ from megatron_owl2.errors import ConversionError
 _KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
 _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOATS = {dtype: name for name, dtype in _NAMES.items()}
-_MAPPED_BYTES = 512 * 1024**2  # of a .bin file, before its mapping is let go
+_MAPPED_BYTES = 512 * 1024**2  # of a .bin file, before it is mapped anew
 
 
 class TensorReader:
     """The tensors of a Hugging Face directory by name, read one at a time.
 
     Accepts `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index file.
-    Files are mapped into memory and let go soon, so that little of them stays resident.
+    Files are mapped into memory and unmapped soon, so that little of them stays resident.
     Raises ConversionError for files that are missing, damaged or outside the directory, and for
     an index that does not name exactly the tensors of its files.
     """
@@ -46,13 +47,15 @@ class TensorReader:
         raise ConversionError(f"{self.directory} holds no weights; looked for {wanted}")
 
     def add_prefix(self, prefix: str) -> None:
-        """Answer to `prefix + name` from now on."""
+        """Renaming of every tensor to `prefix + name`."""
         self._found = {prefix + name: stored for name, stored in self._found.items()}
 
     def names(self) -> set[str]:
+        """The names of all tensors."""
         return set(self._found)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
         return self._found[name].shape
 
     def dtype(self, name: str) -> torch.dtype | str:
@@ -87,8 +90,9 @@ class TensorReader:
         with _reading(path), safe_open(path, framework="pt") as file:
             for n in file.keys():  # noqa: SIM118
                 entry = file.get_slice(n)
-                kind = entry.get_dtype()
-                found[n] = _Stored(name, n, tuple(entry.get_shape()), _NAMES.get(kind, kind))
+                kind: str = entry.get_dtype()
+                dtype: torch.dtype | str = _NAMES.get(kind, kind)
+                found[n] = _Stored(name, n, tuple(entry.get_shape()), dtype)
         return found
 
     def _read_index(self, path: Path) -> None:
@@ -118,7 +122,7 @@ class TensorReader:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies and what it is."""
+    """Place of a tensor, its shape and its dtype."""
 
     file: str
     name: str
@@ -180,7 +184,7 @@ def write_shards(
     *,
     progress: bool = False,
 ) -> None:
-    """Write named tensors as `model*.safetensors`, at most `max_shard_bytes` each (one tensor may
+    """Files `model*.safetensors` of named tensors, at most `max_shard_bytes` each (one tensor may
     be larger), with `model.safetensors.index.json` if they do not fit into one file.
 
     One tensor is in memory at a time, which safetensors' own writer cannot do.
@@ -211,10 +215,11 @@ def write_shards(
 def write_safetensors(
     path: Path, tensors: dict[str, LazyTensor], progress: tqdm | None = None
 ) -> None:
-    """Write one file: the header's length (8 bytes), the header in JSON, the numbers."""
+    """One safetensors file: the header's length (8 bytes), the header in JSON, the numbers."""
     # Wide numbers first, so that all of them are aligned whatever the odd sizes of the others.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {
@@ -227,6 +232,6 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in read_ahead(tensors):
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if progress is not None:
                 progress.update()

@@ -1,4 +1,4 @@
-"""A whole model from any directory: its configuration and its weights, read when needed."""
+"""Sources of a whole model: its configuration and its lazy weights from any directory."""
 
 import copy
 import dataclasses
@@ -41,7 +41,7 @@ class SourceModel:
 
     def build(self) -> Owl2:
         """The model in memory, cast to the precision of `config`."""
-        model = Owl2(_layout(self.config), self.config.model)
+        model = Owl2(_context(self.config), self.config.model)
         with torch.no_grad():
             for name, tensor in weights(model).items():
                 tensor.copy_(self.tensors[name].read())
@@ -63,12 +63,12 @@ def from_owl2(
     """
     stored = hf_config.read_owl2(directory)
     owners = dict.fromkeys(_FREE, str(directory))
-    given, config = config, _agreed(config, stored, owners)
+    given, config = config, _checked_config(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
     grid, shapes = _stored_grid(stored, config), weight_shapes(config)
     tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
     if given is None:
-        config.train.precision = _lossless(tensors)
+        config.train.precision = _lossless_precision(tensors)
     return SourceModel(config, {name: tensors[name] for name in shapes})
 
 
@@ -91,15 +91,15 @@ def from_llama_and_clip(
     )
     stored.image_mean, stored.image_std = hf_config.read_image_statistics(vision_model)
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
-    given, config = config, _agreed(config, stored, owners)
+    given, config = config, _checked_config(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)
     grid, shapes = _stored_grid(stored, config), weight_shapes(config)
     tensors = read_hf(language_model, "llama", config.model, shapes)
     tensors |= read_hf(vision_model, "clip", config.model, shapes, stored_grid=grid)
     if given is None:
-        config.train.precision = _lossless(tensors)
+        config.train.precision = _lossless_precision(tensors)
     torch.manual_seed(seed)
-    abstractor = of_model(Abstractor(_layout(config), config.model))
+    abstractor = of_model(Abstractor(_context(config), config.model))
     tensors |= {f"abstractor.{name}": tensor for name, tensor in abstractor.items()}
     return SourceModel(config, {name: tensors[name] for name in shapes})
 
@@ -116,13 +116,15 @@ def from_checkpoint(path: str | Path) -> SourceModel:
     return SourceModel(config, tensors)
 
 
-def _agreed(
+def _checked_config(
     config: RunConfig | None,
     stored: ModelConfig,
     owners: dict[str, str],
 ) -> RunConfig:
-    """The run configuration for one process, each section of its model held against the
-    directory that owns it."""
+    """The run configuration for one process.
+
+    Raises ConversionError if a section of its model differs from the directory that owns it.
+    """
     config = copy.deepcopy(RunConfig(model=stored) if config is None else config)
     config.parallel = ParallelConfig()
     differences = []
@@ -144,7 +146,7 @@ def _agreed(
     return config
 
 
-def _lossless(tensors: dict[str, LazyTensor]) -> Precision:
+def _lossless_precision(tensors: dict[str, LazyTensor]) -> Precision:
     """The narrowest precision that keeps every bit of weights in 32 bit or less."""
     dtypes = {tensor.dtype for name, tensor in tensors.items() if name not in position_tables.NAMES}
     return "bf16" if dtypes == {torch.bfloat16} else "fp32"
@@ -162,14 +164,14 @@ def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: Mod
     return str(path)
 
 
-def _layout(config: RunConfig) -> ParallelContext:
+def _context(config: RunConfig) -> ParallelContext:
     return ParallelContext(config, setup.initialize(ParallelConfig()))
 
 
 def weight_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Every weight's shape, without memory for any."""
     with torch.device("meta"):
-        return save_load.global_shapes([Owl2(_layout(config), config.model)])
+        return save_load.global_shapes([Owl2(_context(config), config.model)])
 
 
 def _stored_grid(stored: ModelConfig, config: RunConfig) -> int | None:

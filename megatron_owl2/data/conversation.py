@@ -21,9 +21,9 @@ from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError
 
-
 if TYPE_CHECKING:  # the help of owl2 evaluate comes without it
     import torch
+
 
 @dataclass
 class Sample:

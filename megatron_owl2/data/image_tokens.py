@@ -34,7 +34,7 @@ def expand_placeholders(
     labels: Sequence[int] | np.ndarray | None = None,
     images_per_placeholder: Sequence[int] | None = None,
 ) -> ExpandedRow:
-    """Replace every placeholder by `tokens_per_image` rows for each of its images.
+    """A row in which each placeholder has become `tokens_per_image` rows for each of its images.
 
     `labels` has one label per id, by default all are ignored; `images_per_placeholder` has one
     number per placeholder, by default 1.

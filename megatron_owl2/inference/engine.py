@@ -1,4 +1,4 @@
-"""Greedy answers to prompts with pictures: batches padded on the left, keys and values cached.
+"""Greedy generation from prompts with images: left-padded batches, cached keys and values.
 
 A row of a batch gives the answer it gives alone: position ids start at its first token, and its
 padding is invisible to it.
@@ -36,7 +36,7 @@ from megatron_owl2.training.checkpoint import save_load
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A whole model in evaluation mode, its sizes, and its tokenizer."""
+    """A model in evaluation mode, its sizes, and its tokenizer."""
 
     model: Owl2
     config: ModelConfig
@@ -44,7 +44,7 @@ class LoadedModel:
 
 
 def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
-    """Load a checkpoint (run directory, its `checkpoints/` or one `iter_*`) or an HF export.
+    """The model of a checkpoint (run directory, its `checkpoints/` or one `iter_*`) or HF export.
 
     Under torchrun the weights are split over all its processes (tensor parallel), and every
     process must make the same calls. `precision` is fp32 or bf16. Raises InferenceError for a
@@ -81,7 +81,7 @@ def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
 
 
 class Generator:
-    """Answers batches of prompts with one loaded model."""
+    """Greedy generation with one loaded model."""
 
     def __init__(self, loaded: LoadedModel):
         self.model, self.config, self.tokenizer = loaded.model, loaded.config, loaded.tokenizer
@@ -95,7 +95,7 @@ class Generator:
     ) -> list[str]:
         """The answers, stripped, to prompts with one `<|image|>` for each of their images.
 
-        images: per prompt its pictures in order, [3, H, W] of the model's size, uint8 (or float,
+        images: per prompt its images in order, [3, H, W] of the model's size, uint8 (or float,
         normalised already).
         Raises InferenceError as `generate_ids` does.
         """
@@ -113,7 +113,7 @@ class Generator:
     ) -> list[list[int]]:
         """New ids for prompts of ids with placeholders -200; EOS ends an answer and is left out.
 
-        EOS cannot come before `min_new_tokens`. A picture that is the same tensor object in
+        EOS cannot come before `min_new_tokens`. An image that is the same tensor object in
         several prompts is encoded once. Raises InferenceError if a prompt is empty, its
         placeholders and images differ in number, an image has the wrong shape or dtype, or the
         answer could leave the decoder's positions.
@@ -172,20 +172,20 @@ class Generator:
         if max_new_tokens < 1:
             raise InferenceError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         size, limit = self.config.vision.image_size, self.config.decoder.max_positions
-        for number, (prompt, pictures) in enumerate(zip(prompts, images, strict=True), start=1):
+        for number, (prompt, row) in enumerate(zip(prompts, images, strict=True), start=1):
             placeholders = list(prompt).count(IMAGE_TOKEN_ID)
             if len(prompt) == 0:
                 raise InferenceError(f"prompt {number} is empty")
-            if placeholders != len(pictures):
+            if placeholders != len(row):
                 raise InferenceError(
                     f"prompt {number} has {placeholders} placeholders {IMAGE_PLACEHOLDER}, but "
-                    f"{len(pictures)} images; write one placeholder for each image"
+                    f"{len(row)} images; write one placeholder for each image"
                 )
-            for picture in pictures:
-                pixels = picture.dtype == torch.uint8 or picture.is_floating_point()
-                if not pixels or picture.shape != (3, size, size):
+            for image in row:
+                pixels = image.dtype == torch.uint8 or image.is_floating_point()
+                if not pixels or image.shape != (3, size, size):
                     raise InferenceError(
-                        f"an image of prompt {number} is {picture.dtype} {list(picture.shape)}; "
+                        f"an image of prompt {number} is {image.dtype} {list(image.shape)}; "
                         f"this model takes uint8 (or normalised float) [3, {size}, {size}]"
                     )
             length = len(prompt) + placeholders * (self.config.tokens_per_image - 1)

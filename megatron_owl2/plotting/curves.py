@@ -26,6 +26,7 @@ class _Panel:
     validation: Series = field(default_factory=dict)
 
     def lines(self) -> list[list[float]]:
+        """The values of every line."""
         return [values for _, values in [*self.training.values(), *self.validation.values()]]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -63,12 +64,13 @@ def canvas(path: Path, title: str, width: float, height: float) -> Iterator:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ReportError(
             "the PNG needs matplotlib; install the extra: pip install 'megatron-owl2[report]'"
         ) from None
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "axes.edgecolor": _FAINT,
         "axes.labelcolor": _FAINT,
@@ -79,8 +81,8 @@ def canvas(path: Path, title: str, width: float, height: float) -> Iterator:
         "ytick.color": _FAINT,
     }
     with rc_context(style):
-        figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1)
+        engine = ConstrainedLayoutEngine(w_pad=0.1)
+        figure = Figure(figsize=(width, height), dpi=130, layout=engine)
         figure.suptitle(title, fontsize=15, fontweight="bold")
         yield figure
         figure.savefig(path, facecolor="white")

@@ -48,7 +48,7 @@ class Answer:
 
 
 def named(option: str, arguments: Sequence[str]) -> list[tuple[str, Path]]:
-    """Split NAME=DIR arguments; raises ReportError naming the option."""
+    """(name, directory) of NAME=DIR arguments; raises ReportError naming the option."""
     pairs = []
     for argument in arguments:
         name, equals, path = argument.partition("=")

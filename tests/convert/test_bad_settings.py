@@ -9,15 +9,7 @@ import pytest
 import torch
 from exported import grouped_model, offline
 from hf_dirs import ABSTRACTOR as ABSTRACTOR_SIZES
-from hf_dirs import (
-    CLIP,
-    LLAMA,
-    OWL2,
-    editable,
-    export,
-    small_tokenizer,
-    tensors_of,
-)
+from hf_dirs import CLIP, LLAMA, OWL2, editable, export, small_tokenizer, tensors_of
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
@@ -201,7 +193,7 @@ def test_position_tables_have_a_limit():
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_image_statistics_no_picture_has(tmp_path, file):
+def test_image_statistics_no_image_has(tmp_path, file):
     for key, value in (
         ("image_std", [0.1, 0, 0.1]),
         ("image_std", [0.1, math.nan, 0.1]),

@@ -1,5 +1,5 @@
-"""A checkpoint against a Hugging Face directory: agreement under several layouts, and every way
-in which the two can differ."""
+"""A checkpoint against a Hugging Face directory: agreement under several parallel sizes, and
+every way in which the two can differ."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_the_directory_it_came_from_agrees(converted, capsys):
     [["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]],
     ids=["TP 2 + SP", "PP 2"],
 )
-def test_a_narrower_export_agrees_under_every_layout(converted, overrides, tmp_path):
+def test_a_narrower_export_agrees_under_all_parallel_sizes(converted, overrides, tmp_path):
     whole = from_owl2(OWL2)
     export_hf(whole.tensors, whole.config.model, tmp_path / "out", dtype=torch.bfloat16)
     options = ["--checkpoint", converted, "--against", tmp_path / "out", *overrides]

@@ -19,13 +19,13 @@ def no_network(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     pixels = np.random.default_rng(5).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_answers_in_transformers_as_here(tmp_path, capsys, picture, dtype):
+def test_an_export_answers_in_transformers_as_here(tmp_path, capsys, image, dtype):
     ckpt, out = tmp_path / "ckpt", tmp_path / "model"
     tokenizer = small_tokenizer(tmp_path)
     arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)
@@ -36,7 +36,7 @@ def test_an_export_answers_in_transformers_as_here(tmp_path, capsys, picture, dt
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto")
     assert model.dtype == getattr(torch, dtype)
     processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-    inputs = processor(text=[PROMPT], images=[picture], return_tensors="pt")
+    inputs = processor(text=[PROMPT], images=[image], return_tensors="pt")
     answer = model.generate(**inputs, max_new_tokens=8)
     new = answer[0, inputs["input_ids"].shape[1] :]
     generator = Generator(load_model(out, {"float32": "fp32", "bfloat16": "bf16"}[dtype]))
@@ -48,7 +48,7 @@ def test_an_export_answers_in_transformers_as_here(tmp_path, capsys, picture, dt
     assert 0 < len(new) <= 8
 
 
-def test_an_export_serves_a_pipeline(tmp_path, capsys, picture):
+def test_an_export_serves_a_pipeline(tmp_path, capsys, image):
     ckpt, out = tmp_path / "ckpt", tmp_path / "model"
     tokenizer = small_tokenizer(tmp_path)
     arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)
@@ -58,5 +58,5 @@ def test_an_export_serves_a_pipeline(tmp_path, capsys, picture):
     answering = pipeline("image-text-to-text", model=str(out), trust_remote_code=True)
     beyond = list(range(320, 512))  # ids that the tiny model has and its tokenizer has not
     options = {"max_new_tokens": 3, "suppress_tokens": beyond}
-    found = answering(text=PROMPT, images=[picture], generate_kwargs=options)
+    found = answering(text=PROMPT, images=[image], generate_kwargs=options)
     assert isinstance(found[0]["generated_text"], str)

@@ -49,7 +49,7 @@ def case(reference, name: str) -> dict[str, torch.Tensor]:
         images = images[sum(META["frames_list_image_rows"], [])]
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     e = expand(ids, 9, attention_mask=mask, images_per_placeholder=counts)
-    images = images[e.image_order][: len(e.vision_rows) // 9]
+    images = images[e.image_order][: len(e.vision_token_index) // 9]
     return {
         "input_ids": e.tokens,
         "attention_mask": e.valid.long(),
@@ -108,8 +108,8 @@ def test_greedy_ids_of_the_official_code(official, reference, use_cache):
     model = load(official)
     for name, recorded in META["generation"].items():
         slots = META["batch_image_slots"][name] if name != "text_only" else []
-        pictures = [reference["batch/images"][i] for i in slots]
-        inputs = batch(9, [recorded["prompt_ids"]], [pictures])
+        shown = [reference["batch/images"][i] for i in slots]
+        inputs = batch(9, [recorded["prompt_ids"]], [shown])
         out = answers(model, inputs, max_new_tokens=16, use_cache=use_cache)
         assert out == [recorded["new_ids"]], name
 

@@ -74,8 +74,8 @@ def processor(directory):
     return AutoProcessor.from_pretrained(directory, trust_remote_code=True)
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 31), mode: str = "RGB") -> Image.Image:
-    """A smooth picture with some noise."""
+def draw_image(seed: int, size: tuple[int, int] = (40, 31), mode: str = "RGB") -> Image.Image:
+    """A smooth image with some noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 4), dtype=np.uint8), "RGBA")
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
@@ -116,7 +116,7 @@ def test_the_tokenizer_gives_our_ids_and_our_text(directory, tokenizer):
 
 def test_ids_are_those_of_prompt_ids(processor, tokenizer):
     pieces = ["", " ", "hello\nyou", "  é 日本 ", "USER: what color "]
-    image = picture(0)
+    image = draw_image(0)
     for n in range(4):
         for parts in itertools.product(pieces, repeat=n + 1):
             text = "<|image|>".join(parts)
@@ -133,9 +133,9 @@ def test_ids_are_those_of_prompt_ids(processor, tokenizer):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_is_padded_and_keeps_its_images_in_order(processor, tokenizer, side):
     texts = ["hello", "<|image|>what <|image|>", "the <|image|> one", "a long text without one"]
-    pictures = [picture(i) for i in range(3)]
+    originals = [draw_image(i) for i in range(3)]
     options = {} if side == "left" else {"padding_side": "right"}
-    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt", **options)
+    inputs = processor(text=texts, images=originals, padding=True, return_tensors="pt", **options)
     rows = [expected_row(text, tokenizer) for text in texts]
     length = max(len(ids) for ids, _ in rows)
     for i, (ids, modality) in enumerate(rows):
@@ -148,15 +148,15 @@ def test_a_batch_is_padded_and_keeps_its_images_in_order(processor, tokenizer, s
             wanted = torch.zeros(length, dtype=torch.int64)
             wanted[where] = torch.tensor(own)
             assert torch.equal(inputs[name][i], wanted)
-    alone = [processor(text="<|image|>", images=p)["pixel_values"] for p in pictures]
+    alone = [processor(text="<|image|>", images=p)["pixel_values"] for p in originals]
     assert torch.equal(inputs["pixel_values"], torch.cat(alone))
-    nested = processor(text=texts, images=[[], pictures[:2], pictures[2:], []], **options)
+    nested = processor(text=texts, images=[[], originals[:2], originals[2:], []], **options)
     assert nested.keys() == inputs.keys()
     assert all(torch.equal(nested[key], inputs[key]) for key in inputs)
 
 
 def test_frames_share_a_placeholder(processor):
-    frames = [picture(i) for i in range(4)]
+    frames = [draw_image(i) for i in range(4)]
     text = "what <|image|> color <|image|>"
     inputs = processor(text=text, images=[frames[:3], frames[3]])
     separate = processor(text="<|image|>" * 4, images=frames)
@@ -171,15 +171,15 @@ def test_frames_share_a_placeholder(processor):
 
 def test_mistakes_are_named(processor):
     with pytest.raises(ValueError, match="2 placeholders .*, but 1 images"):
-        processor(text="<|image|><|image|>", images=[picture(0)])
+        processor(text="<|image|><|image|>", images=[draw_image(0)])
     with pytest.raises(ValueError, match="0 placeholders .*, but 2 images"):
-        processor(text="hello", images=[picture(0)] * 2)
+        processor(text="hello", images=[draw_image(0)] * 2)
     with pytest.raises(ValueError, match="1 placeholders .*, but 2 images"):
-        processor(text="hello <|image|>", images=[picture(0)] * 2)
+        processor(text="hello <|image|>", images=[draw_image(0)] * 2)
     with pytest.raises(ValueError, match="padded to the longest"):
         processor(text="hello", padding="max_length")
     with pytest.raises(ValueError, match="neither videos nor audio"):
-        processor(text="hello", videos=[picture(0)])
+        processor(text="hello", videos=[draw_image(0)])
     for empty in (None, []):
         with pytest.raises(ValueError, match="give text"):
             processor(text=empty)
@@ -191,7 +191,7 @@ def test_mistakes_are_named(processor):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "I;16"])
 def test_pixel_values_are_ours(directory, ours, size, mode):
     theirs = AutoImageProcessor.from_pretrained(directory, trust_remote_code=True)
-    image = picture(1, size, "RGBA")
+    image = draw_image(1, size, "RGBA")
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 251)
     data = encoded(image.convert(mode) if mode != "I;16" else image, "PNG")
@@ -209,14 +209,14 @@ def test_pixel_values_are_ours(directory, ours, size, mode):
 def test_a_jpeg_differs_by_its_decoder_alone(directory, ours, tmp_path):
     theirs = AutoImageProcessor.from_pretrained(directory, trust_remote_code=True)
     path = tmp_path / "picture.jpg"
-    path.write_bytes(encoded(picture(2, (200, 150)), "JPEG"))
+    path.write_bytes(encoded(draw_image(2, (200, 150)), "JPEG"))
     square = resize_square(decode(path.read_bytes()), 28).float() / 255
     values = theirs(str(path))["pixel_values"][0] * ours.image_std + ours.image_mean
     assert (values - square).abs().max() <= 1.01 / 255
 
 
 def test_the_chat_template_is_the_official_prompt(processor, tokenizer):
-    image = picture(0)
+    image = draw_image(0)
     question = [{"type": "image", "image": image}, {"type": "text", "text": "what color ?"}]
     messages = [{"role": "user", "content": question}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -241,7 +241,7 @@ def test_a_conversation_has_the_ids_of_training(processor, tokenizer):
     sample = build_sample(record, tokenizer, ROWS, 96)
     messages = []
     for i, turn in enumerate(turns):
-        image = [{"type": "image", "image": picture(0)}] if i == 0 else []
+        image = [{"type": "image", "image": draw_image(0)}] if i == 0 else []
         content = [*image, {"type": "text", "text": turn.question}]
         messages += [
             {"role": "user", "content": content},
@@ -255,11 +255,11 @@ def test_a_conversation_has_the_ids_of_training(processor, tokenizer):
 def test_answers_are_those_of_our_generator(processor, directory, ours, tokenizer):
     questions = ["what color is the <|image|> one ?", "hello", "<|image|>red or <|image|>"]
     prompts = [prompt(question) for question in questions]
-    pictures = [picture(i, (60, 50)) for i in range(3)]
-    squares = [resize_square(decode(encoded(image, "PNG")), 28) for image in pictures]
+    originals = [draw_image(i, (60, 50)) for i in range(3)]
+    squares = [resize_square(decode(encoded(image, "PNG")), 28) for image in originals]
     loaded = LoadedModel(ours, ours.model, tokenizer)
     wanted = Generator(loaded).generate(prompts, [squares[:1], [], squares[1:]], 12)
-    inputs = processor(text=prompts, images=pictures)
+    inputs = processor(text=prompts, images=originals)
     out = load(directory).generate(**inputs, max_new_tokens=12, min_new_tokens=1)
     new = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [answer.strip() for answer in new] == wanted
@@ -270,7 +270,7 @@ def test_a_saved_processor_is_the_same(processor, tmp_path):
     processor.save_pretrained(tmp_path / "saved")
     again = AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     texts = [*(text for text in TEXTS if text), "the <|image|> one"]
-    before, after = (p(text=texts, images=picture(3)) for p in (processor, again))
+    before, after = (p(text=texts, images=draw_image(3)) for p in (processor, again))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert again.chat_template == processor.chat_template

@@ -160,6 +160,6 @@ def test_images_may_have_any_precision(converted, inputs, dtype):
     assert torch.equal(found[0]["logits"], found[1]["logits"])
 
 
-def test_a_layout_the_processes_cannot_carry_is_refused(converted, inputs):
+def test_parallel_sizes_of_more_processes_are_refused(converted, inputs):
     with pytest.raises(ConfigError, match="1 processes, but parallel.tensor \\(2\\)"):
         verify(converted, inputs, ["parallel.tensor=2"])

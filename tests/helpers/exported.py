@@ -69,7 +69,7 @@ def load(directory: Path, **options) -> PreTrainedModel:
 def batch(size: int, prompts: list[list[int]], images: list[list]) -> dict[str, torch.Tensor]:
     """Left-padded inputs of prompts with placeholders -200."""
     rows = left_padded(prompts, size, "cpu")
-    flat = [picture for row in images for picture in row]
+    flat = [image for row in images for image in row]
     return {
         "input_ids": rows.tokens,
         "attention_mask": rows.valid.long(),

@@ -70,3 +70,16 @@ def run_tool(name: str, *arguments, capsys) -> tuple[int, str, str]:
 def export(model: Owl2, output: Path, **options) -> None:
     """`export_hf` of a model in memory."""
     export_hf(of_model(model), model.model, output, **options)
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor of the released layout is a position table of the abstractor."""
+    return name.endswith(("q_pos_embed", "k_pos_embed"))

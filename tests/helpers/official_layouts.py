@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from megatron_owl2.config.load import load_config, save_config
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.convert.hf_weights import load_hf_weights, read_hf_config
-from megatron_owl2.convert.verify import verify as proof
+from megatron_owl2.convert.verify import verify as verification
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.tokenizer import Tokenizer
@@ -118,8 +118,8 @@ def case_inputs(case: str) -> dict[str, torch.Tensor]:
 def micro_batch(case: str, config: RunConfig, multiple_of: int = 1) -> Batch:
     """A case as the training step takes it, padded to a multiple of so many positions."""
     inputs = case_inputs(case)
-    expanded, _ = proof._expand(inputs, config, multiple_of)
-    return proof._batch(inputs, expanded, config).to(setup.device())
+    expanded, _ = verification._expand(inputs, config, multiple_of)
+    return verification._batch(inputs, expanded, config).to(setup.device())
 
 
 def build(config: RunConfig, directory: Path) -> Owl2:
@@ -153,7 +153,7 @@ def _measure(folder: Path, overrides: list[str]) -> None:
     save_load.save(folder / "checkpoint", [model], config)
 
     def verify(inputs: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
-        return proof.verify(folder / "checkpoint", inputs, overrides, **options)
+        return verification.verify(folder / "checkpoint", inputs, overrides, **options)
 
     found = {
         **_vision(model),
@@ -234,7 +234,7 @@ def _greedy(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
     if config.parallel.pipeline > 1 or config.parallel.sequence:
         found = _without_cache(config, model, prompts, sum(images, []), steps)
     else:
-        # The picture of the text-only sample is a dummy, which takes its turn but is not shown.
+        # The image of the text-only sample is a dummy, which takes its turn but is not shown.
         pairs = zip(prompts, images, strict=True)
         shown = [row if IMAGE_TOKEN_ID in ids else [] for ids, row in pairs]
         loaded = LoadedModel(model, config.model, Tokenizer)  # only its EOS matters, LLaMA's
@@ -260,10 +260,10 @@ def _without_cache(
         lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
         mask = torch.arange(ids.shape[1]) < lengths
         inputs = {"input_ids": ids, "attention_mask": mask, "images": torch.stack(images)}
-        expanded, _ = proof._expand(inputs, config, multiple_of)
-        proof._settle(config, expanded)
-        batch = proof._batch(inputs, expanded, config).to(setup.device())
-        logits = proof._forward(config, model, batch, None)
+        expanded, _ = verification._expand(inputs, config, multiple_of)
+        verification._fit_config(config, expanded)
+        batch = verification._batch(inputs, expanded, config).to(setup.device())
+        logits = verification._forward(config, model, batch, None)
         chosen = torch.zeros(len(rows), dtype=torch.int64, device=setup.device())
         if logits is not None:
             last = expanded.valid.sum(1) - 1

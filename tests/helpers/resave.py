@@ -1,5 +1,4 @@
-"""torchrun tests/helpers/resave.py CKPT OUTPUT TENSOR PIPELINE: load under a layout and save from
-it."""
+"""torchrun tests/helpers/resave.py CKPT OUTPUT TENSOR PIPELINE: load with these sizes and save."""
 
 import sys
 

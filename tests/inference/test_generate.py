@@ -58,7 +58,7 @@ def loaded(tokenizer) -> LoadedModel:
             0.2,
         ],  # not the defaults: a loader that forgets them answers otherwise
         image_std=[0.25, 0.25, 0.25],
-        init_std=0.3,  # wide enough that answers depend on prompt and picture
+        init_std=0.3,  # wide enough that answers depend on prompt and image
     )
     torch.manual_seed(7)
     owl = build(model)
@@ -91,13 +91,13 @@ def cases(loaded: LoadedModel, n: int = 12) -> tuple[list[list[int]], list[list[
 def recompute(loaded, prompt_ids, images, steps, min_new_tokens=1) -> list[int]:
     """The answer of one prompt from `Owl2.forward` on the whole sequence at every step."""
     new: list[int] = []
-    picture = torch.stack(images) if images else torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    pixels = torch.stack(images) if images else torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
     for step in range(steps):
         inputs = left_padded([[*prompt_ids, *new]], loaded.config.tokens_per_image, "cpu")
         with torch.no_grad():
             logits = loaded.model(
                 inputs.tokens,
-                picture,
+                pixels,
                 inputs.vision_token_index,
                 inputs.modality,
                 inputs.position_ids,
@@ -139,8 +139,8 @@ def test_padding_changes_no_logit(loaded):
     next_logits = generator._next_logits
     generator._next_logits = lambda *args: seen.append(next_logits(*args)) or seen[-1].clone()
     generator.generate_ids(prompts, images, 1)
-    for prompt_ids, pictures in zip(prompts, images, strict=True):
-        generator.generate_ids([prompt_ids], [pictures], 1)
+    for prompt_ids, row in zip(prompts, images, strict=True):
+        generator.generate_ids([prompt_ids], [row], 1)
     assert torch.isfinite(seen[0]).all()
     torch.testing.assert_close(seen[0], torch.cat(seen[1:]), rtol=1e-4, atol=1e-4)
 
@@ -155,7 +155,7 @@ def test_the_order_of_images_matters_and_follows_the_prompt(loaded):
     assert len({tuple(answer) for answer in together}) == 3
 
 
-def test_a_picture_shared_by_prompts_is_encoded_once(loaded, monkeypatch):
+def test_an_image_shared_by_prompts_is_encoded_once(loaded, monkeypatch):
     encoded = []
     encode = loaded.model.encode_images
     monkeypatch.setattr(
@@ -196,23 +196,23 @@ def test_generation_stops_when_every_row_has_ended(loaded, monkeypatch):
 
 
 def test_text_in_text_out(loaded):
-    question, (picture,) = "what color is the <|image|> one ?", cases(loaded)[1][1]
+    question, (image,) = "what color is the <|image|> one ?", cases(loaded)[1][1]
     generator = Generator(loaded)
-    answers = generator.generate([prompt(question), prompt("hello")], [[picture], []], 8)
-    assert answers[0] == generator.generate([prompt(question)], [[picture]], 8)[0]
+    answers = generator.generate([prompt(question), prompt("hello")], [[image], []], 8)
+    assert answers[0] == generator.generate([prompt(question)], [[image]], 8)[0]
     assert all(isinstance(answer, str) and answer == answer.strip() for answer in answers)
     assert generator.generate([], [], 8) == []
 
 
 def test_mistakes_are_named(loaded):
     generator = Generator(loaded)
-    picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
     with pytest.raises(InferenceError, match="prompt 2 has 1 placeholders .* but 0 images"):
         generator.generate_ids([[1, 5], [1, IMAGE_TOKEN_ID]], [[], []], 4)
     with pytest.raises(InferenceError, match="prompt 1 has 1 placeholders .* but 2 images"):
-        generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[picture, picture]], 4)
+        generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[image, image]], 4)
     with pytest.raises(InferenceError, match=r"\[3, 28, 28\]"):
-        generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[picture[:, :14]]], 4)
+        generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[image[:, :14]]], 4)
     with pytest.raises(InferenceError, match="prompt 1 is empty"):
         generator.generate_ids([[]], [[]], 4)
     with pytest.raises(InferenceError, match="2 prompts"):

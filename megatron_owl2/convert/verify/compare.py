@@ -1,4 +1,4 @@
-"""A checkpoint against a Hugging Face directory: names, numbers, and what both compute.
+"""Comparison of a checkpoint with a Hugging Face directory: names, weights, and computations.
 
 The other side of the computation is the modelling code that an export carries (`remote_code`),
 which shares nothing with the Megatron model but the mapping table; code that lies in the directory
@@ -6,7 +6,7 @@ itself is never run.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ _RUN_ONLY = {"max_positions", "position_init_std", "attention_init_std", "modali
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: what was held against each other, whether it agrees, and by how much."""
+    """Result of one check: its name, whether both sides agree, and by how much."""
 
     check: str
     passed: bool
@@ -44,20 +44,20 @@ class CheckResult:
 
 
 def compare(
-    directory: str | Path, hf_directory: str | Path, overrides: list[str] = ()
+    directory: str | Path, hf_directory: str | Path, overrides: Sequence[str] = ()
 ) -> Iterator[CheckResult]:
-    """Hold a checkpoint against a directory in the released layout; every rank must exhaust it.
+    """Checks of a checkpoint against a directory in the released layout; every rank exhausts them.
 
-    Checks settings, keys and shapes, every weight, then logits, loss and every gradient for a
+    They cover settings, keys and shapes, every weight, then logits, loss and every gradient for a
     text, one image and two images in fp32 on seeded random inputs, with the weights rounded to the
-    narrower of the two files. Yields on rank 0, nothing elsewhere. If names or shapes differ,
+    narrower of the two files. Results come on rank 0, none elsewhere. If names or shapes differ,
     nothing is computed. Takes 16 bytes of memory for every parameter on rank 0. `overrides` are
     those of `verify`. Raises CheckpointError for a damaged checkpoint and ConversionError for
     weights that cannot be read or without transformers.
     """
-    proof = Verification(directory, [*overrides, "train.precision=fp32"])
-    model, first = proof.config.model, proof.rank == 0
-    stored = read_checkpoint(proof.directory)
+    verification = Verification(directory, [*overrides, "train.precision=fp32"])
+    model, first = verification.config.model, verification.rank == 0
+    stored = read_checkpoint(verification.directory)
     try:
         settings = _differing_settings(model, hf_config.read_owl2(hf_directory))
         shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -73,13 +73,13 @@ def compare(
         yield CheckResult("keys", True, f"{len(theirs)} weights, names and shapes agree")
         yield _compare_weights(stored, theirs)
     common = {name: _common(stored[name].dtype, theirs[name].dtype) for name in theirs}
-    _round(proof.model, common)
+    _round(verification.model, common)
     if first:
         other = _load_other(hf_directory)
         _round(other, {n: common[r.ours] for r in rules("owl2", model) for n in r.theirs})
     for name, inputs in _inputs(model):
-        # Ours first: it is here that a layout the processes cannot carry is refused.
-        ours = proof.run(inputs, gradients=True)
+        # Ours first, since it refuses parallel sizes that the processes cannot carry.
+        ours = verification.run(inputs, gradients=True)
         if first:
             yield from _compare_computations(name, ours, _compute(other, model, inputs), model)
 
@@ -119,7 +119,7 @@ def _common(ours: torch.dtype, theirs: torch.dtype) -> torch.dtype:
 
 
 def _round(model: torch.nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Take from every parameter what the narrower of the two files does not have."""
+    """Rounding of every parameter, in place, to what the narrower of the two files holds."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in dtypes:
@@ -195,7 +195,7 @@ def _compare_computations(
         if n.endswith("attention.key.bias"):
             norms[n] = norms[n.replace("bias", "weight")]
     apart = {n: (ours[n] - theirs[n]).norm().item() / (norms[n] or 1.0) for n in names}
-    worst = max(apart, key=apart.get)
+    worst = max(apart, key=lambda name: apart[name])
     over = sum(not value <= GRADIENT for value in apart.values())
     detail = f"{len(names)} parameters, apart by at most {apart[worst]:.2g} of their norm"
     detail += f" ({worst.removeprefix('grad.')}), allowed {GRADIENT:.0e}"

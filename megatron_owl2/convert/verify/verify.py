@@ -1,12 +1,14 @@
-"""The proof tool: what a checkpoint computes for given inputs, under any parallel layout.
+"""Verification of a checkpoint: its logits, loss and gradients under any parallel sizes.
 
 Loss and gradients come from the training step itself, so agreement with the released code's
 numbers covers the pipeline schedule and the gradient buffers too.
 """
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -21,7 +23,7 @@ from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert.expand import Expanded, expand
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules
-from megatron_owl2.convert.partition import gather
+from megatron_owl2.convert.partition import unshard
 from megatron_owl2.convert.safetensors_io import write_safetensors
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -49,11 +51,11 @@ _ONE_PROCESS = [
 def verify(
     directory: str | Path,
     inputs: dict[str, torch.Tensor],
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
     *,
     gradients: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Run a checkpoint on raw inputs of the released model; every rank calls it.
+    """Results of a checkpoint on raw inputs of the released model; every rank calls it.
 
     inputs: input_ids int64 [b, s] with -200 for an image, normalised float images [n, 3, H, W]
     (see `expand` for their order; absent if there is no placeholder), and if wanted
@@ -63,15 +65,15 @@ def verify(
     Returns on rank 0, fp32 on the CPU: logits [b, s expanded, vocab] (those of padding mean
     nothing), with labels the mean loss [1], and with `gradients` its `grad.<name in the released
     model>` for every parameter; elsewhere {}. Raises ConversionError for inputs that do not fit
-    and ConfigError for a layout that the processes cannot carry.
+    and ConfigError for parallel sizes that the processes cannot carry.
     """
     return Verification(directory, overrides).run(inputs, gradients=gradients)
 
 
 class Verification:
-    """A checkpoint under one parallel layout, loaded at the first of any number of runs."""
+    """A checkpoint under one set of parallel sizes, loaded at the first of any number of runs."""
 
-    def __init__(self, directory: str | Path, overrides: list[str] = ()):
+    def __init__(self, directory: str | Path, overrides: Sequence[str] = ()):
         self.directory = save_load.resolve(directory)
         self.config = load_config(self.directory / "run.yaml", [*_ONE_PROCESS, *overrides])
         validate_model(self.config.model)
@@ -83,18 +85,18 @@ class Verification:
             )
         if parallel.virtual_pipeline > 1 or parallel.context > 1:
             raise ConfigError(
-                "the proof is of one micro-batch with whole sequences; leave "
+                "a verification runs one micro-batch with whole sequences; leave "
                 "parallel.virtual_pipeline and parallel.context at 1"
             )
 
     @property
     def rank(self) -> int:
-        """This process's among all, known before there is a process group."""
+        """The rank of this process, known before there is a process group."""
         return int(os.environ.get("RANK", "0"))
 
     @cached_property
     def model(self) -> Owl2:
-        """This rank's part."""
+        """This rank's stage and tensor-parallel shards of the model."""
         parallel = self.config.parallel
         groups = setup.initialize(parallel)
         model = Owl2(ParallelContext(self.config, groups), self.config.model).to(setup.device())
@@ -115,7 +117,7 @@ class Verification:
         config = self.config
         multiple = config.parallel.tensor if config.parallel.sequence else 1
         expanded, length = _expand(inputs, config, multiple)
-        _settle(config, expanded)
+        _fit_config(config, expanded)
         batch = _batch(inputs, expanded, config).to(setup.device())
 
         results = {}
@@ -143,7 +145,10 @@ def read_inputs(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Write the tensors as safetensors; the file appears when complete."""
+    """A safetensors file of the tensors at `path`, which appears when complete.
+
+    Raises ConversionError if it cannot be written.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -168,8 +173,11 @@ def _expand(
     if "input_ids" not in inputs:
         raise ConversionError("the inputs must hold input_ids [b, s]")
     ids = _whole_numbers(inputs, "input_ids", "b", "s")
-    labels = _whole_numbers(inputs, "labels", "b", "s")
-    counts = _whole_numbers(inputs, "images_per_placeholder", "placeholders")
+    labels = counts = None
+    if "labels" in inputs:
+        labels = _whole_numbers(inputs, "labels", "b", "s")
+    if "images_per_placeholder" in inputs:
+        counts = _whole_numbers(inputs, "images_per_placeholder", "placeholders")
     wrong = ids[((ids < 0) | (ids >= vocab)) & (ids != IMAGE_TOKEN_ID)]
     if len(wrong):
         raise ConversionError(
@@ -207,11 +215,9 @@ def _expand(
     return expanded, length
 
 
-def _whole_numbers(inputs: dict[str, torch.Tensor], name: str, *axes: str) -> torch.Tensor | None:
-    """An input of whole numbers as int64, or None if it is absent."""
-    found = inputs.get(name)
-    if found is None:
-        return None
+def _whole_numbers(inputs: dict[str, torch.Tensor], name: str, *axes: str) -> torch.Tensor:
+    """An input of whole numbers as int64; raises ConversionError for any other dtype or shape."""
+    found = inputs[name]
     whole = found.dtype in (torch.int64, torch.int32)
     if not whole or found.ndim != len(axes) or found.numel() == 0:
         raise ConversionError(
@@ -221,8 +227,8 @@ def _whole_numbers(inputs: dict[str, torch.Tensor], name: str, *axes: str) -> to
     return found.long()
 
 
-def _settle(config: RunConfig, expanded: Expanded) -> None:
-    """Fit the configuration to the inputs and check that the layout can carry them."""
+def _fit_config(config: RunConfig, expanded: Expanded) -> None:
+    """Configuration with the sizes of the inputs, set in place and checked."""
     rows, length = expanded.tokens.shape
     config.data.sequence_length = length
     config.train.micro_batch_size = config.train.global_batch_size = rows
@@ -234,12 +240,12 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
     images = inputs.get("images")
     if images is None and len(expanded.vision_token_index) == 0:
         images = torch.zeros(len(order), 3, size, size)  # of no effect, as no row is theirs
-    found = None if images is None else list(images.shape)
-    if found != [len(order), 3, size, size] or not images.is_floating_point():
+    wanted = [len(order), 3, size, size]
+    if images is None or list(images.shape) != wanted or not images.is_floating_point():
+        found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
         raise ConversionError(
-            f"images must be normalised floats [{len(order)}, 3, {size}, {size}]: one for each "
-            f"placeholder and one for each row without; found "
-            f"{'none' if images is None else f'{images.dtype} {found}'}"
+            f"images must be normalised floats {wanted}: one for each placeholder and one for "
+            f"each row without; found {found}"
         )
     if not images.float().isfinite().all():
         raise ConversionError("images hold NaN or infinity")
@@ -284,22 +290,24 @@ def _forward(
 
 def _gradients(model: Owl2) -> dict[str, torch.Tensor]:
     """`grad.<name>` of this stage's parameters, whole."""
-    parameters, found = dict(model.named_parameters()), {}
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    found: dict[str, torch.Tensor] = {}
     for rule in rules("owl2", model.model):
         if rule.ours in parameters:
             parameter = parameters[rule.ours]
-            parts = rule.transform.split(gather(parameter.main_grad, parameter, model.context))
-            found |= {f"grad.{n}": part for n, part in zip(rule.theirs, parts, strict=True)}
+            gradient = unshard(parameter.main_grad, parameter, model.context)
+            split = rule.transform.split(gradient)
+            found |= {f"grad.{n}": tensor for n, tensor in zip(rule.theirs, split, strict=True)}
     return found
 
 
 def _collect(results: dict[str, torch.Tensor], model: Owl2) -> dict[str, torch.Tensor]:
-    """Everything the pipeline stages found, on rank 0; {} elsewhere."""
+    """The results of all pipeline stages, on rank 0; {} elsewhere."""
     results = {name: t.detach().float().cpu().contiguous() for name, t in results.items()}
     stages = model.context.groups.pp
     if stages.size() == 1:
         return results if torch.distributed.get_rank() == 0 else {}
-    gathered = [None] * stages.size()
+    gathered: list[Any] = [None] * stages.size()
     torch.distributed.all_gather_object(gathered, results, group=stages)
     if torch.distributed.get_rank() != 0:
         return {}
