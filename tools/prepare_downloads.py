@@ -14,10 +14,10 @@ from pathlib import Path
 
 from data_prep.arguments import score_limit
 from data_prep.downloads import img2dataset_script as download
-from data_prep.downloads.corpora import CORPORA
+from data_prep.downloads.coco_script import write_coco_script
+from data_prep.downloads.registry import CORPORA
 from data_prep.downloads.selection import Selection
 from data_prep.downloads.url_list import write_url_list
-from data_prep.formats import coco
 from megatron_owl2.errors import PreprocessError
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     if options.corpus == "coco":
-        print(f"now: bash {coco.write_download(options.output)} FOLDER")
+        print(f"now: bash {write_coco_script(options.output)} FOLDER")
         return 0
     if options.input is None:
         raise PreprocessError(f"--input is missing; {CORPORA[options.corpus].about}")

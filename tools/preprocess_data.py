@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("input").add_argument
     add("--input", type=Path, required=True, help="folder or file to read")
-    add("--format", choices=sorted(FORMATS), required=True)
+    add("--format", choices=list(FORMATS), required=True)
     add("--images", type=Path, metavar="DIR", help="folder that picture paths are relative to")
     add("--image-column", metavar="NAME", help="column of a table with the picture's path")
     add("--caption-column", metavar="NAME", help="column of a table with the caption")
