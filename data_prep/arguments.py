@@ -5,7 +5,7 @@ import math
 
 
 def score_limit(text: str) -> tuple[str, float]:
-    """The name and the limit of `NAME=VALUE`; raises ArgumentTypeError for anything else."""
+    """Name and limit of `NAME=VALUE`; raises ArgumentTypeError for anything else."""
     name, _, value = text.rpartition("=")
     try:
         limit = float(value)
