@@ -31,7 +31,7 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
 
     Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Raises
     ShardError if the folder holds no tar file or is a data set already, or if most samples are
-    not of parts that training can use.
+    not of members that training can use.
     """
     if (directory / MANIFEST).exists():
         raise ShardError(

@@ -131,16 +131,16 @@ def _sample(item: Sample | Skipped) -> _Row | Skipped:
     """Key, image and row of a sample in files."""
     if isinstance(item, Skipped):
         return item
-    key, parts = item
+    key, members = item
     try:
-        row = json.loads(parts.get("json", b""))
+        row = json.loads(members.get("json", b""))
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         return Skipped("no readable .json part", key)
-    if "txt" in parts:
-        row["caption"] = parts["txt"].decode(errors="replace")
-    return key, next((parts[name] for name in IMAGE_EXTENSIONS if name in parts), None), row
+    if "txt" in members:
+        row["caption"] = members["txt"].decode(errors="replace")
+    return key, next((members[name] for name in IMAGE_EXTENSIONS if name in members), None), row
 
 
 def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> Record | Skipped:

@@ -22,7 +22,7 @@ from data_prep.splits import InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import KEY, Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 
-_OURS = {"source", "metadata"}  # with a caption or turns, what the .json part of our shards holds
+_OURS = {"source", "metadata"}  # with a caption or turns, what the .json member of our shards holds
 
 
 class Webdataset:
@@ -55,35 +55,35 @@ class Webdataset:
     def read(self, payload: tuple[Path, str | None]) -> Iterator[Record | Skipped]:
         """Samples of one tar file.
 
-        The caption is the .txt part or, without one or with `caption_column`, a value of the .json
-        part. A key with characters that a record's key cannot have is sanitized and gets a hash
-        appended; `metadata["key"]` is the original key.
+        The caption is the .txt member or, without one or with `caption_column`, a value of the
+        .json member. A key with characters that a record's key cannot have is sanitized and gets a
+        hash appended; `metadata["key"]` is the original key.
         """
         path, caption_column = payload
         for item in read_tar(path):
             if isinstance(item, Skipped):
                 yield item
                 continue
-            key, parts = item
+            key, members = item
             try:
-                yield _record(key, parts, caption_column, path)
+                yield _record(key, members, caption_column, path)
             except (SkipError, BadSampleError) as error:
                 yield Skipped(str(error), f"{path.name}, {key}")
 
 
-def _record(key: str, parts: dict[str, bytes], caption_column: str | None, path: Path) -> Record:
-    row = _row(parts.get("json", b"{}"))
+def _record(key: str, members: dict[str, bytes], caption_column: str | None, path: Path) -> Record:
+    row = _row(members.get("json", b"{}"))
     if row.keys() - {"caption", "turns"} == _OURS:
         try:
-            return Record.from_members(key, parts)
+            return Record.from_members(key, members)
         except BadSampleError as error:
             raise SkipError("damaged sample of a shard") from error
-    images = [name for name in parts if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    images = [name for name in members if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
     if len(images) != 1:
         raise SkipError("more than one image" if images else "no image")
     name = caption_column or next((c for c in CAPTION_COLUMNS if c in row), "caption")
-    if "txt" in parts and caption_column is None:
-        text = parts["txt"].decode(errors="surrogateescape")
+    if "txt" in members and caption_column is None:
+        text = members["txt"].decode(errors="surrogateescape")
     else:
         text = row.get(name)
     metadata = scalars(row, without=(name,))
@@ -92,7 +92,7 @@ def _record(key: str, parts: dict[str, bytes], caption_column: str | None, path:
         key = f"{sanitize_name(key)[-60:]}-{xxhash.xxh3_64_hexdigest(key.encode())}"
     return Record(
         key,
-        image=parts[images[0]],
+        image=members[images[0]],
         caption=caption(text),
         source=path.parent.name,
         metadata=metadata,

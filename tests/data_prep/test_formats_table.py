@@ -71,8 +71,8 @@ def test_tables(images, tmp_path, kind, size):
         expected = {"score": number / 10, "words": number, "id": f"00{number}"}
         assert item.metadata == expected and type(item.metadata["words"]) is int
     assert len(records) == 10
-    parts = FORMATS["table"].plan(path, ReadOptions(images, size))
-    assert [part.name for part in parts] == [f"my_corpus-{i:05d}" for i in range(-(-10 // size))]
+    splits = FORMATS["table"].plan(path, ReadOptions(images, size))
+    assert [split.name for split in splits] == [f"my_corpus-{i:05d}" for i in range(-(-10 // size))]
 
 
 def test_tsv_takes_quotes_as_they_are(images, tmp_path):
@@ -178,14 +178,14 @@ def test_a_changed_table_is_another_job(images, tmp_path):
     for kind in (".jsonl", ".csv", ".parquet"):
         path = write_table(tmp_path / f"a{kind}", rows(4))
         options = ReadOptions(images, 2)
-        before = [part.identity for part in FORMATS["table"].plan(path, options)]
+        before = [split.identity for split in FORMATS["table"].plan(path, options)]
         assert len(set(before)) == 2
-        assert before == [part.identity for part in FORMATS["table"].plan(path, options)]
+        assert before == [split.identity for split in FORMATS["table"].plan(path, options)]
         changed = rows(4)
         changed[3]["TEXT"] = changed[3]["TEXT"].replace("3", "x")
         size = path.stat().st_size
         assert write_table(path, changed).stat().st_size == size
-        after = [part.identity for part in FORMATS["table"].plan(path, options)]
+        after = [split.identity for split in FORMATS["table"].plan(path, options)]
         assert not set(before) & set(after)
 
 

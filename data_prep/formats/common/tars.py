@@ -23,7 +23,7 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
         def read(start: int, stop: int) -> bytes:
             return os.pread(file.fileno(), stop - start, start)
 
-        sample_key, parts, repeated, end = "", {}, False, 0
+        sample_key, members, repeated, end = "", {}, False, 0
         try:
             for _, name, start, length in entries(read, 0, size):
                 end = start + length + padding(length)
@@ -31,22 +31,22 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
                     continue
                 key, extension = split_name(name)
                 if key != sample_key:
-                    if parts:
-                        yield _sample(sample_key, parts, repeated)
-                    sample_key, parts, repeated = key, {}, False
-                repeated |= extension in parts
-                parts[extension] = read(start, start + length)
+                    if members:
+                        yield _sample(sample_key, members, repeated)
+                    sample_key, members, repeated = key, {}, False
+                repeated |= extension in members
+                members[extension] = read(start, start + length)
             intact = _ends_here(file, end)
         except BadSampleError:
             intact = False
-        if parts:
-            yield _sample(sample_key, parts, repeated)
+        if members:
+            yield _sample(sample_key, members, repeated)
         if not intact:
             yield Skipped(DAMAGED, str(path))
 
 
-def _sample(key: str, parts: dict[str, bytes], repeated: bool) -> Sample | Skipped:
-    return Skipped("a part of the sample occurs twice", key) if repeated else (key, parts)
+def _sample(key: str, members: dict[str, bytes], repeated: bool) -> Sample | Skipped:
+    return Skipped("a part of the sample occurs twice", key) if repeated else (key, members)
 
 
 def _ends_here(file, position: int) -> bool:
