@@ -1,1 +1,1 @@
-"""Readers of published corpora: `plan` cuts an input into parts, `read` turns one into records."""
+"""Preparation of data: from published corpora, and downloads of their images, to data sets."""

@@ -1,11 +1,11 @@
-"""Checking a whole data set: what can be read of every shard, and what is wrong with it."""
+"""Check of a whole data set: every sample of every shard against its checksum."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data_prep.map_shards import each_shard
+from data_prep.map_shards import map_shards
 from megatron_owl2.data import images
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.data.shards.dataset import ShardedDataset
@@ -18,8 +18,11 @@ _DECODE = 64  # keeps the choice of samples apart from the order's keys
 
 @dataclass
 class ShardCheck:
-    """What was found in one shard: `good` + `len(bad)` + `unreadable` samples are all it should
-    hold. `decoded` pictures were looked at; `faults` are of the shard as a whole."""
+    """Findings in one shard.
+
+    `good` + `len(bad)` + `unreadable` is the number of samples that it should hold. `decoded`
+    counts the images that were decoded; `faults` are of the shard as a whole.
+    """
 
     name: str
     good: int = 0
@@ -35,20 +38,20 @@ def check(
     workers: int = 1,
     options: StorageOptions | None = None,
 ) -> Iterator[ShardCheck]:
-    """Read every sample of a data set against its checksum; shards come in the order they end.
+    """Findings in every shard of a data set, in the order in which the shards are completed.
 
-    A fraction `decode` of the pictures is decoded as well: the same ones in every run. Raises
+    A fraction `decode` of the images is decoded as well: the same ones in every run. Raises
     ShardError if the manifest is missing or damaged.
     """
     dataset = ShardedDataset(location, options)
     work = partial(check_shard, dataset, decode)
     sizes = {index: row["bytes"] for index, row in enumerate(dataset.shards)}
-    for _, result in each_shard(work, sizes, workers, "check"):
+    for _, result in map_shards(work, sizes, workers, "check"):
         yield result
 
 
 def check_shard(dataset: ShardedDataset, decode: float, index: int) -> ShardCheck:
-    """One shard: size, index, checksum and record of every sample, end marker.
+    """Findings in one shard: size, index, checksum and record of every sample, end marker.
 
     Shards of other programs may hold a key twice; those are two samples.
     """
@@ -70,7 +73,7 @@ def check_shard(dataset: ShardedDataset, decode: float, index: int) -> ShardChec
         except BadSampleError as error:
             result.bad.append(str(error))
         except (ShardError, StorageError) as error:
-            # Of the shard: what was read so far was right, the rest cannot be had.
+            # A fault of the shard: the samples before are good, the rest cannot be read.
             result.unreadable = row["samples"] - number
             result.faults.append(str(error))
             return result
@@ -79,7 +82,7 @@ def check_shard(dataset: ShardedDataset, decode: float, index: int) -> ShardChec
 
 
 def _faults_around(dataset: ShardedDataset, index: int) -> Iterator[str]:
-    """What no sample covers: the start and the end of the archive."""
+    """Faults of the bytes that no sample covers: the start and the end of the archive."""
     row = dataset.shards[index]
     first, _ = dataset.range_of(index, 0)
     _, end = dataset.range_of(index, row["samples"] - 1)
@@ -103,7 +106,7 @@ def _holds_no_file(head: bytes) -> bool:
 
 
 def unlisted(location: str) -> list[str]:
-    """Shards in a folder that its manifest does not name, and so are never read."""
+    """Names of shards in a folder that are not in its manifest, and so are never read."""
     dataset = ShardedDataset(location)
     if not isinstance(dataset.storage, LocalStorage):
         return []  # a web server does not list its files

@@ -1,5 +1,6 @@
-"""What came of a corpus, counted in a way that adds up over parts."""
+"""Statistics of a corpus, in counts that add up over its splits."""
 
+import builtins  # a field of Statistics is named bytes
 import json
 import math
 from bisect import bisect_right
@@ -30,7 +31,7 @@ _HISTOGRAMS = {
 
 
 class StatisticsBuilder:
-    """Counts of a part or of several: skipped samples by reason with examples, and histograms of
+    """Counts of one split or of several: skipped samples by reason with examples, and histograms of
     what was read (as found) and kept (as stored). A histogram with k edges has k + 1 counts; both
     ends are open."""
 
@@ -45,18 +46,18 @@ class StatisticsBuilder:
         }
 
     def skip(self, skipped: Skipped) -> None:
-        """Count a sample that was left out."""
+        """Count of one more sample that was left out."""
         self.skipped[skipped.reason] += 1
         if self.skipped[skipped.reason] <= _EXAMPLES:
             self.examples.setdefault(skipped.reason, []).append(skipped.detail)
 
     def count(self, kind: str, stats: ImageStats) -> None:
-        """Put a record into the histograms of kind "read" or "kept"."""
+        """Count of one more record in the histograms of kind "read" or "kept"."""
         for name, value in stats.values:
             self.histograms[kind][name][bisect_right(self.edges[name][1], value)] += 1
 
     def to_json(self) -> dict[str, Any]:
-        """The counts for add()."""
+        """JSON of the counts, for add()."""
         return {
             "skipped": self.skipped,
             "examples": self.examples,
@@ -65,7 +66,7 @@ class StatisticsBuilder:
         }
 
     def add(self, counts: dict[str, Any]) -> None:
-        """Add the counts of the next part."""
+        """Sum with the counts of the next split."""
         self.skipped.update(counts["skipped"])
         self.columns.update(counts["columns"])
         for reason, details in counts["examples"].items():
@@ -77,7 +78,7 @@ class StatisticsBuilder:
                 total[:] = map(sum, zip(total, more, strict=True))
 
     def check_scores(self, names: Iterable[str]) -> None:
-        """Raise PreprocessError for a score that not one of the records that were read has."""
+        """Check of the names of scores; raises PreprocessError for one that no record has."""
         read = self.histograms["read"]
         for name in sorted(names) if any(read["text length"]) else ():
             if not any(read[score_title(name)]):
@@ -88,10 +89,11 @@ class StatisticsBuilder:
 
 
 def histogram_edges(filters: Filters) -> dict[str, tuple[str, list[float]]]:
-    """(unit, inner edges) of every histogram; that of a score has its limit in the middle."""
+    """Units and inner edges of all histograms; those of a score have its limit in the middle."""
     edges = dict(_HISTOGRAMS)
     for name in sorted(filters.score_names):
-        limit = filters.min_score.get(name, filters.max_score.get(name))
+        limits = filters.min_score if name in filters.min_score else filters.max_score
+        limit = limits[name]
         width = _round_width(abs(limit) / _HALF or 1 / _HALF)
         steps = (step * width for step in range(-_HALF, _HALF + 1))
         edges[score_title(name)] = ("", [float(f"{limit + step:.12g}") for step in steps])
@@ -99,16 +101,16 @@ def histogram_edges(filters: Filters) -> dict[str, tuple[str, list[float]]]:
 
 
 def _round_width(width: float) -> float:
-    """The next of 1, 2, 5, 10, 20, ... that is not above `width`."""
+    """Largest of 1, 2, 5, 10, 20, ... (and of their tenths) that is not above `width`."""
     power = 10.0 ** math.floor(math.log10(width))
     return max(step * power for step in (1, 2, 5) if step * power <= width * (1 + 1e-9))
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What came of a corpus: samples kept and their shards and bytes, samples skipped by reason,
-    examples of each reason, histograms (unit, edges, read, kept), and the number of samples that
-    was asked for, if one was."""
+    """Statistics of a finished data set: samples kept and their shards and bytes, samples skipped
+    by reason, examples of each reason, histograms (unit, edges, read, kept), and the number of
+    samples that was asked for, if one was. The names of the fields are the keys of report.json."""
 
     kept: int
     shards: int
@@ -119,42 +121,40 @@ class Statistics:
     histograms: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, statistics: StatisticsBuilder, rows: list[dict], asked: int | None) -> "Statistics":
-        """The report on all parts together; reasons are in order of their numbers."""
-        reasons = sorted(
-            statistics.skipped, key=lambda reason: (-statistics.skipped[reason], reason)
-        )
+    def of(cls, builder: StatisticsBuilder, rows: list[dict], asked: int | None) -> "Statistics":
+        """Statistics from the counts of all splits; the most frequent reason comes first."""
+        reasons = sorted(builder.skipped, key=lambda reason: (-builder.skipped[reason], reason))
         histograms = {
             name: {
                 "unit": unit,
                 "edges": edges,
-                "read": statistics.histograms["read"][name],
-                "kept": statistics.histograms["kept"][name],
+                "read": builder.histograms["read"][name],
+                "kept": builder.histograms["kept"][name],
             }
-            for name, (unit, edges) in statistics.edges.items()
+            for name, (unit, edges) in builder.edges.items()
         }
         return cls(
             kept=sum(row["samples"] for row in rows),
             shards=len(rows),
             bytes=sum(row["bytes"] for row in rows),
             asked=asked,
-            skipped={reason: statistics.skipped[reason] for reason in reasons},
-            examples={reason: statistics.examples[reason] for reason in reasons},
+            skipped={reason: builder.skipped[reason] for reason in reasons},
+            examples={reason: builder.examples[reason] for reason in reasons},
             histograms=histograms,
         )
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Statistics":
-        """The report as to_json wrote it."""
+    def from_json(cls, data: builtins.bytes) -> "Statistics":
+        """Statistics that to_json wrote."""
         return cls(**json.loads(data))
 
-    def to_json(self) -> bytes:
-        """The report as JSON; the same bytes for any workers and partitions."""
+    def to_json(self) -> builtins.bytes:
+        """JSON of all fields; the same bytes for any workers and partitions."""
         return json.dumps(vars(self), indent=1).encode() + b"\n"
 
     @property
     def read(self) -> int:
-        """How many samples the corpus had."""
+        """Number of samples that the corpus had."""
         return self.kept + sum(self.skipped.values())
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
-"""Decisions over the whole corpus: which records are duplicates, which are in the sample.
+"""Deduplication and sampling: decisions that depend on all records of the corpus.
 
-The first reading of every part leaves a table of its records (ROW). From the tables of all parts,
-in the order of the corpus, one process decides the fate of every record. It needs a byte for each
-record and, whatever their number, about 3 GB more.
+The first reading of every split leaves a table of its records (ROW). From the tables of all splits,
+in the order of the corpus, one process decides about every record. It needs a byte for each record
+and, whatever their number, about 3 GB more.
 """
 
 import math
@@ -16,7 +16,8 @@ from data_prep.splits import InputSplit
 from megatron_owl2.data.sampling.keyed_random import combine
 from megatron_owl2.data.shards.records import Record
 
-# content: all of the record; identity: what duplicates share; position: among a part's samples.
+# Hashes of all of the record (content) and of what duplicates share (identity), priority in the
+# draw of the sample, position among the split's samples.
 ROW = np.dtype(
     [("content", "<u8"), ("identity", "<u8", 2), ("priority", "<u8"), ("position", "<u4")]
 )
@@ -24,20 +25,20 @@ KEEP, DUPLICATE, NOT_SAMPLED = range(3)
 _ROWS_AT_ONCE = 1 << 25
 _ANY_JPEG = b"\xff\xd8\xff"
 
-Table = Callable[[], np.ndarray]  # loads the rows of a part
+Table = Callable[[], np.ndarray]  # loads the rows of a split
 
 
 def content(record: Record) -> int:
-    """A 64-bit hash of everything in a record; raises BadSampleError if it cannot be stored,
-    whatever becomes of its picture."""
+    """64-bit hash of everything in a record; raises BadSampleError if it cannot be stored even
+    with another image."""
     stand_in = record if record.image is None else replace(record, image=_ANY_JPEG)
     name, text = stand_in.to_members()[-1]
     return combine(*map(xxh3_64_intdigest, (name.encode(), text, record.image or b"")))
 
 
-def identity(record: Record, part: InputSplit, deduplicate: str | None) -> tuple[int, int]:
-    """The 128-bit hash that duplicates share, as two halves: of the picture's bytes ("image"), or
-    of picture and text ("pair"). For "image" a record without a picture is like no other."""
+def identity(record: Record, split: InputSplit, deduplicate: str | None) -> tuple[int, int]:
+    """128-bit hash that duplicates share, as two halves: of the image's bytes ("image"), or of
+    image and text ("pair"). For "image" a record without an image is like no other."""
     if deduplicate is None:
         return 0, 0
     image = b"" if record.image is None else record.image
@@ -45,19 +46,19 @@ def identity(record: Record, part: InputSplit, deduplicate: str | None) -> tuple
         text = repr(record.turns or record.caption).encode()
         value = xxh3_128_intdigest(image, seed=xxh3_64_intdigest(text))
     elif record.image is None:
-        value = xxh3_128_intdigest(_place(record, part), seed=1)
+        value = xxh3_128_intdigest(_place(record, split), seed=1)
     else:
         value = xxh3_128_intdigest(image)
     return value >> 64, value & (1 << 64) - 1
 
 
-def priority(record: Record, part: InputSplit, seed: int) -> int:
-    """A 64-bit number; the records with the smallest ones are the sample.
+def priority(record: Record, split: InputSplit, seed: int) -> int:
+    """64-bit priority of a record; those with the smallest ones are the sample.
 
-    It depends on the seed, the part's name and the record's key, so neither filters nor the number
+    It depends on the seed, the split's name and the record's key, so neither filters nor the number
     of processes or partitions change it.
     """
-    return combine(seed, xxh3_64_intdigest(_place(record, part)))
+    return combine(seed, xxh3_64_intdigest(_place(record, split)))
 
 
 def below_fraction(value: int, fraction: float) -> bool:
@@ -65,8 +66,8 @@ def below_fraction(value: int, fraction: float) -> bool:
     return value < math.ldexp(fraction, 64)
 
 
-def _place(record: Record, part: InputSplit) -> bytes:
-    return f"{part.name}/{record.key}".encode(errors="backslashreplace")
+def _place(record: Record, split: InputSplit) -> bytes:
+    return f"{split.name}/{record.key}".encode(errors="backslashreplace")
 
 
 def select(
@@ -75,10 +76,10 @@ def select(
     sample: int | float | None,
     rows_at_once: int = _ROWS_AT_ONCE,
 ) -> Iterator[np.ndarray]:
-    """The fate (KEEP, DUPLICATE, NOT_SAMPLED; uint8) of every row of every table.
+    """Decisions (KEEP, DUPLICATE, NOT_SAMPLED; uint8 [rows]) about the rows of every table.
 
-    Of duplicates the first stays. Of what is left then, `sample` keeps exactly so many, or about
-    that fraction.
+    Of duplicates the first stays. Of the rest, `sample` keeps exactly that many, or about that
+    fraction.
     """
     sizes = [len(table()) for table in tables]
     starts = np.cumsum([0, *sizes])
@@ -92,7 +93,7 @@ def select(
 
 
 def _find_duplicates(tables, starts, keep_decisions, rows_at_once) -> None:
-    """Look for equal hashes among those whose first half is of one residue class at a time."""
+    """Search for equal hashes, among one residue class of the first half at a time."""
     passes = np.uint64(-(-len(keep_decisions) // rows_at_once))
     for turn in range(int(passes)):
         found = []
@@ -108,7 +109,7 @@ def _find_duplicates(tables, starts, keep_decisions, rows_at_once) -> None:
 
 
 def _draw(tables, starts, keep_decisions, sample: int | float) -> None:
-    """Keep the smallest priorities; where some are equal to the limit, the first of them."""
+    """Draw of the smallest priorities; of those equal to the limit, the first are kept."""
     if isinstance(sample, float):
         limit, at_limit = int(math.ldexp(sample, 64)), 0
     else:
@@ -123,7 +124,7 @@ def _draw(tables, starts, keep_decisions, sample: int | float) -> None:
 
 
 def _limit(tables, starts, keep_decisions, sample: int) -> tuple[int, int]:
-    """The largest priority in the sample, and how many records with just this one are in it.
+    """Largest priority in the sample, and the number of records with just this one in it.
 
     The upper 16 bits are counted first, so that only one of 65,536 classes must be sorted.
     """

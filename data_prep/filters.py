@@ -1,4 +1,4 @@
-"""Which records of a corpus stay: what is measured of each, and the limits it must keep."""
+"""Filters of records: what is measured of each, and the limits that it must keep."""
 
 import math
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from megatron_owl2.data.shards.records import Record
 
 @dataclass(frozen=True)
 class ImageStats:
-    """What is known of a record without decoding its picture: (width, height) in pixels and bytes
-    of the picture (None without one), characters of the caption or of all turns, scores."""
+    """Measurements of a record without decoding its image: (width, height) in pixels and bytes of
+    the image (None without one), characters of the caption or of all turns, scores."""
 
     size: tuple[int, int] | None
     image_bytes: int | None
@@ -20,29 +20,24 @@ class ImageStats:
     scores: dict[str, float]
 
     @property
-    def aspect(self) -> float:
-        """Longer by shorter side."""
-        return max(self.size) / min(self.size)
-
-    @property
     def values(self) -> Iterator[tuple[str, float]]:
-        """Everything that the report has a histogram of, by the histogram's name."""
+        """Pairs of a histogram of the report and this record's value."""
         yield "text length", self.characters
-        if self.size is not None:
+        if self.size is not None and self.image_bytes is not None:
             yield "smaller side", min(self.size)
-            yield "aspect ratio", self.aspect
+            yield "aspect ratio", max(self.size) / min(self.size)
             yield "image bytes", self.image_bytes
         for name, value in self.scores.items():
             yield score_title(name), value
 
 
 def score_title(name: str) -> str:
-    """The name of a score's histogram."""
+    """Name of a score's histogram."""
     return f"score {name}"
 
 
 def measure(record: Record, score_names: set[str]) -> ImageStats:
-    """The stats of a record; raises BadSampleError if its picture's header cannot be read."""
+    """Stats of a record; raises BadSampleError if its image's header cannot be read."""
     if record.caption is not None:
         characters = len(record.caption)
     else:
@@ -57,14 +52,14 @@ def measure(record: Record, score_names: set[str]) -> ImageStats:
 
 
 def number_columns(record: Record) -> set[str]:
-    """The metadata of a record that could be a score."""
+    """Names of a record's metadata that could be scores."""
     return {name for name, value in record.metadata.items() if _number(value) is not None}
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Limits on pictures (sides in pixels, longer by shorter side), on captions (characters;
-    conversations are left alone) and on named scores. With `decode` every picture is decoded, so
+    """Limits on images (sides in pixels, longer by shorter side), on captions (characters;
+    conversations are left alone) and on named scores. With `decode` every image is decoded, so
     that a broken one is found; without it only its header is read."""
 
     min_side: int | None = None
@@ -77,11 +72,11 @@ class Filters:
 
     @property
     def score_names(self) -> set[str]:
-        """The scores that are asked for."""
+        """Names of the scores that have a limit."""
         return self.min_score.keys() | self.max_score.keys()
 
     def refuse(self, record: Record, stats: ImageStats) -> Skipped | None:
-        """Why a record does not stay, or None."""
+        """Reason why a record does not stay, or None."""
         for reason, value in self._broken_limits(record, stats):
             return Skipped(reason, f"{record.key}: {value}")
         return None
@@ -93,7 +88,8 @@ class Filters:
                 yield f"more than {MAX_PIXELS} pixels, or a side above {MAX_SIDE}", shape
             if self.min_side is not None and min(stats.size) < self.min_side:
                 yield f"smaller side below {self.min_side} pixels", shape
-            if self.max_aspect is not None and stats.aspect > self.max_aspect:
+            aspect = max(stats.size) / min(stats.size)
+            if self.max_aspect is not None and aspect > self.max_aspect:
                 yield f"aspect ratio above {self.max_aspect:g}", shape
         if record.caption is not None:
             length = f"{stats.characters} characters"

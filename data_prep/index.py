@@ -1,4 +1,4 @@
-"""Indexing the tar files that another program wrote, so that they are a data set where they lie."""
+"""Index of tar files that another program wrote: they become a data set without being copied."""
 
 import os
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest as checksum
 
-from data_prep.map_shards import each_shard
+from data_prep.map_shards import map_shards
 from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
 from megatron_owl2.data.shards.records import why_unusable
 from megatron_owl2.data.shards.tar import BLOCK, entries, padding, split_name
@@ -17,8 +17,9 @@ from megatron_owl2.errors import BadSampleError, ShardError
 
 @dataclass
 class Indexed:
-    """What came of a folder: the `rows` of its sound shards, how many of their samples training
-    cannot use (`unusable`, by reason), and the `failures`, a message for each damaged shard."""
+    """Result for a folder: manifest `rows` of its sound shards, the number of their samples that
+    training cannot use (`unusable`, by reason), and a message for each damaged shard (`failures`).
+    """
 
     rows: list[dict] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
@@ -26,11 +27,11 @@ class Indexed:
 
 
 def index_directory(directory: Path, workers: int = 1) -> Indexed:
-    """Make the tar files of a folder a data set where they lie.
+    """Index of all tar files of a folder, which makes it a data set.
 
     Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Raises
     ShardError if the folder holds no tar file or is a data set already, or if most samples are
-    not of parts that training can use.
+    not of members that training can use.
     """
     if (directory / MANIFEST).exists():
         raise ShardError(
@@ -41,7 +42,7 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
     if not sizes:
         raise ShardError(f"{directory} holds no .tar file")
     found = Indexed()
-    for _, result in each_shard(_index, sizes, workers, "index"):
+    for _, result in map_shards(_index, sizes, workers, "index"):
         if isinstance(result, str):
             found.failures.append(result)
         else:
@@ -63,7 +64,7 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
 
 
 def _index(path: Path) -> tuple[dict, Counter[str]] | str:
-    """As index_shard, or why the file cannot be indexed."""
+    """Result of index_shard, or the message why the file cannot be indexed."""
     try:
         return index_shard(path)
     except ShardError as error:
@@ -71,8 +72,9 @@ def _index(path: Path) -> tuple[dict, Counter[str]] | str:
 
 
 def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
-    """Index a tar file written by another tool: writes `.idx` and `.sums`; returns its row and
-    how many samples training cannot use, by reason.
+    """Index of one tar file of another tool: `.idx` and `.sums` are written beside it.
+
+    Returns its manifest row and the number of samples that training cannot use, by reason.
 
     A sample is a run of files with one key and different extensions. Checks the checksum of every
     header, every size, the end marker, and that the archive is of whole blocks. Raises ShardError
@@ -121,7 +123,7 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
 
 
 class _Window:
-    """Reads a file forwards in large blocks; what lies before `keep` is not asked for again."""
+    """Forward reader of a file in large blocks; bytes before the last `keep` are dropped."""
 
     _BLOCK = 2**18  # what is read stays in the processor's cache until its checksum is taken
 
@@ -135,7 +137,7 @@ class _Window:
         return start
 
     def read(self, start: int, stop: int) -> memoryview:
-        """The bytes from start to stop, fewer at the end of the file; valid until the next call."""
+        """Bytes from start to stop, fewer at the end of the file; valid until the next call."""
         if stop > self._stop:
             needed = stop - self._kept
             if needed > len(self._memory):
@@ -152,7 +154,7 @@ class _Window:
 
 
 def _check_end(path: Path, window: _Window, position: int, size: int) -> None:
-    """The end marker is the only proof that a tar was not cut between two samples."""
+    """Check of the end marker, the only proof that a tar was not cut between two samples."""
     if size - position < BLOCK:
         raise ShardError(f"{path} is cut: it has no end marker after byte {position}")
     while position < size:

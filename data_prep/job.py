@@ -1,10 +1,11 @@
-"""From a published corpus to a data set: many processes, repeatable, nothing lost uncounted.
+"""Job that makes a data set of a published corpus, in many processes and on many machines.
 
-A reader (data_prep/) cuts its input into parts. Every part becomes its own shards and a result
-that is written last; report and manifest are made when all results are there. What depends on the
-whole corpus (duplicates, a sample of n) takes two readings: the first leaves a table of every part,
-one process selects from the tables, the second writes. So an interrupted run continues where it
-stopped, partitions on several machines share a folder, and the bytes depend on neither.
+A format cuts its input into splits. Every split becomes its own shards and a result file that is
+written last; report and manifest are made when all results are there. Duplicates, and a sample of
+n records, depend on the whole corpus, so the input is read twice: the first reading leaves a table
+of every split, one process selects from the tables, the second reading writes. An interrupted run
+thus continues where it stopped, partitions on several machines share a folder, and the bytes
+depend on neither.
 """
 
 import re
@@ -20,21 +21,26 @@ from data_prep.corpus_statistics import Statistics, StatisticsBuilder
 from data_prep.dedup import select
 from data_prep.html_report import write_html_report
 from data_prep.job_state import JobState
-from data_prep.pool import Pool
+from data_prep.split_pool import SplitPool
 from data_prep.splits import InputSplit
 from data_prep.worker import Settings, scan_split, write_split
-from megatron_owl2.data.shards.manifest import MANIFEST, write_atomically, write_manifest
+from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
 from megatron_owl2.errors import PreprocessError
+from megatron_owl2.utils.files import write_atomically
 
 REPORT, PAGE = "report.json", "report.html"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_NAMED = 5  # missing parts in a message
+_NAMED = 5  # missing splits in a message
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The report, or None while the data set is not finished; how many parts this run scanned and
-    wrote, whether it made the selection between the two, and whether it finished the data set."""
+    """Result of one run of a job.
+
+    `report` is None while the data set is not finished; `scanned` and `written` count the splits
+    that this run read for the first time and wrote; `selected` and `finished` say whether it made
+    the selection between the two readings, and whether it finished the data set.
+    """
 
     report: Statistics | None
     scanned: int = 0
@@ -44,7 +50,7 @@ class Outcome:
 
 
 def preprocess(
-    parts: Sequence[InputSplit],
+    splits: Sequence[InputSplit],
     settings: Settings,
     output: Path,
     arguments: dict[str, Any],
@@ -52,103 +58,123 @@ def preprocess(
     partition: tuple[int, int] = (0, 1),
     merge: bool = False,
 ) -> Outcome:
-    """Make `output` a data set of the parts, or do a share of it.
+    """Run of a job: makes `output` a data set of the splits, or does a share of that work.
 
-    Partition (i, n) scans its parts i, i + n, ... or, once the selection is there, writes them.
+    Partition (i, n) scans its splits i, i + n, ... or, once the selection is there, writes them.
     With n > 1 it leaves the selection and the end to a run with `merge`, which does those two and
     no more. `arguments` (JSON) say, with `settings`, what the job is: a folder made by the same job
-    is continued, or left alone if finished. Raises PreprocessError if two parts have one name or
+    is continued, or left alone if finished. Raises PreprocessError if two splits have one name or
     one has a name that shards cannot have, if the folder holds anything else, if `merge` finds
-    parts missing, if no sample was kept, or if a part cannot be done.
+    splits missing, if no sample was kept, or if a split cannot be done.
     """
-    _check_names(parts)
-    folder = JobState(output)
-    folder.claim(_describe(parts, settings, arguments))
+    _check_names(splits)
+    state = JobState(output)
+    state.claim(_describe(splits, settings, arguments))
     if (output / MANIFEST).exists():
         return Outcome(Statistics.from_json((output / REPORT).read_bytes()))
-    folder.remove_leftovers()
-    index, count = partition
-    mine = [] if merge else parts[index::count]
-    scanned = written = 0
-    selected = False
-    with Pool(workers) as pool:
-        if settings.two_readings and not folder.selection.exists():
-            todo = [part for part in mine if folder.scan_result(part) is None]
-            pool.run(partial(scan_split, settings, folder), todo, "scan")
-            scanned = len(todo)
-            if count > 1:
+    state.remove_leftovers()
+    index, partitions = partition
+    mine = [] if merge else splits[index::partitions]
+    scanned, selected = 0, False
+    with SplitPool(workers) as pool:
+        if settings.two_readings and not state.selection.exists():
+            scanned = _scan(pool, state, mine, settings)
+            if partitions > 1:
                 return Outcome(None, scanned)
-            _select(folder, parts, settings)
+            _select(state, splits, settings)
             selected = True
             if merge:
                 return Outcome(None, selected=True)
-        todo = [part for part in mine if folder.result(part) is None]
-        pool.run(partial(write_split, settings, folder), todo, "write")
-        written = len(todo)
-    if count > 1:
+        written = _write(pool, state, mine, settings)
+    if partitions > 1:
         return Outcome(None, written=written)
-    return Outcome(_finish(folder, parts, settings), scanned, written, selected, finished=True)
+    report = _finish(state, splits, settings)
+    return Outcome(report, scanned, written, selected, finished=True)
 
 
-def _check_names(parts: Sequence[InputSplit]) -> None:
+def _check_names(splits: Sequence[InputSplit]) -> None:
     known: dict[str, Path] = {}
-    for part in parts:
-        if not _NAME.fullmatch(part.name):
+    for split in splits:
+        if not _NAME.fullmatch(split.name):
             raise PreprocessError(
-                f"shards of {part.origin} cannot be named {part.name!r}; rename it with letters, "
+                f"shards of {split.origin} cannot be named {split.name!r}; rename it with letters, "
                 "digits, '_' and '-' alone"
             )
-        if part.name in known:
+        if split.name in known:
             raise PreprocessError(
-                f"shards of {known[part.name]} and of {part.origin} would both be named "
-                f"{part.name}; rename one of them (all but letters, digits, '_' and '-' count as "
+                f"shards of {known[split.name]} and of {split.origin} would both be named "
+                f"{split.name}; rename one of them (all but letters, digits, '_' and '-' count as "
                 "'_')"
             )
-        known[part.name] = part.origin
+        known[split.name] = split.origin
 
 
-def _describe(parts: Sequence[InputSplit], settings: Settings, arguments: dict) -> dict[str, Any]:
-    """What must be the same for a job to be continued."""
+def _describe(splits: Sequence[InputSplit], settings: Settings, arguments: dict) -> dict[str, Any]:
+    """Description of a job, which must be the same for it to be continued."""
     flat = asdict(settings)
     del flat["read"]  # named by the format among the arguments
     flat |= flat.pop("filters") | flat.pop("reencoding")
-    return arguments | flat | {"parts": [[part.name, part.identity] for part in parts]}
+    return arguments | flat | {"parts": [[split.name, split.identity] for split in splits]}
 
 
-def _select(folder: JobState, parts: Sequence[InputSplit], settings: Settings) -> None:
+def _scan(
+    pool: SplitPool, state: JobState, splits: Sequence[InputSplit], settings: Settings
+) -> int:
+    """First reading of the splits that lack it; returns their number."""
+    todo = [split for split in splits if state.scan_result(split) is None]
+    pool.run(partial(scan_split, settings, state), todo, "scan")
+    return len(todo)
+
+
+def _write(
+    pool: SplitPool, state: JobState, splits: Sequence[InputSplit], settings: Settings
+) -> int:
+    """Only or second reading of the splits that lack it; returns their number."""
+    todo = [split for split in splits if state.result(split) is None]
+    pool.run(partial(write_split, settings, state), todo, "write")
+    return len(todo)
+
+
+def _select(state: JobState, splits: Sequence[InputSplit], settings: Settings) -> None:
+    """Selection among the records of all splits: duplicates and the sample."""
     statistics = StatisticsBuilder(settings.filters)
-    _add_all(statistics, "scanned", {part.name: folder.scan_result(part) for part in parts})
+    for result in _complete("scanned", {split.name: state.scan_result(split) for split in splits}):
+        statistics.add(result)
     statistics.check_scores(settings.filters.score_names)
-    tables = [partial(np.load, folder.scan(part)) for part in parts]
-    with folder.unfinished("selection") as unfinished:
-        keep_decisions = unfinished / "keep_decisions"
-        keep_decisions.mkdir()
+    tables = [partial(np.load, state.scan(split)) for split in splits]
+    with state.unfinished("selection") as unfinished:
+        folder = unfinished / "keep_decisions"
+        folder.mkdir()
         selection = select(tables, settings.deduplicate is not None, settings.sample)
-        for part, fate in zip(parts, selection, strict=True):
-            np.save(keep_decisions / f"{part.name}.npy", fate)
-        keep_decisions.rename(folder.selection)
+        for split, decisions in zip(splits, selection, strict=True):
+            np.save(folder / f"{split.name}.npy", decisions)
+        folder.rename(state.selection)
 
 
-def _finish(folder: JobState, parts: Sequence[InputSplit], settings: Settings) -> Statistics:
-    """Write report and page and, last, the manifest."""
+def _finish(state: JobState, splits: Sequence[InputSplit], settings: Settings) -> Statistics:
+    """Report, page and, last, manifest of a data set whose splits are all written."""
     statistics = StatisticsBuilder(settings.filters)
     if settings.two_readings:
-        _add_all(statistics, "scanned", {part.name: folder.scan_result(part) for part in parts})
-    results = {part.name: folder.result(part) for part in parts}
-    _add_all(statistics, "written", results)
+        scans = {split.name: state.scan_result(split) for split in splits}
+        for result in _complete("scanned", scans):
+            statistics.add(result)
+    results = _complete("written", {split.name: state.result(split) for split in splits})
+    for result in results:
+        statistics.add(result)
     statistics.check_scores(settings.filters.score_names)
-    rows = [row for result in results.values() for row in result["rows"]]
+    rows = [row for result in results for row in result["rows"]]
     asked = settings.sample if isinstance(settings.sample, int) else None
     report = Statistics.of(statistics, rows, asked)
     if not rows:
-        raise PreprocessError(f"no sample was kept, so {folder.output} is not a data set: {report}")
-    write_atomically(folder.output / REPORT, report.to_json())
-    write_html_report(folder.output, folder.output / PAGE, report, rows, settings.filters)
-    write_manifest(folder.output, rows)
+        raise PreprocessError(f"no sample was kept, so {state.output} is not a data set: {report}")
+    write_atomically(state.output / REPORT, report.to_json())
+    write_html_report(state.output, state.output / PAGE, report, rows, settings.filters)
+    write_manifest(state.output, rows)
     return report
 
 
-def _add_all(statistics: StatisticsBuilder, verb: str, results: dict[str, dict | None]) -> None:
+def _complete(verb: str, results: dict[str, dict | None]) -> list[dict]:
+    """Results of all splits; raises PreprocessError naming those that have none."""
     missing = [name for name, result in results.items() if result is None]
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -156,5 +182,4 @@ def _add_all(statistics: StatisticsBuilder, verb: str, results: dict[str, dict |
             f"{len(missing)} of {len(results)} parts are not {verb} yet: "
             f"{', '.join(missing[:_NAMED])}{more}; run their partitions (again)"
         )
-    for result in results.values():
-        statistics.add(result)
+    return [result for result in results.values() if result is not None]

@@ -1,11 +1,10 @@
-"""What a job keeps in its output folder, so that runs continue and machines share the work.
+"""State of a job in its output folder, by which runs continue and machines share the work.
 
-Below `preprocess/`: job.json says whose folder it is, scan/, selection/ and parts/ hold what is
-complete. Work in progress lies in unfinished/, in a folder of the process that does it, and moves
-out as a whole; so nothing that was interrupted looks finished.
+Below `preprocess/`, job.json describes the job, and scan/, selection/ and parts/ hold complete
+results. Work in progress lies in unfinished/, in a folder of the process that does it, and is
+moved out as a whole; so nothing that was interrupted looks finished.
 """
 
-import fcntl
 import json
 import os
 import secrets
@@ -13,20 +12,21 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_prep.splits import InputSplit
-from megatron_owl2.data.shards.writer import INDEX, SUMS, write_atomically
+from megatron_owl2.data.shards.writer import INDEX, SUMS
 from megatron_owl2.errors import PreprocessError
+from megatron_owl2.utils.files import locked, write_atomically
 
 _WORK = "preprocess"
 _ABANDONED = 24 * 3600  # seconds without a change
 
 
 class JobState:
-    """The output folder of a job; it can be sent to other processes."""
+    """Output folder of a job; picklable, so that worker processes get it."""
 
     def __init__(self, output: Path):
         self.output = output
@@ -34,7 +34,7 @@ class JobState:
         self.selection = self._work / "selection"
 
     def claim(self, job: dict[str, Any]) -> None:
-        """Mark an empty folder as this job's; raises PreprocessError if it is anything else's."""
+        """Claim of an empty folder; raises PreprocessError if it is or holds anything else."""
         if self.output.exists() and not self.output.is_dir():
             raise PreprocessError(f"{self.output} is not a folder; choose another --output")
         path = self._work / "job.json"
@@ -72,21 +72,21 @@ class JobState:
             "choose another --output or delete it"
         )
 
-    def scan(self, part: InputSplit) -> Path:
-        """What the first reading of a part found: one row for each record that stays so far."""
-        return self._work / "scan" / f"{part.name}.npy"
+    def scan(self, split: InputSplit) -> Path:
+        """Path of the table of a first reading: one row for each record that stays so far."""
+        return self._work / "scan" / f"{split.name}.npy"
 
-    def scan_result(self, part: InputSplit) -> dict | None:
-        """The counts of the first reading, or None if it is not complete."""
-        return _read_json(self.scan(part).with_suffix(".json"))
+    def scan_result(self, split: InputSplit) -> dict | None:
+        """Counts of the first reading of a split, or None if it is not complete."""
+        return _read_json(self.scan(split).with_suffix(".json"))
 
-    def keep_decisions(self, part: InputSplit) -> Path:
-        """What becomes of every row of the scan."""
-        return self.selection / f"{part.name}.npy"
+    def keep_decisions(self, split: InputSplit) -> Path:
+        """Path of the decisions (uint8) about every row of the scan."""
+        return self.selection / f"{split.name}.npy"
 
-    def result(self, part: InputSplit) -> dict | None:
-        """The shard rows and counts of a part, or None if it or one of its files is not there."""
-        result = _read_json(self._work / "parts" / f"{part.name}.json")
+    def result(self, split: InputSplit) -> dict | None:
+        """Shard rows and counts of a split, or None if they or one of its files are not there."""
+        result = _read_json(self._work / "parts" / f"{split.name}.json")
         for row in result["rows"] if result else ():
             count = row["samples"]
             for ending, size in (("", row["bytes"]), (INDEX, 8 * (count + 1)), (SUMS, 8 * count)):
@@ -98,45 +98,44 @@ class JobState:
                     return None
         return result
 
-    def keep_scan(self, part: InputSplit, unfinished: Path, result: dict) -> None:
-        """Move `rows.npy` of `unfinished` to its place; the counts, which come last, say that it
-        is complete."""
-        path = self.scan(part)
+    def keep_scan(self, split: InputSplit, unfinished: Path, result: dict) -> None:
+        """Move of `rows.npy` of `unfinished` to its place; the counts, which come last, say that
+        it is complete."""
+        path = self.scan(split)
         path.parent.mkdir(exist_ok=True)
         os.replace(unfinished / "rows.npy", path)
         _move_json(unfinished, path.with_suffix(".json"), result)
 
-    def keep_split(self, part: InputSplit, shards: Path, result: dict) -> None:
-        """Move the shards in `shards` to the output; the result comes last."""
+    def keep_split(self, split: InputSplit, shards: Path, result: dict) -> None:
+        """Move of the shards in `shards` to the output; the result comes last."""
         for path in sorted(shards.iterdir()):
             os.replace(path, self.output / path.name)
-        place = self._work / "parts" / f"{part.name}.json"
+        place = self._work / "parts" / f"{split.name}.json"
         place.parent.mkdir(exist_ok=True)
         _move_json(shards, place, result)
 
     @contextmanager
     def unfinished(self, name: str) -> Iterator[Path]:
-        """A folder for work in progress, deleted at the end; a lock says that its owner lives."""
+        """Folder for work in progress, deleted at the end; a locked file marks it as in use."""
         name = f"{socket.gethostname()}.{secrets.token_hex(8)}.{name}"
         path = self._unfinished / name
         self._unfinished.mkdir(exist_ok=True)
-        with _locked(self._unfinished / f"{name}.lock") as lock:
+        lock = self._unfinished / f"{name}.lock"
+        with _lock_file(lock):
             try:
                 path.mkdir()
                 yield path
             finally:
-                shutil.rmtree(path, ignore_errors=True)
-                Path(lock.name).unlink(missing_ok=True)
+                _delete(path, lock)
 
     def remove_leftovers(self) -> None:
-        """Delete what killed processes left: of this machine whatever nobody holds the lock of, of
-        others (where a lock may not reach) what has not changed for a day."""
+        """Deletion of what killed processes left: of this machine all that nobody has locked, of
+        others (where a lock may not be seen) what has not changed for a day."""
         host = socket.gethostname()
         for path in self._unfinished.glob("*.lock"):
             folder = path.with_suffix("")
             if path.name.startswith(f"{host}."):
-                with suppress(OSError), path.open("r+") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(OSError), locked(path):
                     _delete(folder, path)
             elif time.time() - _last_change(folder, path) > _ABANDONED:
                 _delete(folder, path)
@@ -147,15 +146,17 @@ class JobState:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[TextIO]:
-    """A file that this process has the lock of for as long as it lives."""
+def _lock_file(path: Path) -> Iterator[None]:
+    """New file that stays locked until the block ends or this process dies."""
     while True:
-        with path.open("w") as file:
+        path.touch()
+        with ExitStack() as stack:
             with suppress(OSError):  # a file system without locks: then only age tells
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Another run may have deleted the file between the two steps.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                yield file
+                stack.enter_context(locked(path, wait=True))
+            # Another run may have deleted the file before it was locked; its random name is
+            # never used again, so a file that is there is the locked one.
+            if path.exists():
+                yield
                 return
 
 
@@ -175,8 +176,8 @@ def _last_change(folder: Path, lock: Path) -> float:
 
 
 def _change(found: dict, job: dict) -> str:
-    """The first part that is new, gone or changed."""
-    old, new = (dict(map(tuple, parts["parts"])) for parts in (found, job))
+    """First split that is new, gone or changed, for a message."""
+    old, new = (dict(description["parts"]) for description in (found, job))
     name = min(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return f"part {name}: {old.get(name, 'was not there')}, now {new.get(name, 'gone')}"
 

@@ -1,26 +1,24 @@
 """Work on every shard of a data set, in several processes, with progress in bytes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from tqdm import tqdm
 
 from megatron_owl2.errors import ShardError
-from megatron_owl2.utils.process_pool import ProcessPool
+from megatron_owl2.utils.process_pool import ProcessPool, WorkerDiedError
 
 _Shard = TypeVar("_Shard")
 _Result = TypeVar("_Result")
 
 
-def each_shard(
+def map_shards(
     work: Callable[[_Shard], _Result],
     sizes: dict[_Shard, int],
     workers: int,
     verb: str,
 ) -> Iterator[tuple[_Shard, _Result]]:
-    """Shards with what came of them, as they end, from `workers` processes.
+    """Shards with the results of work(shard), in the order in which they are completed.
 
     `sizes` are the bytes of every shard. Raises ShardError if the system killed a process.
     """
@@ -38,14 +36,10 @@ def _results(
             yield shard, work(shard)
         return
     with ProcessPool(min(workers, len(shards))) as pool:
-        futures = {pool.submit(work, shard): shard for shard in shards}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise ShardError(
-                "a process was killed, probably for lack of memory; use fewer --workers"
-            ) from None
-        except BaseException:  # an interrupt, or whoever iterates has stopped
+            yield from pool.as_completed(work, shards)
+        except WorkerDiedError as error:
+            raise ShardError(f"{error}; use fewer --workers") from None
+        except BaseException:  # an interrupt, or the caller has closed this generator
             pool.kill()
             raise

@@ -1,4 +1,4 @@
-"""Pictures made smaller or encoded anew before they are stored."""
+"""Re-encoding of images before they are stored: smaller, or as JPEG."""
 
 import math
 from dataclasses import dataclass
@@ -19,18 +19,21 @@ _LONGEST = 65_500  # pixels; libjpeg's limit
 
 @dataclass(frozen=True)
 class Reencoding:
-    """Pictures with a side above `max_side` pixels become smaller and JPEG; with `jpeg_quality`
-    (1 to 100) every picture becomes JPEG; with either, kinds that shards do not hold do, too."""
+    """Rules of re-encoding.
+
+    Images with a side above `max_side` pixels become smaller and JPEG; with `jpeg_quality` (1 to
+    100) every image becomes JPEG; with either, kinds that shards do not hold become JPEG, too.
+    """
 
     max_side: int | None = None
     jpeg_quality: int | None = None
 
     def accepts(self, image: bytes) -> bool:
-        """Whether a picture can be stored, judged by its kind alone."""
+        """Whether an image can be stored, judged by its kind alone."""
         return self.max_side is not None or self.jpeg_quality is not None or _storable(image)
 
     def needed(self, image: bytes, size: tuple[int, int]) -> bool:
-        """Whether a picture of (width, height) pixels is stored in another way than it came.
+        """Whether an image of (width, height) pixels is stored in another form than it was read.
 
         Raises BadSampleError if it is too long for JPEG.
         """
@@ -53,13 +56,13 @@ class Reencoding:
         return simplejpeg.encode_jpeg(rows, quality, "RGB", colorsubsampling="420")
 
     def _target(self, *size: int) -> tuple[int, ...]:
-        """Both sides after scaling, in the order in which they came."""
+        """Both sides after scaling, in the order of the arguments."""
         scale = min(1.0, (self.max_side or max(size)) / max(size))
         return tuple(max(1, round(side * scale)) for side in size)
 
 
 def fit(pixels: "torch.Tensor", longest: int) -> bytes:
-    """A JPEG of uint8 [3, H, W] with no side above `longest` pixels."""
+    """JPEG of uint8 [3, H, W] with no side above `longest` pixels."""
     return Reencoding(max_side=longest).encode(pixels)
 
 

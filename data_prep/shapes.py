@@ -1,13 +1,13 @@
-"""Render the embedded corpus, a small world of shapes, in the formats that real data sets publish.
+"""Embedded corpus, a small world of shapes, rendered in the formats that real data sets publish.
 
     python data_prep/shapes.py --output DIR
 
-    pairs/         img2dataset's output folder (webdataset layout): pictures with captions
+    pairs/         img2dataset's output folder (its webdataset form): images with captions
     instructions/  LLaVA conversations: llava_shapes.json (questions), llava_captions.json
     text/          plain texts and ShareGPT dialogues for the language model's start, other
                    dialogues for joint tuning
-    eval/          COCO captions, VQAv2 and POPE on pictures with training pairs (seen) and with
-                   held-out pairs (heldout); ShareGPT questions without a picture (text)
+    eval/          COCO captions, VQAv2 and POPE on images with training pairs (seen) and with
+                   held-out pairs (heldout); ShareGPT questions without an image (text)
     tokenizer/     a SentencePiece model trained on the training text
     corpus.json    parameters, counts, held-out pairs, answer statistics, pixel mean and deviation
 
@@ -27,18 +27,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.toy_corpus import formats as formats
-from data_prep.toy_corpus import world as world
+from data_prep.toy_corpus import formats, world
 from megatron_owl2.data.tokenizer import train_tokenizer
+from megatron_owl2.errors import PreprocessError
 
 VERSION = 5  # raised whenever the same parameters give other bytes
 VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
-_CHUNK = 250  # pictures per piece of work for a process
+_IMAGES_PER_TASK = 250
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the corpus is a function of. Raises ValueError for impossible sizes."""
+    """Parameters that determine every byte of the corpus.
+
+    Raises ValueError for impossible sizes.
+    """
 
     seed: int = 1234
     pairs: int = 20_000
@@ -56,14 +59,10 @@ class Parameters:
             raise ValueError(f"eval must be 2 or more (half of it is held out), got {self.eval}")
 
 
-class OutputError(Exception):
-    """The output folder cannot be used; the message names it and the way out."""
-
-
 def build_corpus(output: Path, parameters: Parameters, workers: int = 1) -> bool:
-    """Write the corpus to `output`; return False if it was there already, complete.
+    """Writer of the corpus to `output`; returns False if it was there already, complete.
 
-    Raises OutputError if `output` is something else or was made with other parameters.
+    Raises PreprocessError if `output` is something else or was made with other parameters.
     """
     if _is_complete(output, parameters):
         return False
@@ -71,7 +70,7 @@ def build_corpus(output: Path, parameters: Parameters, workers: int = 1) -> bool
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise OutputError(f"{output}: cannot be created there ({error})") from error
+        raise PreprocessError(f"{output}: cannot be created there ({error})") from error
     try:
         _write_corpus(partial, parameters, workers)
         partial.rename(output)
@@ -88,13 +87,13 @@ def _is_complete(output: Path, parameters: Parameters) -> bool:
         corpus = json.loads((output / "corpus.json").read_text())
         found = {"version": corpus["version"], **corpus["parameters"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(
+        raise PreprocessError(
             f"{output} exists and is not a finished corpus of this program ({error!r}); "
             "choose another --output or remove it"
         ) from error
     wanted = {"version": VERSION, **asdict(parameters)}
     if found != wanted:
-        raise OutputError(
+        raise PreprocessError(
             f"{output} holds a corpus made with {found}, asked for {wanted}; "
             "choose another --output or remove it"
         )
@@ -102,9 +101,9 @@ def _is_complete(output: Path, parameters: Parameters) -> bool:
 
 
 def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
-    seed, held_out_pictures = parameters.seed, parameters.eval // 2
-    pictures = parameters.pairs + parameters.instructions + parameters.eval + held_out_pictures
-    total = pictures + 3 * parameters.texts
+    seed, held_out_images = parameters.seed, parameters.eval // 2
+    images = parameters.pairs + parameters.instructions + parameters.eval + held_out_images
+    total = images + 3 * parameters.texts
     record = formats.AnswerRecord()
     with (
         tqdm(total=total, desc="shapes", unit=" samples") as progress,
@@ -121,7 +120,7 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             formats.write_texts(path, parameters.texts, seed, record, progress.update)
         seen = render("eval/seen", parameters.eval)
         formats.write_eval(folder / "eval/seen", seen, seed, record)
-        held_out = render("eval/heldout", held_out_pictures, held_out=True)
+        held_out = render("eval/heldout", held_out_images, held_out=True)
         formats.write_eval(folder / "eval/heldout", held_out, seed, record)
         formats.write_text_eval(
             folder / "eval/text/sharegpt_text.json", parameters.eval // 2, seed, record
@@ -145,11 +144,11 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             "text/sharegpt_start": parameters.texts,
             "text/sharegpt_instructions": parameters.texts,
             "eval/seen": parameters.eval,
-            "eval/heldout": held_out_pictures,
+            "eval/heldout": held_out_images,
             "eval/text": parameters.eval // 2,
         },
         "answers": record.statistics(),
-        # Pictures of eval/seen are new; with so few kinds of scenes, what they show may not be.
+        # Images of eval/seen are new; with so few kinds of scenes, what they show may not be.
         "eval_seen_captions_in_training": round(
             sum(caption in known for caption in seen_captions) / len(seen_captions), 4
         ),
@@ -159,38 +158,43 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
 
 @contextlib.contextmanager
 def _renderer(seed: int, workers: int, tick: Callable[[], object]) -> Iterator[Callable]:
-    """Yield render(split, count, held_out=False), an iterator over a split's pictures in order."""
+    """Context of render(split, count, held_out=False), an iterator over a split's images."""
     with contextlib.ExitStack() as stack:
         compute = map
         if workers > 1:
             # Forking a process that has threads can deadlock; spawning cannot.
             compute = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers)).imap
 
-        def render(split: str, count: int, held_out: bool = False) -> Iterator[formats.Picture]:
-            ranges = (range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK))
-            for chunk in compute(_draw_chunk, ((seed, split, r, held_out) for r in ranges)):
-                for picture in chunk:
+        def render(
+            split: str, count: int, held_out: bool = False
+        ) -> Iterator[formats.RenderedScene]:
+            ranges = (
+                range(i, min(i + _IMAGES_PER_TASK, count))
+                for i in range(0, count, _IMAGES_PER_TASK)
+            )
+            for drawn in compute(_draw_range, ((seed, split, r, held_out) for r in ranges)):
+                for image in drawn:
                     tick()
-                    yield picture
+                    yield image
 
         yield render
 
 
-def _draw_chunk(job: tuple[int, str, range, bool]) -> list[formats.Picture]:
+def _draw_range(job: tuple[int, str, range, bool]) -> list[formats.RenderedScene]:
     seed, split, indices, held_out = job
-    return [world.draw_picture(seed, split, i, held_out) for i in indices]
+    return [world.draw_image(seed, split, i, held_out) for i in indices]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for bad arguments (by SystemExit)."""
-    description, *_ = __doc__.splitlines()
+    """Command line; returns the exit status, 2 for bad arguments (by SystemExit)."""
+    description = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=description)
     help_ = {
         "seed": "seed of all random choices",
-        "pairs": "pictures with a caption",
-        "instructions": "pictures with a dialogue",
+        "pairs": "images with a caption",
+        "instructions": "images with a dialogue",
         "texts": "texts in each of the three text files",
-        "eval": "evaluation pictures of seen pairs; half as many of held-out pairs",
+        "eval": "evaluation images of seen pairs; half as many of held-out pairs",
     }
     parser.add_argument("--output", type=Path, required=True, help="folder to be created")
     for field in fields(Parameters):
@@ -210,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"workers must be 1 or more, got {workers}")
     try:
         written = build_corpus(output, Parameters(**options), workers)
-    except (ValueError, OutputError) as error:
+    except (ValueError, PreprocessError) as error:
         parser.error(str(error))
     print(f"{output}: {'written' if written else 'already complete, nothing to do'}")
     return 0

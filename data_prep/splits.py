@@ -1,4 +1,4 @@
-"""What a reader of a published corpus (data_prep/) and the job that shards it say to each other."""
+"""Values that a format hands to the job that shards its input: splits, and samples left out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,22 +7,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read an input: `images` is the folder that picture paths are relative to, a part has
-    about `samples_per_part` samples where the input can be cut anywhere, and the columns name where
-    a table has the picture's path and the caption (None: the usual names are tried)."""
+    """Options of reading an input, as `Format.plan` gets them.
+
+    `images` is the folder that image paths are relative to. A split has about `samples_per_split`
+    samples where the input can be cut anywhere. The columns of a table hold the image's path and
+    the caption (None: the usual names are tried).
+    """
 
     images: Path | None = None
-    samples_per_part: int = 10_000
+    samples_per_split: int = 10_000
     image_column: str | None = None
     caption_column: str | None = None
 
 
 @dataclass(frozen=True)
 class InputSplit:
-    """A piece of the input that one process turns into shards.
+    """Piece of the input that one process turns into shards; messages call it a part.
 
-    `name` goes into shard names, `identity` changes when the input does, `payload` is what the
-    reader needs and can be pickled, `origin` is the file or folder it is of.
+    `name` begins the names of its shards, `identity` changes when the input does, `payload` is the
+    picklable argument of `Format.read`, `origin` the file or folder that it comes from.
     """
 
     name: str
@@ -33,7 +36,7 @@ class InputSplit:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was left out: why (a category, to be counted) and which."""
+    """Sample that was left out: the reason (a category, to be counted) and which sample it was."""
 
     reason: str
     detail: str

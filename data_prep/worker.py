@@ -1,4 +1,4 @@
-"""What one process does with one part: read and judge every sample, then note or store it."""
+"""Work of one process on one split: every sample is read and judged, then noted or stored."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ from data_prep import dedup
 from data_prep.corpus_statistics import StatisticsBuilder
 from data_prep.filters import Filters, ImageStats, measure, number_columns
 from data_prep.job_state import JobState
-from data_prep.pool import Tick
 from data_prep.reencode import Reencoding
+from data_prep.split_pool import Tick
 from data_prep.splits import InputSplit, Skipped
 from megatron_owl2.data.images import decode
 from megatron_owl2.data.shards.records import Record
@@ -25,8 +25,11 @@ _NOT_SAMPLED = "not in the sample"
 
 @dataclass(frozen=True)
 class Settings:
-    """What becomes of a corpus: `read` is its reader; `deduplicate` is None, "image" or "pair";
-    `sample` a number of records (int), a fraction of them (float below 1) or None for all."""
+    """Settings of a job: `read` is that of the format; `deduplicate` is None, "image" or "pair";
+    `sample` a number of records (int), a fraction of them (float below 1) or None for all.
+
+    The names of the fields are the keys of job.json.
+    """
 
     read: Callable[[Any], Iterator[Record | Skipped]]
     filters: Filters = Filters()
@@ -38,14 +41,14 @@ class Settings:
 
     @property
     def two_readings(self) -> bool:
-        """Whether a record's fate depends on other parts."""
+        """Whether decisions about a record depend on other splits."""
         return self.deduplicate is not None or isinstance(self.sample, int)
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A record that stays so far, the place of it among its part's samples, and its picture's
-    pixels (uint8 [3, H, W]) if it is to be encoded anew."""
+    """Record that stays so far, its position among the split's samples, and the pixels of its
+    image (uint8 [3, H, W]) if that is to be encoded anew."""
 
     record: Record
     position: int
@@ -53,11 +56,11 @@ class _Candidate:
     pixels: torch.Tensor | None
 
 
-def scan_split(settings: Settings, folder: JobState, part: InputSplit, tick: Tick) -> None:
-    """The first of two readings: what stays by itself goes into a table for select()."""
+def scan_split(settings: Settings, state: JobState, split: InputSplit, tick: Tick) -> None:
+    """First of two readings: records that pass the filters go into a table for select()."""
     statistics = StatisticsBuilder(settings.filters)
     rows = []
-    for candidate in _examine(settings, part, statistics, tick):
+    for candidate in _examine(settings, split, statistics, tick):
         record = candidate.record
         try:
             content = dedup.content(record)
@@ -67,26 +70,28 @@ def scan_split(settings: Settings, folder: JobState, part: InputSplit, tick: Tic
         rows.append(
             (
                 content,
-                dedup.identity(record, part, settings.deduplicate),
-                dedup.priority(record, part, settings.seed),
+                dedup.identity(record, split, settings.deduplicate),
+                dedup.priority(record, split, settings.seed),
                 candidate.position,
             )
         )
-    with folder.unfinished(part.name) as unfinished:
+    with state.unfinished(split.name) as unfinished:
         np.save(unfinished / "rows.npy", np.array(rows, dtype=dedup.ROW))
-        folder.keep_scan(part, unfinished, statistics.to_json())
+        state.keep_scan(split, unfinished, statistics.to_json())
 
 
-def write_split(settings: Settings, folder: JobState, part: InputSplit, tick: Tick) -> None:
-    """The only reading, or the second: every record that stays goes into the part's shards."""
+def write_split(settings: Settings, state: JobState, split: InputSplit, tick: Tick) -> None:
+    """Only or second reading: every record that stays goes into the split's shards."""
     statistics = StatisticsBuilder(settings.filters)
-    choose = _selected if settings.two_readings else _examine
-    arguments = (folder,) if settings.two_readings else ()
-    with folder.unfinished(part.name) as unfinished:
+    if settings.two_readings:
+        candidates = _selected(settings, split, statistics, tick, state)
+    else:
+        candidates = _examine(settings, split, statistics, tick)
+    with state.unfinished(split.name) as unfinished:
         shards = unfinished / "shards"
-        writer = ShardWriter(shards, settings.samples_per_shard, part.name, manifest=False)
+        writer = ShardWriter(shards, settings.samples_per_shard, split.name, manifest=False)
         with writer:
-            for candidate in choose(settings, part, statistics, tick, *arguments):
+            for candidate in candidates:
                 record, stats = candidate.record, candidate.stats
                 if candidate.pixels is not None:
                     image = settings.reencoding.encode(candidate.pixels)
@@ -98,21 +103,21 @@ def write_split(settings: Settings, folder: JobState, part: InputSplit, tick: Ti
                     statistics.skip(_not_storable(record, error))
                     continue
                 statistics.count("kept", stats)
-        folder.keep_split(part, shards, {"rows": writer.rows} | statistics.to_json())
+        state.keep_split(split, shards, {"rows": writer.rows} | statistics.to_json())
 
 
 def _examine(
-    settings: Settings, part: InputSplit, statistics: StatisticsBuilder, tick: Tick
+    settings: Settings, split: InputSplit, statistics: StatisticsBuilder, tick: Tick
 ) -> Iterator[_Candidate]:
-    """The samples of a part that stay; the others are counted."""
+    """Samples of a split that pass the filters; the others are counted."""
     keys: set[str] = set()
-    for position, item in enumerate(settings.read(part.payload)):
+    for position, item in enumerate(settings.read(split.payload)):
         tick(item)
         if isinstance(item, Record) and item.key in keys:
             item = Skipped("key occurs twice", item.key)
         if isinstance(item, Record):
             keys.add(item.key)
-            item = _judge(settings, part, statistics, item, position)
+            item = _judge(settings, split, statistics, item, position)
         if isinstance(item, Skipped):
             statistics.skip(item)
         else:
@@ -121,12 +126,12 @@ def _examine(
 
 def _judge(
     settings: Settings,
-    part: InputSplit,
+    split: InputSplit,
     statistics: StatisticsBuilder,
     record: Record,
     position: int,
 ) -> _Candidate | Skipped:
-    """What is cheap to know comes first, so that few pictures are decoded in vain."""
+    """Decision about one record; cheap checks come first, to decode few images in vain."""
     statistics.columns.update(number_columns(record))
     if record.image is not None and not settings.reencoding.accepts(record.image):
         return Skipped("image is not JPEG, PNG or WebP", record.key)
@@ -138,12 +143,12 @@ def _judge(
     refused = settings.filters.refuse(record, stats)
     if refused is not None:
         return refused
-    if not settings.two_readings and settings.sample is not None:
-        drawn = dedup.priority(record, part, settings.seed)
+    if isinstance(settings.sample, float) and not settings.two_readings:
+        drawn = dedup.priority(record, split, settings.seed)
         if not dedup.below_fraction(drawn, settings.sample):
             return Skipped(_NOT_SAMPLED, record.key)
     try:
-        change = record.image is not None and settings.reencoding.needed(record.image, stats.size)
+        change = _to_reencode(settings, record, stats)
     except BadSampleError as error:
         return Skipped(str(error), record.key)
     pixels = None
@@ -157,35 +162,44 @@ def _judge(
 
 def _selected(
     settings: Settings,
-    part: InputSplit,
+    split: InputSplit,
     statistics: StatisticsBuilder,
     tick: Tick,
-    folder: JobState,
+    state: JobState,
 ) -> Iterator[_Candidate]:
-    """The second reading: what the selection keeps; the rest of the scan's records is counted."""
-    rows, keep_decisions = np.load(folder.scan(part)), np.load(folder.keep_decisions(part))
-    expected = zip(rows["position"].tolist(), rows["content"].tolist(), keep_decisions, strict=True)
-    position, content, fate = next(expected, (None, None, None))
-    for place, item in enumerate(settings.read(part.payload)):
+    """Records that the selection keeps; the rest of the scan's records is counted."""
+    rows, decisions = np.load(state.scan(split)), np.load(state.keep_decisions(split))
+    expected = zip(rows["position"].tolist(), rows["content"].tolist(), decisions, strict=True)
+    position, content, decision = next(expected, (None, None, None))
+    for place, item in enumerate(settings.read(split.payload)):
         tick(item)
         if place != position:
             continue
         if not isinstance(item, Record) or dedup.content(item) != content:
             break
-        if fate == dedup.KEEP:
+        if decision == dedup.KEEP:
             stats = measure(item, settings.filters.score_names)
-            change = item.image is not None and settings.reencoding.needed(item.image, stats.size)
-            yield _Candidate(item, place, stats, decode(item.image) if change else None)
-        elif fate == dedup.DUPLICATE:
-            statistics.skip(Skipped(_DUPLICATES[settings.deduplicate], item.key))
+            pixels = None
+            if item.image is not None and _to_reencode(settings, item, stats):
+                pixels = decode(item.image)
+            yield _Candidate(item, place, stats, pixels)
+        elif decision == dedup.DUPLICATE:
+            statistics.skip(Skipped(_DUPLICATES[settings.deduplicate or ""], item.key))
         else:
             statistics.skip(Skipped(_NOT_SAMPLED, item.key))
-        position, content, fate = next(expected, (None, None, None))
+        position, content, decision = next(expected, (None, None, None))
     if position is not None:
         raise PreprocessError(
-            f"part {part.name}: sample {position + 1} is not what the first reading found; the "
-            f"input changed: delete {folder.output} and start again"
+            f"part {split.name}: sample {position + 1} is not what the first reading found; the "
+            f"input changed: delete {state.output} and start again"
         )
+
+
+def _to_reencode(settings: Settings, record: Record, stats: ImageStats) -> bool:
+    """Whether a record's image is encoded anew; raises BadSampleError if JPEG cannot hold it."""
+    if record.image is None or stats.size is None:
+        return False
+    return settings.reencoding.needed(record.image, stats.size)
 
 
 def _not_storable(record: Record, error: BadSampleError) -> Skipped:

@@ -1,16 +1,16 @@
-"""What a published corpus is: its files, its columns, and what its scores mean."""
+"""Description of a published corpus: its columns and the meaning of its scores."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus whose files name pictures by their addresses.
+    """Corpus whose files hold addresses of images.
 
     `url`, `caption`, `width` and `height` are the names of these columns in any of the published
     versions, whatever their case; `header` holds the columns of a TSV file without a header line.
     `scores` (numbers) and `labels` (words) are further columns that can be filtered on, each with
-    its meaning. `sha256` is the column with the hash of the picture as it was found, `faces` the
+    its meaning. `sha256` is the column with the hash of the image as it was found, `faces` the
     one with the boxes of faces, which the download blurs.
     """
 

@@ -1,4 +1,4 @@
-"""The script that downloads a list of addresses with img2dataset.
+"""Script that downloads a list of addresses with img2dataset.
 
 Tested with img2dataset 1.47.0.
 """
@@ -18,8 +18,8 @@ SCRIPT = "download.sh"
 
 @dataclass(frozen=True)
 class Options:
-    """What a downloaded picture becomes: the smaller side is at most `image_size` pixels, JPEG of
-    this quality where it must be encoded again, in the form `output_format` (webdataset, files or
+    """Form of downloaded images: the smaller side is at most `image_size` pixels, JPEG of this
+    quality where it must be encoded again, in the form `output_format` (webdataset, files or
     parquet) with this many addresses a shard.
 
     Random crops keep half of the area or more, so a smaller side of 320 leaves 224 pixels sharp.
@@ -45,7 +45,7 @@ def script(
     selection: Selection,
     options: Options,
 ) -> str:
-    """The text of download.sh for a list with these columns and [name, rows] of files."""
+    """Text of download.sh for a list with these columns and [name, rows] of files."""
     command = " \\\n".join(
         f"    --{name} {shlex.quote(_value(value))}"
         for name, value in _options(corpus, columns, selection, options).items()
@@ -70,7 +70,7 @@ def _options(
         "resize_only_if_bigger": True,
         "encode_format": "jpg",
         "encode_quality": options.quality,
-        # With it img2dataset 1.47 writes small pictures with their faces as they were.
+        # With it img2dataset 1.47 writes small images with their faces as they were.
         "skip_reencode": not faces,
         "min_image_size": selection.min_side,
         "max_aspect_ratio": selection.max_aspect,
@@ -94,9 +94,9 @@ def _value(value: Any) -> str:
 
 
 _TEMPLATE = """#!/usr/bin/env bash
-# Downloads the pictures of {corpus} with img2dataset (pip install img2dataset==1.47.0):
+# Downloads the images of {corpus} with img2dataset (pip install img2dataset==1.47.0):
 #   [PROCESSES=16 THREADS=64] bash download.sh FOLDER
-# Started again it continues. THREADS are for each process. Pictures whose server forbids the use
+# Started again it continues. THREADS are for each process. Images whose server forbids the use
 # for AI or any index (X-Robots-Tag) are left out. A fast name server near by helps a lot.
 set -euo pipefail
 

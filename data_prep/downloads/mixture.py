@@ -1,4 +1,4 @@
-"""Carries out a recipe: what is there of each source, what comes next, and the training's sources.
+"""Mixture of a recipe: progress of each source, next steps, configuration for training.
 
 Under the mixture's folder lie lists/NAME (addresses), pictures/NAME (img2dataset's output) and
 shards/NAME. The steps are other verbs of `owl2`, which can be run by hand or elsewhere.
@@ -14,19 +14,20 @@ from typing import Any
 
 import yaml
 
-from data_prep.downloads.corpora import CORPORA
 from data_prep.downloads.img2dataset_script import SCRIPT
 from data_prep.downloads.recipe import Recipe, Source
+from data_prep.downloads.registry import CORPORA
 from data_prep.downloads.url_list import REPORT, read_report
-from megatron_owl2.data.shards.manifest import MANIFEST, write_atomically
+from megatron_owl2.data.shards.manifest import MANIFEST
 from megatron_owl2.errors import PreprocessError
+from megatron_owl2.utils.files import write_atomically
 
 CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a source is: addresses listed, pictures downloaded in so many of all shards of the
+    """Progress of a source: addresses listed, images downloaded, (finished, all) shards of the
     download, samples sharded; None: not begun."""
 
     listed: int | None
@@ -42,14 +43,14 @@ class State:
 
 
 class Mixture:
-    """A recipe in a folder."""
+    """Mixture under way: a recipe, and the folder that it is carried out in."""
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.recipe = recipe
         self.folder = folder.resolve()
 
     def state(self, name: str) -> State:
-        """What is there of a source."""
+        """Progress of a source."""
         listed = downloaded = sharded = None
         done = wanted = 0
         if (self._path("lists", name) / REPORT).exists():
@@ -66,7 +67,7 @@ class Mixture:
         return State(listed, downloaded, (done, wanted), sharded)
 
     def steps(self, name: str, workers: int) -> dict[str, list[str]]:
-        """The commands that make the shards of a source, from the start: list, download, shards.
+        """Commands that make the shards of a source, from the start: list, download, shards.
 
         Each may be run again: what is finished stays, and what was made by another recipe is
         refused.
@@ -80,7 +81,7 @@ class Mixture:
         return steps | {"shards": self._shards(name, source, workers)}
 
     def missing(self, name: str) -> str | None:
-        """What the user must bring before a source can begin, or None."""
+        """Message about a file that the user must bring before a source can begin, or None."""
         source = self.recipe.sources[name]
         for path in (source.metadata, source.input, source.images):
             if path is not None and not (self.folder / path).exists():
@@ -89,7 +90,7 @@ class Mixture:
         return None
 
     def next_step(self, name: str, state: State) -> str | None:
-        """The first step of a source that is not finished, or None."""
+        """First step of a source that is not finished, or None."""
         if state.sharded is not None:
             return None
         if self.recipe.sources[name].corpus is None or state.download_complete:
@@ -97,18 +98,21 @@ class Mixture:
         return "list" if state.listed is None else "download"
 
     def advice(self, name: str, state: State) -> str:
-        """What to do next for a source."""
-        source, step = self.recipe.sources[name], self.next_step(name, state)
-        if step is not None:
-            return self.missing(name) or f"next: {step}"
+        """Message about the next thing to do for a source."""
+        source = self.recipe.sources[name]
+        if state.sharded is None:
+            return self.missing(name) or f"next: {self.next_step(name, state)}"
         if state.sharded >= source.target:
             return "ready"
         short = f"ready with {state.sharded / source.target:.1%} of the target"
         return f"{short}; a lower 'expected' lists more" if source.corpus else short
 
     def write_config(self, recipe_path: Path) -> Path:
-        """Write the configuration for training: the shares are those of the targets, so a source
-        that falls short is repeated more often. Raises PreprocessError if a source is not ready."""
+        """Path of the configuration for training, which this writes.
+
+        The weights of the sources are those of the targets, so a source that falls short is
+        repeated more often. Raises PreprocessError if a source is not ready.
+        """
         unfinished = [n for n in self.recipe.sources if self.state(n).sharded is None]
         if unfinished:
             raise PreprocessError(f"not ready yet: {', '.join(unfinished)}")
@@ -130,6 +134,7 @@ class Mixture:
         return self.folder / kind / name
 
     def _list(self, name: str, source: Source) -> list[str]:
+        assert source.metadata is not None  # read_recipe asks for it beside a corpus
         return [
             *_verb("prepare-downloads"),
             *_flags({"corpus": source.corpus, "input": self.folder / source.metadata}),
@@ -141,9 +146,9 @@ class Mixture:
         ]
 
     def _shards(self, name: str, source: Source, workers: int) -> list[str]:
-        pictures = source.input is None
+        downloaded = self._path("pictures", name)
         place = {
-            "input": self._path("pictures", name) if pictures else self.folder / source.input,
+            "input": downloaded if source.input is None else self.folder / source.input,
             "format": source.format,
         }
         if source.images is not None:

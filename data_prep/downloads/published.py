@@ -1,13 +1,14 @@
-"""The files of a corpus in batches of columns, under the names that the corpus declares."""
+"""Tables of a published corpus, read in batches under the column names that it declares."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.downloads.corpus import Corpus
-from data_prep.formats import tables
+from data_prep.formats.common import tables
 from megatron_owl2.errors import PreprocessError
 
 _BATCH = 1 << 16  # rows
@@ -15,7 +16,7 @@ _BLOCK = 1 << 24  # bytes
 
 
 class Published:
-    """The tables of a corpus; iterate `batches` as often as needed.
+    """Tables of a corpus; `batches` can be iterated as often as needed.
 
     `columns` are the scores and labels, the hash and the boxes that this version has. Raises
     PreprocessError if there is no address or caption.
@@ -38,7 +39,7 @@ class Published:
         return {"width", "height"} <= self._names.keys()
 
     def check(self, name: str, declared: dict[str, str], kind: str) -> None:
-        """Raises PreprocessError if this version of the corpus has no such score or label."""
+        """Check of a score or label; raises PreprocessError if these tables lack it."""
         if name not in declared or name not in self._names:
             known = [f"{n} ({declared[n]})" for n in self._names if n in declared]
             raise PreprocessError(
@@ -49,8 +50,9 @@ class Published:
         """pyarrow tables of up to 65,536 rows with `url`, `caption` (without the white space around
         it), `width` and `height` if published, and `columns`."""
         import pyarrow as pa
-        import pyarrow.compute as pc
+        import pyarrow.compute
 
+        pc: Any = pyarrow.compute  # its functions are made at run time
         self.left_out.clear()
         for path in self.paths:
             names = _resolve(self.corpus, path, _columns(self.corpus, path))
@@ -95,7 +97,7 @@ class Published:
             yield from file
 
     def _readable(self, table):
-        """The rows whose address and caption are UTF-8; the others are counted."""
+        """Rows whose address and caption are UTF-8; the others are counted."""
         for name in ("url", "caption"):
             bad = _not_utf8(table[name])
             if bad.any():
@@ -105,7 +107,7 @@ class Published:
 
 
 def _not_utf8(column) -> np.ndarray:
-    """Which values are no texts: bool [rows]."""
+    """Mask of the values that are not UTF-8: bool [rows]."""
     import pyarrow as pa
 
     try:
@@ -133,7 +135,7 @@ def _columns(corpus: Corpus, path: Path) -> Sequence[str]:
 
 
 def _resolve(corpus: Corpus, path: Path, columns: Sequence[str]) -> dict[str, str]:
-    """The file's name of every column that it has, by the declared name."""
+    """Names of the file's columns by the declared names, for those that it has."""
     lower = {name.lower(): name for name in columns}
     usual = {
         "url": corpus.url,

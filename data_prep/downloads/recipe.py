@@ -1,11 +1,11 @@
-"""A recipe: which corpora make a mixture, how many pairs of each, and what is left out of them."""
+"""Recipe of a mixture: its corpora, the number of pairs and the filters of each."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.downloads.corpora import CORPORA
+from data_prep.downloads.registry import CORPORA
 from data_prep.formats.registry import FORMATS
 from megatron_owl2.config.load import merge, read_yaml
 from megatron_owl2.errors import ConfigError, PreprocessError
@@ -19,11 +19,11 @@ SHARD_OPTIONS = (*_LIMITS, "max_side", "jpeg_quality", "deduplicate")
 
 @dataclass(frozen=True)
 class Source:
-    """`target` pairs of a corpus.
+    """Source of a mixture: `target` pairs of a corpus.
 
     Either `corpus` is to be downloaded: its tables lie in `metadata`, `list` limits the rows, and
     the share `expected` of the addresses listed is thought to give a pair. Or the data are there
-    already: `input` in `format`, with `images` if it names pictures. `shards` limits the samples
+    already: `input` in `format`, with `images` if it names image files. `shards` limits the samples
     once more, by what was found. Paths are relative to the mixture's folder.
     """
 
@@ -40,8 +40,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`sources` by name; `extends` is the configuration (relative to the recipe) that the one for
-    training is made from; the rest are options of the tools."""
+    """Mixture of `sources` by name.
+
+    `extends` is the configuration (relative to the recipe) that the one for training is made
+    from; the rest are options of the tools.
+    """
 
     sources: dict[str, Source]
     extends: str | None = None
@@ -51,7 +54,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file; raises PreprocessError for what no recipe can hold."""
+    """Recipe of a YAML file; raises PreprocessError naming the key and what it must be."""
     try:
         tree = read_yaml(path)
         if isinstance(tree.get("sources"), dict):  # a name may look like a number

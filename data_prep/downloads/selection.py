@@ -1,7 +1,8 @@
-"""Which rows of a published corpus are worth a download, judged a batch of columns at a time."""
+"""Selection of the rows of a published corpus that are listed for download."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -10,10 +11,12 @@ from megatron_owl2.errors import PreprocessError
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of a corpus are listed. Sides are in pixels, aspect is longer by shorter side,
-    captions are in characters, `only` holds the labels to keep; `sample` is the number of rows to
-    draw from those that pass, by `seed` and the row's number. Raises PreprocessError if a number
-    cannot be."""
+    """Limits on the rows of a corpus that are listed.
+
+    Sides are in pixels, aspect is longer by shorter side, captions are in characters, `only` holds
+    the labels to keep; `sample` is the number of rows to draw from those that pass, by `seed` and
+    the row's number. Raises PreprocessError if a number cannot be.
+    """
 
     min_score: dict[str, float] = field(default_factory=dict)
     max_score: dict[str, float] = field(default_factory=dict)
@@ -35,8 +38,10 @@ class Selection:
 
 
 def judgements(table, selection: Selection) -> Iterator[tuple[str, np.ndarray]]:
-    """Every reason to leave rows of a pyarrow table out, with the rows it strikes: bool [rows]."""
-    import pyarrow.compute as pc
+    """Pairs of a reason to leave rows of a pyarrow table out, and these rows: bool [rows]."""
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # its functions are made at run time
 
     def where(condition) -> np.ndarray:
         return np.asarray(pc.fill_null(condition, False))

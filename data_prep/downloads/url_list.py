@@ -1,4 +1,4 @@
-"""From a corpus as published to the addresses to download: filtered, sampled, counted by reason.
+"""List of the addresses of a corpus to download: filtered, sampled, counted by reason.
 
 Works on columns (a row costs about a microsecond) and keeps one batch of rows in memory.
 """
@@ -16,7 +16,7 @@ from data_prep.downloads import img2dataset_script as download
 from data_prep.downloads.corpus import Corpus
 from data_prep.downloads.published import Published
 from data_prep.downloads.selection import Selection, judgements
-from data_prep.formats import tables
+from data_prep.formats.common import tables
 from megatron_owl2.data.sampling.keyed_random import combine, splitmix64_array
 from megatron_owl2.errors import PreprocessError
 from megatron_owl2.utils.files import new_directory
@@ -28,7 +28,8 @@ _BUCKET_BITS = 20
 
 @dataclass(frozen=True)
 class ListReport:
-    """Rows read, rows listed, rows left out by reason, columns and [name, rows] of the files."""
+    """Report on a list: rows read, rows listed, rows left out by reason, columns, and [name, rows]
+    of the files. The names of the fields are the keys of report.json."""
 
     rows: int
     listed: int
@@ -50,10 +51,11 @@ def write_url_list(
     selection: Selection,
     options: download.Options,
 ) -> tuple[ListReport, bool]:
-    """Write the list (Parquet), download.sh and report.json; False if that was done before.
+    """Report on the list that is written to `output`, and False if that was done before.
 
-    `source` is a file of the corpus or the folder of all of them. Raises PreprocessError if it does
-    not have the columns, if no row is left, or if `output` was made otherwise.
+    Writes urls-NNNNN.parquet, download.sh and report.json. `source` is a file of the corpus or the
+    folder of all of them. Raises PreprocessError if it does not have the columns, if no row is
+    left, or if `output` was made with other options.
     """
     published = Published(corpus, tables.files(source))
     for name in (*selection.min_score, *selection.max_score):
@@ -80,7 +82,7 @@ def write_url_list(
 
 
 def read_report(folder: Path) -> ListReport:
-    """The report of a finished list."""
+    """Report of a finished list."""
     body = json.loads((folder / REPORT).read_bytes())
     del body["arguments"]
     return ListReport(**body)
@@ -137,7 +139,7 @@ def _write(published: Published, folder: Path, selection: Selection) -> ListRepo
 def _kept(
     published: Published, selection: Selection, left_out: Counter[str]
 ) -> Iterator[tuple[int, np.ndarray, object]]:
-    """(number of the first row, which rows stay: bool [rows], the rows) of every batch."""
+    """Batches as (number of the first row, mask of the rows that stay: bool [rows], rows)."""
     start = 0
     for table in published.batches():
         kept = np.ones(table.num_rows, dtype=bool)
@@ -149,8 +151,11 @@ def _kept(
 
 
 class _Draw:
-    """Exactly n of the rows that stay, in two passes and 8 MB: the least priorities, where the
-    priority is a hash of the row's number; rows of the last bucket are taken as they come."""
+    """Draw of exactly n of the rows that stay, in two passes and 8 MB.
+
+    Drawn are the least priorities, where the priority is a hash of the row's number; rows of the
+    last bucket are taken in order.
+    """
 
     def __init__(self, seed: int):
         self._key = np.uint64(combine(seed))
@@ -181,7 +186,7 @@ class _Draw:
 
 
 class _Files:
-    """The Parquet files of the list."""
+    """Parquet files of the list."""
 
     def __init__(self, folder: Path):
         self.files: list[list] = []

@@ -1,4 +1,4 @@
-"""Reads LLaVA and ShareGPT conversations: [{id, image?, conversations: [{from, value}]}]."""
+"""LLaVA and ShareGPT conversations: [{id, image?, conversations: [{from, value}]}]."""
 
 import hashlib
 import json
@@ -6,57 +6,65 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats.inputs import SkipError, images_folder, picture, split_name
+from data_prep.formats.common.inputs import SkipError, images_folder, read_image, sanitize_name
+from data_prep.formats.format import Format
 from data_prep.splits import InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record, Turn
 from megatron_owl2.errors import BadSampleError, PreprocessError
 
-_TAGS = ("<image>", IMAGE_PLACEHOLDER)  # LLaVA's and mPLUG-Owl2's way to write the picture
+_TAGS = ("<image>", IMAGE_PLACEHOLDER)  # LLaVA's and mPLUG-Owl2's placeholders of the image
 
 
-def plan(source: Path, options: ReadOptions) -> list[InputSplit]:
-    """One part for every `options.samples_per_part` entries of the JSON list.
+class Conversations:
+    """Conversations about one image or none; questions and answers alternate."""
 
-    Raises PreprocessError if the file is not such a list, or names pictures without `images`.
-    """
-    if not source.is_file():
-        raise PreprocessError(f"{source} is not a file; name the JSON file of the conversations")
-    data = source.read_bytes()
-    try:
-        entries = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise PreprocessError(f"{source} is not JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise PreprocessError(f"{source} must hold a list of conversations")
-    images = options.images
-    if images or any(isinstance(entry, dict) and entry.get("image") for entry in entries):
-        images = images_folder(source, options)
-    digest = hashlib.sha256(data).hexdigest()
-    name = split_name(source.stem)
-    return [
-        InputSplit(
-            f"{name}-{start // options.samples_per_part:05d}",
-            f"{digest} from {start}",
-            (start, entries[start : start + options.samples_per_part], images, source.stem),
-            source,
-        )
-        for start in range(0, len(entries), options.samples_per_part)
-    ]
+    name = "conversations"
 
+    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+        """One split for every `options.samples_per_split` entries of the JSON list.
 
-def read(payload: tuple[int, list, Path | None, str]) -> Iterator[Record | Skipped]:
-    """The records of a run of entries; the key is the entry's number in the file.
-
-    The picture's tag must be in the first question; it goes to the front of it, and the newlines
-    around it go.
-    """
-    start, entries, images, source = payload
-    for index, entry in enumerate(entries, start):
+        Raises PreprocessError if the file is not such a list, or names images and
+        `options.images` is None.
+        """
+        if not source.is_file():
+            raise PreprocessError(
+                f"{source} is not a file; name the JSON file of the conversations"
+            )
+        data = source.read_bytes()
         try:
-            yield _record(index, entry, images, source)
-        except (SkipError, BadSampleError) as error:
-            name = entry.get("id") if isinstance(entry, dict) else None
-            yield Skipped(str(error), f"entry {index}, id {name}")
+            entries = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise PreprocessError(f"{source} is not JSON: {error}") from None
+        if not isinstance(entries, list):
+            raise PreprocessError(f"{source} must hold a list of conversations")
+        images = options.images
+        if images or any(isinstance(entry, dict) and entry.get("image") for entry in entries):
+            images = images_folder(source, options)
+        digest = hashlib.sha256(data).hexdigest()
+        name = sanitize_name(source.stem)
+        return [
+            InputSplit(
+                f"{name}-{start // options.samples_per_split:05d}",
+                f"{digest} from {start}",
+                (start, entries[start : start + options.samples_per_split], images, source.stem),
+                source,
+            )
+            for start in range(0, len(entries), options.samples_per_split)
+        ]
+
+    def read(self, payload: tuple[int, list, Path | None, str]) -> Iterator[Record | Skipped]:
+        """Records of consecutive entries; the key is the entry's number in the file.
+
+        The image tag must be in the first question. It is moved to the front, and the newlines
+        around it are dropped.
+        """
+        start, entries, images, source = payload
+        for index, entry in enumerate(entries, start):
+            try:
+                yield _record(index, entry, images, source)
+            except (SkipError, BadSampleError) as error:
+                name = entry.get("id") if isinstance(entry, dict) else None
+                yield Skipped(str(error), f"entry {index}, id {name}")
 
 
 def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
@@ -72,7 +80,8 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
             raise SkipError("image tag outside the first question")
         for tag in _TAGS:
             texts[0] = texts[0].replace(tag, "")
-        image = picture(images, entry["image"])
+        assert images is not None  # plan asks for the folder if an entry names an image
+        image = read_image(images, entry["image"])
     elif any(tags):
         raise SkipError("image tag without an image")
     texts = [text.strip() for text in texts]
@@ -90,7 +99,7 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
 
 
 def _texts(messages: Any) -> list[str]:
-    """What was said, question and answer in turn."""
+    """Texts of the messages: question and answer alternate."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise SkipError("conversations is not a list of messages")
     if not messages:
@@ -108,3 +117,6 @@ def _texts(messages: Any) -> list[str]:
     if speakers[-1] == "human":
         raise SkipError("last question has no answer")
     return texts
+
+
+FORMATS: tuple[Format, ...] = (Conversations(),)

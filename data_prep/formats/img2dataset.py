@@ -1,6 +1,6 @@
-"""Reads what img2dataset wrote: NNNNN.tar (webdataset), NNNNN/ (files) or NNNNN.parquet (parquet).
+"""Output of img2dataset: NNNNN.tar (webdataset), NNNNN/ (files) or NNNNN.parquet (parquet).
 
-Whatever the form, NNNNN_stats.json says how many addresses gave no picture; they are counted.
+Whatever the form, NNNNN_stats.json says how many addresses gave no image; they are counted.
 """
 
 import json
@@ -10,72 +10,88 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats import tables
-from data_prep.formats.inputs import IMAGE_EXTENSIONS, SkipError, caption, refuse_images, scalars
-from data_prep.formats.tars import DAMAGED, Sample, read_tar
+from data_prep.formats.common import tables
+from data_prep.formats.common.inputs import (
+    IMAGE_EXTENSIONS,
+    SkipError,
+    caption,
+    refuse_images,
+    scalars,
+)
+from data_prep.formats.common.tars import DAMAGED, Sample, read_tar
+from data_prep.formats.format import Format
 from data_prep.splits import InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.shards.tar import split_name
 from megatron_owl2.errors import BadSampleError, PreprocessError
 
-# What img2dataset keeps for itself: the same for every picture that arrived, or long.
+# Columns of img2dataset itself: the same for every image that arrived, or long.
 _BOOKKEEPING = ("key", "caption", "status", "error_message", "exif")
+_Row = tuple[str, bytes | None, dict[str, Any]]  # key, image, columns
 _FAILURES = ("failed_to_download", "failed_to_resize")
 
 
-def plan(source: Path, options: ReadOptions) -> list[InputSplit]:
-    """One part for each shard of an img2dataset output folder.
+class Img2dataset:
+    """Output folder of a finished img2dataset download, in any of its three forms."""
 
-    Raises PreprocessError if there is none, several forms, or a shard that is not finished.
-    """
-    refuse_images(options, "img2dataset keeps pictures with their texts")
-    if not source.is_dir():
-        raise PreprocessError(f"{source} is not a folder; name the output folder of img2dataset")
-    tars = sorted(source.glob("*.tar"))
-    folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name.isdigit())
-    if tars and folders:
-        raise PreprocessError(f"{source} holds both tar files and numbered folders; separate them")
-    shards = tars or folders
-    if not shards:  # beside tars and folders, the same names hold the metadata
-        shards = sorted(source.glob("*.parquet"))
-        shards = shards if _hold_pictures(shards) else []
-    if not shards:
-        raise PreprocessError(
-            f"{source} holds neither NNNNN.tar nor NNNNN/ nor NNNNN.parquet with pictures: not "
-            "from img2dataset"
-        )
-    unfinished = [path.name for path in shards if not _stats_file(path).exists()]
-    if unfinished:
-        lost = "use --format webdataset" if tars else "write {} to the _stats.json of each"
-        raise PreprocessError(
-            f"img2dataset has not finished {len(unfinished)} of {len(shards)} shards "
-            f"({', '.join(unfinished[:3])}) in {source}: they have no _stats.json; start the "
-            f"download again, it continues. If nothing but the statistics is lost, {lost}"
-        )
-    return [InputSplit(path.stem, _identity(path), path, path) for path in shards]
+    name = "img2dataset"
+
+    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+        """One split for each shard of an img2dataset output folder.
+
+        Raises PreprocessError if there is none, several forms, or a shard that is not finished.
+        """
+        refuse_images(options, "img2dataset keeps images with their texts")
+        if not source.is_dir():
+            raise PreprocessError(
+                f"{source} is not a folder; name the output folder of img2dataset"
+            )
+        tars = sorted(source.glob("*.tar"))
+        folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name.isdigit())
+        if tars and folders:
+            raise PreprocessError(
+                f"{source} holds both tar files and numbered folders; separate them"
+            )
+        shards = tars or folders
+        if not shards:  # beside tars and folders, the same names hold the metadata
+            shards = sorted(source.glob("*.parquet"))
+            shards = shards if _hold_images(shards) else []
+        if not shards:
+            raise PreprocessError(
+                f"{source} holds neither NNNNN.tar nor NNNNN/ nor NNNNN.parquet with images: not "
+                "from img2dataset"
+            )
+        unfinished = [path.name for path in shards if not _stats_file(path).exists()]
+        if unfinished:
+            lost = "use --format webdataset" if tars else "write {} to the _stats.json of each"
+            raise PreprocessError(
+                f"img2dataset has not finished {len(unfinished)} of {len(shards)} shards "
+                f"({', '.join(unfinished[:3])}) in {source}: they have no _stats.json; start the "
+                f"download again, it continues. If nothing but the statistics is lost, {lost}"
+            )
+        return [InputSplit(path.stem, _identity(path), path, path) for path in shards]
+
+    def read(self, payload: Path) -> Iterator[Record | Skipped]:
+        """Samples of one shard.
+
+        Rows whose status is not "success" are skipped, and so is every row of the statistics that
+        is not in the shard. The metadata are all columns but those img2dataset uses itself.
+        """
+        path, found = payload, 0
+        if path.suffix == ".parquet":
+            samples = _read_parquet(path)
+        elif path.is_dir():
+            samples = map(_sample, _read_folder(path))
+        else:
+            samples = map(_sample, read_tar(path))
+        for item in samples:
+            found += item != Skipped(DAMAGED, str(path))
+            yield item if isinstance(item, Skipped) else _record(*item, source=path.parent.name)
+        yield from _not_there(path, found)
 
 
-def read(path: Path) -> Iterator[Record | Skipped]:
-    """The samples of one shard.
-
-    Rows whose status is not "success" are skipped, and so is every row of the statistics that is
-    not in the shard. The metadata are all columns but those img2dataset uses itself.
-    """
-    found = 0
-    if path.suffix == ".parquet":
-        samples = _read_parquet(path)
-    elif path.is_dir():
-        samples = map(_sample, _read_folder(path))
-    else:
-        samples = map(_sample, read_tar(path))
-    for item in samples:
-        found += item != Skipped(DAMAGED, str(path))
-        yield item if isinstance(item, Skipped) else _record(*item, source=path.parent.name)
-    yield from _not_there(path, found)
-
-
-def _hold_pictures(paths: list[Path]) -> bool:
-    """Whether the first Parquet file that can be read has a column of pictures."""
+def _hold_images(paths: list[Path]) -> bool:
+    """Whether the first Parquet file that can be read has a column of images."""
     if paths:
         tables.parquet()  # without pyarrow no file could be read
     for path in paths:
@@ -99,31 +115,32 @@ def _read_folder(folder: Path) -> Iterator[Sample]:
         yield key, {split_name(name)[1]: (folder / name).read_bytes() for name in group}
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, bytes | None, dict] | Skipped]:
+def _read_parquet(path: Path) -> Iterator[_Row | Skipped]:
     try:
         for piece in tables.cut(path, rows=1 << 40):
             image = next(name for name in piece.columns if name in IMAGE_EXTENSIONS)
             for _, row in tables.read(piece):
+                assert isinstance(row, dict)  # only rows of text are skipped
                 data = row.pop(image)
                 yield str(row.get("key")), data, row
     except PreprocessError:
         yield Skipped(DAMAGED, str(path))
 
 
-def _sample(item: Sample | Skipped) -> tuple[str, bytes | None, dict] | Skipped:
+def _sample(item: Sample | Skipped) -> _Row | Skipped:
     """Key, image and row of a sample in files."""
     if isinstance(item, Skipped):
         return item
-    key, parts = item
+    key, members = item
     try:
-        row = json.loads(parts.get("json", b""))
+        row = json.loads(members.get("json", b""))
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         return Skipped("no readable .json part", key)
-    if "txt" in parts:
-        row["caption"] = parts["txt"].decode(errors="replace")
-    return key, next((parts[name] for name in IMAGE_EXTENSIONS if name in parts), None), row
+    if "txt" in members:
+        row["caption"] = members["txt"].decode(errors="replace")
+    return key, next((members[name] for name in IMAGE_EXTENSIONS if name in members), None), row
 
 
 def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> Record | Skipped:
@@ -139,7 +156,7 @@ def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> 
 
 
 def _not_there(path: Path, found: int) -> Iterator[Skipped]:
-    """What the statistics count and the shard does not hold: failures are in Parquet only."""
+    """Samples that the statistics count and the shard lacks; only Parquet holds failures."""
     try:
         stats = json.loads(_stats_file(path).read_bytes())
         counts = {name: int(stats.get(name, 0)) for name in (*_FAILURES, "count")}
@@ -158,3 +175,6 @@ def _not_there(path: Path, found: int) -> Iterator[Skipped]:
             yield from [Skipped(f"status {name}", where)] * counts[name]
     lost = max(0, counts["count"] - failures - found)
     yield from [Skipped("counted in the statistics but not there", f"shard {path.stem}")] * lost
+
+
+FORMATS: tuple[Format, ...] = (Img2dataset(),)

@@ -1,4 +1,4 @@
-"""Reads tables (JSON lines, TSV, CSV, Parquet) that name a picture by its path, with a caption."""
+"""Tables (JSON lines, TSV, CSV, Parquet) of image paths and captions."""
 
 import json
 import math
@@ -7,64 +7,70 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats import tables
-from data_prep.formats.inputs import (
+from data_prep.formats.common import tables
+from data_prep.formats.common.inputs import (
     CAPTION_COLUMNS,
     SkipError,
     caption,
     images_folder,
-    picture,
+    read_image,
+    sanitize_name,
     scalars,
-    split_name,
 )
+from data_prep.formats.format import Format
 from data_prep.splits import InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError
 
+_Payload = tuple[tables.Piece, tuple[str, str], Path]  # (image, caption) columns, image folder
 _IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "filename", "filepath", "file")
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
 
 
-def plan(source: Path, options: ReadOptions) -> list[InputSplit]:
-    """One part for every `options.samples_per_part` rows of the file, or of each in the folder.
+class Table:
+    """Rows that name an image file and hold its caption; other columns become metadata."""
 
-    Raises PreprocessError without a folder of pictures, without a table, or if a table does not
-    have the columns.
-    """
-    images = images_folder(source, options)
-    parts = []
-    for path in tables.files(source):
-        for index, piece in enumerate(tables.cut(path, options.samples_per_part)):
-            columns = (
-                tables.find_column(
-                    path, piece.columns, options.image_column, _IMAGE_COLUMNS, "--image-column"
-                ),
-                tables.find_column(
-                    path,
-                    piece.columns,
-                    options.caption_column,
-                    CAPTION_COLUMNS,
-                    "--caption-column",
-                ),
-            )
-            name = f"{split_name(path.stem)}-{index:05d}"
-            identity = f"{piece.identity} {columns}"
-            parts.append(InputSplit(name, identity, (piece, columns, images), path))
-    return parts
+    name = "table"
 
+    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+        """One split for every `options.samples_per_split` rows of every file.
 
-def read(payload: tuple[tables.Piece, tuple[str, str], Path]) -> Iterator[Record | Skipped]:
-    """The records of a piece; the key is the row's number in its table, from 0."""
-    piece, columns, images = payload
-    for number, row in tables.read(piece):
-        where = f"{piece.path.name}, row {number}"
-        if isinstance(row, Skipped):
-            yield Skipped(row.reason, where)
-            continue
-        try:
-            yield _record(number, row, columns, images, piece.path)
-        except (SkipError, BadSampleError) as error:
-            yield Skipped(str(error), where)
+        Raises PreprocessError without a folder of images, without a table, or if a table does not
+        have the columns.
+        """
+        images = images_folder(source, options)
+        splits = []
+        for path in tables.files(source):
+            for index, piece in enumerate(tables.cut(path, options.samples_per_split)):
+                columns = (
+                    tables.find_column(
+                        path, piece.columns, options.image_column, _IMAGE_COLUMNS, "--image-column"
+                    ),
+                    tables.find_column(
+                        path,
+                        piece.columns,
+                        options.caption_column,
+                        CAPTION_COLUMNS,
+                        "--caption-column",
+                    ),
+                )
+                name = f"{sanitize_name(path.stem)}-{index:05d}"
+                identity = f"{piece.identity} {columns}"
+                splits.append(InputSplit(name, identity, (piece, columns, images), path))
+        return splits
+
+    def read(self, payload: _Payload) -> Iterator[Record | Skipped]:
+        """Records of a piece of a table; the key is the row's number in its table, from 0."""
+        piece, columns, images = payload
+        for number, row in tables.read(piece):
+            where = f"{piece.path.name}, row {number}"
+            if isinstance(row, Skipped):
+                yield Skipped(row.reason, where)
+                continue
+            try:
+                yield _record(number, row, columns, images, piece.path)
+            except (SkipError, BadSampleError) as error:
+                yield Skipped(str(error), where)
 
 
 def _record(number: int, row: dict[str, Any], columns: tuple[str, str], images: Path, path: Path):
@@ -77,7 +83,7 @@ def _record(number: int, row: dict[str, Any], columns: tuple[str, str], images: 
     return Record(
         key=f"{number:012d}",
         caption=caption(row.get(caption_column)),
-        image=picture(images, row[image_column]),
+        image=read_image(images, row[image_column]),
         source=path.stem,
         metadata=metadata,
     )
@@ -89,3 +95,6 @@ def _typed(text: str) -> Any:
         return text
     value = json.loads(text)
     return value if math.isfinite(value) else text
+
+
+FORMATS: tuple[Format, ...] = (Table(),)

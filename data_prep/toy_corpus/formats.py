@@ -1,4 +1,4 @@
-"""Writes the embedded corpus in the formats that real data sets publish.
+"""Writers of the embedded corpus in the formats that real data sets publish.
 
 img2dataset (pairs), LLaVA (instructions), JSON lines and ShareGPT (text), COCO captions, VQAv2
 and POPE (eval).
@@ -15,15 +15,15 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 from PIL import Image
 
-from data_prep.toy_corpus import language as language
-from data_prep.toy_corpus import world as world
+from data_prep.toy_corpus import language, world
 
 SHARD_SIZE = 10_000  # img2dataset's default
-CAPTION_EVERY = 3  # every third instruction picture also asks for a caption
+CAPTION_EVERY = 3  # every third instruction image also asks for a caption
 _INFO = {
     "year": 2025,
     "version": "1.0",
@@ -34,32 +34,32 @@ _INFO = {
 }
 _LICENSE = {"id": 1, "name": "Apache License 2.0", "url": ""}
 
-Picture = tuple[world.Scene, bytes]
+RenderedScene = tuple[world.Scene, bytes]
 Turns = Sequence[tuple[str, str]]
 
 
 class AnswerRecord:
-    """Everything written: all training text, the captions of each part, the answers of each
-    skill."""
+    """Record of everything written: all training text, the captions of each split, the answers of
+    each skill."""
 
     def __init__(self):
         self.texts: list[str] = []
         self.captions: dict[str, list[str]] = defaultdict(list)
         self.answers: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
 
-    def add_questions(self, part: str, questions: Iterable[language.Question]) -> None:
-        """Count the answers of `questions` for `part`."""
+    def add_questions(self, split: str, questions: Iterable[language.Question]) -> None:
+        """Count of the answers of `questions` for `split`."""
         for question in questions:
-            self.answers[part][question.skill][question.answer] += 1
+            self.answers[split][question.skill][question.answer] += 1
 
     def add_dialogue(self, turns: Turns) -> None:
-        """Keep a training dialogue's text in the conversation template."""
+        """Record of a training dialogue's text in the conversation template."""
         self.texts.append(" ".join(f"USER: {q} ASSISTANT: {a}" for q, a in turns))
 
     def statistics(self) -> dict:
-        """{part: {skill: {questions, answers (distinct), majority, majority_share (0 to 1)}}}."""
+        """Counts: {split: {skill: {questions, answers (distinct), majority, majority_share}}}."""
         return {
-            part: {
+            split: {
                 skill: {
                     "questions": answers.total(),
                     "answers": len(answers),
@@ -68,33 +68,35 @@ class AnswerRecord:
                 }
                 for skill, answers in sorted(skills.items())
             }
-            for part, skills in self.answers.items()
+            for split, skills in self.answers.items()
         }
 
 
-def write_pairs(folder: Path, pictures: Iterable[Picture], answer_record: AnswerRecord) -> dict:
-    """Write the shards and stats of img2dataset; return {image_mean, image_std} of the pixels.
+def write_pairs(
+    folder: Path, rendered: Iterable[RenderedScene], answer_record: AnswerRecord
+) -> dict:
+    """Writer of img2dataset's shards and stats; returns {image_mean, image_std} of the pixels.
 
     Both are lists of three floats on the scale 0 to 1. Durations and modification times are 0.
     """
     folder.mkdir(parents=True)
-    pictures = iter(pictures)
+    rendered = iter(rendered)
     histogram = numpy.zeros(3 * 256, dtype=numpy.int64)
     for shard in itertools.count():
-        chunk = list(itertools.islice(pictures, SHARD_SIZE))
-        if not chunk:
+        samples = list(itertools.islice(rendered, SHARD_SIZE))
+        if not samples:
             break
         with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i, (scene, jpeg) in enumerate(chunk):
+            for i, (scene, jpeg) in enumerate(samples):
                 caption = language.caption(scene)
                 answer_record.texts.append(caption)
                 answer_record.captions["pairs"].append(caption)
                 _add_pair(tar, f"{shard:05d}{i:04d}", caption, jpeg)
                 histogram += Image.open(io.BytesIO(jpeg)).histogram()
-        stats = {"count": len(chunk), "successes": len(chunk)}
+        stats: dict[str, Any] = {"count": len(samples), "successes": len(samples)}
         stats |= {"failed_to_download": 0, "failed_to_resize": 0}
         stats |= {"duration": 0.0, "start_time": 0.0, "end_time": 0.0}
-        stats["status_dict"] = {"success": len(chunk)}
+        stats["status_dict"] = {"success": len(samples)}
         (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4))
     shares = histogram.reshape(3, 256) / histogram[:256].sum()
     levels = numpy.arange(256) / 255
@@ -128,12 +130,12 @@ def _add_pair(tar: tarfile.TarFile, key: str, caption: str, jpeg: bytes) -> None
 
 
 def write_instructions(
-    folder: Path, pictures: Iterable[Picture], seed: int, answer_record: AnswerRecord
+    folder: Path, rendered: Iterable[RenderedScene], seed: int, answer_record: AnswerRecord
 ) -> None:
-    """Write LLaVA conversations and their images, named relative to the JSON files' folder."""
+    """Writer of LLaVA conversations and their images, named relative to the JSON files' folder."""
     (folder / "images").mkdir(parents=True)
     questions, captions = [], []
-    for i, (scene, jpeg) in enumerate(pictures):
+    for i, (scene, jpeg) in enumerate(rendered):
         record = {"id": f"{i:012d}", "image": f"images/{i:012d}.jpg"}
         (folder / record["image"]).write_bytes(jpeg)
         rng = random.Random(f"{seed}/instructions/{i}/questions")
@@ -154,7 +156,7 @@ def write_instructions(
 def write_texts(
     path: Path, number: int, seed: int, answer_record: AnswerRecord, tick: Callable[[], object]
 ) -> None:
-    """Write `number` ShareGPT dialogues: 70 % on a scene given as text, 30 % small text skills.
+    """Writer of `number` ShareGPT dialogues: 70 % on a scene given as text, 30 % small text skills.
 
     `tick` is called after each.
     """
@@ -175,7 +177,7 @@ def write_texts(
 def write_documents(
     path: Path, number: int, seed: int, answer_record: AnswerRecord, tick: Callable[[], object]
 ) -> None:
-    """Write `number` plain texts as JSON lines {"text": ...}, as web corpora are published.
+    """Writer of `number` plain texts as JSON lines {"text": ...}, as web corpora are published.
 
     `tick` is called after each.
     """
@@ -189,26 +191,26 @@ def write_documents(
 
 
 def write_eval(
-    folder: Path, pictures: Iterable[Picture], seed: int, answer_record: AnswerRecord
+    folder: Path, rendered: Iterable[RenderedScene], seed: int, answer_record: AnswerRecord
 ) -> None:
-    """Write COCO captions, VQAv2 questions and POPE about the same pictures.
+    """Writer of COCO captions, VQAv2 questions and POPE about the same images.
 
-    Every picture gets one question of each skill it can answer, for existence one with the answer
+    Every image gets one question of each skill it can answer, for existence one with the answer
     yes and one with no. File names are the image id with twelve digits, as in COCO.
     """
     (folder / "images").mkdir(parents=True)
-    part = f"eval/{folder.name}"
+    split = f"eval/{folder.name}"
     images, captions, questions, annotations, pope = [], [], [], [], []
-    for i, (scene, jpeg) in enumerate(pictures, start=1):
+    for i, (scene, jpeg) in enumerate(rendered, start=1):
         name = f"{i:012d}.jpg"
         (folder / "images" / name).write_bytes(jpeg)
         image = {"id": i, "file_name": name, "height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
         image |= {"license": 1, "coco_url": "", "flickr_url": "", "date_captured": ""}
         images.append(image)
         captions.append({"image_id": i, "id": i, "caption": language.caption(scene)})
-        answer_record.captions[part].append(captions[-1]["caption"])
+        answer_record.captions[split].append(captions[-1]["caption"])
 
-        rng = random.Random(f"{seed}/{part}/{i}/questions")
+        rng = random.Random(f"{seed}/{split}/{i}/questions")
         candidates = language.candidate_questions(scene, rng)
         existence = candidates.pop("existence", [])[:2]
         for question in existence:
@@ -219,7 +221,7 @@ def write_eval(
             row = {"image_id": i, "question_id": i * 1000 + n}
             questions.append(row | {"question": question.text})
             annotations.append(row | _annotation(question))
-        answer_record.add_questions(part, [*asked, *existence])
+        answer_record.add_questions(split, [*asked, *existence])
 
     coco = {"info": _INFO, "licenses": [_LICENSE], "images": images, "annotations": captions}
     _write_json(folder / "captions_val.json", coco)
@@ -232,7 +234,7 @@ def write_eval(
 
 
 def write_text_eval(path: Path, number: int, seed: int, answer_record: AnswerRecord) -> None:
-    """Write `number` ShareGPT dialogues of one question; `skill` names the text skill."""
+    """Writer of `number` ShareGPT dialogues of one question; `skill` names the text skill."""
     path.parent.mkdir(parents=True)
     records = []
     for i in range(number):
@@ -246,7 +248,7 @@ def write_text_eval(path: Path, number: int, seed: int, answer_record: AnswerRec
 
 
 def _annotation(question: language.Question) -> dict:
-    """VQAv2's fields beside the ids: ten annotators who agree, in lower case as published."""
+    """Fields of VQAv2 beside the ids: ten annotators who agree, in lower case as published."""
     text = question.answer.lower()
     answer = {"answer": text, "answer_confidence": "yes"}
     return {
@@ -258,7 +260,7 @@ def _annotation(question: language.Question) -> dict:
 
 
 def _conversations(turns: Turns, prefix: str = "") -> dict:
-    """{"conversations": [{from, value}, ...]}; `prefix` goes before the first question."""
+    """LLaVA's {"conversations": [{from, value}, ...]}; `prefix` goes before the first question."""
     messages = []
     for question, answer in turns:
         messages.append({"from": "human", "value": prefix + question})

@@ -1,4 +1,4 @@
-"""What is said about the world of the embedded corpus: captions, questions, text dialogues."""
+"""Language of the embedded corpus: captions, questions, text dialogues about its scenes."""
 
 import random
 import zlib
@@ -39,7 +39,7 @@ _MIXTURES = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer; `asks` and `tells` are the stats it needs and gives away."""
+    """Question with its answer; `asks` and `tells` are the facts it needs and gives away."""
 
     skill: str
     text: str
@@ -49,7 +49,7 @@ class Question:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in reading order, position first: "top left red circle , top right letter B ."."""
+    """Caption in reading order, position first: "top left red circle , top right letter B ."."""
     parts = {s.cell: f"{POSITIONS[s.cell]} {s.color} {s.shape}" for s in scene.shapes}
     if scene.letter is not None:
         cell = scene.letter.cell
@@ -58,11 +58,11 @@ def caption(scene: Scene) -> str:
 
 
 def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
-    """Every question of each skill that the scene can answer; skills without one are left out.
+    """Questions of each skill that the scene can answer; skills without one are left out.
 
     Colour, shape and existence questions are about the held-out pairs if the scene has any. The
-    wrong pair of a negative existence question keeps the colour or the shape of one in the picture;
-    on a training picture it is a training pair.
+    wrong pair of a negative existence question keeps the colour or the shape of one in the image;
+    on a training image it is a training pair.
     """
     subjects = scene.held_out or tuple(range(len(scene.shapes)))
     found = {
@@ -75,8 +75,8 @@ def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Ques
         "letter": [],
     }
     if scene.letter is not None:
-        stats = frozenset({"letter"})
-        question = Question("letter", "what letter is there ?", scene.letter.text, stats, stats)
+        facts = frozenset({"letter"})
+        question = Question("letter", "what letter is there ?", scene.letter.text, facts, facts)
         found["letter"].append(question)
     return {skill: questions for skill, questions in found.items() if questions}
 
@@ -103,7 +103,7 @@ def with_hint(turns: list[Question], rng: random.Random) -> list[tuple[str, str]
 
 
 def _name(scene: Scene, i: int) -> str | None:
-    """The shortest name that only shape `i` bears, or None if another shape is its twin."""
+    """Shortest name that only shape `i` bears, or None if another shape looks the same."""
     shape = scene.shapes[i]
     if sum(other.shape == shape.shape for other in scene.shapes) == 1:
         return shape.shape
@@ -141,7 +141,7 @@ def _count_question(scene: Scene) -> Question:
 
 
 def _color_count_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """How many shapes of a colour that is there and of one that is not."""
+    """Questions for the number of shapes of a colour that is there and of one that is not."""
     questions = []
     present = [shape.color for shape in scene.shapes]
     absent = rng.choice([color for color in COLORS if color not in present])
@@ -155,7 +155,8 @@ def _color_count_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _relation_questions(scene: Scene) -> list[Question]:
-    """Where one thing is relative to another in its row or column; diagonals would be ambiguous."""
+    """Questions where one thing is relative to another in its row or column; diagonals would be
+    ambiguous."""
     named = []
     for i, shape in enumerate(scene.shapes):
         if (name := _name(scene, i)) is not None:
@@ -186,16 +187,16 @@ def _existence_questions(scene: Scene, i: int, rng: random.Random) -> list[Quest
     present = {other.pair for other in scene.shapes}
     pool = PAIRS if scene.held_out else TRAINING_PAIRS
     near = [p for p in pool if (p[0] == color) != (p[1] == shape) and p not in present]
-    stats = frozenset({("color", i), ("shape", i)})
+    facts = frozenset({("color", i), ("shape", i)})
     wrong = " ".join(rng.choice(near))
     return [
-        Question("existence", f"is there a {color} {shape} ?", "yes", stats, stats),
-        Question("existence", f"is there a {wrong} ?", "no", stats),
+        Question("existence", f"is there a {color} {shape} ?", "yes", facts, facts),
+        Question("existence", f"is there a {wrong} ?", "no", facts),
     ]
 
 
 def text_dialogue(skill: str, rng: random.Random, evaluation: bool = False) -> list[Question]:
-    """A dialogue without a picture for one of TEXT_SKILLS; its first question carries the context.
+    """Dialogue without an image for one of TEXT_SKILLS; its first question carries the context.
 
     One context in eight is kept for evaluation and never occurs with `evaluation` False. Colour
     mixing is the exception: it is knowledge, which can only be asked for as it was taught.
@@ -209,7 +210,7 @@ def text_dialogue(skill: str, rng: random.Random, evaluation: bool = False) -> l
 
 
 def document(rng: random.Random) -> str:
-    """A scene and questions with answers about it as plain text; never a scene that is kept for
+    """Plain text of a scene and questions with answers about it; never a scene that is kept for
     evaluation."""
     while True:
         scene = sample_scene(rng)

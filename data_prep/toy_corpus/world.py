@@ -1,6 +1,6 @@
-"""The world of the embedded corpus: scenes of coloured shapes and a letter, and their pictures.
+"""World of the embedded corpus: scenes of coloured shapes and a letter, and their images.
 
-A picture has 2x2 cells of 28 px. Six colour-shape pairs never occur in training, so that a model
+An image has 2x2 cells of 28 px. Six colour-shape pairs never occur in training, so that a model
 can be asked about combinations it has never seen of attributes it has seen.
 """
 
@@ -45,7 +45,7 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Shape:
-    """A coloured shape in cell 0..3 (the index of its name in POSITIONS)."""
+    """Coloured shape in cell 0..3 (the index of its name in POSITIONS)."""
 
     cell: int
     color: str
@@ -59,7 +59,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Letter:
-    """A capital letter as scene text in cell 0..3."""
+    """Capital letter as scene text in cell 0..3."""
 
     cell: int
     text: str
@@ -67,7 +67,7 @@ class Letter:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: none to two shapes, and a letter or None; at least one of them."""
+    """Content of an image: none to two shapes, and a letter or None; at least one of them."""
 
     shapes: tuple[Shape, ...]
     letter: Letter | None
@@ -79,7 +79,7 @@ class Scene:
 
 
 def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """Draw a scene: 45 % one shape, 35 % two, 20 % only a letter; a letter in half of all scenes.
+    """Random scene: 45 % one shape, 35 % two, 20 % only a letter; a letter in half of all scenes.
 
     With `held_out` the scene has one or two shapes, the first one drawn is a held-out pair and the
     other one a training pair.
@@ -95,8 +95,8 @@ def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
     return Scene(tuple(sorted(shapes, key=lambda shape: shape.cell)), letter)
 
 
-def draw_picture(seed: int, split: str, index: int, held_out: bool = False) -> tuple[Scene, bytes]:
-    """Picture number `index` of a split as (scene, JPEG bytes); depends on the arguments only."""
+def draw_image(seed: int, split: str, index: int, held_out: bool = False) -> tuple[Scene, bytes]:
+    """Image number `index` of a split as (scene, JPEG bytes); depends on the arguments only."""
     rng = random.Random(f"{seed}/{split}/{index}")
     scene = sample_scene(rng, held_out)
     buffer = io.BytesIO()
@@ -106,9 +106,10 @@ def draw_picture(seed: int, split: str, index: int, held_out: bool = False) -> t
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw a scene as a 56x56 RGB image; sizes, offsets, shades and background come from `rng`."""
+    """RGB image (56x56) of a scene; sizes, offsets, shades and background come from `rng`."""
+    side = IMAGE_SIZE * _SUPERSAMPLING
     background = tuple(rng.randint(8, 48) for _ in range(3))
-    image = Image.new("RGB", (IMAGE_SIZE * _SUPERSAMPLING,) * 2, background)
+    image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
     for shape in scene.shapes:
         x, y, half = _place(shape.cell, rng)
@@ -159,4 +160,6 @@ _OUTLINES = {
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own font, so that the corpus needs none of the system's."""
-    return ImageFont.load_default(size)
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow has FreeType built in
+    return font

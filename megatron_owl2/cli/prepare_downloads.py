@@ -17,8 +17,8 @@ from megatron_owl2.errors import PreprocessError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_prep.downloads.corpora import CORPORA
     from data_prep.downloads.img2dataset_script import Options
+    from data_prep.downloads.registry import CORPORA
 
     lines = []
     for corpus in CORPORA.values():
@@ -65,13 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from data_prep.downloads import img2dataset_script as download
-    from data_prep.downloads.corpora import CORPORA
+    from data_prep.downloads.coco_script import write_coco_script
+    from data_prep.downloads.registry import CORPORA
     from data_prep.downloads.selection import Selection
     from data_prep.downloads.url_list import write_url_list
-    from data_prep.formats import coco
 
     if options.corpus == "coco":
-        print(f"now: bash {coco.write_download(options.output)} FOLDER")
+        print(f"now: bash {write_coco_script(options.output)} FOLDER")
         return 0
     if options.input is None:
         raise PreprocessError(f"--input is missing; {CORPORA[options.corpus].about}")

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     add = parser.add_argument_group("input").add_argument
     add("--input", type=Path, required=True, help="folder or file to read")
-    add("--format", choices=sorted(FORMATS), required=True)
+    add("--format", choices=list(FORMATS), required=True)
     add("--images", type=Path, metavar="DIR", help="folder that image paths are relative to")
     add("--image-column", metavar="NAME", help="column of a table with the image's path")
     add("--caption-column", metavar="NAME", help="column of a table with the caption")

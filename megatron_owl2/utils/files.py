@@ -1,4 +1,4 @@
-"""File-system helpers: directories and files that appear complete, JSON lines after a crash."""
+"""Atomic writes of files and folders, locks among processes, logs that survive a crash."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ _GIB = 1024**3
 
 @contextlib.contextmanager
 def new_directory(output: Path, needed: int = 0) -> Iterator[Path]:
-    """A folder to write in, which becomes `output` at the end, all of it on the disk by then.
+    """Folder to write in, which becomes `output` at the end, all of it on the disk by then.
 
     After a failure nothing is left; what a killed process left is removed by the next one that
     writes the same output. Raises OSError if `output` exists, or if its disk has less than
@@ -28,11 +28,11 @@ def new_directory(output: Path, needed: int = 0) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     names = {"prefix": f".{output.name}.", "suffix": ".partial"}
     for abandoned in output.parent.glob(names["prefix"] + "*" + names["suffix"]):
-        with contextlib.suppress(OSError), _locked(abandoned):  # fails while its writer lives
+        with contextlib.suppress(OSError), locked(abandoned):  # fails while its writer lives
             shutil.rmtree(abandoned)
     partial = Path(tempfile.mkdtemp(**names, dir=output.parent))
     try:
-        with _locked(partial):
+        with locked(partial):
             free = shutil.disk_usage(partial).free
             if needed > free:
                 sizes = f"needs {needed / _GIB:.1f} GiB, free are {free / _GIB:.1f}"
@@ -45,8 +45,8 @@ def new_directory(output: Path, needed: int = 0) -> Iterator[Path]:
 
 
 def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
-    """Cut a file of JSON lines down to the wanted ones; a line torn by a crash is dropped and
-    logged."""
+    """Removal of the JSON lines of a file that are not wanted; lines that a crash has torn are
+    dropped with a warning."""
     kept, torn = [], 0
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
@@ -59,13 +59,39 @@ def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
             kept.append(line)
     if torn:
         _logger.warning("%s: dropped %d lines that a crash has torn", path, torn)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_atomically(path, "".join(kept).encode())
+
+
+@contextlib.contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """A path to write to, beside `path`, which it replaces at the end, all of it on the disk.
+
+    After a failure `path` is what it was and nothing is left beside it. That the new file bears
+    the name after a power failure is only sure once the folder is synced as well.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Atomic write of a file: it is there completely or not at all."""
+    with replaced_atomically(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def temporary_name(path: Path) -> Path:
+    """Name, in the same folder, of what this process writes before it becomes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def rename_durably(partial: Path, output: Path) -> None:
-    """Rename a folder once all its files are on the disk."""
+    """Rename of a folder once all its files are on the disk."""
     for file in partial.iterdir():
         sync(file)
     sync(partial)
@@ -74,7 +100,7 @@ def rename_durably(partial: Path, output: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,11 +109,16 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises OSError if another process has locked it, or if the file system has no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Exclusive lock of an existing file or folder; the kernel drops it if the process dies.
+
+    Raises BlockingIOError if another process has it, unless `wait`, and OSError if there is no
+    such file or the file system has no locks.
+    """
+    # NFS locks only files that are open for writing; folders cannot be opened so.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

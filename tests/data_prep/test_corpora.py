@@ -16,8 +16,8 @@ from fake_img2dataset import OPTIONS
 from paths import ROOT
 
 from data_prep.downloads import url_list
-from data_prep.downloads.corpora import CORPORA
 from data_prep.downloads.img2dataset_script import Options
+from data_prep.downloads.registry import CORPORA
 from data_prep.downloads.selection import Selection
 from megatron_owl2.errors import PreprocessError
 

@@ -221,7 +221,7 @@ def coco(folder: Path) -> Path:
 
 
 def test_coco_makes_a_record_of_every_caption(images, tmp_path):
-    records, skipped = collect("coco", coco(tmp_path), images=images, samples_per_part=4)
+    records, skipped = collect("coco", coco(tmp_path), images=images, samples_per_split=4)
     assert [r.caption for r in records[:6]] == [f"caption {i}" for i in (0, 3, 6, 9, 12, 1)]
     assert records[5].key == "31_101" and records[5].image == encoded(picture(1))
     assert records[5].metadata == {"image_id": 31, "file_name": "1.jpg"}
@@ -239,7 +239,7 @@ def test_coco_makes_a_record_of_every_caption(images, tmp_path):
 
 def test_coco_draws_one_caption_of_every_picture(images, tmp_path):
     records, skipped = collect("coco-one-caption", coco(tmp_path), images=images)
-    again, _ = collect("coco-one-caption", coco(tmp_path), images=images, samples_per_part=1)
+    again, _ = collect("coco-one-caption", coco(tmp_path), images=images, samples_per_split=1)
     assert records == again
     assert len(records) + skipped["empty caption"] == 3
     assert [r.metadata["image_id"] for r in records] == [30, 31, 32][-len(records) :]
@@ -259,6 +259,6 @@ def test_coco_draws_one_caption_of_every_picture(images, tmp_path):
 def test_documents_start_where_their_part_starts(tmp_path):
     path = tmp_path / "web.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {i} é"}) + "\n" for i in range(23)))
-    records, _ = collect("documents", path, samples_per_part=5)
+    records, _ = collect("documents", path, samples_per_split=5)
     assert [r.caption for r in records] == [f"text {i} é" for i in range(23)]
     assert [r.key for r in records] == [f"{i:09d}" for i in range(23)]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from read_corpus import collect, refused, write_pictures
 from tiny_data import encoded, picture
 
-from data_prep.formats import tables
+from data_prep.formats.common import tables
 from data_prep.formats.registry import FORMATS
 from data_prep.splits import ReadOptions
 
@@ -62,7 +62,7 @@ def write_table(path: Path, table: list[dict]) -> Path:
 @pytest.mark.parametrize("size", [4, 10, 100])
 def test_tables(images, tmp_path, kind, size):
     path = write_table(tmp_path / f"my corpus{kind}", rows(10))
-    records, skipped = collect("table", path, images=images, samples_per_part=size)
+    records, skipped = collect("table", path, images=images, samples_per_split=size)
     assert skipped == {}
     for number, item in enumerate(records):
         assert item.key == f"{number:012d}" and item.source == "my corpus"
@@ -71,8 +71,8 @@ def test_tables(images, tmp_path, kind, size):
         expected = {"score": number / 10, "words": number, "id": f"00{number}"}
         assert item.metadata == expected and type(item.metadata["words"]) is int
     assert len(records) == 10
-    parts = FORMATS["table"].plan(path, ReadOptions(images, size))
-    assert [part.name for part in parts] == [f"my_corpus-{i:05d}" for i in range(-(-10 // size))]
+    splits = FORMATS["table"].plan(path, ReadOptions(images, size))
+    assert [split.name for split in splits] == [f"my_corpus-{i:05d}" for i in range(-(-10 // size))]
 
 
 def test_tsv_takes_quotes_as_they_are(images, tmp_path):
@@ -81,7 +81,7 @@ def test_tsv_takes_quotes_as_they_are(images, tmp_path):
         b'file\tcaption\tn\n0.jpg\t5" screen\t1\r\n1.jpg\t"open\t2\n2.jpg\ttoo\tmany\tcells\n'
         b"3.jpg\tbad \xff byte\t3\n4.jpg\tno end\t4"
     )
-    records, skipped = collect("table", path, images=images, samples_per_part=2)
+    records, skipped = collect("table", path, images=images, samples_per_split=2)
     assert [(r.caption, r.metadata) for r in records] == [
         ('5" screen', {"n": 1}),
         ('"open', {"n": 2}),
@@ -178,14 +178,14 @@ def test_a_changed_table_is_another_job(images, tmp_path):
     for kind in (".jsonl", ".csv", ".parquet"):
         path = write_table(tmp_path / f"a{kind}", rows(4))
         options = ReadOptions(images, 2)
-        before = [part.identity for part in FORMATS["table"].plan(path, options)]
+        before = [split.identity for split in FORMATS["table"].plan(path, options)]
         assert len(set(before)) == 2
-        assert before == [part.identity for part in FORMATS["table"].plan(path, options)]
+        assert before == [split.identity for split in FORMATS["table"].plan(path, options)]
         changed = rows(4)
         changed[3]["TEXT"] = changed[3]["TEXT"].replace("3", "x")
         size = path.stat().st_size
         assert write_table(path, changed).stat().st_size == size
-        after = [part.identity for part in FORMATS["table"].plan(path, options)]
+        after = [split.identity for split in FORMATS["table"].plan(path, options)]
         assert not set(before) & set(after)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preprocess_run import as_parts, job, keys, pair, pairs, records, report
+from preprocess_run import as_splits, job, keys, pair, pairs, records, report
 from tiny_data import encoded, picture
 
 from data_prep import dedup
@@ -19,7 +19,7 @@ A, B = (encoded(picture(seed)) for seed in (1, 2))
 
 @pytest.fixture(scope="module")
 def doubled():
-    """Pictures and texts that occur again, in the same part and in others."""
+    """Pictures and texts that occur again, in the same split and in others."""
     return [
         [
             pair("first", A, "one"),
@@ -70,11 +70,11 @@ def test_duplicates_are_found_before_pictures_change(tmp_path):
 
 @pytest.mark.parametrize("number", [1, 17, 60])
 def test_a_sample_of_n_is_exact_and_deterministic(tmp_path, number):
-    corpus = pairs(parts=6, size=10)
+    corpus = pairs(splits=6, size=10)
     job(corpus, tmp_path / "a", sample=number)
     chosen = keys(tmp_path / "a")
     assert len(chosen) == number == report(tmp_path / "a")["kept"]
-    assert chosen == [key for key in (r.key for part in corpus for r in part) if key in chosen]
+    assert chosen == [key for key in (r.key for split in corpus for r in split) if key in chosen]
     job(corpus, tmp_path / "b", sample=number, samples_per_shard=3, workers=2)
     assert keys(tmp_path / "b") == chosen
     job(corpus, tmp_path / "c", sample=number, seed=1)
@@ -82,7 +82,7 @@ def test_a_sample_of_n_is_exact_and_deterministic(tmp_path, number):
 
 
 def test_a_larger_sample_contains_a_smaller_one(tmp_path):
-    corpus = pairs(parts=4, size=10)
+    corpus = pairs(splits=4, size=10)
     sizes = (5, 20, 0.2, 0.7)
     chosen = {}
     for size in sizes:
@@ -93,8 +93,8 @@ def test_a_larger_sample_contains_a_smaller_one(tmp_path):
 
 
 def test_a_fraction_keeps_its_share():
-    part = as_parts([[]])[0]
-    numbers = [dedup.priority(pair(str(i), A), part, seed=4) for i in range(4000)]
+    split = as_splits([[]])[0]
+    numbers = [dedup.priority(pair(str(i), A), split, seed=4) for i in range(4000)]
     for fraction in (0.01, 0.3, 0.9):
         kept = sum(dedup.below_fraction(number, fraction) for number in numbers)
         deviation = (4000 * fraction * (1 - fraction)) ** 0.5
@@ -102,16 +102,16 @@ def test_a_fraction_keeps_its_share():
 
 
 def test_a_fraction_of_what_is_left_without_duplicates(tmp_path):
-    corpus = pairs(parts=4, size=10)
+    corpus = pairs(splits=4, size=10)
     job(corpus, tmp_path / "once", sample=0.5)
-    twice = [[*part, *(replace(r, key=f"{r.key}-again") for r in part)] for part in corpus]
+    twice = [[*split, *(replace(r, key=f"{r.key}-again") for r in split)] for split in corpus]
     job(twice, tmp_path / "twice", sample=0.5, deduplicate="pair")
     assert keys(tmp_path / "twice") == keys(tmp_path / "once")
     assert report(tmp_path / "twice")["skipped"]["duplicate image and text"] == 40
 
 
 def test_fewer_than_asked_for_is_said(tmp_path):
-    outcome = job(pairs(parts=2, size=3), tmp_path, sample=100)
+    outcome = job(pairs(splits=2, size=3), tmp_path, sample=100)
     assert report(tmp_path)["kept"] == 6
     assert "fewer than the 100 that were asked for" in str(outcome.report)
 

@@ -51,7 +51,7 @@ def page(folder) -> Page:
     return Page((folder / "report.html").read_text())
 
 
-def test_the_report_adds_up_over_parts(tmp_path):
+def test_the_report_adds_up_over_splits(tmp_path):
     contents = [
         [pair("a", caption="1234"), pair("b", caption="12345"), Skipped("no image", "row 3")],
         [pair("c", caption="x" * 5000), Skipped("no image", "row 9"), Skipped("odd", "row 10")],
@@ -76,7 +76,7 @@ def test_the_report_adds_up_over_parts(tmp_path):
 
 
 def test_only_the_first_examples_are_kept(tmp_path):
-    contents = [[Skipped("bad", f"{part}.{i}") for i in range(4)] for part in range(3)]
+    contents = [[Skipped("bad", f"{split}.{i}") for i in range(4)] for split in range(3)]
     job([*contents, [pair("good")]], tmp_path)
     assert report(tmp_path)["skipped"] == {"bad": 12}
     assert report(tmp_path)["examples"] == {"bad": ["0.0", "0.1", "0.2", "0.3", "1.0"]}
@@ -94,12 +94,12 @@ def test_the_limit_of_a_score_is_an_edge(limit, first, last):
 
 
 def test_the_page_shows_samples_from_everywhere(tmp_path):
-    contents = pairs(parts=7, size=8)
+    contents = pairs(splits=7, size=8)
     contents[0][0] = pair("0-0000", encoded(picture(1, 900, 300)), "the very first")
     job(contents, tmp_path, samples_per_shard=3)
     found = page(tmp_path)
     shown = [text for text in found.texts if re.fullmatch(r"\d-\d{4}", text)]
-    order = [record.key for part in contents for record in part]
+    order = [record.key for split in contents for record in split]
     places = [order.index(key) for key in shown]
     assert len(shown) == 24 and places == sorted(set(places))
     assert all(56 * i // 24 <= place < 56 * (i + 1) // 24 for i, place in enumerate(places))

@@ -15,7 +15,7 @@ import pytest
 from paths import ROOT
 from preprocess_run import (
     ENVIRONMENT,
-    as_parts,
+    as_splits,
     command,
     job,
     keys,
@@ -45,7 +45,7 @@ UNFINISHED = "preprocess/unfinished"
 
 @pytest.fixture(scope="module")
 def corpus():
-    return pairs(parts=5, size=8)
+    return pairs(splits=5, size=8)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -135,15 +135,15 @@ def test_finished_output_is_left_alone_and_another_job_refused(corpus, tmp_path)
 
 def test_a_changed_input_between_two_readings_is_refused(corpus, tmp_path):
     output, settings = tmp_path / "set", Settings(read_list, sample=30)
-    parts = as_parts(corpus)
+    splits = as_splits(corpus)
     for index in (0, 1):
-        preprocess(parts, settings, output, {}, partition=(index, 2))
-    preprocess(parts, settings, output, {}, merge=True)
+        preprocess(splits, settings, output, {}, partition=(index, 2))
+    preprocess(splits, settings, output, {}, merge=True)
     another = pair(corpus[3][7].key, corpus[3][7].image, "another caption")
     for changed in ([*corpus[3][:7], another], corpus[3][:7], [*corpus[3][1:], corpus[3][0]]):
-        parts[3] = InputSplit("part3", "3", changed, Path("input3"))
+        splits[3] = InputSplit("part3", "3", changed, Path("input3"))
         with pytest.raises(PreprocessError, match="part part3: sample . is not what the first"):
-            preprocess(parts, settings, output, {})
+            preprocess(splits, settings, output, {})
         assert not list(output.glob("part3*")) and not list((output / UNFINISHED).iterdir())
 
 
@@ -229,7 +229,7 @@ def test_a_part_whose_files_are_gone_is_done_again(corpus, tmp_path, ending):
 
 
 def test_leftovers_may_vanish_while_they_are_looked_at(corpus, tmp_path, monkeypatch):
-    """Another node ends its part, and deletes its folder, at any moment."""
+    """Another node ends its split, and deletes its folder, at any moment."""
     output = tmp_path / "set"
     job(corpus, output, partition=(0, 2))
     shards = output / UNFINISHED / "another-node.1.part1" / "shards"
@@ -257,7 +257,7 @@ def documents(tmp_path_factory):
 
 
 def start(source: Path, output: Path, *more) -> subprocess.Popen:
-    """A run that is inside its parts."""
+    """A run that is inside its splits."""
     arguments = command("--input", source, "--format", "documents", "--output", output, *more)
     process = subprocess.Popen(
         arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
@@ -301,7 +301,7 @@ from pathlib import Path
 sys.path[:0] = ["tests"]
 from preprocess_run import job, pairs
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000,) * 2)
-job(pairs(parts=3, size=8), Path(sys.argv[1]), workers=int(sys.argv[2]))
+job(pairs(splits=3, size=8), Path(sys.argv[1]), workers=int(sys.argv[2]))
 """
 
 
@@ -320,7 +320,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path, workers):
     assert result.returncode == 1
     assert "PreprocessError: part part" in result.stderr and "File too large" in result.stderr
     assert not list(output.glob("*.tar*")) and not list((output / UNFINISHED).iterdir())
-    corpus = pairs(parts=3, size=8)
+    corpus = pairs(splits=3, size=8)
     assert job(corpus, output).report.kept == 24
     job(corpus, tmp_path / "at once/set")
     assert tree(output) == tree(tmp_path / "at once/set")

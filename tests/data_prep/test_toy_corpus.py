@@ -21,8 +21,8 @@ from PIL import Image
 import data_prep
 from data_prep import shapes
 from data_prep.toy_corpus import formats as shapes_formats
-from data_prep.toy_corpus import language as language
-from data_prep.toy_corpus import world as world
+from data_prep.toy_corpus import language, world
+from megatron_owl2.errors import PreprocessError
 
 SMALL = shapes.Parameters(seed=7, pairs=40, instructions=60, texts=200, eval=40)
 SCRIPT = Path(data_prep.__file__).with_name("shapes.py")
@@ -116,10 +116,10 @@ def test_same_parameters_give_the_same_bytes_in_any_number_of_processes(corpus, 
 
 
 def test_another_seed_gives_other_pictures():
-    assert world.draw_picture(7, "pairs", 0) == world.draw_picture(7, "pairs", 0)
+    assert world.draw_image(7, "pairs", 0) == world.draw_image(7, "pairs", 0)
     others = [(8, "pairs", 0), (7, "instructions", 0), (7, "pairs", 1)]
     for other in others:
-        assert world.draw_picture(*other)[1] != world.draw_picture(7, "pairs", 0)[1]
+        assert world.draw_image(*other)[1] != world.draw_image(7, "pairs", 0)[1]
 
 
 def test_pairs_are_an_img2dataset_folder(corpus):
@@ -130,7 +130,7 @@ def test_pairs_are_an_img2dataset_folder(corpus):
     for i in range(SMALL.pairs):
         key = f"{i:09d}"
         image, text = members[f"{key}.jpg"], members[f"{key}.txt"].decode()
-        scene, jpeg = world.draw_picture(SMALL.seed, "pairs", i)
+        scene, jpeg = world.draw_image(SMALL.seed, "pairs", i)
         assert (image, text) == (jpeg, language.caption(scene))
         metadata = json.loads(members[f"{key}.json"])
         assert metadata.pop("url")
@@ -153,7 +153,7 @@ def test_pairs_are_an_img2dataset_folder(corpus):
 
 def test_pairs_continue_in_the_next_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_formats, "SHARD_SIZE", 3)
-    pictures = [world.draw_picture(1, "pairs", i) for i in range(7)]
+    pictures = [world.draw_image(1, "pairs", i) for i in range(7)]
     shapes_formats.write_pairs(tmp_path / "pairs", pictures, shapes_formats.AnswerRecord())
     counts = []
     for shard in range(3):
@@ -218,7 +218,7 @@ def test_instructions_are_llava_conversations_with_right_answers(corpus):
     records = load(corpus / "instructions/llava_shapes.json")
     assert len({record["id"] for record in records}) == len(records) == SMALL.instructions
     for i, record in enumerate(records):
-        scene, jpeg = world.draw_picture(SMALL.seed, "instructions", i)
+        scene, jpeg = world.draw_image(SMALL.seed, "instructions", i)
         assert (corpus / "instructions" / record["image"]).read_bytes() == jpeg
         values = [message["value"] for message in record["conversations"]]
         assert values[0].startswith("<image>\n")
@@ -234,7 +234,7 @@ def test_caption_instructions_ask_for_every_third_picture(corpus):
     records = load(corpus / "instructions/llava_captions.json")
     assert [int(record["id"]) for record in records] == list(range(0, SMALL.instructions, 3))
     for record in records:
-        scene, _ = world.draw_picture(SMALL.seed, "instructions", int(record["id"]))
+        scene, _ = world.draw_image(SMALL.seed, "instructions", int(record["id"]))
         assert dialogue_of(record) == [(language.CAPTION_REQUEST, language.caption(scene))]
 
 
@@ -362,7 +362,7 @@ def test_eval_captions_are_coco(corpus, name, number):
     captions = {row["image_id"]: row["caption"] for row in coco["annotations"]}
     assert len({row["id"] for row in coco["annotations"]}) == number
     for i, image in enumerate(coco["images"]):
-        scene, jpeg = world.draw_picture(SMALL.seed, f"eval/{name}", i, name == "heldout")
+        scene, jpeg = world.draw_image(SMALL.seed, f"eval/{name}", i, name == "heldout")
         assert image["file_name"] == f"{image['id']:012d}.jpg"
         assert (folder / "images" / image["file_name"]).read_bytes() == jpeg
         assert (image["width"], image["height"]) == (56, 56)
@@ -458,7 +458,7 @@ def test_corpus_json_counts_what_was_written(corpus):
         assert found["majority_share"] == pytest.approx(share, abs=1e-4)
     pixels = numpy.stack(
         [
-            numpy.asarray(Image.open(io.BytesIO(world.draw_picture(7, "pairs", i)[1])))
+            numpy.asarray(Image.open(io.BytesIO(world.draw_image(7, "pairs", i)[1])))
             for i in range(SMALL.pairs)
         ]
     )
@@ -483,7 +483,7 @@ def outline(pixels: numpy.ndarray) -> numpy.ndarray:
 def test_decoded_pictures_show_colours_shapes_and_letters_where_the_scene_has_them():
     templates = {}
     for i in range(200):
-        scene, jpeg = world.draw_picture(0, "templates", i)
+        scene, jpeg = world.draw_image(0, "templates", i)
         for shape in scene.shapes:
             templates[shape.shape] = outline(cell_of(jpeg, shape.cell))
         if scene.letter is not None:
@@ -495,7 +495,7 @@ def test_decoded_pictures_show_colours_shapes_and_letters_where_the_scene_has_th
         return min(templates, key=lambda name: numpy.abs(templates[name] - found).sum())
 
     for i in range(300):
-        scene, jpeg = world.draw_picture(0, "pictures", i)
+        scene, jpeg = world.draw_image(0, "pictures", i)
         used = {shape.cell for shape in scene.shapes}
         for shape in scene.shapes:
             pixels = cell_of(jpeg, shape.cell)
@@ -540,7 +540,7 @@ def test_killed_run_leaves_nothing_that_looks_finished(tmp_path):
 def test_finished_corpus_is_reused_and_never_overwritten(corpus):
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     assert not shapes.build_corpus(corpus, SMALL)
-    with pytest.raises(shapes.OutputError, match="'pairs': 40.*'pairs': 41"):
+    with pytest.raises(PreprocessError, match="'pairs': 40.*'pairs': 41"):
         shapes.build_corpus(
             corpus, shapes.Parameters(seed=7, pairs=41, instructions=60, texts=200, eval=40)
         )
@@ -552,7 +552,7 @@ def test_foreign_folder_is_refused(tmp_path, content):
     (tmp_path / "notes.txt").write_text("mine")
     if content is not None:
         (tmp_path / "corpus.json").write_text(content)
-    with pytest.raises(shapes.OutputError, match="not a finished corpus"):
+    with pytest.raises(PreprocessError, match="not a finished corpus"):
         shapes.build_corpus(tmp_path, SMALL)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -1,4 +1,4 @@
-"""Stands for img2dataset in tests: pictures are drawn from the address, nothing is downloaded.
+"""Stand-in for img2dataset in tests: images are drawn from the address, none is downloaded.
 
 Addresses with "gone" fail. The options are those of img2dataset 1.47.0, others are refused.
 """

@@ -27,7 +27,7 @@ def command(*arguments) -> list[str]:
 
 
 def tool(source, kind, output, *more) -> SimpleNamespace:
-    """The tool's exit status and what it printed, without the time that a new process takes."""
+    """Exit status and output of the tool, run in this process, which saves time."""
     arguments = ("--input", source, "--format", kind, "--output", output, *more)
     main = runpy.run_path(command()[1])["main"]
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
@@ -70,36 +70,36 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def pair(key: str, image: bytes | None = None, caption: str = "a caption", **metadata) -> Record:
-    """A caption with its own small picture, or with `image`."""
+    """Caption with its own small image, or with `image`."""
     image = encoded(picture(sum(key.encode()))) if image is None else image
     return Record(key, image=image, caption=caption, metadata=metadata)
 
 
-def pairs(parts: int, size: int) -> list[list[Record]]:
-    """Records in parts; every key is another and so is every picture."""
+def pairs(splits: int, size: int) -> list[list[Record]]:
+    """Records in splits; all keys and all images are different."""
     return [
         [
-            pair(f"{part}-{i:04d}", encoded(picture(part * size + i)), f"caption {part} {i}")
+            pair(f"{split}-{i:04d}", encoded(picture(split * size + i)), f"caption {split} {i}")
             for i in range(size)
         ]
-        for part in range(parts)
+        for split in range(splits)
     ]
 
 
 def read_list(items: list[Record | Skipped]) -> Iterator[Record | Skipped]:
-    """A reader of parts that hold their samples."""
+    """Reader of splits whose payload is their samples."""
     yield from items
 
 
-def as_parts(contents: list[list[Record | Skipped]]) -> list[InputSplit]:
+def as_splits(contents: list[list[Record | Skipped]]) -> list[InputSplit]:
     return [
         InputSplit(f"part{i}", str(i), items, Path(f"input{i}")) for i, items in enumerate(contents)
     ]
 
 
 def job(contents: list[list[Record | Skipped]], output: Path, **options) -> Outcome:
-    """Run the job on samples in parts; options of Settings and of preprocess."""
+    """Run of the job on samples in splits; options of Settings and of preprocess."""
     names = ("workers", "partition", "merge")
     run = {name: options.pop(name) for name in names if name in options}
     settings = Settings(**({"read": read_list} | options))
-    return preprocess(as_parts(contents), settings, output, {}, **run)
+    return preprocess(as_splits(contents), settings, output, {}, **run)

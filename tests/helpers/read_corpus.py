@@ -1,4 +1,4 @@
-"""Runs the readers of data_prep without the job behind them."""
+"""Runs of the formats of data_prep without the job behind them."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,11 +13,11 @@ from megatron_owl2.errors import PreprocessError
 
 
 def collect(kind: str, source: Path, **options) -> tuple[list[Record], Counter]:
-    """All records of all parts, and the reasons why others were left out."""
-    reader = FORMATS[kind]
-    parts = reader.plan(source, ReadOptions(**options))
-    assert len({part.name for part in parts}) == len(parts)
-    items = [item for part in parts for item in reader.read(part.payload)]
+    """Records of all splits, and the counts of reasons why others were left out."""
+    format_ = FORMATS[kind]
+    splits = format_.plan(source, ReadOptions(**options))
+    assert len({split.name for split in splits}) == len(splits)
+    items = [item for split in splits for item in format_.read(split.payload)]
     records = [item for item in items if isinstance(item, Record)]
     assert all(item.detail for item in items if isinstance(item, Skipped))
     return records, Counter(item.reason for item in items if isinstance(item, Skipped))
@@ -30,7 +30,7 @@ def refused(kind: str, source: Path, **options) -> str:
 
 
 def write_pictures(folder: Path) -> Path:
-    """Pictures 0.jpg to 9.jpg and a GIF, and one outside of their folder."""
+    """Folder of images 0.jpg to 9.jpg and a GIF, and one image outside of it."""
     (folder / "deep").mkdir(parents=True)
     for number in range(10):
         (folder / f"{number}.jpg").write_bytes(encoded(picture(number)))

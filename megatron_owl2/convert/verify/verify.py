@@ -34,6 +34,7 @@ from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training.checkpoint import save_load
 from megatron_owl2.training.step import forward_backward
+from megatron_owl2.utils.files import replaced_atomically
 
 _ONE_PROCESS = [
     "parallel.tensor=1",
@@ -150,15 +151,12 @@ def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
     Raises ConversionError if it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(partial, {n: LazyTensor.of(t) for n, t in results.items()})
-        os.replace(partial, path)
+        with replaced_atomically(path) as partial:
+            write_safetensors(partial, {n: LazyTensor.of(t) for n, t in results.items()})
     except OSError as error:
         raise ConversionError(f"{path} cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _processes() -> int:

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from megatron_owl2.errors import ShardError
+from megatron_owl2.utils.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron_owl2 shards 2"
@@ -53,25 +54,6 @@ def parse_manifest(data: bytes, where: str) -> dict:
     if len({row["name"] for row in rows}) < len(rows):
         raise ShardError(f"{where} names a shard twice")
     return manifest
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there completely or not at all."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def temporary_name(path: Path) -> Path:
-    """Where a process writes what shall become `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _is_row(row) -> bool:

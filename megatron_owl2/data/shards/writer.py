@@ -14,15 +14,11 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64_intdigest as checksum
 
-from megatron_owl2.data.shards.manifest import (
-    MANIFEST,
-    temporary_name,
-    write_atomically,
-    write_manifest,
-)
+from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.shards.tar import END, pack_member
 from megatron_owl2.errors import BadSampleError, ShardError
+from megatron_owl2.utils.files import temporary_name, write_atomically
 
 INDEX, SUMS = ".idx", ".sums"
 

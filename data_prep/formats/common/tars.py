@@ -1,4 +1,4 @@
-"""Samples from tar files of other tools: PAX and GNU headers are fine, damage never goes unseen."""
+"""Samples from tar files of other tools: PAX and GNU headers are read, damage is reported."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ Sample = tuple[str, dict[str, bytes]]  # key, and extension to bytes
 
 
 def read_tar(path: Path) -> Iterator[Sample | Skipped]:
-    """Neighbouring files of the same key as one sample, as webdataset groups them.
+    """Samples of a tar file: neighbouring members with one key, as webdataset groups them.
 
     The rest of a damaged archive is skipped as one, since its number of samples is unknown.
     """
@@ -23,7 +23,7 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
         def read(start: int, stop: int) -> bytes:
             return os.pread(file.fileno(), stop - start, start)
 
-        sample_key, parts, repeated, end = None, {}, False, 0
+        sample_key, members, repeated, end = "", {}, False, 0
         try:
             for _, name, start, length in entries(read, 0, size):
                 end = start + length + padding(length)
@@ -31,22 +31,22 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
                     continue
                 key, extension = split_name(name)
                 if key != sample_key:
-                    if parts:
-                        yield _sample(sample_key, parts, repeated)
-                    sample_key, parts, repeated = key, {}, False
-                repeated |= extension in parts
-                parts[extension] = read(start, start + length)
+                    if members:
+                        yield _sample(sample_key, members, repeated)
+                    sample_key, members, repeated = key, {}, False
+                repeated |= extension in members
+                members[extension] = read(start, start + length)
             intact = _ends_here(file, end)
         except BadSampleError:
             intact = False
-        if parts:
-            yield _sample(sample_key, parts, repeated)
+        if members:
+            yield _sample(sample_key, members, repeated)
         if not intact:
             yield Skipped(DAMAGED, str(path))
 
 
-def _sample(key: str, parts: dict[str, bytes], repeated: bool) -> Sample | Skipped:
-    return Skipped("a part of the sample occurs twice", key) if repeated else (key, parts)
+def _sample(key: str, members: dict[str, bytes], repeated: bool) -> Sample | Skipped:
+    return Skipped("a part of the sample occurs twice", key) if repeated else (key, members)
 
 
 def _ends_here(file, position: int) -> bool:
@@ -54,8 +54,8 @@ def _ends_here(file, position: int) -> bool:
     it may be cut, or have lost bytes before."""
     file.seek(position)
     length = 0
-    while chunk := file.read(1 << 20):
-        if chunk.strip(b"\0"):
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
             return False
-        length += len(chunk)
+        length += len(block)
     return length >= BLOCK and (position + length) % BLOCK == 0

@@ -13,13 +13,13 @@ CORPUS = Corpus(
     height=("height",),
     scores={
         "similarity": "cosine of CLIP's ViT-B/32 embeddings; all are above 0.28",
-        "punsafe": "probability that the picture is not safe for work; lower is better",
+        "punsafe": "probability that the image is not safe for work; lower is better",
         "pwatermark": "probability of a watermark; lower is better",
         "aesthetic": "predicted aesthetic score, about 1 to 10; higher is better",
         "AESTHETIC_SCORE": "the same, as another version names it",
     },
     labels={
         "NSFW": "UNLIKELY, UNSURE or NSFW, by CLIP",
-        "LICENSE": "as found beside the picture, mostly ?",
+        "LICENSE": "as found beside the image, mostly ?",
     },
 )

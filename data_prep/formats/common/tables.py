@@ -1,4 +1,4 @@
-"""Tables as corpora publish them, in JSON lines, TSV, CSV or Parquet: cut first, then read a piece.
+"""Tables in JSON lines, TSV, CSV or Parquet: cut into pieces first, read piece by piece.
 
 Memory does not grow with the table. Text is UTF-8, with or without a byte order mark; a byte that
 is not stays visible as a lone surrogate, which no caption may hold. TSV knows no quotes (published
@@ -23,8 +23,8 @@ from megatron_owl2.errors import PreprocessError
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv")
 
 _BOM = b"\xef\xbb\xbf"
-_CHUNK = 1 << 24
-_PARQUET_ROWS = 128  # read at once; a row may hold a picture
+_READ_BYTES = 1 << 24
+_PARQUET_ROWS = 128  # read at once; a row may hold an image
 _HEAD_LINES = 100  # of JSON lines, to know the columns
 
 csv.field_size_limit(1 << 24)
@@ -43,7 +43,7 @@ class Piece:
 
 
 def files(source: Path) -> list[Path]:
-    """The table `source`, or the tables of one kind in the folder `source`, by name.
+    """Paths of the table `source`, or of the tables of one kind in the folder `source`, by name.
 
     Raises PreprocessError if there is none, or more than one kind.
     """
@@ -63,7 +63,7 @@ def files(source: Path) -> list[Path]:
 
 
 def cut(path: Path, rows: int) -> list[Piece]:
-    """The table in pieces of `rows` rows.
+    """Pieces of a table of `rows` rows.
 
     Text is read once for this, Parquet only its footer. Raises PreprocessError if the file is not
     such a table.
@@ -90,7 +90,7 @@ def cut(path: Path, rows: int) -> list[Piece]:
 
 
 def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
-    """The rows of a piece, with their numbers from 0 in the table; CSV and TSV give texts."""
+    """Rows of a piece, with their numbers from 0 in the table; CSV and TSV give texts."""
     rows = _parquet_rows if piece.path.suffix == ".parquet" else _text_rows
     yield from enumerate(rows(piece), piece.first)
 
@@ -98,11 +98,11 @@ def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
 def find_column(
     source: Path, columns: Sequence[str], wanted: str | None, usual: Sequence[str], option: str
 ) -> str:
-    """The column `wanted`, or else the first of the usual names, whatever its case.
+    """Column `wanted`, or else the first of the usual names, whatever its case.
 
     Raises PreprocessError naming the columns and the option if there is none.
     """
-    if wanted in columns:
+    if wanted is not None and wanted in columns:
         return wanted
     lower = {name.lower(): name for name in reversed(columns)}
     found = next((lower[name] for name in usual if name in lower), None)
@@ -115,25 +115,25 @@ def find_column(
 
 
 def cut_lines(file: BinaryIO, rows: int, digest) -> tuple[list[int], int]:
-    """Where every `rows`-th line from the file's position on begins, and how many lines there are.
+    """Byte offsets of every `rows`-th line from the file's position on, and the number of lines.
 
     `digest` is updated with all of them.
     """
     start = position = file.tell()
     starts, count, last = [start], 0, b"\n"
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-        ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+    while block := file.read(_READ_BYTES):
+        digest.update(block)
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
         starts += (position + 1 + ends[rows - 1 - count % rows :: rows]).tolist()
         count += len(ends)
-        position += len(chunk)
-        last = chunk[-1:]
+        position += len(block)
+        last = block[-1:]
     count += last != b"\n"
     return starts[: -(-count // rows)], count
 
 
 def parquet():
-    """The module pyarrow.parquet; raises PreprocessError if it is not installed."""
+    """Module pyarrow.parquet; raises PreprocessError if it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -144,7 +144,7 @@ def parquet():
 
 
 def open_parquet(path: Path):
-    """A ParquetFile that reads its column chunks piece by piece; raises PreprocessError."""
+    """ParquetFile that reads its column chunks piece by piece; raises PreprocessError."""
     module = parquet()
     try:
         return module.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
@@ -157,7 +157,7 @@ def _names() -> str:
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[tuple[str, ...], int]:
-    """The names of the columns, and the byte where the rows begin."""
+    """Names of the columns, and the byte offset of the rows."""
     offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(offset)
     if path.suffix == ".jsonl":
@@ -255,7 +255,7 @@ def _parquet_rows(piece: Piece) -> Iterator[dict[str, Any]]:
 
 
 def _from(batches, skip: int) -> Iterator:
-    """The batches without the first `skip` rows."""
+    """Batches without the first `skip` rows."""
     for batch in batches:
         if skip < batch.num_rows:
             yield batch.slice(skip)

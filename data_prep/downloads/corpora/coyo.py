@@ -17,5 +17,5 @@ CORPUS = Corpus(
         "num_faces": "faces found by SCRFD",
         "word_count": "words of the text",
     },
-    labels={"image_phash": "perceptual hash of the picture"},
+    labels={"image_phash": "perceptual hash of the image"},
 )

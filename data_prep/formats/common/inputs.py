@@ -1,4 +1,4 @@
-"""What the readers share: pictures named by a path, metadata worth keeping, names of parts."""
+"""Values that formats share: images named by a path, captions, metadata, names of splits."""
 
 import errno
 import math
@@ -13,7 +13,7 @@ from megatron_owl2.errors import PreprocessError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
-# What a path in a corpus can be wrong by; a disk or a network that fails is no fault of a sample.
+# Faults of a path that a corpus names; others are of the disk or network, not of a sample.
 _OF_THE_PATH = {
     errno.EACCES,
     errno.EISDIR,
@@ -25,31 +25,31 @@ _OF_THE_PATH = {
 
 
 class SkipError(Exception):
-    """Why a sample is left out."""
+    """Reason why a sample is left out; readers turn it into a Skipped."""
 
 
-def split_name(text: str) -> str:
-    """`text` with every character that a part's name cannot hold replaced."""
+def sanitize_name(text: str) -> str:
+    """Text with every character that a split's name cannot hold replaced by `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)
 
 
 def images_folder(source: Path, options: ReadOptions) -> Path:
-    """The folder of the pictures that `source` names; raises PreprocessError without one."""
+    """Folder of the images that `source` names; raises PreprocessError without one."""
     if options.images is None:
-        raise PreprocessError(f"{source} names pictures; say where they are with --images DIR")
+        raise PreprocessError(f"{source} names images; say where they are with --images DIR")
     if not options.images.is_dir():
         raise PreprocessError(f"--images {options.images} is not a folder")
     return options.images
 
 
 def refuse_images(options: ReadOptions, kind: str) -> None:
-    """Raises PreprocessError if a folder of pictures is given to a format without a use of it."""
+    """Check for formats without image paths; raises PreprocessError if `--images` is given."""
     if options.images is not None:
         raise PreprocessError(f"{kind}; leave out --images")
 
 
-def picture(images: Path, name: Any) -> bytes:
-    """The bytes of the picture that a corpus names by a path relative to `images`.
+def read_image(images: Path, name: Any) -> bytes:
+    """Bytes of the image that a corpus names by a path relative to `images`.
 
     The path cannot climb out of the folder; symbolic links in it are followed. Raises SkipError,
     and OSError if the file system fails.
@@ -74,7 +74,7 @@ def picture(images: Path, name: Any) -> bytes:
 
 
 def caption(value: Any) -> str:
-    """A caption without the white space around it; raises SkipError if nothing is left."""
+    """Caption without the white space around it; raises SkipError if nothing is left."""
     if value is None or value == "":
         raise SkipError("empty caption")
     if not isinstance(value, str):
@@ -85,7 +85,7 @@ def caption(value: Any) -> str:
 
 
 def scalars(row: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
-    """The texts, truth values and finite numbers of a row, in the row's order."""
+    """Strings, booleans and finite numbers of a row, in the row's order."""
     return {
         name: value
         for name, value in row.items()

@@ -1,7 +1,7 @@
 """DataComp (Gadre et al., 2023): 1.4 billion pairs of DataComp-1B, or CommonPool's 12.8 billion.
 
-The tables come with the boxes of faces, which the download blurs, and the hash of every picture as
-it was found, so that an address that shows another picture by now is left out.
+The tables come with the boxes of faces, which the download blurs, and the hash of every image as
+it was found, so that an address that shows another image by now is left out.
 """
 
 from data_prep.downloads.corpus import Corpus

@@ -1,0 +1,1 @@
+"""Helpers that the formats share: images named by paths, tables, tar files."""
