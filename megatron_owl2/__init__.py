@@ -6,7 +6,7 @@
     model.generate("What is this?", images=["owl.jpg"])
     owl2.ShardedDataset("shards/coyo")[1337]
     config = owl2.load_config("examples/7b/pretrain.yaml", ["train.steps=10"])
-    owl2.train(config)
+    owl2.Trainer(config).train()
 
 The names below are imported at their first use, so `import megatron_owl2` loads neither torch nor
 megatron-core.
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from megatron_owl2.data.shards.dataset import ShardedDataset
     from megatron_owl2.errors import Owl2Error
     from megatron_owl2.inference.api import InferenceModel, load
-    from megatron_owl2.training.trainer import train
+    from megatron_owl2.training.trainer import Trainer
 
 __all__ = [
     "InferenceModel",
     "Owl2Error",
     "ShardedDataset",
+    "Trainer",
     "load",
     "load_config",
-    "train",
 ]
 
 _MODULES = {
     "InferenceModel": "megatron_owl2.inference.api",
     "Owl2Error": "megatron_owl2.errors",
     "ShardedDataset": "megatron_owl2.data.shards.dataset",
+    "Trainer": "megatron_owl2.training.trainer",
     "load": "megatron_owl2.inference.api",
     "load_config": "megatron_owl2.config.load",
-    "train": "megatron_owl2.training.trainer",
 }
 
 

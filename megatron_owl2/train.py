@@ -46,6 +46,7 @@ def main(
     setup_logging()
     try:
         config = load_config(options.config, options.overrides)
+        # At once: the Trainer does it too, but comes with the seconds of importing torch.
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
         setup()
         from megatron_owl2.training.trainer import Trainer

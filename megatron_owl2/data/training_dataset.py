@@ -100,7 +100,7 @@ class TrainingDataset(Dataset):
                 bad.append(BadSample(sample_index, key, source, *where, str(error)))
             except Exception as error:
                 name = dataset.shards[shard]["name"]
-                error.add_note(f"sample {sample_index}: number {index} of {name}")
+                error.add_note(f"sample {sample_index}: sample {index} of {name}")
                 raise
             else:
                 sample.sample_index, sample.key, sample.source = sample_index, record.key, source

@@ -72,7 +72,7 @@ class InferenceModel:
         return self._generator.generate([*map(prompt, questions)], pixels, max_new_tokens)
 
 
-def load(path: str | PathLike[str], precision: str = "fp32") -> InferenceModel:
+def load(path: str | PathLike[str], precision: Precision = "fp32") -> InferenceModel:
     """Load a model: an HF export, a run directory, its `checkpoints/` or one `iter_*`.
 
     `precision` is fp32 or bf16. Under torchrun the weights are split over all its processes.

@@ -45,12 +45,14 @@ _logger = logging.getLogger(__name__)
 class Trainer:
     """Training of one stage on all ranks of a job; every rank makes one and calls `train`.
 
-    The configuration must have passed `config.validate.validate`. Subclasses may replace any of
-    the methods that `train` and `train_step` call.
+    Subclasses may replace any of the methods that `train` and `train_step` call. Without `stop`
+    the signals of signals.SIGNALS are taken over from here on. Raises ConfigError for a
+    configuration that cannot run here.
     """
 
-    def __init__(self, config: RunConfig, stop: StopSignal):
-        self.config, self.stop = config, stop
+    def __init__(self, config: RunConfig, stop: StopSignal | None = None):
+        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+        self.config, self.stop = config, stop or StopSignal()
         self.output = Path(config.train.output)
         self.state = TrainState()
         self.signal = 0  # that ends the run early
@@ -322,17 +324,6 @@ class Trainer:
         self._closing.__exit__(kind, error, traceback)
         if error is None:
             setup.shutdown()
-
-
-def train(config: RunConfig, stop: StopSignal | None = None) -> int:
-    """Train one stage on every rank of the job, from inside a program.
-
-    Returns 0, or the number of the signal that ended the run early. Without `stop` the signals in
-    `signals.SIGNALS` are taken over from here on. Raises ConfigError for a configuration that
-    cannot run here.
-    """
-    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    return Trainer(config, stop or StopSignal()).train()
 
 
 def _describe_ranks() -> str:

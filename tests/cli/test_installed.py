@@ -152,10 +152,10 @@ def test_a_program_trains(installed, trained):
         """
 import megatron_owl2 as owl2
 config = owl2.load_config("run.yaml", ["train.output=api", "train.steps=2"])
-assert owl2.train(config) == 0
+assert owl2.Trainer(config).train() == 0
 config.train.precision = "fp16"
 try:
-    owl2.train(config)
+    owl2.Trainer(config).train()
 except owl2.Owl2Error as error:
     print(error)
 """

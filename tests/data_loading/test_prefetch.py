@@ -75,7 +75,7 @@ def test_the_next_shuffle_block_is_fetched_before_it_is_read(folder, tmp_path, m
     monkeypatch.setattr("megatron_owl2.data.shards.dataset.BLOCK_SIZE", 10)
     monkeypatch.setattr(order.ShuffleOrder.__init__, "__defaults__", (2, 10, 50))
     with HttpServer(folder) as server:
-        stream = loader(over(server, tmp_path / "cache"), micro=1)._stream
+        stream = loader(over(server, tmp_path / "cache"), micro=1)._dataset
         wanted = {
             block
             for sample_index in (0, 1)
@@ -99,11 +99,12 @@ def test_the_next_shuffle_block_is_fetched_before_it_is_read(folder, tmp_path, m
         stream[near]
 
 
-def test_a_cache_that_is_too_small_is_said(folder, server, tmp_path, capsys):
+def test_a_cache_that_is_too_small_is_said(folder, server, tmp_path, caplog):
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     for gib, said in ((1.0, False), (size / 2**31, True)):
         loader(over(server, tmp_path / "cache", cache_gib=gib))
-        assert ("data.storage.cache_gib" in capsys.readouterr().err) == said
+        assert ("data.storage.cache_gib" in caplog.text) == said
+        caplog.clear()
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".sums"])

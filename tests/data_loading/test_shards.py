@@ -200,11 +200,11 @@ def test_a_data_set_survives_pickling_and_closing(folder):
 
 
 def test_only_so_much_of_the_indexes_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_owl2.data.shards.dataset._MAX_CHUNKS", 3)
+    monkeypatch.setattr("megatron_owl2.data.shards.dataset._MAX_BLOCKS", 3)
     dataset = ShardedDataset(write(tmp_path / "many", RECORDS, samples_per_shard=2))
     for _ in range(2):
         assert everything(dataset) == RECORDS
-        assert len(dataset._chunks) == 3
+        assert len(dataset._blocks) == 3
 
 
 def test_a_shard_that_is_cut_while_in_use_is_an_error(folder):

@@ -71,7 +71,7 @@ def test_shares_are_the_weights_and_nothing_is_left_out(
         counts = [seen[index, shard, i] for shard, i in all_samples(source)]
         assert abs(sum(counts) - weight / sum(weights) * length) <= 0.5 + 1e-6
         assert min(counts) >= 1 and max(counts) - min(counts) <= 1
-    assert min(order.samples_per_epoch[i] - sum(s) for i, (s, _) in enumerate(sources)) == 0
+    assert min(order.dataset_samples_per_epoch[i] - sum(s) for i, (s, _) in enumerate(sources)) == 0
 
 
 @settings(max_examples=40)
@@ -133,7 +133,7 @@ def test_small_sets_are_shuffled_completely():
     """A set of 3,000 sorted samples: any 64 samples are spread over it evenly."""
     order = ShuffleOrder([[1000, 1000, 1000]], [1], seed=5)
     assert order.streams == 1
-    places = np.array([s * 1000 + i for _, s, i in map(order.locate, range(2 * 3000))])
+    places = np.array([s * 1000 + i for _, s, i in map(order.sample_at, range(2 * 3000))])
     for start in range(0, 6000 - 64, 640):
         batch = places[start : start + 64]
         assert np.histogram(batch, bins=3, range=(0, 3000))[0].min() > 3

@@ -235,7 +235,7 @@ def test_a_long_row_of_bad_samples_stops_the_run(tmp_path):
 def test_nothing_usable_is_a_clear_error(tmp_path):
     items = [Record(f"k{i}", image=BROKEN, caption="x") for i in range(20)]
     with pytest.raises(
-        DataError, match=r"sample index 0: its sample and 8 substitutes are all unusable:(\n.*){9}"
+        DataError, match=r"sample 0 and 8 substitutes for it are all unusable:(\n.*){9}"
     ):
         next(iter(loader(config(write(tmp_path / "s", items)))))
 
@@ -290,9 +290,7 @@ def test_data_may_change_only_in_a_new_phase(folders):
     datasets = open_sources(data)
     recorded = to_json([first_phase(data, datasets)])
     assert resume(recorded, data, datasets, 96, "checkpoint") == [first_phase(data, datasets)]
-    with pytest.raises(
-        ConfigError, match=r"data.sources .* data.phase=2 .* from sample index 96 on"
-    ):
+    with pytest.raises(ConfigError, match=r"data.sources .* data.phase=2 .* from sample 96 on"):
         resume(recorded, other, datasets, 96, "checkpoint")
     other.phase = 2
     first, second = resume(recorded, other, datasets, 96, "checkpoint")

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_owl2 import train
 from megatron_owl2.mcore.setup import setup
+from megatron_owl2.train import main
 
 setup()
 
@@ -205,4 +205,4 @@ def _no_space() -> OSError:
 
 if __name__ == "__main__":
     fault, *arguments = sys.argv[1:]
-    sys.exit(train.main(arguments, globals()[fault]()))
+    sys.exit(main(arguments, globals()[fault]()))

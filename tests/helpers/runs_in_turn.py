@@ -29,7 +29,6 @@ def main() -> None:
     import torch.distributed as dist
 
     from megatron_owl2.config.load import load_config
-    from megatron_owl2.config.validate import validate
     from megatron_owl2.training.signals import StopSignal
     from megatron_owl2.training.trainer import Trainer
     from megatron_owl2.utils.logs import setup_logging
@@ -42,7 +41,6 @@ def main() -> None:
     store = dist.TCPStore(*address, size, is_master=False)
     for number, (output, overrides) in enumerate(json.loads(os.environ["RUNS_IN_TURN"])):
         config = load_config(sys.argv[1], [f"train.output={output}", *overrides])
-        validate(config, size)
         # Their addresses lie in the store; those of the group before must not be found there.
         own = dist.PrefixStore(f"run {number}", store)
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
