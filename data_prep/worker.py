@@ -184,7 +184,8 @@ def _selected(
                 pixels = decode(item.image)
             yield _Candidate(item, place, stats, pixels)
         elif decision == dedup.DUPLICATE:
-            statistics.skip(Skipped(_DUPLICATES[settings.deduplicate or ""], item.key))
+            assert settings.deduplicate is not None  # or there would be no duplicates
+            statistics.skip(Skipped(_DUPLICATES[settings.deduplicate], item.key))
         else:
             statistics.skip(Skipped(_NOT_SAMPLED, item.key))
         position, content, decision = next(expected, (None, None, None))

@@ -130,7 +130,7 @@ def test_the_names_of_formats_and_corpora_stay():
         "table",
         "webdataset",
     ]
-    assert list(CORPORA) == ["cc12m", "cc3m", "coyo", "datacomp", "laion"]
+    assert list(CORPORA) == ["cc3m", "cc12m", "coyo", "datacomp", "laion"]
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_lines_are_cut_where_they_begin(lines, ends, size, chunk):
     data = "\n".join(lines).encode() + b"\n" * ends
     expected = io.BytesIO(data).readlines()
     digest = xxhash.xxh3_128()
-    with patch.object(tables, "_CHUNK", chunk):
+    with patch.object(tables, "_READ_BYTES", chunk):
         starts, count = tables.cut_lines(io.BytesIO(data), size, digest)
     offsets = [0, *accumulate(map(len, expected))]
     assert count == len(expected) and starts == offsets[:-1:size]

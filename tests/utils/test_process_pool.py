@@ -31,7 +31,8 @@ def test_results_come_with_their_items_and_a_death_with_those_in_work():
             for number, _ in pool.as_completed(die_at_7, range(100)):
                 done.append(number)
     assert 7 in error.value.items and len(error.value.items) <= 2
-    assert set(done) <= set(range(9)) and not set(done) & set(error.value.items)
+    # The other process may finish some more before the death is noticed.
+    assert 7 not in done and not set(done) & set(error.value.items)
 
 
 def divmod_by_zero(number: int) -> tuple[int, int]:
