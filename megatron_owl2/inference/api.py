@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, overload
 import torch
 from PIL import Image
 
+from megatron_owl2.config.schema import Precision
 from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
