@@ -42,7 +42,7 @@ class Deadly(LetterTokenizer):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(folders, tmp_path, workers, capfd):
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(folders, tmp_path, workers, caplog):
     expected = list(loader(config(*folders), limit_samples=80))
     fuse = tmp_path / "fuse"
     fuse.touch()
@@ -52,7 +52,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(folders, tmp_path, work
     for a, b in zip(expected, batches, strict=True):
         assert_equal(a, b)
     assert not fuse.exists() and batches.restarts == 1
-    assert "a data worker ended unexpectedly" in capfd.readouterr().err
+    assert "a data worker ended unexpectedly" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(3))

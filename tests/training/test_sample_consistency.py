@@ -11,14 +11,14 @@ from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 
 
 def read(rank: int, folders: list[str], store: str, found: str) -> None:
-    """One of two ranks; what `check` said after every step goes into a file."""
+    """One of two ranks; what `verify` said after every step goes into a file."""
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    agreement = SampleConsistencyCheck([torch.distributed.group.WORLD], torch.device("cpu"))
+    consistency = SampleConsistencyCheck([torch.distributed.group.WORLD], torch.device("cpu"))
     said = []
     for step, batch in enumerate(loader(config(folders[rank], weights=(1,)), limit_samples=40), 1):
-        agreement.add(batch)
+        consistency.add(batch)
         try:
-            agreement.check(step)
+            consistency.verify(step)
             said.append("")
         except DataError as error:
             said.append(str(error))
