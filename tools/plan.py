@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore.setup import setup
 
 
 def main() -> int:
@@ -67,6 +68,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
 
+    setup()
     from megatron_owl2.planner import plan, report
     from megatron_owl2.planner.timing import Machine
 

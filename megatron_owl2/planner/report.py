@@ -1,6 +1,6 @@
-"""A plan in words and tables."""
+"""Text report of a plan."""
 
-from megatron_owl2.planner import memory, search
+from megatron_owl2.planner import search
 from megatron_owl2.planner.plan import Plan
 
 _GIB = 2**30
@@ -13,7 +13,7 @@ def text(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether the config's own layout fits, and by how much."""
+    """One line on whether the config itself fits, and by how much."""
     rank, machine = plan.fullest, plan.machine
     need = plan.memory[rank].total / _GIB
     have = machine.usable / _GIB
@@ -27,14 +27,15 @@ def verdict(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     config, machine = plan.config, plan.machine
     parallel = config.parallel
-    count = memory.micro_batches(config, machine.gpus)
+    data_parallel = machine.gpus // (parallel.tensor * parallel.pipeline * parallel.context)
+    count = config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)
     sizes = f"tensor {parallel.tensor}" + " with sequence" * parallel.sequence
     sizes += f", pipeline {parallel.pipeline}, virtual pipeline {parallel.virtual_pipeline}, "
     sizes += f"context {parallel.context}, recompute {parallel.recompute}"
     return [
         f"stage {config.stage.name}: {plan.trained:,} of {plan.parameters:,} parameters train",
         f"{machine.gpus:,} GPUs: {sizes}",
-        f"{memory.data_parallel(config, machine.gpus):,} data-parallel ranks x {count:,} "
+        f"{data_parallel:,} data-parallel ranks x {count:,} "
         f"micro-batches x {config.train.micro_batch_size} samples = "
         f"{config.train.global_batch_size:,} samples a step, {config.train.steps:,} steps",
         plan.sharding,

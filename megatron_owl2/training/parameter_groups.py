@@ -18,15 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_owl2.config.schema import RunConfig, StageConfig
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.model.owl2 import Owl2
-
-PARTS = {  # where a parameter belongs, first match wins; the rows of the table at start
-    "ViT": "vision_model.*",
-    "abstractor": "abstractor.*",
-    "vision branch": ("*.linear_kv_vision.weight", "*.weight_vision"),
-    "embedding": "embedding.*",
-    "output layer": "output_layer.*",
-    "decoder": "*",
-}
+from megatron_owl2.model.parts import PARAMETER_GROUPS, part_of
 
 
 @dataclass(frozen=True)
@@ -109,10 +101,10 @@ def learning_rates(
     """The learning rates in force by part of the model; where a part has several, its lowest and
     its highest one."""
     found = {}
-    for part in PARTS:
-        factors = {p.factor for p in plan if p.trained and part_of(p.name) == part}
+    for group in PARAMETER_GROUPS:
+        factors = {p.factor for p in plan if p.trained and part_of(p.name).parameter_group == group}
         low, high = min(factors, default=None), max(factors, default=None)
-        names = {part: low} if low == high else {f"{part} lowest": low, f"{part} highest": high}
+        names = {group: low} if low == high else {f"{group} lowest": low, f"{group} highest": high}
         found |= {name: factor for name, factor in names.items() if factor is not None}
     peak, least = config.optimizer.lr, config.optimizer.min_lr
     return {
@@ -126,14 +118,14 @@ def summary(plan: list[Parameter], config: RunConfig) -> str:
     groups = defaultdict(list)
     for parameter in plan:
         kind = parameter.decays if parameter.trained else None
-        groups[part_of(parameter.name), kind].append(parameter)
+        groups[part_of(parameter.name).parameter_group, kind].append(parameter)
     head = f"{'part':<14}{'tensors':>9}{'parameters':>16}  {'rate':<20}decay"
     lines = [f"stage {config.stage.name}", head]
-    for part, kind in itertools.product(PARTS, (True, False, None)):
-        members = groups[part, kind]
+    for group, kind in itertools.product(PARAMETER_GROUPS, (True, False, None)):
+        members = groups[group, kind]
         if not members:
             continue
-        line = f"{part:<14}{len(members):>9}{sum(p.numel for p in members):>16,}  "
+        line = f"{group:<14}{len(members):>9}{sum(p.numel for p in members):>16,}  "
         if kind is None:
             lines.append(f"{line}frozen")
             continue
@@ -143,11 +135,6 @@ def summary(plan: list[Parameter], config: RunConfig) -> str:
     trained, everything = sum(p.numel for p in plan if p.trained), sum(p.numel for p in plan)
     lines.append(f"{'trained':<14}{'':>9}{trained:>16,}  of {everything:,}")
     return "\n".join(lines)
-
-
-def part_of(name: str) -> str:
-    """The part of the model, one of PARTS, that a parameter belongs to."""
-    return next(part for part, patterns in PARTS.items() if _matches(name, patterns))
 
 
 def _matches(name: str, patterns: str | list[str] | tuple[str, ...]) -> bool:

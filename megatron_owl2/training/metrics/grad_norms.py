@@ -1,7 +1,6 @@
 """The gradient norm by part of the model."""
 
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -9,19 +8,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_owl2.config.schema import DecoderConfig
+from megatron_owl2.model.parts import GRAD_NORM_GROUPS, REST, part_of
 
-# The first match wins; of linear_qkv only the keys and values, queries are the rest.
-NORM_GROUPS = {
-    "ViT": "vision_model.*",
-    "abstractor": "abstractor.*",
-    "vision KV": "*.linear_kv_vision.weight",
-    "text KV": "*.linear_qkv.weight",
-    "rest": "*",
-}
+_TEXT_KV = "text KV"  # of linear_qkv only the keys and values; queries are the rest
 
 
 class GradNormsByGroup:
-    """Gradient norms by NORM_GROUPS, of the gradients that the distributed optimizer holds.
+    """Gradient norms by GRAD_NORM_GROUPS, of the gradients that the distributed optimizer holds.
 
     After the reduction a rank has the right gradients only for the piece of every buffer that it
     updates. Those pieces cover every parameter once over all ranks but for the copies that
@@ -48,7 +41,7 @@ class GradNormsByGroup:
             for part, piece in self._split(names[parameter], start, start + shard.numel())
         ]
         self._parts = torch.tensor(
-            [list(NORM_GROUPS).index(part) for part, _, _ in self._pieces],
+            [list(GRAD_NORM_GROUPS).index(part) for part, _, _ in self._pieces],
             dtype=torch.int64,
             device=self._device,
         )
@@ -59,23 +52,23 @@ class GradNormsByGroup:
 
         To be called after `prepare_grads` and before the clipping.
         """
-        squares = torch.zeros(len(NORM_GROUPS), dtype=torch.float64, device=self._device)
+        squares = torch.zeros(len(GRAD_NORM_GROUPS), dtype=torch.float64, device=self._device)
         if self._pieces:
             norms = torch._foreach_norm([shard.grad[piece] for _, shard, piece in self._pieces])
             squares.index_add_(0, self._parts, torch.stack(norms).double().square())
         torch.distributed.all_reduce(squares, group=self._optimizer.get_grad_stats_parallel_group())
-        return dict(zip(NORM_GROUPS, squares.sqrt().tolist(), strict=True))
+        return dict(zip(GRAD_NORM_GROUPS, squares.sqrt().tolist(), strict=True))
 
     def _split(self, name: str, start: int, stop: int) -> Iterator[tuple[str, slice]]:
         """The parts of the numbers from `start` to `stop` of a flattened parameter, and where
         they are, counted from `start`."""
-        part = next(part for part, pattern in NORM_GROUPS.items() if fnmatchcase(name, pattern))
-        if part != "text KV":
-            yield part, slice(0, stop - start)
+        name_of_group = part_of(name).grad_norm_group
+        if name_of_group != _TEXT_KV:
+            yield name_of_group, slice(0, stop - start)
             return
         for group in range(start // self._group * self._group, stop, self._group):
             keys, end = group + self._queries, group + self._group
-            for kind, first, last in (("rest", group, keys), ("text KV", keys, end)):
+            for kind, first, last in ((REST, group, keys), (_TEXT_KV, keys, end)):
                 first, last = max(first, start), min(last, stop)
                 if first < last:
                     yield kind, slice(first - start, last - start)
