@@ -19,9 +19,13 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore.parallel import ParallelContext, layers_per_stage
 from megatron_owl2.model.layer_stack import LayerStack
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.model.parts import STACKS
+from megatron_owl2.model.parts import STACKS, part_of
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
-from megatron_owl2.planner.live_memory import LiveMemory, Moment, meta_device
+from megatron_owl2.planner.live_memory import LiveMemory, Moment
+from megatron_owl2.planner.meta_device import (
+    build_on_meta_device,
+    flash_attention_on_meta_device,
+)
 from megatron_owl2.planner.static_memory import Weight, with_local_kernels
 from megatron_owl2.training import parameter_groups
 
@@ -88,8 +92,8 @@ class ActivationCosts:
     """
 
     def __init__(self, weights: Sequence[Weight]):
-        begin = ("vision_model.", "abstractor.", "embedding.")
-        self._fed = any(w.trained and w.name.startswith(begin) for w in weights)
+        # Whether anything before the decoder trains, so that its input has a gradient anyway.
+        self._fed = any(w.trained and part_of(w.name).pipeline == "first" for w in weights)
         self._measured: dict[tuple, list[ActivationCost]] = {}
         self._known: dict[tuple, PipelineStageCost] = {}
 
@@ -150,8 +154,9 @@ def measure_activations(
         parallel=replace(parallel, pipeline=1, virtual_pipeline=1, layers=[]),
     )
     size = parallel.tensor * parallel.context
-    with fake_process_groups(small.parallel, size, 0) as groups, meta_device():
-        built = Owl2(ParallelContext(small, groups), small.model)
+    with fake_process_groups(small.parallel, size, 0) as groups:
+        with build_on_meta_device():
+            built = Owl2(ParallelContext(small, groups), small.model)
         for name, parameter in built.named_parameters():
             parameter.requires_grad = parameter_groups.is_trainable(name, small.stage)
             if parameter.requires_grad:  # the gradient buffers take it over
@@ -159,7 +164,7 @@ def measure_activations(
         found = []
         for count in rows:
             parallel_state.get_global_memory_buffer().buffer.clear()
-            with LiveMemory(built, groups) as live:
+            with flash_attention_on_meta_device(), LiveMemory(built, groups) as live:
                 found.append(_run(built, small, count, live, received=received))
         return found
 

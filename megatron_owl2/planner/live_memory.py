@@ -8,8 +8,6 @@ to its last, as an allocator would count it.
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +16,10 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._C._distributed_c10d import FakeWork, ProcessGroup
 from torch._ops import OpOverload
-from torch.library import _scoped_library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_META = torch.device("meta")
+from megatron_owl2.planner.meta_device import META
 
 _aten = torch.ops.aten
 _UNARY = {_aten.neg.default, _aten.pow.Tensor_Scalar, _aten.rsqrt.default, _aten.silu.default}
@@ -30,30 +27,6 @@ _BINARY = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tenso
 
 # Which argument of a collective is the whole, and how often a rank sends its share of it.
 RING = {"allreduce_": (0, 2), "_allgather_base_": (0, 1), "_reduce_scatter_base_": (1, 1)}
-
-
-@contextmanager
-def meta_device() -> Iterator[None]:
-    """The meta device as torch's default device, with flash attention for its tensors.
-
-    torch itself would choose the plain formula of attention there, which keeps all scores.
-    """
-    with _META, _scoped_library("aten", "IMPL") as library:
-        library.impl("scaled_dot_product_attention", _flash_attention, "AutogradMeta")
-        yield
-
-
-def _flash_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    """Flash attention as `scaled_dot_product_attention` calls it on a CPU, where grouped queries
-    need no copies of their keys."""
-    if attn_mask is not None and attn_mask.dtype is torch.bool:
-        masked = torch.scalar_tensor(float("-inf"), dtype=query.dtype, device=_META)
-        attn_mask = torch.where(attn_mask, 0.0, masked)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    )[0]
 
 
 @dataclass(frozen=True)
@@ -102,15 +75,18 @@ class LiveMemory(TorchDispatchMode):
         if function.namespace == "c10d":
             self._send(function._opname, args)
             return args[0], FakeWork().boxed()  # outputs stay as they are
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": _META}
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": META}
         results = _shortcut(function, args)
         if results is None:
             results = function(*args, **kwargs)
+        self._add_all(results)
+        return results
+
+    def _add_all(self, results: Any) -> None:
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
                 self._add(result.untyped_storage())
-        return results
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -1,7 +1,8 @@
-"""What a stage trains, at which rate: patterns over parameter names, checked against the model.
+"""Parameter groups of a training stage: what it freezes and trains, and at which learning rates.
 
-A pattern is a shell glob, such as `vision_model.*` or `*.linear_kv_vision.weight`. Freezing must
-happen before the gradient buffers are built, so another stage is another run.
+A stage's patterns over parameter names are checked against the model. A pattern is a shell glob,
+such as `vision_model.*` or `*.linear_kv_vision.weight`. Freezing must happen before the gradient
+buffers are built, so another stage is another run.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ class Parameter:
 
 
 def freeze(config: RunConfig, chunks: Sequence[Owl2]) -> list[Parameter]:
-    """Freeze what the stage does not train; returns the plan for all parameters of the model.
+    """The plan of the stage for all parameters of the model; what it does not train is frozen.
 
     Sets `requires_grad` and, for the optimizer, `rate_factor` on every local parameter. Raises
     ConfigError if the stage's patterns are not those of a stage (`check_patterns`).
@@ -41,20 +42,23 @@ def freeze(config: RunConfig, chunks: Sequence[Owl2]) -> list[Parameter]:
     local = []
     for name, parameter in itertools.chain.from_iterable(c.named_parameters() for c in chunks):
         parameter.requires_grad = trained = is_trainable(name, config.stage)
-        parameter.rate_factor = rate_factor(name, config)
+        factor = rate_factor(name, config)
+        parameter.rate_factor = factor  # build_optimizer makes groups of it
         split = getattr(parameter, "tensor_model_parallel", False)
         numel = parameter.numel() * (config.parallel.tensor if split else 1)
         # The rule of get_standard_config_overrides (megatron-core, optimizer/__init__.py).
         decays = not name.endswith(".bias") and parameter.ndim > 1
-        local.append(Parameter(name, numel, trained, parameter.rate_factor, decays))
+        local.append(Parameter(name, numel, trained, factor, decays))
     plan = _union_over_pipeline(local, chunks[0].context.groups.pp)
     check_patterns(config.stage, [parameter.name for parameter in plan])
     return plan
 
 
 def check_patterns(stage: StageConfig, names: Sequence[str]) -> None:
-    """Refuse a pattern that matches none of the whole model's parameters, and a stage that trains
-    none of them; raises ConfigError."""
+    """A check of the stage's patterns against the names of the whole model's parameters.
+
+    Raises ConfigError for a pattern that matches none of them, and if none of them trains.
+    """
     for key in ("trainable", "frozen", "rates"):
         for pattern in getattr(stage, key):
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -98,8 +102,8 @@ def rate_factor(name: str, config: RunConfig) -> float:
 def learning_rates(
     plan: list[Parameter], scheduler: OptimizerParamScheduler, config: RunConfig
 ) -> dict[str, float]:
-    """The learning rates in force by part of the model; where a part has several, its lowest and
-    its highest one."""
+    """The learning rates in force by PARAMETER_GROUPS, the lowest and the highest of a group that
+    has several."""
     found = {}
     for group in PARAMETER_GROUPS:
         factors = {p.factor for p in plan if p.trained and part_of(p.name).parameter_group == group}
@@ -114,7 +118,8 @@ def learning_rates(
 
 
 def summary(plan: list[Parameter], config: RunConfig) -> str:
-    """What trains, part by part: tensors, parameters, peak learning rates, weight decay."""
+    """The table at the start of a run: tensors, parameters, peak learning rates and weight decay by
+    PARAMETER_GROUPS."""
     groups = defaultdict(list)
     for parameter in plan:
         kind = parameter.decays if parameter.trained else None
@@ -145,7 +150,7 @@ def _matches(name: str, patterns: str | list[str] | tuple[str, ...]) -> bool:
 def _union_over_pipeline(
     local: list[Parameter], pipeline: torch.distributed.ProcessGroup
 ) -> list[Parameter]:
-    """What all pipeline ranks have; those beside this one have the same parameters, or shards."""
-    shares = [None] * pipeline.size()
+    """The parameters of all pipeline ranks; other ranks have the same ones, or shards of them."""
+    shares: list = [None] * pipeline.size()
     torch.distributed.all_gather_object(shares, local, group=pipeline)
     return list({p.name: p for share in shares for p in share}.values())
