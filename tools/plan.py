@@ -1,10 +1,10 @@
-"""Plan a run before it is queued: memory per rank, operations, traffic, days, and better layouts.
+"""Plan a run before it is queued: memory per rank, FLOPs, traffic, days, better configurations.
 
 python tools/plan.py --config examples/7b/pretrain.yaml --gpus 64 --gpu-memory 80 \\
     [section.key=value ...]
 
-Needs no GPU, no data and no checkpoint. Exit codes: 0 the config's layout fits; 1 it does not; 2
-the config cannot run on so many GPUs.
+Needs no GPU, no data and no checkpoint. Exit codes: 0 the config fits; 1 it does not; 2 it cannot
+run on so many GPUs.
 """
 
 import argparse

@@ -7,6 +7,7 @@ every step of the same formula is rounded correctly, with mpmath's integer arith
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -53,8 +54,8 @@ def _sincos(count: int, size: int) -> np.ndarray:
     return np.concatenate([_rounded(mpmath.sin, angles), _rounded(mpmath.cos, angles)], axis=1)
 
 
-def _rounded(function: Callable[[mpmath.mpf], mpmath.mpf], values: np.ndarray) -> np.ndarray:
-    """The function of fp32 values, computed to 80 bits and rounded to fp32."""
+def _rounded(function: Callable[[Any], Any], values: np.ndarray) -> np.ndarray:
+    """The function of fp32 values, computed by mpmath to 80 bits and rounded to fp32."""
     distinct, places = np.unique(values, return_inverse=True)
     with mpmath.workprec(80):
         results = [float(function(mpmath.mpf(float(value)))) for value in distinct]

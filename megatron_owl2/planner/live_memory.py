@@ -124,9 +124,9 @@ def _shortcut(function: OpOverload, args: tuple) -> Any:
         return torch.empty_like(args[0])
     if function in _BINARY:
         large, small = args[:2]
-        if not isinstance(large, torch.Tensor) or not isinstance(small, torch.Tensor):
+        if not isinstance(large, torch.Tensor):
             return None
-        if large.numel() < small.numel():
+        if isinstance(small, torch.Tensor) and large.numel() < small.numel():
             large, small = small, large
         return torch.empty_like(large) if _shapes_result(large, small) else None
     if function is _aten.native_layer_norm.default:
@@ -142,13 +142,16 @@ def _shortcut(function: OpOverload, args: tuple) -> Any:
     return None
 
 
-def _shapes_result(large: torch.Tensor, small: torch.Tensor) -> bool:
+def _shapes_result(large: torch.Tensor, small: torch.Tensor | float) -> bool:
     """Whether a sum of both has the shape, strides and dtype of `large`."""
     if not large.is_floating_point():
         return False
+    if not isinstance(small, torch.Tensor):
+        return not isinstance(small, complex)
     if small.dim() == 0 and large.dim() > 0:
         return not small.is_complex()
-    if small.dtype is not large.dtype or small.dim() > large.dim():
+    wider = torch.promote_types(large.dtype, small.dtype)
+    if wider is not large.dtype or small.dim() > large.dim():
         return False
     if small.shape == large.shape and small.stride() == large.stride():
         return True

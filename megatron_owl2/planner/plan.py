@@ -71,12 +71,12 @@ class Plan:
             shown["total"] = rank.total
         tree["layouts"] = [
             {
-                "overrides": search.overrides(layout.config, self.config),
-                "memory": dataclasses.asdict(layout.memory) | {"total": layout.memory.total},
-                "time": dataclasses.asdict(layout.time) | {"total": layout.time.total},
-                "mfu": self.mfu(layout.time),
+                "overrides": search.overrides(candidate.config, self.config),
+                "memory": dataclasses.asdict(candidate.memory) | {"total": candidate.memory.total},
+                "time": dataclasses.asdict(candidate.time) | {"total": candidate.time.total},
+                "mfu": self.mfu(candidate.time),
             }
-            for layout in self.layouts
+            for candidate in self.layouts
         ]
         tree["time"] |= {"total": self.time.total}
         tree["mfu"] = self.mfu(self.time)

@@ -12,8 +12,9 @@ class RankTraffic:
     """Bytes that one rank sends per step; a ring's share where many take part.
 
     `tensor` and `context`: collectives of the layers, in both passes of all micro-batches;
-    `pipeline`: hidden states to the next stage and their gradients to the one before; `gradients`:
-    their sum over data and context ranks; `parameters`: the updated ones to all of these.
+    `pipeline`: hidden states to the next pipeline stage and their gradients to the one before;
+    `gradients`: their sum over data and context ranks; `parameters`: the updated ones to all of
+    these.
     """
 
     tensor: int

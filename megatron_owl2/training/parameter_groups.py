@@ -43,7 +43,8 @@ def freeze(config: RunConfig, chunks: Sequence[Owl2]) -> list[Parameter]:
     for name, parameter in itertools.chain.from_iterable(c.named_parameters() for c in chunks):
         parameter.requires_grad = trained = is_trainable(name, config.stage)
         factor = rate_factor(name, config)
-        parameter.rate_factor = factor  # build_optimizer makes groups of it
+        # Tensors take any attribute, whatever their stubs say; build_optimizer reads this one.
+        parameter.rate_factor = factor  # pyright: ignore[reportAttributeAccessIssue]
         split = getattr(parameter, "tensor_model_parallel", False)
         numel = parameter.numel() * (config.parallel.tensor if split else 1)
         # The rule of get_standard_config_overrides (megatron-core, optimizer/__init__.py).

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_owl2.config.schema import DecoderConfig
@@ -91,15 +92,18 @@ def _shards(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.
     """Every parameter that this rank updates a piece of, that piece as the optimizer holds it
     (flat, with its gradient in fp32), and where in the flattened parameter it starts."""
     assert isinstance(optimizer, ChainedOptimizer)
-    for part in optimizer.chained_optimizers:
-        if part.is_stub_optimizer:  # nothing trains on this rank
+    for chained in optimizer.chained_optimizers:
+        assert isinstance(chained, DistributedOptimizer)
+        if chained.is_stub_optimizer:  # nothing trains on this rank
             continue
+        # get_megatron_optimizer sets it on the instance.
+        tensor_ranks = chained.tp_group  # pyright: ignore[reportAttributeAccessIssue]
         for parameters, shards in (
-            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
-            (part.model_fp32_groups, part.shard_fp32_groups),
+            (chained.model_float16_groups, chained.shard_fp32_from_float16_groups),
+            (chained.model_fp32_groups, chained.shard_fp32_groups),
         ):
             for group, shard_group in zip(parameters, shards, strict=True):
                 for parameter, shard in zip(group, shard_group, strict=True):
-                    if param_is_not_tensor_parallel_duplicate(shard, part.tp_group):
-                        place = part._get_model_param_range_map(parameter)["param"]
+                    if param_is_not_tensor_parallel_duplicate(shard, tensor_ranks):
+                        place = chained._get_model_param_range_map(parameter)["param"]
                         yield parameter, shard, place.start
