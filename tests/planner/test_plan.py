@@ -29,6 +29,7 @@ def run_tool(*arguments) -> subprocess.CompletedProcess:
 
 COUNTED_RUN = """
 import runpy, sys
+del sys.argv[0]
 from megatron_owl2.mcore.setup import setup
 setup()
 from megatron_owl2.model.owl2 import Owl2
@@ -44,7 +45,7 @@ def count_build(*args, **options):
     build(*args, **options)
 activations._run, Owl2.__init__ = count_run, count_build
 try:
-    runpy.run_path(sys.argv[1], run_name="__main__")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
     print(f"{passes} passes, {builds} models", file=sys.stderr)
 """
