@@ -8,6 +8,7 @@ run on so many GPUs.
 """
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -71,6 +72,8 @@ def main() -> int:
     setup()
     from megatron_owl2.planner import plan, report
     from megatron_owl2.planner.timing import Machine
+
+    gc.freeze()  # the collector need not look at all of torch again and again
 
     machine = Machine(
         gpus=options.gpus,
