@@ -8,6 +8,7 @@ the config's layout fits; 1 it does not; 2 the config cannot run on so many GPUs
 """
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     from megatron_owl2.config.load import load_config
     from megatron_owl2.planner import plan, report
     from megatron_owl2.planner.timing import Machine
+
+    gc.freeze()  # the collector need not look at all of torch again and again
 
     machine = Machine(
         gpus=options.gpus,

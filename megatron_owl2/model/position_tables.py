@@ -7,6 +7,7 @@ every step of the same formula is rounded correctly, with mpmath's integer arith
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -19,17 +20,26 @@ NAMES: tuple[str, ...] = (QUERY_POSITIONS, IMAGE_POSITIONS)
 
 
 def query_positions(count: int, size: int) -> torch.Tensor:
-    """Positions of the learnable queries, fp32 [count, size]."""
+    """Positions of the learnable queries, fp32 [count, size]; on the meta device of that size."""
+    if _sizes_only():
+        return torch.empty(count, size)
     return torch.from_numpy(_sincos(count, size).copy())
 
 
 def image_positions(grid: int, size: int) -> torch.Tensor:
     """Positions of the ViT's tokens, fp32 [1 + grid^2, size]: zeros for the class token, then
     row-major patches whose first half encodes the column and whose second half the row."""
+    if _sizes_only():
+        return torch.empty(1 + grid**2, size)
     rows, columns = np.indices((grid, grid)).reshape(2, -1)
     axis = _sincos(grid, size // 2)
     patches = np.concatenate([axis[columns], axis[rows]], axis=1)
     return torch.from_numpy(np.concatenate([np.zeros((1, size), np.float32), patches]))
+
+
+def _sizes_only() -> bool:
+    """Whether the model is being built without storage, where a second of arithmetic is wasted."""
+    return torch.get_default_device().type == "meta"
 
 
 @functools.cache
@@ -44,8 +54,8 @@ def _sincos(count: int, size: int) -> np.ndarray:
     return np.concatenate([_rounded(mpmath.sin, angles), _rounded(mpmath.cos, angles)], axis=1)
 
 
-def _rounded(function: Callable, values: np.ndarray) -> np.ndarray:
-    """The function of fp32 values, computed to 80 bits and rounded to fp32."""
+def _rounded(function: Callable[[Any], Any], values: np.ndarray) -> np.ndarray:
+    """The function of fp32 values, computed by mpmath to 80 bits and rounded to fp32."""
     distinct, places = np.unique(values, return_inverse=True)
     with mpmath.workprec(80):
         results = [float(function(mpmath.mpf(float(value)))) for value in distinct]

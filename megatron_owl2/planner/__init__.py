@@ -1,1 +1,1 @@
-"""What a run needs before it is queued: memory, operations, traffic, time, and better layouts."""
+"""Planner of a run before it is queued: memory, FLOPs, traffic, time, parallel configurations."""

@@ -1,14 +1,12 @@
-"""What a micro-batch keeps alive for its backward pass, and what it sends, by running it without
-storage.
+"""Activation memory and collectives of a micro-batch, from passes without storage.
 
-The model runs forward and backward on torch's fake tensors, which have shapes and no data, in a
-fake process group; every storage that lives and every collective is counted. So whatever the code
-of the model keeps is what is counted, with recomputation and frozen weights as they are. Two layers
-of each kind tell what one costs; the rest is multiplication.
+The model runs forward and backward on torch's meta device, in a fake process group; every live
+storage and every collective is counted (live_memory.py). So whatever the code of the model keeps
+is what is counted, with recomputation and frozen weights as they are. Two layers of each stack
+tell what one costs; the rest is multiplication.
 """
 
-import itertools
-import weakref
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,27 +14,27 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from torch._C._distributed_c10d import ProcessGroup
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore.parallel import ParallelContext, layers_per_stage
 from megatron_owl2.model.layer_stack import LayerStack
 from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.model.parts import STACKS, part_of
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
+from megatron_owl2.planner.live_memory import LiveMemory, Moment
+from megatron_owl2.planner.meta_device import (
+    build_on_meta_device,
+    flash_attention_on_meta_device,
+)
 from megatron_owl2.planner.static_memory import Weight, with_local_kernels
 from megatron_owl2.training import parameter_groups
 
-STACKS = ("vision_model", "abstractor", "decoder")
 LAYERS = 2  # of each stack in the model that is run
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """Of one micro-batch in one stage of the pipeline, in bytes.
+class PipelineStageCost:
+    """Bytes of one micro-batch in one pipeline stage.
 
     `kept` lives from its forward to its backward pass; `working` is the most that lives beside
     `kept` in either pass; `shared` stays, for all micro-batches together (megatron-core's gather
@@ -46,36 +44,38 @@ class StageCost:
     kept: int
     working: int
     shared: int
-    sent: Counter
+    sent: Counter[str]
 
 
 @dataclass(frozen=True)
 class ActivationCost:
-    """Bytes kept and sent by the parts of the model, and the most beside what is kept, by phase.
+    """Bytes kept and sent by the segments of the forward pass, and the peak beside them by phase.
 
-    Parts are "begin" (all before the decoder, with the batch), "decoder ends", "head", and one
-    layer of each of STACKS. Of the phases "begin" and "decoder" are measured from what is kept
-    before the head, "head" from all that is kept.
+    Segments are "begin" (all before the decoder, with the batch), "decoder ends", "head", and one
+    layer of each of `parts.STACKS`. Of the phases "begin" and "decoder" are measured from what is
+    kept before the head, "head" from all that is kept. `batch` is what every pipeline stage has of
+    a batch, which is all but the images; `received` are the hidden states from the stage before.
     """
 
     kept: dict[str, int]
-    sent: dict[str, Counter]
+    sent: dict[str, Counter[str]]
     working: dict[str, int]
-    batch: int  # what every stage has of a batch: no pictures
-    received: int  # hidden states from the stage before
+    batch: int
+    received: int
     shared: int
 
-    def stage(self, layers: dict[str, int], first: bool, last: bool) -> StageCost:
-        """A stage with so many layers of each of STACKS, the first or the last one or both."""
-        parts = Counter({"decoder ends": 1, "begin": int(first), "head": int(last), **layers})
-        sent = Counter()
-        for part, count in parts.items():
-            sent.update({group: n * count for group, n in self.sent[part].items()})
-        kept = sum(self.kept[part] * count for part, count in parts.items())
+    def pipeline_stage(self, layers: dict[str, int], first: bool, last: bool) -> PipelineStageCost:
+        """The cost of a pipeline stage with so many layers of each stack, the first or the last
+        stage or both."""
+        counts = Counter({"decoder ends": 1, "begin": int(first), "head": int(last), **layers})
+        sent: Counter[str] = Counter()
+        for segment, count in counts.items():
+            sent.update(_times(count, self.sent[segment]))
+        kept = sum(self.kept[segment] * count for segment, count in counts.items())
         working = [self.working["decoder"] - (self.kept["head"] if last else 0)]
         working += [self.working["begin"] - (self.kept["head"] if last else 0)] * first
         working += [self.working["head"]] * last
-        return StageCost(
+        return PipelineStageCost(
             kept=kept + (0 if first else self.batch + self.received),
             working=max(0, *working),
             shared=self.shared,
@@ -84,41 +84,48 @@ class ActivationCost:
 
 
 class ActivationCosts:
-    """What stages cost in any layout and with any number of rows; each layout is run once.
+    """Costs of pipeline stages under any parallel configuration and with any number of rows.
 
-    All configs asked for differ in nothing but `parallel` and the micro-batch.
+    All configs asked for differ in nothing but `parallel` and the micro-batch. Passes run once for
+    every combination of tensor, sequence and context parallelism and recomputation, with one row
+    and with two; all else follows from these.
     """
 
     def __init__(self, weights: Sequence[Weight]):
-        begin = ("vision_model.", "abstractor.", "embedding.")
-        self._fed = any(w.trained and w.name.startswith(begin) for w in weights)
-        self._known = {}
+        # Whether anything before the decoder trains, so that its input has a gradient anyway.
+        self._fed = any(w.trained and part_of(w.name).pipeline == "first" for w in weights)
+        self._measured: dict[tuple, list[ActivationCost]] = {}
+        self._known: dict[tuple, PipelineStageCost] = {}
 
-    def __call__(self, config: RunConfig, stage: int) -> StageCost:
-        """The cost of stage number `stage` of the config's pipeline."""
+    def __call__(self, config: RunConfig, pipeline_stage: int) -> PipelineStageCost:
+        """The cost of stage number `pipeline_stage` of the config's pipeline."""
         parallel, rows = config.parallel, config.train.micro_batch_size
         key = parallel.tensor, parallel.sequence, parallel.context, parallel.recompute
         # A stage asks the one before it for gradients, whether anything trains there or not.
         received = parallel.pipeline > 1 and not self._fed
         key += (received,)
-        if key not in self._known:
-            self._known[key] = tuple(
-                measure_activations(config, n, received=received) for n in (1, 2)
-            )
         counts = layers_per_stage(config)
-        layers = {"decoder": counts[stage]}
-        if stage == 0:
+        ends = pipeline_stage == 0, pipeline_stage == len(counts) - 1
+        known = (*key, rows, counts[pipeline_stage], *ends)
+        if known in self._known:
+            return self._known[known]
+        if key not in self._measured:
+            self._measured[key] = measure_activations(config, (1, 2), received=received)
+        layers = {"decoder": counts[pipeline_stage]}
+        if pipeline_stage == 0:
             layers["vision_model"] = config.model.vision.num_layers
             layers["abstractor"] = config.model.abstractor.num_layers
-        ends = stage == 0, stage == len(counts) - 1
-        one, two = (measured.stage(layers, *ends) for measured in self._known[key])
-        return StageCost(
+        one, two = (cost.pipeline_stage(layers, *ends) for cost in self._measured[key])
+        self._known[known] = found = PipelineStageCost(
             *(
                 _grown(getattr(one, name), getattr(two, name), rows)
                 for name in ("kept", "working", "shared")
             ),
-            Counter({group: _grown(n, two.sent[group], rows) for group, n in one.sent.items()}),
+            sent=Counter(
+                {group: _grown(n, two.sent[group], rows) for group, n in one.sent.items()}
+            ),
         )
+        return found
 
 
 def _grown(one: int, two: int, rows: int) -> int:
@@ -126,12 +133,14 @@ def _grown(one: int, two: int, rows: int) -> int:
     return one + (two - one) * (rows - 1)
 
 
-def measure_activations(config: RunConfig, rows: int, *, received: bool = False) -> ActivationCost:
-    """Run `rows` rows, each with a picture, through a small model in the config's layout.
+def measure_activations(
+    config: RunConfig, rows: Sequence[int], *, received: bool = False
+) -> list[ActivationCost]:
+    """Costs of micro-batches of so many `rows`, each with an image, in the config's parallelism.
 
-    `received`: the decoder's input comes from another stage, which asks for its gradient.
+    `received`: the decoder's input comes from another pipeline stage, which asks for its gradient.
     Raises RuntimeError in a process that is in a process group already. What the patterns of the
-    stage say of the first layers is taken to hold for all.
+    training stage say of the first layers is taken to hold for all.
     """
     model, parallel = config.model, config.parallel
     small = replace(
@@ -145,56 +154,84 @@ def measure_activations(config: RunConfig, rows: int, *, received: bool = False)
         parallel=replace(parallel, pipeline=1, virtual_pipeline=1, layers=[]),
     )
     size = parallel.tensor * parallel.context
-    with fake_process_groups(small.parallel, size, 0) as groups, FakeTensorMode():
-        context = ParallelContext(small, groups)
-        built = Owl2(context, small.model)
+    with fake_process_groups(small.parallel, size, 0) as groups:
+        with build_on_meta_device():
+            built = Owl2(ParallelContext(small, groups), small.model)
         for name, parameter in built.named_parameters():
             parameter.requires_grad = parameter_groups.is_trainable(name, small.stage)
             if parameter.requires_grad:  # the gradient buffers take it over
                 parameter.register_post_accumulate_grad_hook(_forget)
-        with _LiveMemory(built, groups) as live:
-            return _run(built, small, rows, live, received=received)
+        found = []
+        for count in rows:
+            parallel_state.get_global_memory_buffer().buffer.clear()
+            with flash_attention_on_meta_device(), LiveMemory(built, groups) as live:
+                found.append(_run(built, small, count, live, received=received))
+        return found
 
 
-def _forget(parameter: torch.nn.Parameter) -> None:
+def _forget(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
 def _run(
-    model: Owl2, config: RunConfig, rows: int, live: "_LiveMemory", *, received: bool
+    model: Owl2, config: RunConfig, rows: int, live: LiveMemory, *, received: bool
 ) -> ActivationCost:
-    batch = _batch(config, rows)
+    batch = example_batch(config, rows)
     given = live.kept
-    stacks = {name: _Stack(getattr(model, name).layers, live) for name in STACKS}
-    points = {"start": live.take()}
+    moments = {"start": live.take()}
+    hidden_state_bytes = 0
 
     def enter(_, inputs):
+        nonlocal hidden_state_bytes
         x = inputs[0]
         if received and not x.requires_grad:
             x = x.detach().requires_grad_()
-        points["decoder begins"] = live.take()
-        points["hidden states"] = x.numel() * x.element_size()
+        moments["decoder begins"] = live.take()
+        hidden_state_bytes = x.numel() * x.element_size()
         if x.requires_grad:
-            x.register_hook(lambda _: points.update({"decoder done": live.take()}))
+            x.register_hook(lambda _: moments.update({"decoder done": live.take()}))
         return x, *inputs[1:]
 
     def leave(_, inputs, y):
-        points["decoder ends"] = live.take()
+        moments["decoder ends"] = live.take()
         if y.requires_grad:
-            y.register_hook(lambda _: points.update({"head done": live.take()}))
+            y.register_hook(lambda _: moments.update({"head done": live.take()}))
 
-    model.decoder.register_forward_pre_hook(enter)
-    model.decoder.register_forward_hook(leave)
-    output = model(*batch)
-    kept = live.kept
-    if output.requires_grad:
-        torch.autograd.backward(output, torch.ones_like(output))
+    with contextlib.ExitStack() as hooks:
+        stacks = {name: _StackProbe(getattr(model, name).layers, live, hooks) for name in STACKS}
+        hooks.enter_context(model.decoder.register_forward_pre_hook(enter))
+        hooks.enter_context(model.decoder.register_forward_hook(leave))
+        output = model(*batch)
+        kept = live.kept
+        if output.requires_grad:
+            torch.autograd.backward(output, torch.ones_like(output))
     end = live.take()
-    head_done = points.get("head done", end)
-    decoder_done = points.get("decoder done", end)
-    begins, ends = points["decoder begins"], points["decoder ends"]
-
     layers = {name: stack.cost() for name, stack in stacks.items()}
+    return _cost(
+        moments,
+        end,
+        layers,
+        kept=kept,
+        batch=given - batch[1].numel(),
+        received=hidden_state_bytes,
+        shared=live.shared,
+    )
+
+
+def _cost(
+    moments: dict[str, Moment],
+    end: Moment,
+    layers: dict[str, tuple[int, Counter[str]]],
+    *,
+    kept: int,
+    batch: int,
+    received: int,
+    shared: int,
+) -> ActivationCost:
+    """The cost of a pass from its moments; `layers` has bytes kept and sent by one layer."""
+    head_done = moments.get("head done", end)
+    decoder_done = moments.get("decoder done", end)
+    begins, ends = moments["decoder begins"], moments["decoder ends"]
     seen = {name: (LAYERS * kept, _times(LAYERS, sent)) for name, (kept, sent) in layers.items()}
     seen_before = [seen["vision_model"], seen["abstractor"]]
     decoder_sent = (ends.sent - begins.sent) + (decoder_done.sent - head_done.sent)
@@ -214,21 +251,21 @@ def _run(
             "head": head_done.sent - ends.sent,
             **{name: sent for name, (_, sent) in layers.items()},
         },
-        # `live.take` gives the peak since the point before it.
+        # A moment has the peak since the one before it.
         working={
-            "begin": max(begins.peak, end.peak if "decoder done" in points else 0) - ends.kept,
-            "decoder": max(ends.peak, decoder_done.peak if "head done" in points else 0)
+            "begin": max(begins.peak, end.peak if "decoder done" in moments else 0) - ends.kept,
+            "decoder": max(ends.peak, decoder_done.peak if "head done" in moments else 0)
             - ends.kept,
             "head": head_done.peak - kept,
         },
-        batch=given - batch[1].numel(),
-        received=points["hidden states"],
-        shared=live.shared,
+        batch=batch,
+        received=received,
+        shared=shared,
     )
 
 
-def _batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, ...]:
-    """The arguments of `Owl2.forward` for `rows` rows with a picture each."""
+def example_batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, ...]:
+    """The arguments of `Owl2.forward` for `rows` rows with an image each, all zeros."""
     length, size = config.data.sequence_length, config.model.vision.image_size
     context, vision = config.parallel.context, rows * config.model.tokens_per_image
     share = [torch.zeros(rows, length // context, dtype=torch.int64) for _ in range(3)]
@@ -237,113 +274,39 @@ def _batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, ...]:
         torch.zeros(rows, 3, size, size, dtype=torch.uint8),
         torch.zeros(vision, dtype=torch.int64),
         *share,  # modality, positions, labels
-        # Zig-zag chunks give every rank its share of the vision tokens, more or less.
+        # The zig-zag order gives every rank its share of the vision tokens, more or less.
         torch.zeros(-(-vision // context), dtype=torch.int64),
     )
 
 
-def _times(count: int, sent: Counter) -> Counter:
+def _times(count: int, sent: Counter[str]) -> Counter[str]:
     return Counter({group: n * count for group, n in sent.items()})
 
 
-@dataclass(frozen=True)
-class _Point:
-    """What lives at a moment, the most that lived since the one before, what was sent so far."""
+class _StackProbe:
+    """Hooks that note what lives and what was sent where the layers of a stack begin and end."""
 
-    kept: int
-    peak: int
-    sent: Counter
-
-
-class _Stack:
-    """Notes what lives and what was sent where the first layers of a stack begin and end."""
-
-    def __init__(self, layers: LayerStack, live: "_LiveMemory"):
-        self._living = live
-        self._begin, self._end = {}, {}  # by number of the layer: of its forward, of its backward
+    def __init__(self, layers: LayerStack, live: LiveMemory, hooks: contextlib.ExitStack):
+        self._live = live
+        self._begin: dict[int, tuple[int, Counter[str]]] = {}  # by layer, in the forward pass
+        self._end: dict[int, Counter[str]] = {}  # by layer, in the backward pass
         for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(partial(self._enter, number))
+            hooks.enter_context(layer.register_forward_pre_hook(partial(self._enter, number)))
 
-    def _enter(self, number, layer, inputs):
+    def _enter(self, number: int, layer: torch.nn.Module, inputs: tuple) -> None:
         if number in self._begin:  # computed again in the backward pass
             return
-        self._begin[number] = self._living.kept, Counter(self._living.sent)
+        self._begin[number] = self._live.kept, Counter(self._live.sent)
         if inputs[0].requires_grad:
             inputs[0].register_hook(partial(self._leave, number))
 
-    def _leave(self, number, gradient):
-        self._end[number] = Counter(self._living.sent)
+    def _leave(self, number: int, gradient: torch.Tensor) -> None:
+        self._end[number] = Counter(self._live.sent)
 
-    def cost(self) -> tuple[int, Counter]:
+    def cost(self) -> tuple[int, Counter[str]]:
         """Bytes kept and sent by the first layer; to be asked after both passes."""
         (kept, sent), (kept_then, sent_then) = self._begin[0], self._begin[1]
         total = sent_then - sent
         if 1 in self._end:  # else nothing trains up to here, and there is no backward pass
-            total += self._end.get(0, self._living.sent) - self._end[1]
+            total += self._end.get(0, self._live.sent) - self._end[1]
         return kept_then - kept, total
-
-
-class _LiveMemory(TorchDispatchMode):
-    """Count of the bytes of storages that live beside the model's, and of collectives by group."""
-
-    def __init__(self, model: torch.nn.Module, groups: ProcessGroupCollection):
-        super().__init__()
-        self._groups = {groups.tp.group_name: "tensor", groups.cp.group_name: "context"}
-        held = itertools.chain(model.parameters(), model.buffers())
-        self._alive = {tensor.untyped_storage()._cdata: None for tensor in held}
-        self._now = self._peak = 0
-        self.sent = Counter()
-
-    @property
-    def shared(self) -> int:
-        """Bytes of megatron-core's gather buffer, which stays."""
-        buffers = parallel_state.get_global_memory_buffer().buffer.values()
-        return sum(buffer.untyped_storage().nbytes() for buffer in buffers)
-
-    @property
-    def kept(self) -> int:
-        return self._now - self.shared
-
-    def take(self) -> _Point:
-        """This moment, without what is shared; the next peak begins here."""
-        point = _Point(self.kept, self._peak - self.shared, Counter(self.sent))
-        self._peak = self._now
-        return point
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        if function.namespace == "c10d":
-            self._send(function._opname, args)
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor):
-                self._add(result.untyped_storage())
-        return results
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def drop(_):
-            del self._alive[key]
-            self._now -= size
-
-        self._alive[key] = weakref.ref(storage, drop)
-        self._now += size
-        self._peak = max(self._peak, self._now)
-
-    def _send(self, name: str, args: tuple) -> None:
-        """What a ring sends per rank: all but its own part, and twice that to reduce for all."""
-        if name not in _RING:
-            raise RuntimeError(f"a collective that the plan cannot count: {name}")
-        argument, times = _RING[name]
-        group = next(ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        tensors = tree_leaves(args[argument])
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.sent[self._groups[group.group_name]] += (
-            size * times * (group.size() - 1) // group.size()
-        )
-
-
-# Which argument of a collective is the whole, and how often a rank sends its share of it.
-_RING = {"allreduce_": (0, 2), "_allgather_base_": (0, 1), "_reduce_scatter_base_": (1, 1)}

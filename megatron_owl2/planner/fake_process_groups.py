@@ -1,4 +1,4 @@
-"""A process group of any size in one process, in which nobody answers."""
+"""Fake process groups: one process as any rank of a job of any size."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from megatron_owl2.mcore import setup
 def fake_process_groups(
     parallel: ParallelConfig, ranks: int, rank: int
 ) -> Iterator[ProcessGroupCollection]:
-    """Be `rank` of `ranks` for a while: megatron-core's process groups, over torch's fake backend.
+    """megatron-core's process groups of `rank` in a job of `ranks`, over torch's fake backend.
 
     Collectives return at once and leave their outputs as they are. Raises RuntimeError where the
     process has a group already.

@@ -1,4 +1,4 @@
-"""Everything about one run on given GPUs."""
+"""The plan of one run on given GPUs: memory, FLOPs, traffic, time, parallel configurations."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.model import flops
 from megatron_owl2.planner import memory, search, timing, traffic
-from megatron_owl2.planner import static_memory as weights
-from megatron_owl2.planner.activations import ActivationCosts
+from megatron_owl2.planner.costs import RunCosts, full_load
 from megatron_owl2.planner.memory import RankMemory
 from megatron_owl2.planner.search import Candidate
+from megatron_owl2.planner.static_memory import check_sharding
 from megatron_owl2.planner.timing import Machine, StepTime
 from megatron_owl2.planner.traffic import RankTraffic
 from megatron_owl2.training import parameter_groups
@@ -20,10 +20,11 @@ from megatron_owl2.training import parameter_groups
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything known of one run; lists go by pipeline rank.
+    """The plan of one run; lists go by pipeline rank.
 
     `model_flops` is of one step over all GPUs, by part; `again_flops` what recomputation adds.
-    `days` is at `machine.mfu` of the peak, whatever the layout; `layouts` of `valid` ones fit.
+    `days` is at `machine.mfu` of the peak under any parallel configuration; `layouts` are the
+    fastest of the `valid` parallel configurations that fit.
     """
 
     config: RunConfig
@@ -70,12 +71,12 @@ class Plan:
             shown["total"] = rank.total
         tree["layouts"] = [
             {
-                "overrides": search.overrides(layout.config, self.config),
-                "memory": dataclasses.asdict(layout.memory) | {"total": layout.memory.total},
-                "time": dataclasses.asdict(layout.time) | {"total": layout.time.total},
-                "mfu": self.mfu(layout.time),
+                "overrides": search.overrides(candidate.config, self.config),
+                "memory": dataclasses.asdict(candidate.memory) | {"total": candidate.memory.total},
+                "time": dataclasses.asdict(candidate.time) | {"total": candidate.time.total},
+                "mfu": self.mfu(candidate.time),
             }
-            for layout in self.layouts
+            for candidate in self.layouts
         ]
         tree["time"] |= {"total": self.time.total}
         tree["mfu"] = self.mfu(self.time)
@@ -85,10 +86,11 @@ class Plan:
 def plan_run(
     run: RunConfig, machine: Machine, *, tokens: int | None = None, count: int = 15
 ) -> Plan:
-    """Plan a run; `tokens` of a sample are not padding, all of them without it.
+    """The plan of a run, with the `count` fastest parallel configurations.
 
-    Raises ConfigError for a run that cannot work on so many GPUs, or for `tokens` that hold no
-    picture or do not fit into a sequence. Files need not exist.
+    `tokens` of a sample are not padding, all of them without it. Raises ConfigError for a run that
+    cannot work on so many GPUs, or for `tokens` that hold no image or do not fit into a sequence.
+    Files need not exist.
     """
     validate_settings(run, machine.gpus)
     image, length = run.model.tokens_per_image, run.data.sequence_length
@@ -97,26 +99,25 @@ def plan_run(
         f"a sample of {tokens} tokens cannot be: its picture takes {image}, and "
         f"data.sequence_length is {length}",
     )
-    parameters = weights.model_weights(run)
+    costs = RunCosts(run, machine.gpus)
+    parameters = costs.weights
     parameter_groups.check_patterns(run.stage, [weight.name for weight in parameters])
-    names = timing.trained(parameters)
-    costs = ActivationCosts(parameters)
     samples = run.train.global_batch_size
-    padded = timing.load(run, samples)
-    again = flops.forward_again(run.model, padded, names, run.parallel.recompute)
-    layouts, valid = search.ranked(run, machine, parameters, costs, count)
+    padded = full_load(run, samples)
+    again = flops.forward_again(run.model, padded, costs.trained, run.parallel.recompute)
+    layouts, valid = search.ranked(run, machine, costs, count)
     return Plan(
         config=run,
         machine=machine,
-        sharding=weights.check_sharding(run, machine.gpus, parameters),
+        sharding=check_sharding(run, machine.gpus, parameters),
         parameters=sum(weight.numel for weight in parameters),
         trained=sum(weight.numel for weight in parameters if weight.trained),
-        memory=memory.per_pipeline_rank(run, machine.gpus, parameters, costs),
-        traffic=traffic.per_pipeline_rank(run, machine.gpus, parameters, costs),
-        model_flops=flops.training_flops(run.model, timing.load(run, samples, tokens), names),
+        memory=memory.per_pipeline_rank(run, costs),
+        traffic=traffic.per_pipeline_rank(run, costs),
+        model_flops=flops.training_flops(run.model, full_load(run, samples, tokens), costs.trained),
         again_flops=sum(again.values()),
         tokens=length if tokens is None else tokens,
-        time=timing.step_time(run, machine, parameters, costs),
+        time=timing.step_time(run, machine, costs),
         layouts=layouts,
         valid=valid,
     )

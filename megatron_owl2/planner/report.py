@@ -1,6 +1,6 @@
-"""A plan in words and tables."""
+"""Text report of a plan."""
 
-from megatron_owl2.planner import memory, search
+from megatron_owl2.planner import search
 from megatron_owl2.planner.plan import Plan
 
 _GIB = 2**30
@@ -8,12 +8,12 @@ _GIB = 2**30
 
 def text(plan: Plan) -> str:
     """The whole plan, for a terminal 100 characters wide."""
-    parts = (_head, _memory, _work, _traffic, _layouts, _notes)
-    return "\n\n".join("\n".join(part(plan)) for part in parts)
+    sections = (_head, _memory, _work, _traffic, _candidates, _notes)
+    return "\n\n".join("\n".join(section(plan)) for section in sections)
 
 
 def verdict(plan: Plan) -> str:
-    """Whether the config's own layout fits, and by how much."""
+    """One line on whether the config itself fits, and by how much."""
     rank, machine = plan.fullest, plan.machine
     need = plan.memory[rank].total / _GIB
     have = machine.usable / _GIB
@@ -27,14 +27,15 @@ def verdict(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     config, machine = plan.config, plan.machine
     parallel = config.parallel
-    count = memory.micro_batches(config, machine.gpus)
+    data_parallel = machine.gpus // (parallel.tensor * parallel.pipeline * parallel.context)
+    count = config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)
     sizes = f"tensor {parallel.tensor}" + " with sequence" * parallel.sequence
     sizes += f", pipeline {parallel.pipeline}, virtual pipeline {parallel.virtual_pipeline}, "
     sizes += f"context {parallel.context}, recompute {parallel.recompute}"
     return [
         f"stage {config.stage.name}: {plan.trained:,} of {plan.parameters:,} parameters train",
         f"{machine.gpus:,} GPUs: {sizes}",
-        f"{memory.data_parallel(config, machine.gpus):,} data-parallel ranks x {count:,} "
+        f"{data_parallel:,} data-parallel ranks x {count:,} "
         f"micro-batches x {config.train.micro_batch_size} samples = "
         f"{config.train.global_batch_size:,} samples a step, {config.train.steps:,} steps",
         plan.sharding,
@@ -97,7 +98,7 @@ def _traffic(plan: Plan) -> list[str]:
     return lines
 
 
-def _layouts(plan: Plan) -> list[str]:
+def _candidates(plan: Plan) -> list[str]:
     machine = plan.machine
     if not plan.layouts:
         return [
@@ -109,18 +110,18 @@ def _layouts(plan: Plan) -> list[str]:
         f"{'tp':>3}{'pp':>3}{'vp':>3}{'cp':>3}{'rows':>5} {'recompute':<10}"
         f"{'GiB':>6}{'step s':>8}{'bubble':>8}{'MFU':>6}{'days':>7}",
     ]
-    for layout in plan.layouts:
-        parallel, time = layout.config.parallel, layout.time
-        days = time.total * layout.config.train.steps / 86400
+    for candidate in plan.layouts:
+        parallel, time = candidate.config.parallel, candidate.time
+        days = time.total * candidate.config.train.steps / 86400
         lines.append(
             f"{parallel.tensor:>3}{parallel.pipeline:>3}{parallel.virtual_pipeline:>3}"
-            f"{parallel.context:>3}{layout.config.train.micro_batch_size:>5} "
-            f"{parallel.recompute:<10}{layout.memory.total / _GIB:>6.1f}{time.total:>8.2g}"
+            f"{parallel.context:>3}{candidate.config.train.micro_batch_size:>5} "
+            f"{parallel.recompute:<10}{candidate.memory.total / _GIB:>6.1f}{time.total:>8.2g}"
             f"{time.bubble_share:>8.0%}{plan.mfu(time):>6.0%}{days:>7.2g}"
         )
     lines.append("on the command line, in the same order:")
-    for layout in plan.layouts:
-        changed = search.overrides(layout.config, plan.config)
+    for candidate in plan.layouts:
+        changed = search.overrides(candidate.config, plan.config)
         lines.append(f"  {changed or '(as the config has it)'}")
     return lines
 

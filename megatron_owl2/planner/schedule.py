@@ -1,22 +1,24 @@
-"""The order in which pipeline ranks run micro-batches: what waits in memory, who waits for whom.
+"""Pipeline schedules: order of micro-batches, peak activation memory, makespan.
 
 megatron-core's 1F1B and its interleaved form (pipeline_parallel/schedules.py).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class PipelineTask(NamedTuple):
-    """A pass of one micro-batch through one chunk of a rank."""
+    """Forward or backward pass of one micro-batch through one model chunk of a rank."""
 
     forward: bool
     chunk: int
     micro_batch: int
 
 
-def order(rank: int, pipeline: int, chunks: int, micro_batches: int) -> list[PipelineTask]:
-    """What pipeline rank `rank` runs, one after the other."""
+@functools.cache
+def order(rank: int, pipeline: int, chunks: int, micro_batches: int) -> tuple[PipelineTask, ...]:
+    """The tasks of pipeline rank `rank`, one after the other."""
     total = micro_batches * chunks
     if pipeline == 1:
         ahead = 0
@@ -25,15 +27,18 @@ def order(rank: int, pipeline: int, chunks: int, micro_batches: int) -> list[Pip
     else:
         ahead = 2 * (pipeline - rank - 1) + (chunks - 1) * pipeline
     ahead = min(ahead, total)
-    forward = [_run(True, n, pipeline, chunks) for n in range(total)]
-    backward = [_run(False, n, pipeline, chunks) for n in range(total)]
-    steady = [run for pair in zip(forward[ahead:], backward, strict=False) for run in pair]
-    return forward[:ahead] + steady + backward[total - ahead :]
+    forward = [_task(True, n, pipeline, chunks) for n in range(total)]
+    backward = [_task(False, n, pipeline, chunks) for n in range(total)]
+    steady = [task for pair in zip(forward[ahead:], backward, strict=False) for task in pair]
+    return (*forward[:ahead], *steady, *backward[total - ahead :])
 
 
-def _run(forward: bool, number: int, pipeline: int, chunks: int) -> PipelineTask:
-    """The interleaved order takes `pipeline` micro-batches through a chunk, then through the next;
-    backward begins with the last chunk."""
+def _task(forward: bool, number: int, pipeline: int, chunks: int) -> PipelineTask:
+    """The forward or backward task of this number on a rank.
+
+    The interleaved order takes `pipeline` micro-batches through a chunk, then through the next;
+    backward begins with the last chunk.
+    """
     if chunks == 1:
         return PipelineTask(forward, 0, number)
     group, place = divmod(number, pipeline * chunks)
@@ -43,25 +48,27 @@ def _run(forward: bool, number: int, pipeline: int, chunks: int) -> PipelineTask
     )
 
 
-def peak_memory(runs: Sequence[PipelineTask], kept: Sequence[int], working: Sequence[int]) -> int:
-    """The most bytes that live at once on a rank that runs `runs`.
+def peak_memory(tasks: Sequence[PipelineTask], kept: Sequence[int], working: Sequence[int]) -> int:
+    """The most bytes that live at once on a rank that runs `tasks`.
 
     `kept` by chunk lives from a forward pass to its backward pass; `working` by chunk while one of
     them runs.
     """
-    now = most = 0
-    for run in runs:
-        now += kept[run.chunk] if run.forward else 0
-        most = max(most, now + working[run.chunk])
-        now -= 0 if run.forward else kept[run.chunk]
-    return most
+    now = peak = 0
+    for task in tasks:
+        now += kept[task.chunk] if task.forward else 0
+        peak = max(peak, now + working[task.chunk])
+        now -= 0 if task.forward else kept[task.chunk]
+    return peak
 
 
-def makespan(forward: Sequence[float], backward: Sequence[float], pipeline: int, count: int):
+def makespan(
+    forward: Sequence[float], backward: Sequence[float], pipeline: int, count: int
+) -> float:
     """Seconds until the last rank is done with `count` micro-batches.
 
-    `forward` and `backward` are seconds of every stage (chunk * pipeline + rank). A pass begins
-    when its rank is free and the pass before it is done; sending takes no time here.
+    `forward` and `backward` are seconds of every pipeline stage (chunk * pipeline + rank). A pass
+    begins when its rank is free and the pass before it is done; sending takes no time here.
     """
     chunks = len(forward) // pipeline
     # Once every rank is busy, each further round takes as long as the busiest rank.
@@ -73,23 +80,29 @@ def makespan(forward: Sequence[float], backward: Sequence[float], pipeline: int,
     waiting = True
     while waiting:
         waiting = False
-        for rank, runs in enumerate(orders):
-            while place[rank] < len(runs):
-                run = runs[place[rank]]
-                stage = run.chunk * pipeline + rank
-                if run.forward:
-                    needed = (True, stage - 1, run.micro_batch) if stage else None
-                else:
-                    turn = stage == last
-                    needed = (turn, stage if turn else stage + 1, run.micro_batch)
+        for rank, tasks in enumerate(orders):
+            while place[rank] < len(tasks):
+                task = tasks[place[rank]]
+                number = task.chunk * pipeline + rank
+                needed = _input_of(task, number, last)
                 if needed is not None and needed not in done:
                     waiting = True
                     break
-                begin = max(free[rank], done.get(needed, 0.0))
-                free[rank] = begin + (forward if run.forward else backward)[stage]
-                done[run.forward, stage, run.micro_batch] = free[rank]
+                begin = free[rank] if needed is None else max(free[rank], done[needed])
+                free[rank] = begin + (forward if task.forward else backward)[number]
+                done[task.forward, number, task.micro_batch] = free[rank]
                 place[rank] += 1
     busiest = max(
         sum(forward[rank::pipeline]) + sum(backward[rank::pipeline]) for rank in range(pipeline)
     )
     return max(free) + (count - simulated) * busiest
+
+
+def _input_of(task: PipelineTask, number: int, last: int) -> tuple[bool, int, int] | None:
+    """The pass that a pass through pipeline stage `number` takes its input from, as direction,
+    pipeline stage and micro-batch; None for images and text."""
+    if task.forward:
+        return (True, number - 1, task.micro_batch) if number else None
+    if number == last:
+        return True, last, task.micro_batch
+    return False, number + 1, task.micro_batch

@@ -1,16 +1,17 @@
-"""Which layouts run a config on given GPUs, the fastest first."""
+"""Search for the parallel configurations of a run that fit given GPUs, the fastest first."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+
+from tqdm import tqdm
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import memory, timing
-from megatron_owl2.planner.activations import ActivationCosts
+from megatron_owl2.planner.costs import RunCosts
 from megatron_owl2.planner.memory import RankMemory
-from megatron_owl2.planner.static_memory import Weight, static_memory
 from megatron_owl2.planner.timing import Machine, StepTime
 
 _SHORTEST = 2048  # positions of a sequence that are worth a context-parallel rank
@@ -20,7 +21,7 @@ _WIDEST = 64  # rows of a micro-batch that are tried
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits: the config with it, its fullest rank and its estimated step."""
+    """A parallel configuration that fits: the config with it, its fullest rank, its step time."""
 
     config: RunConfig
     memory: RankMemory
@@ -28,46 +29,41 @@ class Candidate:
 
 
 def ranked(
-    config: RunConfig,
-    machine: Machine,
-    weights: Sequence[Weight],
-    costs: ActivationCosts,
-    count: int,
+    config: RunConfig, machine: Machine, costs: RunCosts, count: int
 ) -> tuple[list[Candidate], int]:
-    """The `count` fastest layouts that fit, one for every shape, and how many valid ones there are.
+    """The `count` fastest candidates that fit, one for every shape, and the number of valid ones.
 
     A shape is the sizes of tensor, pipeline, virtual pipeline and context; the fastest recompute
     and micro-batch stand for it. Of equal times less recomputation and more rows win.
     """
-    names = timing.trained(weights)
     valid = list(candidates(config, machine))
     order = sorted(
-        (timing.fastest_step(c, machine, names), -c.train.micro_batch_size, n)
+        (timing.fastest_step(c, machine, costs), -c.train.micro_batch_size, n)
         for n, c in enumerate(valid)
     )
     best: dict[tuple, Candidate] = {}
-    for bound, _, number in order:
-        # No layout from here on can be faster than the last that would be shown.
+    progress = tqdm(order, "parallel configurations", unit="", leave=False, delay=3, disable=None)
+    for bound, _, number in progress:
+        # Nothing from here on can be faster than the last that would be shown.
         if len(best) >= count and bound > sorted(c.time.total for c in best.values())[count - 1]:
             break
-        layout = valid[number]
-        found = best.get(_shape(layout))
+        candidate = valid[number]
+        found = best.get(_shape(candidate))
         if found is not None and bound >= found.time.total:
             continue
-        if max(h.total for h in static_memory(layout, machine.gpus, weights)) > machine.usable:
+        if max(held.total for held in costs.static_memory(candidate)) > machine.usable:
             continue
-        ranks = memory.per_pipeline_rank(layout, machine.gpus, weights, costs)
-        fullest = max(ranks, key=lambda rank: rank.total)
+        fullest = max(memory.per_pipeline_rank(candidate, costs), key=lambda rank: rank.total)
         if fullest.total > machine.usable:
             continue
-        time = timing.step_time(layout, machine, weights, costs)
+        time = timing.step_time(candidate, machine, costs)
         if found is None or time.total < found.time.total:
-            best[_shape(layout)] = Candidate(layout, fullest, time)
+            best[_shape(candidate)] = Candidate(candidate, fullest, time)
     return sorted(best.values(), key=lambda c: c.time.total)[:count], len(valid)
 
 
 def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
-    """Every valid layout in powers of two; tensor-parallel ranks stay in a node."""
+    """Every valid parallel configuration in powers of two; tensor parallelism stays in a node."""
     layers, length = config.model.decoder.num_layers, config.data.sequence_length
     for tp, pp, vp, cp, recompute, rows in product(
         _powers(min(machine.gpus_per_node, machine.gpus)),
@@ -90,16 +86,16 @@ def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
             recompute=recompute,
         )
         train = replace(config.train, micro_batch_size=rows)
-        layout = replace(config, parallel=parallel, train=train)
+        candidate = replace(config, parallel=parallel, train=train)
         try:
-            validate_parallel(layout, machine.gpus)
+            validate_parallel(candidate, machine.gpus)
         except ConfigError:
             continue
-        yield layout
+        yield candidate
 
 
 def overrides(config: RunConfig, given: RunConfig) -> str:
-    """What turns the layout of `given` into the config's, as arguments of a command line."""
+    """The overrides, as on a command line, that turn `given` into the config."""
     own = _settings(given)
     changed = [f"{key}={value}" for key, value in _settings(config).items() if value != own[key]]
     return " ".join(changed)

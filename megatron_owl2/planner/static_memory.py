@@ -1,6 +1,6 @@
-"""Parameters, gradients and optimizer states of every rank, to the byte.
+"""Static memory of every rank, to the byte: parameters, gradients and optimizer states.
 
-What one rank holds follows from the names, sizes and splits of the whole model, which is built
+It follows from the names, sizes and splits of the whole model, which is built
 once without storage, and from how megatron-core lays out its gradient buffers.
 """
 
@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from megatron_owl2.config.schema import KernelConfig, ParallelConfig, RunConfig
 from megatron_owl2.mcore.parallel import ParallelContext, layers_per_stage
 from megatron_owl2.model.owl2 import Owl2, build
+from megatron_owl2.model.parts import part_of
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
+from megatron_owl2.planner.meta_device import build_on_meta_device
 from megatron_owl2.training import parameter_groups
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -24,7 +25,7 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the whole model; `split`: over the tensor-parallel ranks."""
+    """A parameter of the whole model; `split` says that tensor-parallel ranks share it."""
 
     name: str
     numel: int
@@ -32,12 +33,12 @@ class Weight:
     trained: bool
 
     def local(self, tensor: int) -> int:
-        """Its numbers on one of `tensor` ranks."""
+        """The number of its elements on one of `tensor` ranks."""
         return self.numel // tensor if self.split else self.numel
 
     @property
-    def of_kernels(self) -> bool:
-        """Whether a linear of `kernels.backend` computes with it."""
+    def in_kernel_linear(self) -> bool:
+        """Whether it is the weight of a linear of `kernels.backend`."""
         return self.name.startswith("decoder.") and ".linear_" in self.name
 
 
@@ -47,8 +48,8 @@ class StaticMemory:
 
     `optimizer` is that of the data-parallel rank with most; they share buffers, not parameters, and
     padding has no state. `copies` are weights in FP8, which Transformer Engine keeps from the first
-    micro-batch of a step on, for both passes. `buffer` is how many numbers the gradient buffers
-    have, with padding.
+    micro-batch of a step on, for both passes. `buffer` is the number of elements of the
+    gradient buffers, with padding.
     """
 
     parameters: int
@@ -63,12 +64,12 @@ class StaticMemory:
 
 
 def with_local_kernels(config: RunConfig) -> RunConfig:
-    """The run with torch's kernels, which have the same parameters and run everywhere."""
+    """The same run with torch's kernels, which have the same parameters and run everywhere."""
     return replace(config, kernels=KernelConfig())
 
 
 def model_weights(config: RunConfig) -> list[Weight]:
-    """Every parameter of the model in its order, from the model itself on the meta device."""
+    """All parameters of the model in their order, from the model itself on the meta device."""
     whole = replace(with_local_kernels(config), parallel=ParallelConfig())
     with fake_process_groups(whole.parallel, 1, 0) as groups:
         (model,) = _on_meta(whole, groups)
@@ -83,43 +84,43 @@ def model_weights(config: RunConfig) -> list[Weight]:
         ]
 
 
-def chunks(config: RunConfig, weights: Sequence[Weight]) -> list[list[Weight]]:
-    """The weights of every stage, in the order of the stages (layers_per_stage)."""
+def weights_by_pipeline_stage(config: RunConfig, weights: Sequence[Weight]) -> list[list[Weight]]:
+    """The weights of every pipeline stage, in the order of the stages (layers_per_stage)."""
     ends = list(itertools.accumulate(layers_per_stage(config)))
-    found = [[] for _ in ends]
+    found: list[list[Weight]] = [[] for _ in ends]
     for weight in weights:
-        begin, *rest = weight.name.split(".")
-        if begin == "decoder":
-            stage = bisect.bisect_right(ends, int(rest[1]))
+        place = part_of(weight.name).pipeline
+        if place == "layers":
+            layer = int(weight.name.split(".")[2])  # decoder.layers.N
+            found[bisect.bisect_right(ends, layer)].append(weight)
         else:
-            stage = len(ends) - 1 if begin in ("final_norm", "output_layer") else 0
-        found[stage].append(weight)
+            found[0 if place == "first" else -1].append(weight)
     return found
 
 
 def static_memory(
     config: RunConfig, world_size: int, weights: Sequence[Weight]
 ) -> list[StaticMemory]:
-    """What the ranks of every pipeline rank hold."""
+    """The static memory of every pipeline rank."""
     parallel, size = config.parallel, BYTES[config.train.precision]
     shards = world_size // (parallel.tensor * parallel.pipeline)  # data x context ranks
     # The optimizer works on fp32 weights of its own beside two moments, unless they are fp32.
     state = 12 if size == 2 else 8
     # A byte as it is and one transposed, which not every GPU and recipe need (module/linear.py).
     copied = 0 if config.kernels.fp8 == "none" else 2
-    cut = chunks(config, weights)
+    by_stage = weights_by_pipeline_stage(config, weights)
     found = []
     for rank in range(parallel.pipeline):
         frozen = buffer = copies = 0
         own = np.zeros(shards, dtype=np.int64)
         for chunk in range(parallel.virtual_pipeline):
-            here = cut[chunk * parallel.pipeline + rank]
+            here = by_stage[chunk * parallel.pipeline + rank]
             frozen += sum(w.local(parallel.tensor) for w in here if not w.trained)
-            copies += sum(w.local(parallel.tensor) for w in here if w.of_kernels) * copied
+            copies += sum(w.local(parallel.tensor) for w in here if w.in_kernel_linear) * copied
             limit = _bucket_size(config, shards) if rank == chunk == 0 else None
             sizes = [w.local(parallel.tensor) for w in here if w.trained]
             for start, end, places in _buckets(sizes, limit, shards):
-                own += _of_each_rank(start, end, places, shards)
+                own += _elements_per_rank(start, end, places, shards)
                 buffer = buffer + end - start
         found.append(
             StaticMemory(
@@ -134,13 +135,14 @@ def static_memory(
 
 
 def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]) -> str:
-    """Build the model of every pipeline rank on the meta device among `world_size` ranks.
+    """A check of the weights that the plan counts with against the model of every pipeline rank.
 
-    Returns a sentence about what was found: every weight in exactly one stage, in the order and of
-    the size that the plan counts with. Raises RuntimeError naming the first that is not.
+    The models are built on the meta device among `world_size` ranks. Returns a sentence about what
+    was found: every weight in exactly one pipeline stage, in the planned order and size. Raises
+    RuntimeError naming the first that is not.
     """
     parallel = config.parallel
-    cut = chunks(config, weights)
+    by_stage = weights_by_pipeline_stage(config, weights)
     local = whole = 0
     for rank in range(parallel.pipeline):
         # The first rank of this stage: ranks count tensor first, then context, data, pipeline.
@@ -148,7 +150,7 @@ def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]
         with fake_process_groups(parallel, world_size, first) as groups:
             for chunk, model in enumerate(_on_meta(with_local_kernels(config), groups)):
                 number = chunk * parallel.pipeline + rank
-                planned = cut[number]
+                planned = by_stage[number]
                 built = [(name, p.numel()) for name, p in model.named_parameters()]
                 expected = [(w.name, w.local(parallel.tensor)) for w in planned]
                 for found, wanted in itertools.zip_longest(built, expected):
@@ -157,20 +159,20 @@ def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]
                 local += sum(numel for _, numel in built)
                 whole += sum(w.numel for w in planned)
     return (
-        f"sharding checked on the meta device for {world_size:,} ranks: {len(cut)} stages, "
+        f"sharding checked on the meta device for {world_size:,} ranks: {len(by_stage)} stages, "
         f"{local:,} parameters on one tensor-parallel rank of each, {whole:,} in the model"
     )
 
 
 def _on_meta(config: RunConfig, groups) -> list[Owl2]:
     context = ParallelContext(config, groups)
-    with torch.device("meta"):
+    with build_on_meta_device():
         return build(context, config.model, config.parallel.virtual_pipeline)
 
 
 def _bucket_size(config: RunConfig, shards: int) -> int | None:
-    """Numbers after which the first chunk of the first rank begins another bucket (megatron-core,
-    distributed_data_parallel.py)."""
+    """The number of elements after which the first chunk of the first rank begins another bucket
+    (megatron-core, distributed_data_parallel.py); None for one bucket."""
     return max(40_000_000, 1_000_000 * shards) if config.parallel.overlap else None
 
 
@@ -179,7 +181,7 @@ def _buckets(
 ) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """Start and end of every bucket of a gradient buffer, and the places of its parameters.
 
-    The buffer holds the parameters from the last to the first, each at a multiple of 64 numbers;
+    The buffer holds the parameters from the last to the first, each at a multiple of 64 elements;
     buckets end at a multiple of 128 that all shards divide (megatron-core,
     param_and_grad_buffer.py).
     """
@@ -197,8 +199,10 @@ def _buckets(
         yield bucket_start, _up(end, math.lcm(shards, 128)), places
 
 
-def _of_each_rank(start: int, end: int, places: list[tuple[int, int]], shards: int) -> np.ndarray:
-    """How many numbers of parameters every rank's equal share of a bucket holds, int64 [shards]."""
+def _elements_per_rank(
+    start: int, end: int, places: list[tuple[int, int]], shards: int
+) -> np.ndarray:
+    """Elements of parameters in every rank's equal share of a bucket, int64 [shards]."""
     starts, ends = np.array(places).T
     done = np.concatenate([[0], np.cumsum(ends - starts)])
     cuts = start + (end - start) // shards * np.arange(shards + 1)

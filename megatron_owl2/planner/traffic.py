@@ -1,12 +1,10 @@
-"""The bytes that a rank of every pipeline rank sends in one optimizer step, by what for."""
+"""Bytes that a rank of every pipeline rank sends in one optimizer step, by purpose."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.planner.activations import ActivationCosts
-from megatron_owl2.planner.memory import micro_batches
-from megatron_owl2.planner.static_memory import BYTES, Weight, static_memory
+from megatron_owl2.planner.costs import RunCosts
+from megatron_owl2.planner.static_memory import BYTES
 
 
 @dataclass(frozen=True)
@@ -14,8 +12,9 @@ class RankTraffic:
     """Bytes that one rank sends per step; a ring's share where many take part.
 
     `tensor` and `context`: collectives of the layers, in both passes of all micro-batches;
-    `pipeline`: hidden states to the next stage and their gradients to the one before; `gradients`:
-    their sum over data and context ranks; `parameters`: the updated ones to all of these.
+    `pipeline`: hidden states to the next pipeline stage and their gradients to the one before;
+    `gradients`: their sum over data and context ranks; `parameters`: the updated ones to all of
+    these.
     """
 
     tensor: int
@@ -25,37 +24,33 @@ class RankTraffic:
     parameters: int
 
 
-def per_pipeline_rank(
-    config: RunConfig, world_size: int, weights: Sequence[Weight], costs: ActivationCosts
-) -> list[RankTraffic]:
-    """The traffic of every pipeline rank of the config's layout."""
+def per_pipeline_rank(config: RunConfig, costs: RunCosts) -> list[RankTraffic]:
+    """The traffic of every pipeline rank under the config's parallelism."""
     parallel = config.parallel
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    count = micro_batches(config, world_size)
-    shards = world_size // (parallel.tensor * parallel.pipeline)
+    num_stages = parallel.pipeline * parallel.virtual_pipeline
+    count = costs.micro_batches(config)
+    shards = costs.world_size // (parallel.tensor * parallel.pipeline)
     found = []
-    for rank, rank_held in enumerate(static_memory(config, world_size, weights)):
-        own = range(rank, stages, parallel.pipeline)
-        sent = [costs(config, stage).sent for stage in own]
+    for rank, held in enumerate(costs.static_memory(config)):
+        own = range(rank, num_stages, parallel.pipeline)
+        sent = [costs.activations(config, pipeline_stage).sent for pipeline_stage in own]
         # The first stage has none before it, the last none after it.
-        states = sum((stage < stages - 1) + (stage > 0) for stage in own)
+        states = sum((n < num_stages - 1) + (n > 0) for n in own)
+        parameter_bytes = held.buffer * BYTES[config.train.precision]
         found.append(
             RankTraffic(
                 tensor=sum(s["tensor"] for s in sent) * count,
                 context=sum(s["context"] for s in sent) * count,
                 pipeline=states * hidden_state_bytes(config) * count,
-                gradients=rank_held.buffer * 4 * (shards - 1) // shards,
-                parameters=rank_held.buffer
-                * BYTES[config.train.precision]
-                * (shards - 1)
-                // shards,
+                gradients=held.buffer * 4 * (shards - 1) // shards,
+                parameters=parameter_bytes * (shards - 1) // shards,
             )
         )
     return found
 
 
 def hidden_state_bytes(config: RunConfig) -> int:
-    """Of the hidden states of a micro-batch on one rank, between two stages."""
+    """Bytes of the hidden states of a micro-batch on one rank, between two pipeline stages."""
     parallel = config.parallel
     split = parallel.context * (parallel.tensor if parallel.sequence else 1)
     numbers = config.data.sequence_length // split * config.model.decoder.hidden_size

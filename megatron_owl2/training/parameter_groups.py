@@ -1,7 +1,8 @@
-"""What a stage trains, at which rate: patterns over parameter names, checked against the model.
+"""Parameter groups of a training stage: what it freezes and trains, and at which learning rates.
 
-A pattern is a shell glob, such as `vision_model.*` or `*.linear_kv_vision.weight`. Freezing must
-happen before the gradient buffers are built, so another stage is another run.
+A stage's patterns over parameter names are checked against the model. A pattern is a shell glob,
+such as `vision_model.*` or `*.linear_kv_vision.weight`. Freezing must happen before the gradient
+buffers are built, so another stage is another run.
 """
 
 import hashlib
@@ -18,15 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_owl2.config.schema import RunConfig, StageConfig
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.model.owl2 import Owl2
-
-PARTS = {  # where a parameter belongs, first match wins; the rows of the table at start
-    "ViT": "vision_model.*",
-    "abstractor": "abstractor.*",
-    "vision branch": ("*.linear_kv_vision.weight", "*.weight_vision"),
-    "embedding": "embedding.*",
-    "output layer": "output_layer.*",
-    "decoder": "*",
-}
+from megatron_owl2.model.parts import PARAMETER_GROUPS, part_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class Parameter:
 
 
 def freeze(config: RunConfig, chunks: Sequence[Owl2]) -> list[Parameter]:
-    """Freeze what the stage does not train; returns the plan for all parameters of the model.
+    """The plan of the stage for all parameters of the model; what it does not train is frozen.
 
     Sets `requires_grad` and, for the optimizer, `rate_factor` on every local parameter. Raises
     ConfigError if the stage's patterns are not those of a stage (`check_patterns`).
@@ -49,20 +42,24 @@ def freeze(config: RunConfig, chunks: Sequence[Owl2]) -> list[Parameter]:
     local = []
     for name, parameter in itertools.chain.from_iterable(c.named_parameters() for c in chunks):
         parameter.requires_grad = trained = is_trainable(name, config.stage)
-        parameter.rate_factor = rate_factor(name, config)
+        factor = rate_factor(name, config)
+        # Tensors take any attribute, whatever their stubs say; build_optimizer reads this one.
+        parameter.rate_factor = factor  # pyright: ignore[reportAttributeAccessIssue]
         split = getattr(parameter, "tensor_model_parallel", False)
         numel = parameter.numel() * (config.parallel.tensor if split else 1)
         # The rule of get_standard_config_overrides (megatron-core, optimizer/__init__.py).
         decays = not name.endswith(".bias") and parameter.ndim > 1
-        local.append(Parameter(name, numel, trained, parameter.rate_factor, decays))
+        local.append(Parameter(name, numel, trained, factor, decays))
     plan = _union_over_pipeline(local, chunks[0].context.groups.pp)
     check_patterns(config.stage, [parameter.name for parameter in plan])
     return plan
 
 
 def check_patterns(stage: StageConfig, names: Sequence[str]) -> None:
-    """Refuse a pattern that matches none of the whole model's parameters, and a stage that trains
-    none of them; raises ConfigError."""
+    """A check of the stage's patterns against the names of the whole model's parameters.
+
+    Raises ConfigError for a pattern that matches none of them, and if none of them trains.
+    """
     for key in ("trainable", "frozen", "rates"):
         for pattern in getattr(stage, key):
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -106,13 +103,13 @@ def rate_factor(name: str, config: RunConfig) -> float:
 def learning_rates(
     plan: list[Parameter], scheduler: OptimizerParamScheduler, config: RunConfig
 ) -> dict[str, float]:
-    """The learning rates in force by part of the model; where a part has several, its lowest and
-    its highest one."""
+    """The learning rates in force by PARAMETER_GROUPS, the lowest and the highest of a group that
+    has several."""
     found = {}
-    for part in PARTS:
-        factors = {p.factor for p in plan if p.trained and part_of(p.name) == part}
+    for group in PARAMETER_GROUPS:
+        factors = {p.factor for p in plan if p.trained and part_of(p.name).parameter_group == group}
         low, high = min(factors, default=None), max(factors, default=None)
-        names = {part: low} if low == high else {f"{part} lowest": low, f"{part} highest": high}
+        names = {group: low} if low == high else {f"{group} lowest": low, f"{group} highest": high}
         found |= {name: factor for name, factor in names.items() if factor is not None}
     peak, least = config.optimizer.lr, config.optimizer.min_lr
     return {
@@ -122,18 +119,19 @@ def learning_rates(
 
 
 def summary(plan: list[Parameter], config: RunConfig) -> str:
-    """What trains, part by part: tensors, parameters, peak learning rates, weight decay."""
+    """The table at the start of a run: tensors, parameters, peak learning rates and weight decay by
+    PARAMETER_GROUPS."""
     groups = defaultdict(list)
     for parameter in plan:
         kind = parameter.decays if parameter.trained else None
-        groups[part_of(parameter.name), kind].append(parameter)
+        groups[part_of(parameter.name).parameter_group, kind].append(parameter)
     head = f"{'part':<14}{'tensors':>9}{'parameters':>16}  {'rate':<20}decay"
     lines = [f"stage {config.stage.name}", head]
-    for part, kind in itertools.product(PARTS, (True, False, None)):
-        members = groups[part, kind]
+    for group, kind in itertools.product(PARAMETER_GROUPS, (True, False, None)):
+        members = groups[group, kind]
         if not members:
             continue
-        line = f"{part:<14}{len(members):>9}{sum(p.numel for p in members):>16,}  "
+        line = f"{group:<14}{len(members):>9}{sum(p.numel for p in members):>16,}  "
         if kind is None:
             lines.append(f"{line}frozen")
             continue
@@ -145,11 +143,6 @@ def summary(plan: list[Parameter], config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def part_of(name: str) -> str:
-    """The part of the model, one of PARTS, that a parameter belongs to."""
-    return next(part for part, patterns in PARTS.items() if _matches(name, patterns))
-
-
 def _matches(name: str, patterns: str | list[str] | tuple[str, ...]) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -158,7 +151,7 @@ def _matches(name: str, patterns: str | list[str] | tuple[str, ...]) -> bool:
 def _union_over_pipeline(
     local: list[Parameter], pipeline: torch.distributed.ProcessGroup
 ) -> list[Parameter]:
-    """What all pipeline ranks have; those beside this one have the same parameters, or shards."""
-    shares = [None] * pipeline.size()
+    """The parameters of all pipeline ranks; other ranks have the same ones, or shards of them."""
+    shares: list = [None] * pipeline.size()
     torch.distributed.all_gather_object(shares, local, group=pipeline)
     return list({p.name: p for share in shares for p in share}.values())

@@ -38,7 +38,7 @@ def test_a_step_needs_the_memory_that_is_planned(trainable, recompute):
     for _ in range(2):  # libraries take their workspaces at first use
         torch.cuda.reset_peak_memory_stats()
         started = torch.cuda.memory_allocated()
-        batch = [t.to(setup.device()) for t in activations._batch(run, 4)]
+        batch = [t.to(setup.device()) for t in activations.example_batch(run, 4)]
         output = model(*batch)
         kept = torch.cuda.memory_allocated() - started
         torch.autograd.backward(output, torch.ones_like(output))

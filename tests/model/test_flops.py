@@ -9,17 +9,18 @@ from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model import flops
 from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.model.parts import FLOPS_GROUPS
 from megatron_owl2.planner import activations
 from megatron_owl2.training import parameter_groups
 
 ROWS, LENGTH = 2, 128
-MODULES = ("vision_model", "abstractor", "decoder", "output_layer")  # of flops.PARTS
+MODULES = ("vision_model", "abstractor", "decoder", "output_layer")  # of FLOPS_GROUPS
 
 
 def counted(config) -> tuple[dict[str, float], set[str]]:
     """Operations of a real forward and backward pass by part, and the names of what trains."""
-    layout = ParallelContext(config, setup.initialize(config.parallel))
-    model = Owl2(layout, config.model)
+    context = ParallelContext(config, setup.initialize(config.parallel))
+    model = Owl2(context, config.model)
     trained = {
         name
         for name, _ in model.named_parameters()
@@ -30,11 +31,11 @@ def counted(config) -> tuple[dict[str, float], set[str]]:
     counter = FlopCounterMode(model, display=False)
     # The counter knows no flash attention on CPUs; the plain one computes all pairs.
     with counter, sdpa_kernel(SDPBackend.MATH):
-        model(*activations._batch(config, ROWS)).sum().backward()
+        model(*activations.example_batch(config, ROWS)).sum().backward()
     setup.shutdown()
     found = {}
-    for part, name in zip(flops.PARTS, MODULES, strict=True):
-        found[part] = float(sum(counter.get_flop_counts()[f"Owl2.{name}"].values()))
+    for group, name in zip(FLOPS_GROUPS, MODULES, strict=True):
+        found[group] = float(sum(counter.get_flop_counts()[f"Owl2.{name}"].values()))
     assert sum(found.values()) == counter.get_total_flops()
     return found, trained
 

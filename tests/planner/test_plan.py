@@ -13,8 +13,8 @@ from megatron_owl2.config.load import load_config
 from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import plan, report, search, timing, traffic
-from megatron_owl2.planner import static_memory as weights
-from megatron_owl2.planner.activations import ActivationCosts
+from megatron_owl2.planner.costs import RunCosts
+from megatron_owl2.planner.static_memory import static_memory
 from megatron_owl2.planner.timing import Machine
 
 FINETUNE = ROOT / "examples" / "7b" / "finetune.yaml"
@@ -25,6 +25,30 @@ SMALLER = ["train.micro_batch_size=16", "train.precision=bf16"]
 def run_tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+COUNTED_RUN = """
+import runpy, sys
+del sys.argv[0]
+from megatron_owl2.mcore.setup import setup
+setup()
+from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.planner import activations
+passes, builds, run, build = 0, 0, activations._run, Owl2.__init__
+def count_run(*args, **options):
+    global passes
+    passes += 1
+    return run(*args, **options)
+def count_build(*args, **options):
+    global builds
+    builds += 1
+    build(*args, **options)
+activations._run, Owl2.__init__ = count_run, count_build
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(f"{passes} passes, {builds} models", file=sys.stderr)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +69,20 @@ def test_the_tool_prints_a_plan_and_writes_it(tmp_path):
     assert rank["total"] == parts + max(rank["activations"], rank["update"])
     assert found["fits"] and found["time"]["total"] > 0 and found["layouts"]
     assert f"{found['trained']:,} of {found['parameters']:,} parameters train" in run.stdout
+
+
+def test_the_command_of_the_readme_needs_few_passes_of_the_model():
+    """Processor time follows from these counts: they are all that is expensive in a plan."""
+    arguments = ["--config", "examples/7b/pretrain.yaml", "--gpus", "64", "--gpu-memory", "80"]
+    command = [sys.executable, "-c", COUNTED_RUN, str(ROOT / "tools" / "plan.py"), *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert "the fastest of 1,218 valid layouts" in run.stdout
+    passes, builds = map(int, re.search(r"(\d+) passes, (\d+) models", run.stderr).groups())
+    # With one row and with two, for no more than 3 kinds of recomputation and 3 tensor sizes; the
+    # whole model once for its weights and once for the check of its sharding.
+    assert passes <= 18
+    assert builds <= 9 + 2
 
 
 def test_exit_codes_tell_what_does_not_fit_from_what_cannot_run():
@@ -87,10 +125,9 @@ def test_proposals_are_valid_fit_and_are_in_order(tiny_plan):
 
 def test_no_layout_that_fits_is_faster_than_the_first(tiny_plan):
     config, machine = tiny_plan.config, tiny_plan.machine
-    whole = weights.model_weights(config)
-    costs = ActivationCosts(whole)
+    costs = RunCosts(config, machine.gpus)
     times = [
-        timing.step_time(layout, machine, whole, costs).total
+        timing.step_time(layout, machine, costs).total
         for layout in search.candidates(config, machine)
         if layout.parallel.recompute == "none" and layout.parallel.tensor <= 2
     ]
@@ -117,9 +154,9 @@ def test_traffic_of_gradients_parameters_and_stages():
     config = load_config(
         FINETUNE, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.recompute=none"]
     )
-    whole = weights.model_weights(config)
-    sent = traffic.per_pipeline_rank(config, 64, whole, ActivationCosts(whole))
-    held = weights.static_memory(config, 64, whole)
+    costs = RunCosts(config, 64)
+    sent = traffic.per_pipeline_rank(config, costs)
+    held = static_memory(config, 64, costs.weights)
     for ours, kept in zip(sent, held, strict=True):
         assert ours.gradients == kept.gradients * 15 // 16  # 16 data-parallel ranks
         assert ours.parameters == kept.buffer * 2 * 15 // 16
@@ -132,12 +169,11 @@ def test_traffic_of_gradients_parameters_and_stages():
 def test_time_knows_bubble_overlap_and_recomputation():
     machine = Machine(gpus=64, memory_gib=80)
     config = load_config(FINETUNE, ["parallel.recompute=none"])
-    whole = weights.model_weights(config)
-    costs = ActivationCosts(whole)
+    costs = RunCosts(config, machine.gpus)
 
     def time(**parallel):
         layout = replace(config, parallel=replace(config.parallel, **parallel))
-        return timing.step_time(layout, machine, whole, costs)
+        return timing.step_time(layout, machine, costs)
 
     plain, again = time(), time(recompute="full")
     assert plain.bubble == 0

@@ -1,4 +1,4 @@
-"""The pipeline's order against the textbook, and what uneven stages do to it."""
+"""Pipeline schedules against the textbook, with even and uneven stages."""
 
 import pytest
 
@@ -24,17 +24,17 @@ def test_the_busiest_stage_sets_the_pace():
 def test_every_rank_runs_every_micro_batch_once_in_an_order_that_ends():
     for pipeline, chunks, count in ((1, 1, 3), (4, 1, 2), (4, 1, 9), (2, 3, 4), (4, 2, 8)):
         for rank in range(pipeline):
-            runs = schedule.order(rank, pipeline, chunks, count)
-            assert len(set(runs)) == len(runs) == 2 * chunks * count
-            for run in runs:
-                if not run.forward:
-                    assert runs.index(run._replace(forward=True)) < runs.index(run)
+            tasks = schedule.order(rank, pipeline, chunks, count)
+            assert len(set(tasks)) == len(tasks) == 2 * chunks * count
+            for task in tasks:
+                if not task.forward:
+                    assert tasks.index(task._replace(forward=True)) < tasks.index(task)
 
 
 def test_what_waits_is_what_1f1b_and_its_interleaved_form_hold():
     def waiting(rank, pipeline, chunks, count):
-        runs = schedule.order(rank, pipeline, chunks, count)
-        return schedule.peak_memory(runs, [1] * chunks, [0] * chunks)
+        tasks = schedule.order(rank, pipeline, chunks, count)
+        return schedule.peak_memory(tasks, [1] * chunks, [0] * chunks)
 
     assert [waiting(rank, 4, 1, 16) for rank in range(4)] == [4, 3, 2, 1]
     assert [waiting(rank, 4, 1, 2) for rank in range(4)] == [2, 2, 2, 1]
@@ -43,5 +43,5 @@ def test_what_waits_is_what_1f1b_and_its_interleaved_form_hold():
 
 
 def test_working_memory_counts_on_top_of_what_waits():
-    runs = schedule.order(0, 2, 1, 4)
-    assert schedule.peak_memory(runs, [10], [3]) == 2 * 10 + 3
+    tasks = schedule.order(0, 2, 1, 4)
+    assert schedule.peak_memory(tasks, [10], [3]) == 2 * 10 + 3

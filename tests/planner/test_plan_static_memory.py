@@ -127,11 +127,11 @@ def test_the_fullest_optimizer_share_is_found():
     # 5 + 5 numbers at 0 and 64, padded to 128 of 4 ranks: ranks 0 and 2 have 5 each.
     (bucket,) = weights._buckets([5, 5], None, 4)
     assert bucket == (0, 128, [(0, 5), (64, 69)])
-    assert weights._of_each_rank(*bucket, 4).tolist() == [5, 0, 5, 0]
+    assert weights._elements_per_rank(*bucket, 4).tolist() == [5, 0, 5, 0]
     # Three ranks share 384 numbers, 100 of the last parameter first.
     (bucket,) = weights._buckets([150, 100], None, 3)
     assert bucket[:2] == (0, 384)
-    assert weights._of_each_rank(*bucket, 3).tolist() == [100, 128, 22]
+    assert weights._elements_per_rank(*bucket, 3).tolist() == [100, 128, 22]
     # A limit closes a bucket once it is reached; the next begins behind the padding.
     first, second = weights._buckets([10, 60, 70], 100, 2)
     assert first == (0, 256, [(0, 70), (128, 188)]) and second[:2] == (256, 384)
@@ -189,7 +189,7 @@ def test_a_wrong_shard_is_found(tiny):
         weights.check_sharding(config, 1024, whole[:-1])
 
 
-def test_a_process_in_a_group_cannot_pretend():
+def test_a_process_in_a_group_can_have_no_fake_groups():
     config = RunConfig()
     with (
         fake_process_groups(config.parallel, 2, 1) as groups,

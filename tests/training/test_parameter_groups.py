@@ -15,6 +15,7 @@ from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2, build
+from megatron_owl2.model.parts import part_of
 from megatron_owl2.training import parameter_groups
 
 VISION = {"ViT", "abstractor", "vision branch"}
@@ -50,7 +51,7 @@ def test_the_recipes_train_the_parts_they_say(plan_of, recipe, trained):
     plan, model, _ = plan_of(recipe)
     found = {True: set(), False: set()}
     for parameter in plan:
-        found[parameter.trained].add(parameter_groups.part_of(parameter.name))
+        found[parameter.trained].add(part_of(parameter.name).parameter_group)
     assert found == {True: trained, False: (VISION | LANGUAGE) - trained}
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {
         p.name: p.trained for p in plan

@@ -1,0 +1,65 @@
+"""Costs of one run under any parallel configuration, each computed once."""
+
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.model import flops
+from megatron_owl2.model.parts import FLOPS_GROUPS
+from megatron_owl2.planner.activations import ActivationCosts
+from megatron_owl2.planner.static_memory import StaticMemory, model_weights, static_memory
+
+
+class RunCosts:
+    """Weights, memory and FLOPs of one run on `world_size` GPUs.
+
+    The configs that its methods take differ from the given one in nothing but `parallel` and the
+    micro-batch, so that the search for parallel configurations computes nothing twice.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int):
+        self.world_size = world_size
+        self.weights = model_weights(config)
+        self.trained = frozenset(weight.name for weight in self.weights if weight.trained)
+        self.activations = ActivationCosts(self.weights)
+        self._static: dict[tuple, list[StaticMemory]] = {}
+        self._flops: dict[tuple, tuple[dict[str, float], dict[str, float]]] = {}
+
+    def static_memory(self, config: RunConfig) -> list[StaticMemory]:
+        """What the ranks of every pipeline rank hold from the first step to the last."""
+        parallel = config.parallel
+        key = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, *parallel.layers
+        if key not in self._static:
+            self._static[key] = static_memory(config, self.world_size, self.weights)
+        return self._static[key]
+
+    def micro_batch_flops(self, config: RunConfig) -> tuple[dict[str, float], dict[str, float]]:
+        """FLOPs of a micro-batch forward and backward, with what is computed again, by
+        FLOPS_GROUPS. Padding counts like tokens."""
+        rows, recompute = config.train.micro_batch_size, config.parallel.recompute
+        if (rows, recompute) not in self._flops:
+            load = full_load(config, rows)
+            forward = flops.training_flops(config.model, load, set())
+            both = flops.training_flops(config.model, load, self.trained)
+            again = flops.forward_again(config.model, load, self.trained, recompute)
+            backward = {g: both[g] - forward[g] + again[g] for g in FLOPS_GROUPS}
+            self._flops[rows, recompute] = forward, backward
+        return self._flops[rows, recompute]
+
+    def micro_batches(self, config: RunConfig) -> int:
+        """How many micro-batches every data-parallel rank has in a step."""
+        rows = config.train.micro_batch_size * self.data_parallel(config)
+        return config.train.global_batch_size // rows
+
+    def data_parallel(self, config: RunConfig) -> int:
+        """How many groups of ranks read samples of their own."""
+        parallel = config.parallel
+        return self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+
+def full_load(config: RunConfig, samples: int, tokens: int | None = None) -> flops.Load:
+    """Samples with an image each, of `tokens` tokens; without it as long as they may be."""
+    length = config.data.sequence_length if tokens is None else tokens
+    return flops.Load(
+        images=samples,
+        tokens=samples * length,
+        vision_tokens=samples * config.model.tokens_per_image,
+        pairs=samples * length * (length + 1) // 2,
+    )
