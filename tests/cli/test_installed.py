@@ -61,17 +61,8 @@ def installed(tmp_path_factory) -> Installed:
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore)
     for name in FILES:
         shutil.copy(ROOT / name, tree / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    build = [
-        "wheel",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        folder,
-        tree,
-    ]
-    subprocess.run([*map(str, [*pip, *build])], check=True, capture_output=True)
+    wheel = ["wheel", "--no-index", "--no-deps", "--no-build-isolation"]
+    pip(*wheel, "--wheel-dir", folder, tree)
     shutil.rmtree(tree)
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
