@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.convert.lazy_tensor import LazyTensor, read_ahead
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.checkpoint.async_writer import raise_io_error
 from megatron_owl2.training.checkpoint.index import read_index, stored_weights, unreadable
 from megatron_owl2.utils.files import new_directory
@@ -78,7 +78,7 @@ def write_checkpoint(
         save(empty, storage_writer=writer, planner=planner, no_dist=True)
         save_config(CheckpointingConfig("torch_dist"), str(partial))
         torch.save({}, partial / "common.pt")  # what megatron-core does not shard: nothing
-        save_load.write_companions(partial, config, {})
+        directories.write_companions(partial, config, {})
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def read_checkpoint(directory: str | Path) -> dict[str, LazyTensor]:
 
     Raises CheckpointError for a checkpoint that is not whole, at once or when a tensor is read.
     """
-    reader = _IndexedReader(save_load.resolve(directory))
+    reader = _IndexedReader(directories.resolve(directory))
 
     def lazy(name: str, shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
         def read() -> torch.Tensor:

@@ -22,7 +22,7 @@ from megatron_owl2.model import position_tables
 from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories, save_load
 
 # What a run chooses whatever the weights are; max_positions may also be smaller than theirs.
 _FREE = {
@@ -106,8 +106,8 @@ def from_llama_and_clip(
 
 def from_checkpoint(path: str | Path) -> SourceModel:
     """A checkpoint, or the latest of a run; raises CheckpointError."""
-    directory = save_load.resolve(path)
-    config = save_load.read_config(directory)
+    directory = directories.resolve(path)
+    config = directories.read_config(directory)
     config.parallel = ParallelConfig()
     tensors = read_checkpoint(directory)
     if absent := save_load.compare(directory, weight_shapes(config)):

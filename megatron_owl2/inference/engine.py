@@ -31,7 +31,7 @@ from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import KeyValueCache
 from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories, save_load
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
         config = RunConfig(model=hf.read_hf_config(path))
         config.data.tokenizer = str(path / "tokenizer.model")
     else:
-        path = save_load.resolve(path)
-        config = save_load.read_config(path)
+        path = directories.resolve(path)
+        config = directories.read_config(path)
     if not config.data.tokenizer:
         raise InferenceError(f"{path} has no tokenizer.model; put the model's own there")
     try:

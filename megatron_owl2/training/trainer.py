@@ -25,7 +25,7 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import fault_tolerance, parameter_groups
 from megatron_owl2.training import optimizer as optim
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 from megatron_owl2.training.data_iterator import DataIterator
 from megatron_owl2.training.metrics import metrics, sample_sheet
@@ -195,7 +195,7 @@ class Trainer:
         self.parameters = parameter_groups.freeze(config, self.chunks)
         self.state.stage_fingerprint = parameter_groups.fingerprint(self.parameters)
         _logger.info("%s", parameter_groups.summary(self.parameters, config))
-        self.resumed_from = save_load.latest(self.output)
+        self.resumed_from = directories.latest(self.output)
         if self.resumed_from is None:
             self._load_initial_weights()
         self.model = optim.wrap_ddp(self.chunks, overlap=config.parallel.overlap)
@@ -233,7 +233,7 @@ class Trainer:
 
     def _load_checkpoint(self, directory: Path) -> None:
         state, config = self.state, self.config
-        progress = save_load.read_progress(directory)
+        progress = directories.read_progress(directory)
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
                 "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "

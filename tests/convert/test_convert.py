@@ -33,7 +33,7 @@ from megatron_owl2.convert.mapping import constants
 from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.sources import from_checkpoint, from_owl2
 from megatron_owl2.model.position_tables import NAMES as TABLES
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 
 def released(directory: Path, dtype: torch.dtype, files: str) -> Path:
@@ -175,7 +175,7 @@ def test_tools_convert_there_and_back(tmp_path, capsys):
     assert_same(tensors_of(out), tensors_of(LLAMA))
     status, _, complaint = run_tool("convert_to_hf", *arguments, capsys=capsys)
     assert status == 2 and f"{out} exists already" in complaint
-    assert save_load.read_config(ckpt).model.image_mean == [0.5, 0.5, 0.5]
+    assert directories.read_config(ckpt).model.image_mean == [0.5, 0.5, 0.5]
 
     ckpt, out = tmp_path / "owl2 ckpt", tmp_path / "owl2 out"
     arguments = ("--owl2", OWL2, "--tokenizer", tokenizer, "--output", ckpt)

@@ -16,7 +16,7 @@ from megatron_owl2.convert.safetensors_io import TensorReader
 from megatron_owl2.convert.sources import from_checkpoint, from_owl2
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.errors import CheckpointError, ConfigError, ConversionError
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.index import read_index
 
 
@@ -120,7 +120,7 @@ def test_tensors_that_the_index_does_not_place_are_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_all_differences(converted):
-    config = save_load.read_config(converted)
+    config = directories.read_config(converted)
     config.model.decoder.vocab_size = 500
     config.model.vision.num_layers = 1
     save_config(config, converted / "run.yaml")
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_all_differences(converted
 
 
 def test_settings_that_no_model_has_are_refused_in_a_checkpoint(converted):
-    config = save_load.read_config(converted)
+    config = directories.read_config(converted)
     config.model.vision.patch_size = 0
     save_config(config, converted / "run.yaml")
     for read in (from_checkpoint, Verification):

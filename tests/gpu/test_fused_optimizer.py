@@ -5,7 +5,7 @@ import stored
 import tiny_run
 from gpu_runs import FP32, train
 
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 pytest.importorskip(
     "transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=Exception
@@ -29,7 +29,7 @@ def start(tmp_path_factory):
 def test_a_run_goes_on_whichever_adamw_began_it(start, tmp_path, first, then):
     config, options, expected = start
     train(config, tmp_path, *options, "train.steps=2", cpu=first == "cpu")
-    moments = stored.read(save_load.resolve(tmp_path), stored.MOMENT)
+    moments = stored.read(directories.resolve(tmp_path), stored.MOMENT)
     assert all(moment.isfinite().all() for moment in moments.values())
     assert any(moment.norm() > 0 for moment in moments.values())
     found = train(config, tmp_path, *options, cpu=then == "cpu")

@@ -8,7 +8,7 @@ import torch
 from gpu_runs import FP32, train
 
 from megatron_owl2.config.load import load_config
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 WIDE = [  # sizes that FP8 GEMMs take
     "train.precision=bf16",
@@ -85,7 +85,7 @@ def test_context_parallel_attention_leaves_the_gradients_of_one_gpu(start, tmp_p
     for processes in (1, 2):
         run = tmp_path / str(processes)
         train(config, run, *common, f"parallel.context={processes}", processes=processes)
-        found.append(stored.read(save_load.resolve(run), stored.MOMENT))
+        found.append(stored.read(directories.resolve(run), stored.MOMENT))
     one, two = found
     assert one.keys() == two.keys()
     largest = max(float(gradient.norm()) for gradient in one.values())

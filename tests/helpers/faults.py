@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # no
 from torch.distributed.checkpoint import filesystem  # noqa: E402
 
 from megatron_owl2.training import step  # noqa: E402
-from megatron_owl2.training.checkpoint import save_load  # noqa: E402
+from megatron_owl2.training.checkpoint import directories, save_load  # noqa: E402
 from megatron_owl2.training.checkpoint.async_writer import Writing  # noqa: E402
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck  # noqa: E402
 from megatron_owl2.training.trainer import Trainer  # noqa: E402
@@ -66,7 +66,7 @@ def mistake_in_the_code() -> None:
     def write_companions(*arguments):
         raise KeyError("a mistake of ours")
 
-    save_load.write_companions = write_companions
+    directories.write_companions = write_companions
 
 
 def rank_1_is_lost_while_it_reads() -> None:
@@ -90,7 +90,7 @@ def device_of_rank_1_fails_while_it_reads() -> None:
 
 def rank_1_sees_files_late() -> None:
     """At the fourth look; it waits SEEN_WITHIN seconds for that."""
-    looks, lacks = 0, save_load._lacks
+    looks, lacks = 0, directories._lacks
 
     def late(directory):
         nonlocal looks
@@ -98,8 +98,8 @@ def rank_1_sees_files_late() -> None:
         return ["run.yaml"] if looks < 4 else lacks(directory)
 
     if RANK == "1":
-        save_load._lacks = late
-        save_load._SEEN_WITHIN = float(os.environ["SEEN_WITHIN"])
+        directories._lacks = late
+        directories._SEEN_WITHIN = float(os.environ["SEEN_WITHIN"])
 
 
 def loss_of_the_second_step_is_nan() -> None:

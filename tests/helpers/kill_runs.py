@@ -25,7 +25,7 @@ import tiny_run
 import torch
 from processes import single_threaded, torchrun
 
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 LAYOUTS = {"DP 2": ["train.micro_batch_size=1"], "TP 2": ["parallel.tensor=2"]}
 PROCESSES = 2
@@ -112,12 +112,12 @@ def read_all(folder: Path) -> list[str]:
     """Names of all that looks like a checkpoint, every tensor of it read; `latest` among them."""
     whole = sorted(folder.glob("iter_*"))
     for directory in whole:
-        assert save_load.resolve(directory) == directory
+        assert directories.resolve(directory) == directory
         stored.read(directory)
         torch.load(directory / "common.pt", weights_only=False)
-        assert save_load.read_progress(directory)["step"] == int(directory.name[5:])
-    if (folder / save_load.LATEST).exists():
-        assert save_load.resolve(folder) in whole
+        assert directories.read_progress(directory)["step"] == int(directory.name[5:])
+    if (folder / directories.LATEST).exists():
+        assert directories.resolve(folder) in whole
     return [directory.name for directory in whole]
 
 

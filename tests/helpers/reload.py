@@ -16,14 +16,14 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories, save_load
 
 RATES = ("wd_mult", "lr_mult", "max_lr", "min_lr", "lr", "weight_decay", "step")
 
 
 def reload(source: Path, folder: Path, layout: str) -> Path:
     """Load `source` under the layout and save it again; returns where."""
-    config = save_load.read_config(source)
+    config = directories.read_config(source)
     config.parallel.tensor, config.parallel.pipeline = map(int, layout.split("x"))
     groups = setup.initialize(config.parallel)
     torch.manual_seed(groups.pp.rank())
@@ -40,7 +40,7 @@ def reload(source: Path, folder: Path, layout: str) -> Path:
     output = folder / layout
     if torch.distributed.get_rank() == 0:
         output.with_suffix(".json").write_text(json.dumps(rates))
-    progress = save_load.read_progress(source)
+    progress = directories.read_progress(source)
     state = {"optimizer": optimizer, "scheduler": scheduler, "progress": progress}
     save_load.save(output, chunks, config, **state)
     parallel_state.destroy_model_parallel()

@@ -15,7 +15,7 @@ import tiny_run
 from paths import ROOT
 from processes import wait_until
 
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 STEPS = 8
@@ -210,7 +210,7 @@ def test_a_signal_saves_and_requeues_a_run_on_two_nodes(cluster, uninterrupted, 
     for life in (0, 1):
         logs = output / "logs" / f"{job.number}-{life}"
         assert {p.name for p in logs.glob("rank-*")} == {"rank-00000.log", "rank-00001.log"}
-    assert save_load.read_config(output).data.sources[0].path == str(shards)
+    assert directories.read_config(output).data.sources[0].path == str(shards)
 
 
 def test_a_killed_rank_ends_the_life_and_the_next_goes_on(cluster, uninterrupted, tmp_path):

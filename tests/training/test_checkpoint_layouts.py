@@ -17,7 +17,7 @@ from megatron_owl2.errors import CheckpointError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import build
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.index import read_index
 
 STEPS, SAVED = 3, "iter_0000002"
@@ -74,7 +74,7 @@ def test_main_parameters_outlive_a_change_of_precision(whole, tmp_path):
     options = ["train.precision=bf16", "train.micro_batch_size=1", "train.steps=1"]
     done = tiny_run.train(config, run, *options, processes=2)
     assert done.returncode == 0, done.stderr
-    saved = save_load.resolve(run)
+    saved = directories.resolve(run)
     script = str(HELPERS.joinpath("reload.py"))
     (saved / "run.yaml").write_text((saved / "run.yaml").read_text().replace("bf16", "fp32"))
     other.mkdir()
@@ -89,7 +89,7 @@ def test_an_optimizer_that_is_not_whole_is_refused(whole, tmp_path):
     config, run = whole
     broken = tmp_path / "run" / "checkpoints" / SAVED
     shutil.copytree(run / "checkpoints" / SAVED, broken)
-    (broken.parent / save_load.LATEST).write_text(SAVED)
+    (broken.parent / directories.LATEST).write_text(SAVED)
     index = read_index(broken)
     name = f"{stored.MOMENT}output_layer.weight"
     entry = index.state_dict_metadata[name]
@@ -117,7 +117,7 @@ def test_the_next_step_is_the_same(whole, reloaded, tmp_path, source, options, t
     (again / "checkpoints").mkdir(parents=True)
     kept = run / "checkpoints" / SAVED if source == "run" else reloaded / source
     shutil.copytree(kept, again / "checkpoints" / SAVED)
-    (again / "checkpoints" / save_load.LATEST).write_text(SAVED)
+    (again / "checkpoints" / directories.LATEST).write_text(SAVED)
     done = tiny_run.train(config, again, *options, processes=4)
     assert done.returncode == 0, done.stderr
     (step,) = tiny_run.rows(again)
@@ -129,8 +129,8 @@ def test_the_next_step_is_the_same(whole, reloaded, tmp_path, source, options, t
 
 def test_a_run_cannot_go_on_from_weights_and_what_they_lack_is_listed(whole, tmp_path):
     config, run = whole
-    saved = save_load.resolve(run)
-    settings = save_load.read_config(saved)
+    saved = directories.resolve(run)
+    settings = directories.read_config(saved)
     settings.parallel = ParallelConfig()
     groups = setup.initialize(settings.parallel)
     chunks = build(ParallelContext(settings, groups), settings.model, 1)
@@ -138,10 +138,10 @@ def test_a_run_cannot_go_on_from_weights_and_what_they_lack_is_listed(whole, tmp
     bare = tmp_path / "run" / "checkpoints" / saved.name
     save_load.save(bare, chunks, settings)
     with pytest.raises(CheckpointError, match=r"weights only.*initial_checkpoint"):
-        save_load.read_progress(bare)
+        directories.read_progress(bare)
 
     shutil.copyfile(saved / "progress.json", bare / "progress.json")
-    (bare.parent / save_load.LATEST).write_text(bare.name)
+    (bare.parent / directories.LATEST).write_text(bare.name)
     done = tiny_run.train(config, tmp_path / "run", f"train.steps={STEPS + 1}")
     assert done.returncode != 0
     assert f"error: rank 0: checkpoint {bare} does not fit the optimizer" in done.stderr

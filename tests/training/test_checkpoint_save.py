@@ -11,7 +11,7 @@ import stored
 import tiny_run
 import torch
 
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.checkpoint.index import read_index
 from megatron_owl2.training.checkpoint.manager import expired
 
@@ -47,7 +47,7 @@ def test_what_is_written_is_the_state_of_the_step_though_training_goes_on(config
         assert found.keys() == expected.keys() and len(found) > 300
         assert all(found[name].equal(expected[name]) for name in expected)
         assert read_common(one) == read_common(other)
-        progress = [save_load.read_progress(directory) for directory in (one, other)]
+        progress = [directories.read_progress(directory) for directory in (one, other)]
         assert [p.pop("counts")["seen/0"] for p in progress] == [8 * int(step[-1])] * 2
         assert progress[0] == progress[1]
 
@@ -62,7 +62,7 @@ def test_every_rank_writes_what_it_holds_and_nobody_more(config, tmp_path):
     done = tiny_run.train(config, run, "train.micro_batch_size=1", processes=4)
     assert done.returncode == 0, done.stderr
     written = {"optimizer": Counter(), "model": Counter()}
-    for index, place in read_index(save_load.resolve(run)).storage_data.items():
+    for index, place in read_index(directories.resolve(run)).storage_data.items():
         kind = "optimizer" if index.fqn.startswith("optimizer.") else "model"
         written[kind][place.relative_path.split("_")[2]] += place.length
     for kind, shares in written.items():
@@ -90,7 +90,7 @@ def test_a_disk_that_refuses_ends_all_ranks_and_names_the_checkpoint(
         assert str(run / "checkpoints") in line and "iter_0000001" in line
         assert "could not be written" in line and reason in line
     assert not list((run / "checkpoints").glob("iter_*"))
-    assert not (run / "checkpoints" / save_load.LATEST).exists()
+    assert not (run / "checkpoints" / directories.LATEST).exists()
 
 
 ALONE = """
@@ -166,12 +166,12 @@ def test_a_run_keeps_the_newest_and_the_milestones(config, tmp_path):
     done = tiny_run.train(config, run, *options, "train.steps=7")
     assert done.returncode == 0, done.stderr
     assert listed(run) == ["iter_0000003", "iter_0000006", "iter_0000007", "latest"]
-    (run / "checkpoints" / save_load.LATEST).write_text("iter_0000003")
+    (run / "checkpoints" / directories.LATEST).write_text("iter_0000003")
     done = tiny_run.train(config, run, *options, "train.steps=5")
     assert done.returncode == 0, done.stderr
     kept = [f"iter_000000{step}" for step in (3, 4, 5, 6, 7)]
     assert listed(run) == [*kept, "latest"]
-    assert save_load.resolve(run).name == "iter_0000005"
+    assert directories.resolve(run).name == "iter_0000005"
 
 
 def listed(run):

@@ -10,7 +10,7 @@ from hf_dirs import run_tool, tensors_of
 from paths import DATA
 
 from megatron_owl2.convert.mapping import constants
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 ARCHIVE = DATA / "earlier_run/run.tar.xz"
 
@@ -39,7 +39,7 @@ def test_a_run_of_an_earlier_version_goes_on(earlier, processes, layout):
 def test_a_checkpoint_of_an_earlier_version_is_exported(earlier, capsys):
     status, *_ = run_tool("convert_to_hf", "--checkpoint", "run", "--output", "hf", capsys=capsys)
     assert status == 0
-    model, exported = save_load.read_config("run").model, tensors_of(earlier / "hf")
+    model, exported = directories.read_config("run").model, tensors_of(earlier / "hf")
     for ours, table in constants(model).items():
         theirs = "q_pos_embed" if "query" in ours else "k_pos_embed"
         copies = [tensor for name, tensor in exported.items() if name.endswith(theirs)]

@@ -17,7 +17,7 @@ from processes import killed_by_errors, single_threaded, wait_until
 
 from megatron_owl2.config.machine import check_machine
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 
 class Ranks:
@@ -92,7 +92,7 @@ def test_a_rank_that_is_lost_while_a_checkpoint_is_read_is_no_damage_of_it(saved
 
 def test_a_damaged_checkpoint_stays_so(saved, tmp_path):
     config, run = saved
-    start = save_load.resolve(run)
+    start = directories.resolve(run)
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in start.iterdir():

@@ -12,7 +12,7 @@ import stored
 import tiny_run
 
 from megatron_owl2.config.schema import HealthConfig
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.fault_tolerance import GradientSpikeGuard
 
 
@@ -101,7 +101,7 @@ def test_what_is_being_saved_when_a_run_gives_up_is_saved(tmp_path):
     )
     assert done.returncode != 0
     assert "error: rank 0: 1 steps in a row were skipped" in done.stderr
-    assert save_load.resolve(run).name == "iter_0000001"
+    assert directories.resolve(run).name == "iter_0000001"
 
 
 def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
@@ -118,7 +118,7 @@ def test_a_hanging_rank_ends_the_job_and_every_rank_shows_its_stack(tmp_path):
         stacks = (run / "stacks" / f"rank-{rank:05d}.txt").read_text()
         assert ("in sleeps" in stacks) == (rank == 1), stacks
         assert "in train" in stacks, stacks
-    assert save_load.resolve(run).name == "iter_0000002"
+    assert directories.resolve(run).name == "iter_0000002"
     assert len(tiny_run.rows(run)) == 2
 
 

@@ -15,7 +15,7 @@ import tiny_run
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.model.flops import Load, training_flops
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 STEPS = 3
 TP, PP, CP, SP = (
@@ -133,7 +133,7 @@ def runs(tmp_path_factory):
 
 def gradients(run):
     """The gradient of every trained parameter at the last step."""
-    return stored.read(save_load.resolve(run), stored.MOMENT)
+    return stored.read(directories.resolve(run), stored.MOMENT)
 
 
 def error(ours, expected) -> float:

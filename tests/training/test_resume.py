@@ -10,7 +10,7 @@ import tiny_run
 import torch
 
 from megatron_owl2.errors import CheckpointError
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories
 
 STEPS = 6
 
@@ -39,7 +39,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     expected = tiny_run.figures(run)
     assert len(expected) == STEPS
 
-    (run / "checkpoints" / save_load.LATEST).write_text("iter_0000003")
+    (run / "checkpoints" / directories.LATEST).write_text("iter_0000003")
     resumed = tiny_run.train(config, run, *options, processes=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing from" in resumed.stdout
@@ -51,7 +51,7 @@ def test_a_run_saved_under_one_layout_goes_on_under_another(uninterrupted, tmp_p
     run = tmp_path / "run"
     done = tiny_run.train(config, run, "train.save_interval=3", "parallel.tensor=2", processes=2)
     assert done.returncode == 0, done.stderr
-    (run / "checkpoints" / save_load.LATEST).write_text("iter_0000003")
+    (run / "checkpoints" / directories.LATEST).write_text("iter_0000003")
     resumed = tiny_run.train(config, run, "parallel.pipeline=2", processes=2)
     assert resumed.returncode == 0, resumed.stderr
     found, expected = tiny_run.figures(run), tiny_run.figures(whole)
@@ -71,7 +71,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(uninterrupted, tmp_path, proces
     steps = "train.steps=100000"
     stopped = tiny_run.interrupt(config, run, steps, *options, processes=processes, at_step=2)
     assert stopped.returncode != 0
-    saved = save_load.resolve(run)
+    saved = directories.resolve(run)
     progress = json.loads((saved / "progress.json").read_text())
     logged = tiny_run.rows(run)[-1]["step"]
     assert 2 <= progress["step"] == logged
@@ -96,13 +96,13 @@ def test_half_a_checkpoint_is_never_taken_for_one(uninterrupted, tmp_path):
     for name in ("metadata.json", "run.yaml", "progress.json"):
         broken = tmp_path / f"without {name}"
         broken.mkdir()
-        for file in save_load.resolve(whole).iterdir():
+        for file in directories.resolve(whole).iterdir():
             if file.name != name:
                 (broken / file.name).write_bytes(file.read_bytes())
         with pytest.raises(CheckpointError, match=f"not a complete.*{name}"):
-            save_load.resolve(broken)
+            directories.resolve(broken)
     with pytest.raises(CheckpointError, match="does not exist"):
-        save_load.resolve(tmp_path / "nowhere")
+        directories.resolve(tmp_path / "nowhere")
 
 
 def test_a_killed_save_leaves_the_last_checkpoint_in_place(uninterrupted, tmp_path):
@@ -124,7 +124,7 @@ def test_a_killed_save_leaves_the_last_checkpoint_in_place(uninterrupted, tmp_pa
     )
     assert done.returncode != 0
     assert str(-signal.SIGKILL) in done.stderr
-    assert save_load.resolve(run).name == "iter_0000002"
+    assert directories.resolve(run).name == "iter_0000002"
     assert not (run / "checkpoints" / "iter_0000004").exists()
     resumed = tiny_run.train(config, run, "train.save_interval=2")
     assert resumed.returncode == 0, resumed.stderr
@@ -151,7 +151,7 @@ def test_other_data_start_a_recorded_phase(uninterrupted, tmp_path):
         done = tiny_run.train(config, run, *options)
         assert done.returncode == 0, done.stderr
         assert f"data: phase 2 from sample {8 * STEPS}" in done.stdout
-        progress = save_load.read_progress(run)
+        progress = directories.read_progress(run)
         assert [phase["start_slot"] for phase in progress["phases"]] == [0, 8 * STEPS]
         sources = tiny_run.rows(run)[-1]["sources"]
         assert sum(source["seen"] for source in sources) == 8 * more  # of the new phase alone
@@ -166,7 +166,7 @@ def test_rates_settings_and_length_follow_the_configuration(uninterrupted, tmp_p
     resumed = tiny_run.train(config, run, *options)
     assert resumed.returncode == 0, resumed.stderr
     assert [row["lr"] for row in tiny_run.rows(run)[STEPS:]] == pytest.approx([4e-3] * 4)
-    common = torch.load(save_load.resolve(run) / "common.pt", weights_only=False)
+    common = torch.load(directories.resolve(run) / "common.pt", weights_only=False)
     groups = common["optimizer"]["optimizer"]["param_groups"]
     in_force = {(*group["betas"], group["eps"], group["weight_decay"]) for group in groups}
     assert in_force == {(0.5, 0.6, 0.1, 0.25), (0.5, 0.6, 0.1, 0.0)}

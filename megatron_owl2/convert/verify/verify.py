@@ -32,7 +32,7 @@ from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import optimizer as optim
-from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.step import forward_backward
 from megatron_owl2.utils.files import replaced_atomically
 
@@ -75,7 +75,7 @@ class Verification:
     """A checkpoint under one set of parallel sizes, loaded at the first of any number of runs."""
 
     def __init__(self, directory: str | Path, overrides: Sequence[str] = ()):
-        self.directory = save_load.resolve(directory)
+        self.directory = directories.resolve(directory)
         self.config = load_config(self.directory / "run.yaml", [*_ONE_PROCESS, *overrides])
         validate_model(self.config.model)
         parallel, world = self.config.parallel, _processes()

@@ -12,8 +12,9 @@ import torch
 from megatron_owl2.config.schema import RunConfig, TrainConfig
 from megatron_owl2.mcore import setup
 from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.checkpoint.async_writer import raise_on_all_ranks
-from megatron_owl2.training.checkpoint.save_load import LATEST, Save
+from megatron_owl2.training.checkpoint.save_load import Save
 from megatron_owl2.utils.files import sync
 
 _logger = logging.getLogger(__name__)
@@ -70,10 +71,10 @@ class CheckpointManager:
         _logger.info("saved %s", save.directory)
 
     def _point_to(self, name: str) -> None:
-        pointer = self._folder / f".{LATEST}.partial"
+        pointer = self._folder / f".{directories.LATEST}.partial"
         pointer.write_text(name)
         sync(pointer)
-        os.replace(pointer, self._folder / LATEST)
+        os.replace(pointer, self._folder / directories.LATEST)
         sync(self._folder)
 
     def _prune(self) -> None:
