@@ -31,8 +31,8 @@ class Batch:
 
     tokens, labels (shifted: labels[:, t] is the target of position t; -100 ignored), modality (0
     text and padding, 1 vision) and position_ids are int64 [b, s], loss_mask is float32 [b, s].
-    image is uint8 [n, 3, H, W], channels last in memory; without any picture one black image that
-    owns no rows keeps every parameter in the graph. Where pictures are not wanted H and W are 0.
+    image is uint8 [n, 3, H, W], channels last in memory; without any image one black image that
+    owns no rows keeps every parameter in the graph. Where images are not wanted H and W are 0.
     vision_token_index, int64 [images * tokens_per_image], are the rows of the images in the
     flattened sequence-first [s * b] hidden states: position * b + row, image after image. lengths,
     int64 [b], are the positions that are not padding; sample_indices (in the training order) and

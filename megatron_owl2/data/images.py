@@ -16,16 +16,16 @@ from PIL import Image
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.errors import BadSampleError
 
-MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger picture is refused before it is decoded
+MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger image is refused before it is decoded
 MAX_SIDE = 65_535  # JPEG's; resizing a longer line of pixels would take gigabytes
-MAX_SCANS = 100  # of a JPEG; every one decodes the whole picture again
+MAX_SCANS = 100  # of a JPEG; every one decodes the whole image again
 _FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def decode(data: bytes) -> torch.Tensor:
-    """A picture as RGB, uint8 [3, H, W].
+    """An image as RGB, uint8 [3, H, W].
 
-    Grey, palette and CMYK pictures become RGB, 16-bit ones keep the upper 8 bits, transparency is
+    Grey, palette and CMYK images become RGB, 16-bit ones keep the upper 8 bits, transparency is
     laid over white, an animation gives its first frame. The EXIF orientation is not applied, as
     in the official code. Raises BadSampleError for anything damaged (strictly: Pillow accepts a
     JPEG whose body is noise), of an unknown format, or above MAX_PIXELS, MAX_SIDE or MAX_SCANS.
@@ -75,7 +75,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 def resize_square(image: torch.Tensor, size: int) -> torch.Tensor:
     """Squash uint8 [3, H, W] to [3, size, size] with antialiased bicubic interpolation.
 
-    The shape of the picture is not kept: the official evaluation squashes, and says it is best.
+    The shape of the image is not kept: the official evaluation squashes, and says it is best.
     The result lies in memory as pixels come from a decoder, channels last: turning it over costs
     as much as half of the interpolation, on a device almost nothing.
     """
@@ -108,14 +108,14 @@ def random_crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int,
             top = int(random.uniform(0, height - crop_height + 1))
             left = int(random.uniform(0, width - crop_width + 1))
             return top, left, crop_height, crop_width
-    # A very long picture: the largest central crop of an allowed ratio.
+    # A very long image: the largest central crop of an allowed ratio.
     crop_width = min(width, max(1, round(height * 4 / 3)))
     crop_height = min(height, max(1, round(width * 4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise BadSampleError for a picture that is too large to decode and resize."""
+    """Raise BadSampleError for an image that is too large to decode and resize."""
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise BadSampleError(
             f"image of {width} x {height} pixels exceeds {MAX_PIXELS} pixels or a side of "
@@ -132,7 +132,7 @@ def _may_have_many_scans(data: bytes) -> bool:
             marker, start = data[position + 1], position + 4
             if marker == 0xDA:  # SOS
                 return data[start] < components
-            if marker in (0xC0, 0xC1):  # SOF of a sequential Huffman-coded picture
+            if marker in (0xC0, 0xC1):  # SOF of a sequential Huffman-coded image
                 components = data[start + 5]
             elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # another SOF
                 return True

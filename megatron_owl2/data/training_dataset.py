@@ -31,7 +31,7 @@ _AUGMENT = 16  # keeps the crops' keys apart from the order's
 class TrainingDataset(Dataset):
     """Map-style dataset from lists of global sample indices to batches; holds no position.
 
-    `phase` says where the order of these data sets starts. With `decode_images=False` pictures are
+    `phase` says where the order of these data sets starts. With `decode_images=False` images are
     decoded and thrown away: a rank that needs no pixels must substitute exactly what the ranks with
     pixels substitute, and only decoding tells. Raises ConfigError for an impossible mixture.
     """

@@ -1,4 +1,4 @@
-"""How many floating-point operations training needs by the mathematics of the model.
+"""Floating-point operations of training, by the mathematics of the model.
 
 A multiplication and an addition are two operations. Matrix products and attention count; norms,
 activations and lookups do not. Neither does what only an implementation does: recomputation,
@@ -14,7 +14,7 @@ from megatron_owl2.model.parts import FLOPS_GROUPS, STACKS, part_of
 
 @dataclass(frozen=True)
 class Load:
-    """What some samples hold, without padding.
+    """Content of some samples, without padding.
 
     `pairs`: queries and the keys each of them sees in the decoder, n (n + 1) / 2 for n tokens.
     """

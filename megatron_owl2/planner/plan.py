@@ -96,7 +96,7 @@ def plan_run(
     image, length = run.model.tokens_per_image, run.data.sequence_length
     require(
         tokens is None or image <= tokens <= length,
-        f"a sample of {tokens} tokens cannot be: its picture takes {image}, and "
+        f"a sample of {tokens} tokens cannot be: its image takes {image}, and "
         f"data.sequence_length is {length}",
     )
     costs = RunCosts(run, machine.gpus)

@@ -70,7 +70,7 @@ def _work(plan: Plan) -> list[str]:
     days = time.total * plan.config.train.steps / 86400
     return [
         f"model FLOPs of a step: {total:.3g} ({parts}),",
-        f"a picture and {plan.tokens:,} tokens a sample; recomputation adds "
+        f"an image and {plan.tokens:,} tokens a sample; recomputation adds "
         f"{plan.again_flops / total:.0%}",
         f"at {machine.mfu:.0%} MFU of {machine.peak_tflops:g} TFLOP/s: {_span(plan.days)}",
         f"where a GPU reaches that share while it computes, this layout takes {time.total:.2g} s "
@@ -130,7 +130,7 @@ def _notes(plan: Plan) -> list[str]:
     machine, backend = plan.machine, plan.config.kernels.backend
     lines = [
         "Parameters, gradients and optimizer states are exact. Activations come from running the",
-        "model without storage on torch's kernels with flash attention, a picture in every sample.",
+        "model without storage on torch's kernels with flash attention, an image in every sample.",
         "'update' is what torch's AdamW works with when no activations are there, a fused one not.",
         f"Times assume {machine.intra_node:g} GB/s a GPU in a node of {machine.gpus_per_node}, "
         f"{machine.inter_node:g} GB/s between nodes,",

@@ -1,6 +1,6 @@
 """The data engine against webdataset, in one run on this machine.
 
-Makes shards of random pictures in DIRECTORY and measures, in interleaved rounds on one thread,
+Makes shards of random images in DIRECTORY and measures, in interleaved rounds on one thread,
 
 * reading: this project's stream (order, checksums, tokens and labels included), webdataset with
   Pillow, and webdataset with the same fast decoder; all end in uint8 batches of random crops, of
@@ -159,7 +159,7 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
 
 
 def make_records(count: int, width: int, height: int) -> Iterator[Record]:
-    """Pictures like photographs in size as JPEG and in smoothness: coloured noise and edges."""
+    """Images like photographs in size as JPEG and in smoothness: coloured noise and edges."""
     chance = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     frequency[0, 0] = np.inf
@@ -288,7 +288,7 @@ def write_synthetic_manifest(folder: Path) -> None:
 
 
 def worker_memory(folder: Path, tokenizer: Tokenizer, samples: int) -> dict:
-    """Unique memory of one data worker in MB, at up to 20 points of `samples` small pictures."""
+    """Unique memory of one data worker in MB, at up to 20 points of `samples` small images."""
     with ShardWriter(folder / "small", SHARD) as writer:
         for record in make_records(min(samples, 20_000), 96, 72):
             writer.write(record)
@@ -316,7 +316,7 @@ def memory_steps(samples: int) -> list[int]:
 def table(figures: dict) -> str:
     """The figures in Markdown."""
     lines = [
-        f"{figures['samples']:,} pictures of 512 x 384, {figures['picture_bytes'] / 1e3:.1f} kB; "
+        f"{figures['samples']:,} images of 512 x 384, {figures['picture_bytes'] / 1e3:.1f} kB; "
         + ", ".join(f"{name} {version}" for name, version in figures["versions"].items()),
         "",
         "| | contender | us per sample | samples/s on one core | times as long as this project |",

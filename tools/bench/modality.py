@@ -1,4 +1,4 @@
-"""What split norms, keys and values cost: one decoder layer, forward and backward, three ways.
+"""Cost of split norms, keys and values: one decoder layer, forward and backward, three ways.
 
 python tools/bench/modality.py --shape 65/256 65/2048 --json FILE
 

@@ -1,4 +1,4 @@
-"""What a training step costs on one GPU: the paper's two stages under every kernel and recipe.
+"""Cost of a training step on one GPU: the paper's two stages under every kernel and recipe.
 
 python tools/bench/step.py --layers 4 --json FILE
 
@@ -75,7 +75,7 @@ def settings(stage: str, kernels: str, recompute: str, layers: int, tiny: bool) 
 
 
 def full_batch(config: RunConfig) -> Batch:
-    """A micro-batch without padding: a picture, then text, in every row."""
+    """A micro-batch without padding: an image, then text, in every row."""
     length, images = config.data.sequence_length, config.model.tokens_per_image
     chance = np.random.default_rng(0)
     size = config.model.vision.image_size

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_owl2.errors import BadSampleError
 
-IMAGE_PLACEHOLDER = "<|image|>"  # stands for the picture in a question; the official spelling
+IMAGE_PLACEHOLDER = "<|image|>"  # stands for the image in a question; the official spelling
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # webdataset ends a key at the first dot, ustar at 100
 _IMAGES, _TEXTS = {"jpg", "jpeg", "png", "webp"}, {"json", "txt"}

@@ -9,7 +9,7 @@ from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.image_tokens import VISION
 from megatron_owl2.data.tokenizer import Tokenizer
 
-_MOST = 8  # samples of a picture
+_MOST = 8  # samples of a sheet
 _SIDE, _TEXT, _MARGIN = 224, 640, 12  # pixels
 _SIZE, _LINE = 14, 19  # of letters and from line to line
 _INK, _FAINT, _TARGET = "#1f2933", "#7b8794", "#0f7b3e"
