@@ -86,10 +86,10 @@ enough() {
 # Proves the configuration on one node, and says where the run is.
 output=$(start --nodes=1 --ntasks=1 --ntasks-per-node=1 "${python[@]}" -c '
 import sys
-from megatron_owl2 import config
+from megatron_owl2 import Owl2Error, load_config
 try:
-    print(config.load(sys.argv[1], sys.argv[2:]).train.output)
-except config.ConfigError as error:
+    print(load_config(sys.argv[1], sys.argv[2:]).train.output)
+except Owl2Error as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 ' "$config" "${overrides[@]}")

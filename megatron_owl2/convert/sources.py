@@ -170,8 +170,9 @@ def _context(config: RunConfig) -> ParallelContext:
 
 def weight_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Every weight's shape, without memory for any."""
+    context = _context(config)
     with torch.device("meta"):
-        return save_load.global_shapes([Owl2(_context(config), config.model)])
+        return save_load.global_shapes([Owl2(context, config.model)])
 
 
 def _stored_grid(stored: ModelConfig, config: RunConfig) -> int | None:

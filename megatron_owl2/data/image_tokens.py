@@ -5,9 +5,12 @@ In ids an image is one placeholder; in the decoder it is as many rows as the abs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # the help of owl2 evaluate comes without it
+    import torch
 
 IMAGE_TOKEN_ID = -200  # the placeholder among ids, before the image's rows take its place
 IGNORE_INDEX = -100  # a label that the loss skips
@@ -55,7 +58,7 @@ def expand_placeholders(
     )
 
 
-def vision_token_index(modality: torch.Tensor) -> torch.Tensor:
+def vision_token_index(modality: "torch.Tensor") -> "torch.Tensor":
     """Rows of the visual tokens in sequence-first hidden states flattened to [s * b, h].
 
     From a modality table [b, s] to int64 [n]: position * b + row, image after image as the images

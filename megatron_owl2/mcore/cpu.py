@@ -52,8 +52,12 @@ def apply(*, compiled_already: bool) -> None:
 
     megatron-core decorates small functions with torch.compile at import; compiling would take
     seconds, and at the first call ask for a C++ compiler. `compiled_already` says that it was
-    imported before, so that these functions are made to run as they are.
+    imported before, so that these functions are made to run as they are. Raises RuntimeError inside
+    a context such as `with torch.device("meta")`.
     """
+    if torch._C._len_torch_function_stack():
+        # On leaving such a context torch would take away this one's mode instead.
+        raise RuntimeError("call mcore.setup.setup before entering torch.device or another mode")
     cuda = torch.cuda
     cpu = torch.device("cpu")
     inert = _Inert()

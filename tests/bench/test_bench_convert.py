@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
 import yaml
 from paths import TOOLS
 from tiny_run import MODEL
+
+pytestmark = pytest.mark.slow
 
 BENCH = TOOLS / "bench" / "convert.py"
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 import tool
 
+pytestmark = pytest.mark.slow
+
 BENCH = tool.TOOLS / "bench/data.py"
 
 

@@ -10,6 +10,8 @@ import torch
 
 from megatron_owl2.config.schema import DecoderConfig
 
+pytestmark = pytest.mark.slow
+
 DECODER = DecoderConfig(hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=48)
 
 

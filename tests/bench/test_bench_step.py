@@ -13,6 +13,8 @@ from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.mcore import setup
 from megatron_owl2.model.flops import Load, training_flops
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bench():

@@ -13,6 +13,8 @@ from paths import ROOT
 
 from megatron_owl2.cli.main import VERBS
 
+pytestmark = pytest.mark.slow
+
 # What a wheel is built from. README.md is its long description.
 SOURCES = ("megatron_owl2", "data_prep", "examples")
 FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")

@@ -12,6 +12,8 @@ from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def run_yaml(tmp_path_factory):

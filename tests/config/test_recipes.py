@@ -13,6 +13,8 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import parameter_groups
 
+pytestmark = pytest.mark.slow
+
 RECIPES = EXAMPLES / "7b"
 TABLE_15 = {  # key: pre-training, instruction tuning
     "model.vision.image_size": (224, 448),

@@ -15,6 +15,8 @@ from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.sources import from_owl2
 from megatron_owl2.model.position_tables import NAMES as TABLES
 
+pytestmark = pytest.mark.distributed
+
 COMPUTED = [
     f"{inputs}, {what}"
     for inputs in ("text", "one image", "two images")

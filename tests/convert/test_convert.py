@@ -35,6 +35,8 @@ from megatron_owl2.convert.sources import from_checkpoint, from_owl2
 from megatron_owl2.model.position_tables import NAMES as TABLES
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.distributed
+
 
 def released(directory: Path, dtype: torch.dtype, files: str) -> Path:
     """The tiny official model in `dtype`: one safetensors file, one .bin, or .bin shards as the

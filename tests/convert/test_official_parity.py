@@ -10,6 +10,8 @@ from official_layouts import META, OFFICIAL, REFERENCE
 from megatron_owl2.convert.expand import expand
 from megatron_owl2.mcore import setup
 
+pytestmark = pytest.mark.distributed
+
 TOKENS_PER_IMAGE = layouts.recorded_config().model.tokens_per_image
 
 

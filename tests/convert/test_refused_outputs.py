@@ -19,6 +19,8 @@ from megatron_owl2.convert.safetensors_io import TensorReader
 from megatron_owl2.convert.sources import from_checkpoint, from_owl2
 from megatron_owl2.errors import CheckpointError, ConversionError
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_failed_export_leaves_nothing(tmp_path):
     model = from_owl2(OWL2).build()

@@ -28,6 +28,8 @@ from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_owl2.inference.engine import Generator, LoadedModel
 
+pytestmark = pytest.mark.slow
+
 ROWS = 5  # of an image
 TEXTS = [
     "what color is the top one ? red blue",

@@ -14,6 +14,8 @@ from megatron_owl2.convert.sources import from_owl2
 from megatron_owl2.convert.verify.verify import verify
 from megatron_owl2.errors import ConfigError, ConversionError
 
+pytestmark = pytest.mark.distributed
+
 OFFICIAL = DATA / "official_tiny"
 META = json.loads((OFFICIAL / "meta.json").read_text())
 COUNTS = "images_per_placeholder"

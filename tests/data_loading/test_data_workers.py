@@ -21,6 +21,8 @@ from megatron_owl2.data import loader as loader_module
 from megatron_owl2.errors import LoaderError
 from megatron_owl2.utils.process_pool import SPAWN
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -16,6 +16,8 @@ from tiny_data import write
 from megatron_owl2.data.sampling.phases import first_phase
 from megatron_owl2.data.shards.dataset import open_sources
 
+pytestmark = pytest.mark.slow
+
 BATCH, STEPS = 24, 40  # 960 samples of 300 samples: more than three epochs
 RANKS, WORKERS = (1, 2, 3, 4, 8), (0, 1, 2, 3)
 

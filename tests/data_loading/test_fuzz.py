@@ -24,6 +24,8 @@ from megatron_owl2.data.shards.tar import unpack_sample
 from megatron_owl2.data.storage import StorageOptions
 from megatron_owl2.errors import BadSampleError, DataError, ShardError, StorageError
 
+pytestmark = pytest.mark.slow
+
 SHARDS, PER_SHARD = 3, 8
 RECORDS = [record(i) for i in range(SHARDS * PER_SHARD)]
 ONCE = StorageOptions(attempts=1)

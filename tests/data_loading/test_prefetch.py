@@ -16,6 +16,8 @@ from megatron_owl2.config.schema import StorageConfig
 from megatron_owl2.data.sampling import shuffle as order
 from megatron_owl2.errors import StorageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

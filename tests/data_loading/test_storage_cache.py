@@ -18,6 +18,8 @@ from megatron_owl2.data.storage import StorageOptions, open_storage
 from megatron_owl2.data.storage.cache import RangeCache
 from megatron_owl2.errors import StorageError
 
+pytestmark = pytest.mark.slow
+
 SIZE = 10_000  # of an extent
 DATA = np.random.default_rng(0).bytes(40 * SIZE)
 FORK = multiprocessing.get_context("fork")

@@ -16,6 +16,8 @@ from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.storage import StorageOptions, open_storage
 from megatron_owl2.errors import StorageError, StorageMissing
 
+pytestmark = pytest.mark.slow
+
 DATA = np.random.default_rng(0).bytes(200_000)
 EXTENT = (1000, 5000)
 

@@ -16,6 +16,8 @@ from megatron_owl2.data.shards.dataset import ShardedDataset, open_sources
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import ConfigError, DataError, StorageError
 
+pytestmark = pytest.mark.slow
+
 BROKEN = encoded(picture(9, 200, 100))[:-300]
 
 

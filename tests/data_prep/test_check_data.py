@@ -16,6 +16,8 @@ from tiny_data import encoded, picture, record, write
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record
 
+pytestmark = pytest.mark.slow
+
 
 def run(tool: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, TOOLS / f"{tool}.py", *map(str, arguments)]

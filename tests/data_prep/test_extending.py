@@ -16,6 +16,8 @@ from data_prep.downloads import corpora
 from data_prep.downloads.registry import CORPORA, find_corpora
 from data_prep.formats.registry import FORMATS, find_formats
 
+pytestmark = pytest.mark.slow
+
 FORMAT = '''
 """Texts, one in a line: a format that no corpus has."""
 

@@ -21,6 +21,8 @@ from data_prep.downloads.recipe import Recipe, Source, read_recipe
 from megatron_owl2.config.load import load_config
 from megatron_owl2.errors import PreprocessError
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "extends": "base.yaml",
     "seed": 7,

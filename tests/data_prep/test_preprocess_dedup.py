@@ -14,6 +14,8 @@ from data_prep.filters import Filters
 from data_prep.reencode import Reencoding
 from megatron_owl2.data.shards.records import Record, Turn
 
+pytestmark = pytest.mark.slow
+
 A, B = (encoded(picture(seed)) for seed in (1, 2))
 
 

@@ -35,6 +35,8 @@ from data_prep.splits import InputSplit
 from data_prep.worker import Settings
 from megatron_owl2.errors import PreprocessError
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "one reading": {"reencoding": Reencoding(max_side=20), "sample": 0.5},
     "two readings": {"reencoding": Reencoding(jpeg_quality=60), "sample": 20},

@@ -24,6 +24,8 @@ from data_prep.toy_corpus import formats as shapes_formats
 from data_prep.toy_corpus import language, world
 from megatron_owl2.errors import PreprocessError
 
+pytestmark = pytest.mark.slow
+
 SMALL = shapes.Parameters(seed=7, pairs=40, instructions=60, texts=200, eval=40)
 SCRIPT = Path(data_prep.__file__).with_name("shapes.py")
 HELD_OUT_TEXT = [" ".join(pair) for pair in world.HELD_OUT]

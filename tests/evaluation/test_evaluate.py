@@ -30,6 +30,8 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 
+pytestmark = pytest.mark.distributed
+
 TASKS = find_benchmarks()
 SHORT = " Answer the question using a single word or phrase."
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 from paths import TOOLS
 
+pytestmark = pytest.mark.gpu
+
 TOOL = TOOLS / "bench" / "step.py"
 
 

@@ -7,6 +7,8 @@ from gpu_runs import FP32, train
 
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.gpu
+
 pytest.importorskip(
     "transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=Exception
 )

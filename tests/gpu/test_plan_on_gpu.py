@@ -12,6 +12,8 @@ from megatron_owl2.planner import static_memory as weights
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
 
+pytestmark = pytest.mark.gpu
+
 STAGE_1 = ["vision_model.*", "abstractor.*", "*.linear_kv_vision.weight", "*.weight_vision"]
 
 

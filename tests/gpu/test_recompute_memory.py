@@ -8,6 +8,8 @@ from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import Decoder
 
+pytestmark = pytest.mark.gpu
+
 
 def kept(backend: str, recompute: str) -> int:
     """Bytes of a forward pass through two layers that its backward pass needs."""

@@ -10,6 +10,8 @@ from gpu_runs import FP32, train
 from megatron_owl2.config.load import load_config
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.gpu
+
 WIDE = [  # sizes that FP8 GEMMs take
     "train.precision=bf16",
     "model.decoder.hidden_size=256",

@@ -9,6 +9,8 @@ from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels import build_kernels
 
+pytestmark = pytest.mark.gpu
+
 pytest.importorskip(
     "transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=Exception
 )

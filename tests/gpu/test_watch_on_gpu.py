@@ -6,6 +6,8 @@ import torch
 from megatron_owl2.training.metrics import device
 from megatron_owl2.training.metrics.straggler import CudaTimer
 
+pytestmark = pytest.mark.gpu
+
 
 def test_the_stopwatch_counts_what_the_device_does():
     x = torch.randn(4096, 4096, device="cuda")

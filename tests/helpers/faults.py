@@ -12,26 +12,22 @@ import sys
 import time
 from collections.abc import Callable
 
+import prepared  # noqa: F401
 import torch
-
-from megatron_owl2.mcore.setup import setup
-from megatron_owl2.train import main
-
-setup()
-
-from megatron.core.dist_checkpointing.strategies.common import (  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.common import (
     TorchCommonSaveStrategy,
 )
-from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
 )
-from torch.distributed.checkpoint import filesystem  # noqa: E402
+from torch.distributed.checkpoint import filesystem
 
-from megatron_owl2.training import step  # noqa: E402
-from megatron_owl2.training.checkpoint import directories, save_load  # noqa: E402
-from megatron_owl2.training.checkpoint.async_writer import Writing  # noqa: E402
-from megatron_owl2.training.sample_consistency import SampleConsistencyCheck  # noqa: E402
-from megatron_owl2.training.trainer import Trainer  # noqa: E402
+from megatron_owl2.train import main
+from megatron_owl2.training import step
+from megatron_owl2.training.checkpoint import directories, save_load
+from megatron_owl2.training.checkpoint.async_writer import Writing
+from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
+from megatron_owl2.training.trainer import Trainer
 
 RANK = os.environ.get("RANK", "0")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 
+import prepared  # noqa: F401
 import torch
 from paths import DATA
 from processes import run_ranks

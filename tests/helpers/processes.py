@@ -28,12 +28,13 @@ def run_ranks(
     environment: dict[str, str] | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess:
-    """Run a program to its end in ranks of torchrun; does not raise on failure.
+    """Run a program to its end in ranks of torchrun, or alone; does not raise on failure.
 
     Ranks are in sessions of their own, so a job that runs out of time is killed one by one;
     raises subprocess.TimeoutExpired then.
     """
-    command = torchrun(processes, *program)
+    alone = [sys.executable, *map(str, program)]  # spares a launcher
+    command = torchrun(processes, *program) if processes > 1 else alone
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with (
         subprocess.Popen(command, env=single_threaded(environment), **pipes) as job,

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import prepared  # noqa: F401
 import torch
 from megatron.core import parallel_state
 

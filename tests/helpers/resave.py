@@ -2,6 +2,8 @@
 
 import sys
 
+import prepared  # noqa: F401
+
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2

@@ -18,6 +18,8 @@ from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
 from megatron_owl2.training.step import forward_backward
 
+pytestmark = pytest.mark.slow
+
 FROZEN = "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.weight','*vision']"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from itertools import combinations
 
+import prepared  # noqa: F401
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +28,8 @@ from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
 from megatron_owl2.model.kernels import build_kernels
 from megatron_owl2.model.kernels.local import LocalKernels
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
+
+pytestmark = pytest.mark.distributed
 
 EPS = 1e-6
 

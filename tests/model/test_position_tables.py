@@ -19,6 +19,8 @@ from megatron_owl2.errors import ConversionError
 from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.position_tables import NAMES, image_positions, query_positions
 
+pytestmark = pytest.mark.slow
+
 ENDS = ("q_pos_embed", "k_pos_embed")
 RECORDED = DATA / "position_tables"
 HASHES = [

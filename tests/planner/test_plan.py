@@ -17,6 +17,8 @@ from megatron_owl2.planner.costs import RunCosts
 from megatron_owl2.planner.static_memory import static_memory
 from megatron_owl2.planner.timing import Machine
 
+pytestmark = pytest.mark.slow
+
 FINETUNE = ROOT / "examples" / "7b" / "finetune.yaml"
 TINY = ROOT / "examples" / "tiny" / "pretrain.yaml"
 SMALLER = ["train.micro_batch_size=16", "train.precision=bf16"]

@@ -21,6 +21,8 @@ from megatron_owl2.planner import static_memory as weights
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
 from megatron_owl2.training import parameter_groups
 
+pytestmark = pytest.mark.slow
+
 
 def planned(config: RunConfig, pipeline_stage: int = 0) -> activations.PipelineStageCost:
     return activations.ActivationCosts(weights.model_weights(config))(config, pipeline_stage)

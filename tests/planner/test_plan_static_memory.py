@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 
+import prepared  # noqa: F401
 import pytest
 import torch
 import yaml
@@ -22,6 +23,8 @@ from megatron_owl2.planner import static_memory as weights
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
+
+pytestmark = pytest.mark.distributed
 
 RECIPES = EXAMPLES / "7b"
 STAGE_1 = 'stage.trainable=["vision_model.*", "abstractor.*", "*_vision.weight", "*_vision"]'

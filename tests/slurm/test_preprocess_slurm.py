@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from preprocess_run import ENVIRONMENT, ROOT, keys, succeeded, tool, tree
 
+pytestmark = pytest.mark.slurm
+
 # Runs an array task by task and what depends on a failed job not at all, as Slurm does; keeps a
 # record of every submission, and fails one task if told to.
 SBATCH = """#!{python}

@@ -17,6 +17,8 @@ from processes import wait_until
 
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.slurm
+
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 STEPS = 8
 LONG = 400  # seconds, for a machine with other things to do

@@ -20,6 +20,8 @@ from megatron_owl2.model.owl2 import build
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.index import read_index
 
+pytestmark = pytest.mark.distributed
+
 STEPS, SAVED = 3, "iter_0000002"
 FOUR = ["parallel.tensor=2", "parallel.pipeline=2"]
 DATA = ["train.micro_batch_size=1"]  # TP 1 PP 1 DP 4

@@ -15,6 +15,8 @@ from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.checkpoint.index import read_index
 from megatron_owl2.training.checkpoint.manager import expired
 
+pytestmark = pytest.mark.distributed
+
 # No file is written before the next step is in the metrics, or the run is over.
 
 

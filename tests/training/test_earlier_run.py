@@ -12,6 +12,8 @@ from paths import DATA
 from megatron_owl2.convert.mapping import constants
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.distributed
+
 ARCHIVE = DATA / "earlier_run/run.tar.xz"
 
 

@@ -19,6 +19,8 @@ from megatron_owl2.config.machine import check_machine
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.distributed
+
 
 class Ranks:
     """The ranks of a job, each on a node of its own, started without a launcher that would end

@@ -15,6 +15,8 @@ from megatron_owl2.config.schema import HealthConfig
 from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.fault_tolerance import GradientSpikeGuard
 
+pytestmark = pytest.mark.distributed
+
 
 def judge(folder, norms, state=None, **settings):
     """What is decided about the norms of the steps 1, 2, ..., each of 4 samples."""

@@ -1,6 +1,9 @@
 """Ranks that are killed at random moments; the long form is `python tests/helpers/kill_runs.py`."""
 
 import kill_runs
+import pytest
+
+pytestmark = pytest.mark.distributed
 
 
 def test_killed_ranks_lose_nothing_and_leave_nothing(tmp_path):

@@ -29,6 +29,8 @@ from megatron_owl2.training.metrics.straggler import StragglerDetector
 from megatron_owl2.training.metrics.wandb_logger import flat
 from megatron_owl2.training.profiling import Profiler, Timers
 
+pytestmark = pytest.mark.distributed
+
 TOOL = TOOLS / "plot_run.py"
 
 

@@ -17,6 +17,8 @@ from megatron_owl2.config.load import load_config
 from megatron_owl2.model.flops import Load, training_flops
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.distributed
+
 STEPS = 3
 TP, PP, CP, SP = (
     "parallel.tensor=2",

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import prepared  # noqa: F401
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -17,6 +18,8 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2, build
 from megatron_owl2.model.parts import part_of
 from megatron_owl2.training import parameter_groups
+
+pytestmark = pytest.mark.distributed
 
 VISION = {"ViT", "abstractor", "vision branch"}
 LANGUAGE = {"embedding", "output layer", "decoder"}

@@ -12,6 +12,8 @@ import torch
 from megatron_owl2.errors import CheckpointError
 from megatron_owl2.training.checkpoint import directories
 
+pytestmark = pytest.mark.distributed
+
 STEPS = 6
 
 

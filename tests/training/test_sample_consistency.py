@@ -9,6 +9,8 @@ from tiny_data import record, write
 from megatron_owl2.errors import DataError
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 
+pytestmark = pytest.mark.distributed
+
 
 def read(rank: int, folders: list[str], store: str, found: str) -> None:
     """One of two ranks; what `verify` said after every step goes into a file."""

@@ -17,6 +17,8 @@ from megatron_owl2.data.shards.records import Record
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.trainer import Trainer
 
+pytestmark = pytest.mark.distributed
+
 
 def with_bad_pictures(folder, every):
     """Shards in which every n-th picture is a JPEG in name only."""
@@ -113,9 +115,7 @@ def test_a_loader_metric_is_added_in_one_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # `python -m` looks for packages here first
     config = tiny_run.make(tmp_path, 2)
     tree = os.pathsep.join([str(tmp_path / "tree"), os.environ["PYTHONPATH"]])
-    done = tiny_run.train(
-        config, tmp_path / "run", "parallel.tensor=2", processes=2, environment={"PYTHONPATH": tree}
-    )
+    done = tiny_run.train(config, tmp_path / "run", environment={"PYTHONPATH": tree})
     assert done.returncode == 0, done.stderr
     first, second = tiny_run.rows(tmp_path / "run")
     (one, other) = (

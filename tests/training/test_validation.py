@@ -16,19 +16,18 @@ from megatron_owl2.data.validation_dataset import ValidationDataset
 from megatron_owl2.inference.engine import load_model
 from megatron_owl2.mcore import setup
 
+pytestmark = pytest.mark.distributed
+
 SAMPLES = 13  # no multiple of any number of ranks or rows
 ONE = "train.micro_batch_size=1"
 CONFIGURATIONS = {
     2: {
         "TP 2 SP": ["parallel.tensor=2", "parallel.sequence=true"],
-        "PP 2": ["parallel.pipeline=2"],
         "VP 2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
         "CP 2": ["parallel.context=2"],
         "DP 2": [ONE],
     },
     4: {
-        "DP 4": [ONE],
-        "TP 2 SP PP 2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"],
         "PP 2 DP 2": ["parallel.pipeline=2", ONE],
     },
 }

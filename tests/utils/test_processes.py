@@ -8,6 +8,8 @@ import psutil
 import pytest
 from processes import killed_by_errors, run_ranks, wait_until
 
+pytestmark = pytest.mark.distributed
+
 
 def test_a_job_that_runs_out_of_time_takes_its_ranks_along(tmp_path):
     script = tmp_path / "sleep.py"
