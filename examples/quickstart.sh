@@ -77,7 +77,7 @@ make_shards() {
     shard text_start conversations text/sharegpt_start.json
     shard text conversations text/sharegpt_instructions.json
     for set in seen heldout; do
-        shard "validation_$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images"
+        shard "$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images"
     done
 }
 

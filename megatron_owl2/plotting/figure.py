@@ -130,7 +130,8 @@ def _curves(box, curves: Sequence[LossCurves]) -> None:
         for color, (source, line) in zip(cycle(_SETS[1:]), run.validation.items(), strict=False):
             validation_curve(axis, *line, color, source)
         if run.validation:
-            axis.legend(loc="lower left", fontsize=7, frameon=False)
+            # Below the number of the last loss, above curves that fall.
+            axis.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9), fontsize=7, frameon=False)
         axis.annotate(
             f"{smooth(run.losses)[-1]:.3f}",
             (1, 0.97),
