@@ -12,16 +12,12 @@ from http_server import HttpServer
 from paths import TOOLS
 from processes import group_is_gone, wait_until
 from tiny_data import encoded, picture, record, write
+from tool import run
 
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record
 
 pytestmark = pytest.mark.slow
-
-
-def run(tool: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, TOOLS / f"{tool}.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Command lines of the project as modules, for tests of what is in them."""
 
+import contextlib
 import importlib.util
+import io
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -13,3 +16,14 @@ def load(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """A tool of tools/ run in this process, which spares it the import of torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = load(f"{name}.py").main([*map(str, arguments)])
+        except SystemExit as stop:  # options that cannot be parsed
+            code = stop.code
+    return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
