@@ -1,4 +1,4 @@
-"""Train one stage: torchrun ... -m megatron_owl2.train --config FILE [section.key=value ...]
+"""Training of one stage: torchrun ... -m megatron_owl2.train --config FILE [section.key=value ...]
 
 Exit codes: 0 the run is finished; 2 the configuration, the data or a checkpoint cannot be used, so
 that trying again does not help; 1 a disk, a network or data workers failed, or another rank was
@@ -44,6 +44,8 @@ def main(
     from megatron_owl2.utils.logs import setup_logging
 
     setup_logging()
+    # Before the first call of CUDA, which checks of the machine make; see mcore/setup.py.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         config = load_config(options.config, options.overrides)
         # At once: the Trainer does it too, but comes with the seconds of importing torch.

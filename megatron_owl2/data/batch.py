@@ -60,7 +60,7 @@ class Batch:
         return len({sample.sample_index for sample in self.bad_samples})
 
     def local_to(self, rank: int, size: int) -> "Batch":
-        """The share of context-parallel rank `rank` of `size` (context.py).
+        """The share of context-parallel rank `rank` of `size` (mcore/context_parallel.py).
 
         labels, loss_mask, modality and position_ids become [b, s / size]. tokens, image and
         vision_token_index stay whole, because the model splits only after it has put the images in.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_owl2.errors import ConfigError
+from megatron_owl2.errors import ConfigError, StorageError
 
 
 class Tokenizer:
@@ -85,12 +85,15 @@ class Tokenizer:
 def load_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer:
     """The tokenizer of a model that embeds `vocab_size` pieces.
 
-    Raises ConfigError if it cannot be read or has more pieces than that.
+    Raises ConfigError if there is none, or one with more pieces than that, and StorageError if it
+    cannot be read.
     """
     try:
         tokenizer = Tokenizer(path)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise StorageError(str(error)) from None
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"{path} has {tokenizer.vocab_size} pieces, but the model embeds {vocab_size}: it is "

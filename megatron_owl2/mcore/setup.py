@@ -4,6 +4,7 @@ Importing this package changes nothing. Entry points call `setup` before anythin
 megatron.core, and `initialize` calls it for everybody else.
 """
 
+import functools
 import os
 import sys
 import warnings
@@ -36,7 +37,6 @@ def setup() -> None:
     """
     if getattr(setup, "done", False):
         return
-    setup.done = True
     # One queue per device keeps communication ahead of the GEMM it overlaps with; CUDA reads it
     # once, at its first call.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -47,8 +47,10 @@ def setup() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    setup.done = True
 
 
+@functools.cache  # the stand-in answers some of the questions that torch asks CUDA
 def on_cpu() -> bool:
     """Whether the CPU stands in for CUDA: torch sees no GPU."""
     return not torch.cuda.is_available()
@@ -57,6 +59,13 @@ def on_cpu() -> bool:
 def device() -> torch.device:
     """The device of this rank: its CUDA device, or the CPU where there is no GPU."""
     return torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def describe_ranks() -> str:
+    """Number of ranks, their device and backend, for the log."""
+    ranks, backend = torch.distributed.get_world_size(), torch.distributed.get_backend()
+    name = "CPU" if on_cpu() else torch.cuda.get_device_name()
+    return f"{ranks} rank{'s' if ranks > 1 else ''} on {name}, {backend}"
 
 
 def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> "ProcessGroupCollection":

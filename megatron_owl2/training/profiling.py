@@ -66,7 +66,7 @@ class Profiler:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """What is done inside is a span."""
+        """Context of a named span."""
         self.begin(name)
         yield
         self.end()

@@ -38,6 +38,7 @@ from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
 from megatron_owl2.training.step import forward_backward, optimizer_step
 from megatron_owl2.training.validation import Validator
+from megatron_owl2.utils.logs import log_failures_after
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, stop: StopSignal | None = None):
+        setup.setup()
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
         self.config, self.stop = config, stop or StopSignal()
         self.output = Path(config.train.output)
@@ -72,6 +74,7 @@ class Trainer:
             while self.state.step < self.config.train.steps and not self.signal:
                 self.train_step()
             self.checkpoints.wait()
+            self.watchdog.end()  # closing what watches the run may take its time
         return self.signal if self.state.step < self.config.train.steps else 0
 
     def train_step(self) -> None:
@@ -87,7 +90,8 @@ class Trainer:
         self.signal = self.stop.reduce(setup.device())
         ending = state.step == config.train.steps or self.signal != 0
         saving = ending or state.step % config.train.save_interval == 0
-        validating = self.validator.due(state.step)
+        # A run that a signal ends has no time for it.
+        validating = not self.signal and self.validator.due(state.step)
         # Checkpoints carry full counts, so a row comes before each.
         logging_due = saving or validating or state.step % config.train.log_interval == 0
         self.scheduler.step(1)
@@ -131,11 +135,14 @@ class Trainer:
 
     def validate(self) -> list[dict]:
         """The losses on the validation sources; their time does not count as training's."""
-        started = time.perf_counter()
-        self.watchdog.begin(f"validation after step {self.state.step}")
+        started, step = time.perf_counter(), self.state.step
         with self.profiler.span("validation"):
             optim.sync_params(self.model)
-            found = self.validator.run(self.model)
+            found = self.validator.run(
+                self.model,
+                begin=lambda name: self.watchdog.begin(f"validation on {name} after step {step}"),
+            )
+        self.watchdog.begin(f"step {step}, after its validation")
         self.metrics.exclude(time.perf_counter() - started)
         return found
 
@@ -181,7 +188,7 @@ class Trainer:
         self.groups = setup.initialize(config.parallel, timeout_minutes=patience)
         self.rank = torch.distributed.get_rank()
         self.main = self.rank == 0
-        _logger.info("%s", _describe_ranks())
+        _logger.info("%s", setup.describe_ranks())
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
 
     def build_model(self) -> None:
@@ -291,7 +298,7 @@ class Trainer:
         # One rank of every pipeline stage shows all there is to see.
         first_of_stage = groups.tp.rank() == groups.cp.rank() == groups.dp.rank() == 0
         self.profiler = Profiler(config.watch, output, records=first_of_stage)
-        self._closing.callback(self.profiler.close)
+        self._closing.push(self._close_profiler)
         self.timers = self.context.transformer.timers = Timers(self.profiler)
         self.grad_norms = GradNormsByGroup(self.model, self.optimizer, config.model.decoder)
         self.wandb = WandbLogger(config, writes=self.main)
@@ -311,7 +318,14 @@ class Trainer:
     def _close_wandb(
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.wandb.close(failed=error is not None)
+        with log_failures_after(error):
+            self.wandb.close(failed=error is not None)
+
+    def _close_profiler(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with log_failures_after(error):
+            self.profiler.close()
 
     def __enter__(self) -> "Trainer":
         return self
@@ -324,10 +338,3 @@ class Trainer:
         self._closing.__exit__(kind, error, traceback)
         if error is None:
             setup.shutdown()
-
-
-def _describe_ranks() -> str:
-    """Number of ranks, their device and backend."""
-    ranks, backend = torch.distributed.get_world_size(), torch.distributed.get_backend()
-    device = "CPU" if setup.on_cpu() else torch.cuda.get_device_name()
-    return f"{ranks} rank{'s' if ranks > 1 else ''} on {device}, {backend}"

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 import torch
@@ -14,6 +14,7 @@ from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.shards.dataset import open_dataset
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.validation_dataset import ValidationDataset
+from megatron_owl2.errors import DataError
 from megatron_owl2.mcore import setup
 from megatron_owl2.training.step import SUMS, evaluate
 
@@ -23,8 +24,9 @@ _logger = logging.getLogger(__name__)
 class Validator:
     """Validation on the sources of `validation.sources`, the same samples every time.
 
-    The losses do not depend on the parallel layout, but for the order in which fp32 numbers are
-    added up: every sample counts once, whatever ranks and micro-batches share them.
+    The losses do not depend on the parallel configuration, but for the order in which fp32 numbers
+    are added up (and for FP8, whose scales depend on who shares a micro-batch): every sample counts
+    once.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Validator:
     ):
         self._config, self._groups = config, groups
         parallel = config.parallel
+        self._named: set[tuple[str, int]] = set()  # bad samples that were logged
         self._model_ranks = parallel.tensor * parallel.pipeline * parallel.context
         self._sources = [
             ValidationDataset(
@@ -57,8 +60,10 @@ class Validator:
         last = step == self._config.train.steps
         return bool(interval and (last or step % interval == 0))
 
-    def run(self, chunks: Sequence[DistributedDataParallel]) -> list[dict]:
-        """Losses of every source; all ranks together.
+    def run(
+        self, chunks: Sequence[DistributedDataParallel], begin: Callable[[str], None]
+    ) -> list[dict]:
+        """Losses of every source; all ranks together. `begin` is told the name of each.
 
         Each has its `name` and `path`, `loss` over all targets, `image_loss` and `text_loss` over
         those of samples with and without an image (None where there are no targets), the number of
@@ -68,11 +73,12 @@ class Validator:
         for chunk in chunks:
             chunk.eval()
         try:
+            found = []
             paths = self._config.validation.sources
-            return [
-                {"name": name, "path": path, **self._losses(chunks, source)}
-                for name, path, source in zip(names, paths, self._sources, strict=True)
-            ]
+            for name, path, source in zip(names, paths, self._sources, strict=True):
+                begin(name)
+                found.append({"name": name, "path": path, **self._losses(chunks, source)})
+            return found
         finally:
             for chunk in chunks:
                 chunk.train()
@@ -86,6 +92,7 @@ class Validator:
         shares = list(self._micro_batches(len(source)))
         bad = [0]
         sums = evaluate(self._config, chunks, self._read(source, shares, bad), len(shares))
+        self._check_agreement(bad[0], source)
         totals = torch.cat([sums, sums.new_tensor(bad)])
         torch.distributed.all_reduce(totals)
         *values, lost = totals.tolist()
@@ -99,6 +106,21 @@ class Validator:
             "samples": len(source) - lost,
             "bad": lost,
         }
+
+    def _check_agreement(self, bad: int, source: ValidationDataset) -> None:
+        """Raise DataError if the ranks of one model, which read the same, found other samples
+        bad."""
+        extremes = torch.tensor([bad, -bad], device=setup.device())
+        for group in (self._groups.mp, self._groups.cp):
+            if group.size() > 1:
+                torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=group)
+        most, negated_least = extremes.tolist()
+        if most != -negated_least:
+            raise DataError(
+                f"the ranks of one model found {-negated_least} to {most} bad samples in "
+                f"{source.dataset.location}: a copy of the data or a cache is damaged on one of "
+                "their nodes; run owl2 check-data there"
+            )
 
     def _micro_batches(self, count: int) -> Iterator[list[int]]:
         """The samples of each micro-batch of this data-parallel rank; all ranks have as many.
@@ -121,8 +143,10 @@ class Validator:
         for numbers in shares:
             batch = source[numbers]
             for sample in batch.bad_samples:
-                if not bad[0]:
-                    _logger.warning("validation: %s; left out", sample.reason)
+                place = (source.dataset.location, sample.sample_index)
+                if place not in self._named:
+                    self._named.add(place)
+                    _logger.warning("validation leaves out %s", sample.reason)
                 bad[0] += 1
             yield batch.local_to(cp.rank(), cp.size()).to(setup.device())
 

@@ -1,7 +1,7 @@
 """Random damage: every sample is seen unchanged, or bad, or unreadable, and the counts add up.
 
 2,400 damages of finished data sets, 600 of foreign shards before they are indexed, and 120 read
-through the training stream. `python tests/test_fuzz.py` prints the counts by kind.
+through the training stream. `python tests/data_loading/test_fuzz.py` prints the counts by kind.
 """
 
 import io

@@ -80,7 +80,7 @@ def test_context_parallel_attention_leaves_the_gradients_of_one_gpu(start, tmp_p
     if backend != "local":
         pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
     config, _ = start
-    # With beta1 = 0 the first moment is the gradient (tests/test_parallel.py).
+    # With beta1 = 0 the first moment is the gradient (tests/training/test_parallel.py).
     common = [*WIDE, "train.seed=3", "train.steps=1", "optimizer.beta1=0", "optimizer.clip_grad=0"]
     common += [f"kernels.backend={backend}", "optimizer.lr=1e-3"]
     found = []

@@ -1,4 +1,4 @@
-"""Convert a full-size model both ways and hold peak memory and time against a plain copy.
+"""Conversion of a full-size model both ways: peak memory and time against a plain copy.
 
 Makes a released-layout directory of random bf16 weights (8,197,859,328 parameters unless --config
 says otherwise; 16.4 GB, and room for three times that in DIRECTORY), then runs the two tools as a
