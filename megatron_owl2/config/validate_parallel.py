@@ -39,7 +39,7 @@ def validate_parallel(config: RunConfig, world_size: int) -> None:
     require(
         cp == 1 or length % (2 * cp) == 0,
         f"data.sequence_length ({length}) is not divisible by 2 x parallel.context ({cp}): every "
-        "rank takes one chunk from the front and one from the end",
+        "rank takes one piece from the front and one from the end",
     )
     require(
         not parallel.sequence or length // cp % tp == 0,

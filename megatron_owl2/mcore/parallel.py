@@ -102,7 +102,7 @@ class ParallelContext:
         return number, sum(self._layers[:number]), sum(self._layers[: number + 1])
 
     @property
-    def num_stages(self) -> int:
+    def num_pipeline_stages(self) -> int:
         """Number of pipeline stages over all pipeline ranks and chunks."""
         return len(self._layers)
 

@@ -104,7 +104,8 @@ def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> "ProcessG
 
 
 def shutdown() -> None:
-    """Leave the process groups; for tests and tools that build several layouts in one process."""
+    """Leave the process groups; for tests and tools that build several parallel configurations in
+    one process."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

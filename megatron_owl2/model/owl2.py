@@ -30,8 +30,9 @@ class Owl2(MegatronModule):
     def __init__(self, context: ParallelContext, model: ModelConfig, chunk: int = 0):
         super().__init__(context.transformer)
         self.context, self.model, self.vp_stage = context, model, chunk
-        stage, first, last = context.layer_range(chunk)
-        self.pre_process, self.post_process = stage == 0, stage == context.num_stages - 1
+        pipeline_stage, first, last = context.layer_range(chunk)
+        self.pre_process = pipeline_stage == 0
+        self.post_process = pipeline_stage == context.num_pipeline_stages - 1
         config = model.decoder
         size = config.hidden_size
         if self.pre_process:
@@ -77,8 +78,8 @@ class Owl2(MegatronModule):
         H, W]; vision_token_index int64 [images in the text * tokens per image]. Images beyond those
         that own rows take part in the backward pass with zero gradient. Under context parallelism
         all but tokens, image and vision_token_index are this rank's share (`Batch.local_to`).
-        Returns hidden states [s, b, h] on all but the last stage; there the loss per token fp32 [b,
-        s], or without labels the logits [b, s, vocab]."""
+        Returns hidden states [s, b, h] on all but the last pipeline stage; there the loss per token
+        fp32 [b, s], or without labels the logits [b, s, vocab]."""
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:
@@ -103,12 +104,11 @@ class Owl2(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         caches: dict[int, KeyValueCache] | None = None,
     ) -> torch.Tensor:
-        """Hidden states [s, b, h] behind this stage's decoder layers.
+        """Hidden states [s, b, h] behind this chunk's decoder layers.
 
-        x [s, b, h] comes from `merge` or from the previous stage; modality and position_ids [b, s]
-        and vision_token_index [n] are this rank's share under context parallelism;
-        `attention_mask` and `caches` are those of `Decoder`.
-        """
+        x [s, b, h] comes from `merge` or from the pipeline stage before; modality and position_ids
+        [b, s] and vision_token_index [n] are this rank's share under context parallelism;
+        `attention_mask` and `caches` are those of `Decoder`."""
         split = Modality.of(modality, vision_token_index, self.context)
         return self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
 

@@ -117,15 +117,15 @@ _BACKWARD = "backward-compute"  # megatron-core, pipeline_parallel/schedules.py
 class _Timer:
     """megatron-core's interface of a timer; its barrier, which would slow the run, is left out."""
 
-    def __init__(self, name: str, profiler: Profiler, stopwatch: CudaTimer | None):
-        self._name, self._profiler, self._stopwatch = name, profiler, stopwatch
+    def __init__(self, name: str, profiler: Profiler, timer: CudaTimer | None):
+        self._name, self._profiler, self._timer = name, profiler, timer
 
     def start(self, barrier: bool = False) -> None:
         self._profiler.begin(self._name)
-        if self._stopwatch is not None:
-            self._stopwatch.start()
+        if self._timer is not None:
+            self._timer.start()
 
     def stop(self, barrier: bool = False) -> None:
-        if self._stopwatch is not None:
-            self._stopwatch.stop()
+        if self._timer is not None:
+            self._timer.stop()
         self._profiler.end()

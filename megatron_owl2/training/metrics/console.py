@@ -7,10 +7,10 @@ from megatron_owl2.training.metrics.loader_metrics import LOADER_METRICS
 def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
     """The numbers of a row of metrics.jsonl that a person looks at, and the time left.
 
-    The time is at the pace since `first_step`, where this process began.
+    The time is at the seconds_per_step since `first_step`, where this process began.
     """
     done, total = row["step"], config.train.steps
-    pace = row["seconds"] / (done - first_step)
+    seconds_per_step = row["seconds"] / (done - first_step)
     parts = [
         f"{config.stage.name} {done:>{len(str(total))}}/{total}",
         f"loss {row['loss']:.4f}",
@@ -34,7 +34,7 @@ def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
     counted = [metric.name for metric in LOADER_METRICS if metric.over_run]
     counted.append("skipped_steps")
     parts += [f"{name.replace('_', ' ')} {row[name]}" for name in counted if row[name]]
-    parts.append(f"{_clock((total - done) * pace)} left")
+    parts.append(f"{_clock((total - done) * seconds_per_step)} left")
     return "  ".join(parts)
 
 

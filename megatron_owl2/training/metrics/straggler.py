@@ -74,23 +74,23 @@ class StragglerDetector:
     other in every layer, so of a slow one all of them show the same time.
     """
 
-    def __init__(self, stage: int):
-        """`stage` is this rank's pipeline rank; all ranks together."""
+    def __init__(self, pipeline_rank: int):
+        """`pipeline_rank` is this rank's; all ranks together."""
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, (stage, socket.gethostname()))
+        torch.distributed.all_gather_object(ranks, (pipeline_rank, socket.gethostname()))
         self._ranks: list[tuple[int, str]] = ranks
 
     def slowest(self, waited: list[float], computed: list[float]) -> StragglerReport:
-        """The rank that is farthest above the median of its stage, from seconds by rank."""
+        """The rank that is farthest above the median of its pipeline stage, from seconds by rank."""
         own = [sum(pair) for pair in zip(waited, computed, strict=True)]
-        stages: dict[int, list[float]] = {}
-        for (stage, _), seconds in zip(self._ranks, own, strict=True):
-            stages.setdefault(stage, []).append(seconds)
+        by_pipeline_rank: dict[int, list[float]] = {}
+        for (pipeline_rank, _), seconds in zip(self._ranks, own, strict=True):
+            by_pipeline_rank.setdefault(pipeline_rank, []).append(seconds)
         # The low median, which of two ranks is the faster one.
-        usual = {stage: statistics.median_low(seconds) for stage, seconds in stages.items()}
+        usual = {rank: statistics.median_low(seconds) for rank, seconds in by_pipeline_rank.items()}
         ratios = [
-            seconds / usual[stage] if usual[stage] else 1.0
-            for (stage, _), seconds in zip(self._ranks, own, strict=True)
+            seconds / usual[pipeline_rank] if usual[pipeline_rank] else 1.0
+            for (pipeline_rank, _), seconds in zip(self._ranks, own, strict=True)
         ]
         rank = max(range(len(ratios)), key=ratios.__getitem__)
         share = waited[rank] / own[rank] if own[rank] else 0.0
