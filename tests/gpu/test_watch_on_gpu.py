@@ -9,21 +9,21 @@ from megatron_owl2.training.metrics.straggler import CudaTimer
 pytestmark = pytest.mark.gpu
 
 
-def test_the_stopwatch_counts_what_the_device_does():
+def test_the_timer_counts_what_the_device_does():
     x = torch.randn(4096, 4096, device="cuda")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    stopwatch = CudaTimer()
-    stopwatch.take()
+    timer = CudaTimer()
+    timer.take()
     begin.record()
     for _ in range(3):
-        stopwatch.start()
+        timer.start()
         for _ in range(10):
             x = torch.nn.functional.normalize(x @ x)
-        stopwatch.stop()
+        timer.stop()
     end.record()
-    seconds = stopwatch.take()
+    seconds = timer.take()
     assert 0.5 < seconds / (begin.elapsed_time(end) / 1e3) <= 1.01
-    assert stopwatch.take() == 0
+    assert timer.take() == 0
 
 
 def test_memory_is_that_of_the_interval():

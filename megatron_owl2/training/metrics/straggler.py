@@ -81,7 +81,8 @@ class StragglerDetector:
         self._ranks: list[tuple[int, str]] = ranks
 
     def slowest(self, waited: list[float], computed: list[float]) -> StragglerReport:
-        """The rank that is farthest above the median of its pipeline stage, from seconds by rank."""
+        """The rank that is farthest above the median of its pipeline stage, from seconds by
+        rank."""
         own = [sum(pair) for pair in zip(waited, computed, strict=True)]
         by_pipeline_rank: dict[int, list[float]] = {}
         for (pipeline_rank, _), seconds in zip(self._ranks, own, strict=True):
