@@ -1,4 +1,4 @@
-"""Training runs one after the other in the processes of one torchrun, which starts only once.
+"""Training runs one after the other in the same processes, which start only once.
 
 `launch` is called by tests; the file itself is what every process runs. A run is what
 `python -m megatron_owl2.train` makes of a configuration, on a process group of its own.
@@ -36,9 +36,12 @@ def main() -> None:
     setup_logging()
 
     stop = StopSignal()
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, size, is_master=False)
+    if "RANK" in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, size, is_master=False)
+    else:  # one process, without torchrun
+        rank, size, store = 0, 1, dist.HashStore()
     for number, (output, overrides) in enumerate(json.loads(os.environ["RUNS_IN_TURN"])):
         config = load_config(sys.argv[1], [f"train.output={output}", *overrides])
         # Their addresses lie in the store; those of the group before must not be found there.

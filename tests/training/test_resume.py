@@ -124,8 +124,7 @@ def test_a_killed_save_leaves_the_last_checkpoint_in_place(uninterrupted, tmp_pa
     done = tiny_run.train(
         config, run, "train.save_interval=2", environment={"PYTHONPATH": str(tmp_path)}
     )
-    assert done.returncode != 0
-    assert str(-signal.SIGKILL) in done.stderr
+    assert done.returncode == -signal.SIGKILL
     assert directories.resolve(run).name == "iter_0000002"
     assert not (run / "checkpoints" / "iter_0000004").exists()
     resumed = tiny_run.train(config, run, "train.save_interval=2")

@@ -147,7 +147,7 @@ def test_bad_samples_are_left_out_counted_and_named(tmp_path):
         assert bad["loss"] == pytest.approx(rest["loss"], rel=1e-6)
         line = next(x for x in done.stdout.splitlines() if f" {row['step']}/3 " in x)
         assert f"validation damaged {bad['loss']:.4f}" in line
-    assert "validation: " in done.stderr and "image cannot be decoded" in done.stderr
+    assert "validation leaves out" in done.stderr and "image cannot be decoded" in done.stderr
 
 
 def test_samples_are_spread_over_the_source(tmp_path):
