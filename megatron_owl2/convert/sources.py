@@ -15,7 +15,7 @@ from megatron_owl2.convert.hf_weights import read_hf
 from megatron_owl2.convert.lazy_tensor import LazyTensor, of_model
 from megatron_owl2.convert.megatron_io import read_checkpoint
 from megatron_owl2.data.tokenizer import load_tokenizer
-from megatron_owl2.errors import ConfigError, ConversionError
+from megatron_owl2.errors import ConfigError, ConversionError, StorageError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model import position_tables
@@ -159,7 +159,7 @@ def _find_tokenizer(given: str | Path | None, directory: str | Path, stored: Mod
         return ""
     try:
         load_tokenizer(path, stored.decoder.vocab_size)
-    except ConfigError as error:
+    except (ConfigError, StorageError) as error:
         raise ConversionError(str(error)) from None
     return str(path)
 
