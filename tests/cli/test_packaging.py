@@ -1,4 +1,4 @@
-"""What the package declares: its imports, its examples, its extras."""
+"""Packaging: declared requirements and extras, examples as package data."""
 
 import ast
 import configparser

@@ -1,4 +1,4 @@
-"""What a user does with an export: from the tool to transformers, as the README says."""
+"""Export to Hugging Face: from the command line to transformers, as the README says."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the official code recorded on a tiny random model, under every parallel layout."""
+"""Parity with the official code's recorded outputs, under every parallel configuration."""
 
 import json
 

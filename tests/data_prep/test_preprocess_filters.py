@@ -1,4 +1,4 @@
-"""Which samples preprocessing keeps and how it stores their pictures."""
+"""Sample filters of preprocessing, and the stored form of images."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""What preprocessing says about a corpus: counts, histograms, and the page to look at."""
+"""Corpus report of preprocessing: counts, histograms, and the page to look at."""
 
 import base64
 import re

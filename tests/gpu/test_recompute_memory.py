@@ -1,4 +1,4 @@
-"""What the decoder keeps for its backward pass under every kind of recomputation."""
+"""Activation memory of the decoder under every kind of recomputation."""
 
 import gpu_model
 import pytest

@@ -1,4 +1,4 @@
-"""What only a GPU can show of itself: time by events, memory, its peak."""
+"""GPU metrics: time by CUDA events, memory, its peak."""
 
 import pytest
 import torch

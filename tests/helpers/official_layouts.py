@@ -1,4 +1,4 @@
-"""What the official code recorded against what we compute, under every parallel layout.
+"""Parity with the official code's recorded outputs, under every parallel configuration.
 
 `python tests/helpers/official_layouts.py` prints the worst deviations as a Markdown table. For each
 layout it starts itself through torchrun, with a folder and the layout's overrides as arguments."""
