@@ -16,6 +16,7 @@ from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.validation_dataset import ValidationDataset
 from megatron_owl2.errors import DataError
 from megatron_owl2.mcore import setup
+from megatron_owl2.training.metrics.accumulator import mean_losses
 from megatron_owl2.training.step import SUMS, evaluate
 
 _logger = logging.getLogger(__name__)
@@ -92,26 +93,23 @@ class Validator:
         shares = list(self._micro_batches(len(source)))
         bad = [0]
         sums = evaluate(self._config, chunks, self._read(source, shares, bad), len(shares))
-        self._check_agreement(bad[0], source)
+        self._check_agreement(bad[0], source, [self._groups.mp, self._groups.cp])
         totals = torch.cat([sums, sums.new_tensor(bad)])
         torch.distributed.all_reduce(totals)
         *values, lost = totals.tolist()
-        found: dict[str, float] = dict(zip(SUMS, values, strict=True))
         lost = round(lost / self._model_ranks)
-        text = {k: found[k] - found[f"image_{k}"] for k in ("loss", "targets")}
         return {
-            "loss": _ratio(found["loss"], found["targets"]),
-            "image_loss": _ratio(found["image_loss"], found["image_targets"]),
-            "text_loss": _ratio(text["loss"], text["targets"]),
+            **mean_losses(dict(zip(SUMS, values, strict=True))),
             "samples": len(source) - lost,
             "bad": lost,
         }
 
-    def _check_agreement(self, bad: int, source: ValidationDataset) -> None:
-        """Raise DataError if the ranks of one model, which read the same, found other samples
-        bad."""
+    def _check_agreement(
+        self, bad: int, source: ValidationDataset, groups: Sequence[torch.distributed.ProcessGroup]
+    ) -> None:
+        """Raise DataError if ranks that read the same found other samples bad."""
         extremes = torch.tensor([bad, -bad], device=setup.device())
-        for group in (self._groups.mp, self._groups.cp):
+        for group in groups:
             if group.size() > 1:
                 torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=group)
         most, negated_least = extremes.tolist()
@@ -139,14 +137,19 @@ class Validator:
     def _read(
         self, source: ValidationDataset, shares: Sequence[list[int]], bad: list[int]
     ) -> Iterator[Batch]:
-        cp = self._groups.cp
+        tp, cp = self._groups.tp, self._groups.cp
         for numbers in shares:
             batch = source[numbers]
+            # Before the forward pass, whose collectives would not fit together. Pipeline stages,
+            # which read at different times, are compared at the end.
+            if tp.size() * cp.size() > 1:
+                self._check_agreement(len(batch.bad_samples), source, [tp, cp])
             for sample in batch.bad_samples:
                 place = (source.dataset.location, sample.sample_index)
                 if place not in self._named:
                     self._named.add(place)
-                    _logger.warning("validation leaves out %s", sample.reason)
+                    where = f"{sample.dataset}/{sample.shard} at byte {sample.offset}"
+                    _logger.warning("validation leaves out %s: %s", where, sample.reason)
                 bad[0] += 1
             yield batch.local_to(cp.rank(), cp.size()).to(setup.device())
 
@@ -157,7 +160,3 @@ def _names(paths: Sequence[str]) -> list[str]:
     return [
         name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)
     ]
-
-
-def _ratio(total: float, count: float) -> float | None:
-    return total / count if count else None

@@ -22,10 +22,13 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
 )
 from torch.distributed.checkpoint import filesystem
 
+from megatron_owl2.data.validation_dataset import ValidationDataset
+from megatron_owl2.errors import BadSampleError
 from megatron_owl2.train import main
 from megatron_owl2.training import step
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.async_writer import Writing
+from megatron_owl2.training.metrics.wandb_logger import WandbLogger
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.trainer import Trainer
 
@@ -154,6 +157,24 @@ def rank_1_is_slow() -> None:
 
     SampleConsistencyCheck.add = slow_add
     step._summed_loss = lambda batch, losses: summed_loss(batch, Slow.apply(losses))
+
+
+def validation_images_of_rank_1_are_damaged() -> None:
+    """All images of its copy are damaged."""
+
+    def damaged(self, data):
+        raise BadSampleError("image cannot be decoded")
+
+    if RANK == "1":
+        ValidationDataset._image = damaged
+
+
+def step_3_and_closing_fail() -> type[Trainer]:
+    def refuse(self, *, failed):
+        raise RuntimeError("no way to close")
+
+    WandbLogger.close = refuse
+    return step_3_fails()
 
 
 def step_3_fails() -> type[Trainer]:

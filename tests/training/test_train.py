@@ -1,4 +1,4 @@
-"""What a training run does beside learning: bad samples, broken shards."""
+"""Training runs beside learning: bad samples, broken shards, failures, subclasses."""
 
 import gzip
 import json
@@ -72,6 +72,15 @@ def test_a_run_that_fails_closes_what_it_opened(tmp_path):
     trace = gzip.decompress((tmp_path / "run" / "profile" / "rank-00000.json.gz").read_bytes())
     names = [event["name"] for event in json.loads(trace)["traceEvents"]]
     assert "step 2" in names and "step 4" not in names
+
+
+def test_a_failure_while_closing_does_not_hide_the_error(tmp_path):
+    config = tiny_run.make(tmp_path, 3)
+    fault = faults.step_3_and_closing_fail
+    done = tiny_run.train(config, tmp_path / "run", fault=fault)
+    assert done.returncode != 0
+    assert "warning: while closing after an error: RuntimeError: no way to close" in done.stderr
+    assert done.stderr.rstrip().endswith("RuntimeError: a mistake in step 3")
 
 
 def test_a_trainer_can_be_subclassed_and_run_in_place(tmp_path):

@@ -1,7 +1,8 @@
-"""Validation loss: what it is, the same under every parallel configuration, and its traces."""
+"""Validation loss: its definition, the same under every parallel configuration, and its traces."""
 
 import json
 
+import faults
 import pytest
 import runs_in_turn
 import tiny_data
@@ -147,7 +148,25 @@ def test_bad_samples_are_left_out_counted_and_named(tmp_path):
         assert bad["loss"] == pytest.approx(rest["loss"], rel=1e-6)
         line = next(x for x in done.stdout.splitlines() if f" {row['step']}/3 " in x)
         assert f"validation damaged {bad['loss']:.4f}" in line
-    assert "validation leaves out" in done.stderr and "image cannot be decoded" in done.stderr
+    assert f"validation leaves out {tmp_path / 'damaged'}/" in done.stderr
+    assert "image cannot be decoded" in done.stderr
+
+
+def test_ranks_of_one_model_that_read_other_samples_stop_the_run(tmp_path):
+    config = tiny_run.make(tmp_path, 3)
+    done = tiny_run.train(
+        config,
+        tmp_path / "run",
+        f"validation.sources=['{tmp_path / 'shards'}']",
+        "validation.interval=1",
+        "validation.samples=0",
+        "parallel.tensor=2",
+        processes=2,
+        fault=faults.validation_images_of_rank_1_are_damaged,
+    )
+    assert done.returncode != 0
+    assert "error: rank 0: the ranks of one model found 0 to " in done.stderr
+    assert str(tmp_path / "shards") in done.stderr and not tiny_run.rows(tmp_path / "run")
 
 
 def test_samples_are_spread_over_the_source(tmp_path):

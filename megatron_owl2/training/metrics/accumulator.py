@@ -1,6 +1,7 @@
 """Sums of losses and loader metrics: on every rank for itself, over all ranks once per interval."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 
@@ -25,6 +26,18 @@ def count_batch(batch: Batch) -> Counter[str]:
     counts.update(map(seen, batch.sources.tolist()))
     counts.update(bad(sample.source) for sample in batch.bad_samples)
     return counts
+
+
+def mean_losses(sums: Mapping[str, float]) -> dict[str, float | None]:
+    """Mean loss per target from the totals of SUMS: of all samples, of those with an image, and of
+    those without one; None where there are no targets."""
+    loss, targets, image_loss, image_targets = map(sums.__getitem__, SUMS)
+    text_loss, text_targets = loss - image_loss, targets - image_targets
+    return {
+        "loss": loss / targets if targets else None,
+        "image_loss": image_loss / image_targets if image_targets else None,
+        "text_loss": text_loss / text_targets if text_targets else None,
+    }
 
 
 def without_sources(run_totals: dict[str, int]) -> dict[str, int]:

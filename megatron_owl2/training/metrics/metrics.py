@@ -13,7 +13,7 @@ import torch
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.model.flops import Load, training_flops
-from megatron_owl2.training.metrics.accumulator import MetricAccumulator, bad, seen
+from megatron_owl2.training.metrics.accumulator import MetricAccumulator, bad, mean_losses, seen
 from megatron_owl2.training.metrics.console import format_console_line
 from megatron_owl2.training.metrics.device import DeviceMemoryMonitor, peak_tflops
 from megatron_owl2.training.metrics.loader_metrics import LOADER_METRICS, Interval
@@ -97,12 +97,9 @@ class Metrics:
         slowest = self._stragglers.slowest(waited, computed)
         samples = steps * self._config.train.global_batch_size
         interval = Interval(seconds, samples * self._model_ranks, self._ranks)
-        text = {k: totals[k] - totals[f"image_{k}"] for k in ("loss", "targets")}
         row = {
             "step": step,
-            "loss": _ratio(totals["loss"], totals["targets"]),
-            "image_loss": _ratio(totals["image_loss"], totals["image_targets"]),
-            "text_loss": _ratio(text["loss"], text["targets"]),
+            **mean_losses(totals),
             **({} if validation is None else {"validation": validation}),
             "grad_norm": grad_norm,
             "grad_norms": grad_norms,
@@ -175,7 +172,3 @@ def drop_after(output: Path, step: int) -> None:
     path = Path(output) / "metrics.jsonl"
     if path.is_file():
         truncate_jsonl(path, lambda row: row["step"] <= step)
-
-
-def _ratio(total: float, count: float) -> float | None:
-    return total / count if count else None
