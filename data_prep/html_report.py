@@ -169,7 +169,7 @@ def _sample(record: Record) -> dict[str, str]:
     text = text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
     sample = {"text": text, "key": record.key, "jpeg": "", "why_no_image": ""}
     if record.image is None:
-        return sample | {"why_no_image": "no picture"}
+        return sample | {"why_no_image": "no image"}
     try:
         jpeg = fit(decode(record.image), _THUMBNAIL_SIDE)
     except BadSampleError:

@@ -72,9 +72,9 @@ class Coco:
         for image_id, file_name, caption_id, text in rows:
             try:
                 if file_name is None:
-                    raise SkipError("caption of an unknown picture")
+                    raise SkipError("caption of an unknown image")
                 if caption_id is None:
-                    raise SkipError("picture without a caption")
+                    raise SkipError("image without a caption")
                 if file_name != name:  # the captions of an image follow one another
                     name, image = None, read_image(images, file_name)
                     name = file_name

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"shard: {name} is not in the manifest, so it is never read")
     print(
         f"{options.directory}: {samples:,} samples in {shards:,} shards: {good:,} good "
-        f"({decoded:,} pictures decoded), {bad:,} bad, {unreadable:,} unreadable; "
+        f"({decoded:,} images decoded), {bad:,} bad, {unreadable:,} unreadable; "
         f"{faults + len(extra)} faults of shards"
     )
     wrong = bad or unreadable or faults or extra

@@ -1,10 +1,10 @@
-"""Plan of a run before it is queued: memory per rank, time, and better layouts.
+"""Plan of a run before it is queued: memory per rank, time, and better parallel configurations.
 
 owl2 plan --config examples/7b/pretrain.yaml --gpus 64 --gpu-memory 80 \\
     [section.key=value ...]
 
 Shows memory, operations, traffic and days. Needs no GPU, no data and no checkpoint. Exit codes: 0
-the config's layout fits; 1 it does not; 2 the config cannot run on so many GPUs.
+the config fits; 1 it does not; 2 the config cannot run on so many GPUs.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns 0 if the layout fits, 1 if it does not."""
+    """Returns 0 if the config fits, 1 if it does not."""
     from megatron_owl2.mcore.setup import setup
 
     setup()

@@ -3,7 +3,7 @@
 With --inputs and --output: logits, loss and gradients for the released model's raw inputs. Inputs
 (safetensors) are input_ids [b, s] with -200 for an image, images [n, 3, H, W] normalised, and
 optionally attention_mask, labels [b, s]. The result holds logits, loss and, with --gradients,
-grad.<name in the released model> for every parameter, the same under every parallel layout:
+grad.<name in the released model> for every parameter, the same under every parallel configuration:
 
     torchrun --nproc-per-node 2 --no-python owl2 verify-checkpoint --checkpoint CKPT \\
         --inputs batch.safetensors --output result.safetensors --gradients parallel.tensor=2

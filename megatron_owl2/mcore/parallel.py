@@ -27,8 +27,8 @@ def layers_per_stage(config: RunConfig) -> list[int]:
     """
     if config.parallel.layers:
         return list(config.parallel.layers)
-    stages = config.parallel.pipeline * config.parallel.virtual_pipeline
-    return [config.model.decoder.num_layers // stages] * stages
+    count = config.parallel.pipeline * config.parallel.virtual_pipeline
+    return [config.model.decoder.num_layers // count] * count
 
 
 def fused_gradients_found() -> bool:
@@ -70,7 +70,7 @@ class ParallelContext:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-            # With two ranks a batch of sends would mix those to the next and to the previous stage.
+            # With two ranks a batch of sends would mix those to the next and to the previous rank.
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
             context_parallel_size=parallel.context,

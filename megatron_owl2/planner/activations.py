@@ -54,7 +54,8 @@ class ActivationCost:
     Segments are "begin" (all before the decoder, with the batch), "decoder ends", "head", and one
     layer of each of `parts.STACKS`. Of the phases "begin" and "decoder" are measured from what is
     kept before the head, "head" from all that is kept. `batch` is what every pipeline stage has of
-    a batch, which is all but the images; `received` are the hidden states from the stage before.
+    a batch, which is all but the images; `received` are the hidden states from the pipeline stage
+    before.
     """
 
     kept: dict[str, int]
@@ -66,7 +67,7 @@ class ActivationCost:
 
     def pipeline_stage(self, layers: dict[str, int], first: bool, last: bool) -> PipelineStageCost:
         """The cost of a pipeline stage with so many layers of each stack, the first or the last
-        stage or both."""
+        of the pipeline or both."""
         counts = Counter({"decoder ends": 1, "begin": int(first), "head": int(last), **layers})
         sent: Counter[str] = Counter()
         for segment, count in counts.items():
@@ -98,10 +99,10 @@ class ActivationCosts:
         self._known: dict[tuple, PipelineStageCost] = {}
 
     def __call__(self, config: RunConfig, pipeline_stage: int) -> PipelineStageCost:
-        """The cost of stage number `pipeline_stage` of the config's pipeline."""
+        """The cost of pipeline stage `pipeline_stage` of the config's pipeline."""
         parallel, rows = config.parallel, config.train.micro_batch_size
         key = parallel.tensor, parallel.sequence, parallel.context, parallel.recompute
-        # A stage asks the one before it for gradients, whether anything trains there or not.
+        # Gradients are asked for across pipeline stages, whether anything trains there or not.
         received = parallel.pipeline > 1 and not self._fed
         key += (received,)
         counts = layers_per_stage(config)

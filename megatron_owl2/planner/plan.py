@@ -23,8 +23,8 @@ class Plan:
     """The plan of one run; lists go by pipeline rank.
 
     `model_flops` is of one step over all GPUs, by part; `again_flops` what recomputation adds.
-    `days` is at `machine.mfu` of the peak under any parallel configuration; `layouts` are the
-    fastest of the `valid` parallel configurations that fit.
+    `days` is at `machine.mfu` of the peak under any parallel configuration; `candidates` are
+    the fastest of the `valid` parallel configurations that fit.
     """
 
     config: RunConfig
@@ -38,7 +38,7 @@ class Plan:
     again_flops: float
     tokens: int
     time: StepTime
-    layouts: list[Candidate]
+    candidates: list[Candidate]
     valid: int
 
     @property
@@ -69,14 +69,15 @@ class Plan:
         tree["usable"] = self.machine.usable
         for shown, rank in zip(tree["memory"], self.memory, strict=True):
             shown["total"] = rank.total
-        tree["layouts"] = [
+        del tree["candidates"]
+        tree["layouts"] = [  # the name that readers of the JSON know
             {
                 "overrides": search.overrides(candidate.config, self.config),
                 "memory": dataclasses.asdict(candidate.memory) | {"total": candidate.memory.total},
                 "time": dataclasses.asdict(candidate.time) | {"total": candidate.time.total},
                 "mfu": self.mfu(candidate.time),
             }
-            for candidate in self.layouts
+            for candidate in self.candidates
         ]
         tree["time"] |= {"total": self.time.total}
         tree["mfu"] = self.mfu(self.time)
@@ -105,7 +106,7 @@ def plan_run(
     samples = run.train.global_batch_size
     padded = full_load(run, samples)
     again = flops.forward_again(run.model, padded, costs.trained, run.parallel.recompute)
-    layouts, valid = search.ranked(run, machine, costs, count)
+    candidates, valid = search.ranked(run, machine, costs, count)
     return Plan(
         config=run,
         machine=machine,
@@ -118,6 +119,6 @@ def plan_run(
         again_flops=sum(again.values()),
         tokens=length if tokens is None else tokens,
         time=timing.step_time(run, machine, costs),
-        layouts=layouts,
+        candidates=candidates,
         valid=valid,
     )

@@ -20,8 +20,8 @@ def verdict(plan: Plan) -> str:
     where = f" on pipeline rank {rank}" if len(plan.memory) > 1 else ""
     sizes = f"{need:.1f} GiB{where} of {machine.memory_gib:g} - {machine.reserve_gib:g} GiB reserve"
     if plan.fits:
-        return f"this layout fits: {sizes}, {have - need:.1f} GiB are left"
-    return f"this layout does NOT fit: {sizes}, {need - have:.1f} GiB are missing"
+        return f"this configuration fits: {sizes}, {have - need:.1f} GiB are left"
+    return f"this configuration does NOT fit: {sizes}, {need - have:.1f} GiB are missing"
 
 
 def _head(plan: Plan) -> list[str]:
@@ -73,8 +73,7 @@ def _work(plan: Plan) -> list[str]:
         f"an image and {plan.tokens:,} tokens a sample; recomputation adds "
         f"{plan.again_flops / total:.0%}",
         f"at {machine.mfu:.0%} MFU of {machine.peak_tflops:g} TFLOP/s: {_span(plan.days)}",
-        f"where a GPU reaches that share while it computes, this layout takes {time.total:.2g} s "
-        f"a step,",
+        f"where a GPU reaches that share while it computes, a step takes {time.total:.2g} s,",
         f"{_span(days)} at {plan.mfu(time):.0%} MFU: computing {time.compute:.2g} s, traffic of "
         f"layers {time.layers:.2g} s,",
         f"pipeline bubble {time.bubble:.2g} s ({time.bubble_share:.0%}), gradients and parameters "
@@ -100,17 +99,18 @@ def _traffic(plan: Plan) -> list[str]:
 
 def _candidates(plan: Plan) -> list[str]:
     machine = plan.machine
-    if not plan.layouts:
+    if not plan.candidates:
         return [
-            f"none of {plan.valid:,} valid layouts fits {machine.memory_gib:g} GiB; take more GPUs "
-            "or a shorter data.sequence_length"
+            f"none of {plan.valid:,} valid parallel configurations fits {machine.memory_gib:g} "
+            "GiB; take more GPUs or a shorter data.sequence_length"
         ]
     lines = [
-        f"the fastest of {plan.valid:,} valid layouts in powers of two that fit, one a shape",
+        f"the fastest of {plan.valid:,} valid configurations in powers of two that fit, one a "
+        "shape",
         f"{'tp':>3}{'pp':>3}{'vp':>3}{'cp':>3}{'rows':>5} {'recompute':<10}"
         f"{'GiB':>6}{'step s':>8}{'bubble':>8}{'MFU':>6}{'days':>7}",
     ]
-    for candidate in plan.layouts:
+    for candidate in plan.candidates:
         parallel, time = candidate.config.parallel, candidate.time
         days = time.total * candidate.config.train.steps / 86400
         lines.append(
@@ -120,7 +120,7 @@ def _candidates(plan: Plan) -> list[str]:
             f"{time.bubble_share:>8.0%}{plan.mfu(time):>6.0%}{days:>7.2g}"
         )
     lines.append("on the command line, in the same order:")
-    for candidate in plan.layouts:
+    for candidate in plan.candidates:
         changed = search.overrides(candidate.config, plan.config)
         lines.append(f"  {changed or '(as the config has it)'}")
     return lines
@@ -134,7 +134,7 @@ def _notes(plan: Plan) -> list[str]:
         "'update' is what torch's AdamW works with when no activations are there, a fused one not.",
         f"Times assume {machine.intra_node:g} GB/s a GPU in a node of {machine.gpus_per_node}, "
         f"{machine.inter_node:g} GB/s between nodes,",
-        "and GEMMs that are as fast for few rows as for many: they rank layouts, no more.",
+        "and GEMMs that are as fast for few rows as for many: they rank configurations, no more.",
     ]
     if backend != "local":
         lines += [

@@ -85,7 +85,7 @@ def model_weights(config: RunConfig) -> list[Weight]:
 
 
 def weights_by_pipeline_stage(config: RunConfig, weights: Sequence[Weight]) -> list[list[Weight]]:
-    """The weights of every pipeline stage, in the order of the stages (layers_per_stage)."""
+    """The weights of every pipeline stage, in order (layers_per_stage)."""
     ends = list(itertools.accumulate(layers_per_stage(config)))
     found: list[list[Weight]] = [[] for _ in ends]
     for weight in weights:
@@ -145,7 +145,8 @@ def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]
     by_stage = weights_by_pipeline_stage(config, weights)
     local = whole = 0
     for rank in range(parallel.pipeline):
-        # The first rank of this stage: ranks count tensor first, then context, data, pipeline.
+        # The first of the ranks of this pipeline stage: ranks count tensor first, then context, data,
+        # pipeline.
         first = world_size // parallel.pipeline * rank
         with fake_process_groups(parallel, world_size, first) as groups:
             for chunk, model in enumerate(_on_meta(with_local_kernels(config), groups)):
@@ -155,12 +156,14 @@ def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]
                 expected = [(w.name, w.local(parallel.tensor)) for w in planned]
                 for found, wanted in itertools.zip_longest(built, expected):
                     if found != wanted:
-                        raise RuntimeError(f"stage {number} has {found}, the plan {wanted}")
+                        raise RuntimeError(
+                            f"pipeline stage {number} has {found}, the plan {wanted}"
+                        )
                 local += sum(numel for _, numel in built)
                 whole += sum(w.numel for w in planned)
     return (
-        f"sharding checked on the meta device for {world_size:,} ranks: {len(by_stage)} stages, "
-        f"{local:,} parameters on one tensor-parallel rank of each, {whole:,} in the model"
+        f"sharding checked on the meta device for {world_size:,} ranks: {len(by_stage)} pipeline "
+        f"stages, {local:,} parameters on one tensor-parallel rank of each, {whole:,} in the model"
     )
 
 

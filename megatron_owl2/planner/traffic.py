@@ -34,7 +34,7 @@ def per_pipeline_rank(config: RunConfig, costs: RunCosts) -> list[RankTraffic]:
     for rank, held in enumerate(costs.static_memory(config)):
         own = range(rank, num_stages, parallel.pipeline)
         sent = [costs.activations(config, pipeline_stage).sent for pipeline_stage in own]
-        # The first stage has none before it, the last none after it.
+        # The first pipeline stage has none before it, the last none after it.
         states = sum((n < num_stages - 1) + (n > 0) for n in own)
         parameter_bytes = held.buffer * BYTES[config.train.precision]
         found.append(

@@ -35,7 +35,7 @@ def test_shapes_are_the_papers_and_every_kernel_takes_them(bench, stage, length,
         validate_parallel(config, world_size=1)
 
 
-def test_every_row_is_full_and_has_its_picture(bench):
+def test_every_row_is_full_and_has_its_image(bench):
     config = bench.settings("1", "local", "none", 1, tiny=True)
     batch = bench.full_batch(config)
     assert batch.tokens.shape == (2, 32) and batch.image.shape == (2, 3, 28, 28)

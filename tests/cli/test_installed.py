@@ -118,7 +118,7 @@ def test_examples_come_along(installed):
 
 
 def test_a_run_answers_and_is_exported(installed, trained):
-    tiny_data.picture(3).save(installed.work / "owl.png")
+    tiny_data.make_image(3).save(installed.work / "owl.png")
     question = ["--image", "owl.png", "--prompt", "what number?", "--max-new-tokens", 5]
     said = installed.succeed("owl2", "generate", "--checkpoint", "run", *question)
     assert said.endswith("\n")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_data import LetterTokenizer, encoded, picture
+from tiny_data import LetterTokenizer, encoded, make_image
 
 from megatron_owl2.data.batch import BadSample, collate
 from megatron_owl2.data.conversation import IMAGE_PLACEHOLDER, build_sample, prompt, prompt_ids
@@ -12,7 +12,7 @@ from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import BadSampleError
 
-IMAGE = encoded(picture(0))
+IMAGE = encoded(make_image(0))
 TOKENIZER = LetterTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 ids = TOKENIZER.encode
@@ -90,7 +90,7 @@ def test_text_conversation():
 
 
 def test_caption_masks_only_the_placeholder():
-    """Official plain style: the BOS after the picture is a target."""
+    """Official plain style: the BOS after the image is a target."""
     sample = build(Record("k", image=IMAGE, caption="ab"))
     assert sample.tokens.tolist() == padded([0, 0, 0, BOS, *ids("ab"), EOS], 0)
     assert sample.labels.tolist() == padded([-100, -100, BOS, *ids("ab"), EOS], -100)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from streams import config, loader
-from tiny_data import encoded, picture, record, write
+from tiny_data import encoded, make_image, record, write
 
 from data_prep.check import check, check_shard
 from data_prep.index import index_shard
@@ -318,11 +318,11 @@ def test_the_stream_sees_or_lists_every_sample(tmp_path):
     """One epoch: a sample index holds its own sample, or the ledger says why not; or the run
     stops."""
 
-    def pictures():
+    def images():
         for i, item in enumerate(RECORDS):
-            yield item.__class__(item.key, image=encoded(picture(i)), caption=item.key)
+            yield item.__class__(item.key, image=encoded(make_image(i)), caption=item.key)
 
-    whole = write(tmp_path / "whole", pictures(), samples_per_shard=PER_SHARD)
+    whole = write(tmp_path / "whole", images(), samples_per_shard=PER_SHARD)
     stopped = finished = 0
     for seed in range(120):
         damage = DAMAGES[seed % len(DAMAGES)]

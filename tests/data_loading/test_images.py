@@ -1,4 +1,4 @@
-"""Pictures: close to Pillow, strict about damage, crops that depend on seed and sample index
+"""Images: close to Pillow, strict about damage, crops that depend on seed and sample index
 alone."""
 
 import io
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from megatron_owl2.data import images
 from megatron_owl2.data.images import augment, decode, resize_square
@@ -27,7 +27,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
 def test_lossless_formats_are_exact(kind):
-    image = picture(1)
+    image = make_image(1)
     if kind == "GIF":
         image = image.quantize(64)
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -39,18 +39,18 @@ def test_lossless_formats_are_exact(kind):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg_of_any_colour_space(mode, progressive):
-    data = encoded(picture(2, 64, 48).convert(mode), quality=90, progressive=progressive)
-    reference = picture(2, 64, 48).convert(mode).convert("RGB")
+    data = encoded(make_image(2, 64, 48).convert(mode), quality=90, progressive=progressive)
+    reference = make_image(2, 64, 48).convert(mode).convert("RGB")
     assert difference(decode(data), pixels(reference)).float().mean() < 4
 
 
 def test_transparency_is_laid_over_white():
-    image = picture(3).convert("RGBA")
+    image = make_image(3).convert("RGBA")
     alpha = np.zeros((30, 40), dtype=np.uint8)
     alpha[:, 20:] = 255
     alpha[:5] = 128
     image.putalpha(Image.fromarray(alpha))
-    colours = pixels(picture(3)).float()
+    colours = pixels(make_image(3)).float()
     weight = torch.from_numpy(alpha).float() / 255
     expected = colours * weight + 255 * (1 - weight)
     assert (decode(encoded(image, "PNG")).float() - expected).abs().max() <= 1
@@ -72,11 +72,11 @@ def test_sixteen_bit_grey_is_scaled():
     assert torch.equal(decoded[0], decoded[2])
 
 
-def test_damaged_pictures_are_refused():
-    jpeg = encoded(picture(4, 200, 200), quality=90)
+def test_damaged_images_are_refused():
+    jpeg = encoded(make_image(4, 200, 200), quality=90)
     noise = bytearray(jpeg)
     noise[-900:-300] = np.random.default_rng(0).integers(0, 255, 600, dtype=np.uint8).tobytes()
-    png = encoded(picture(4), "PNG")
+    png = encoded(make_image(4), "PNG")
     for data in (jpeg[:-400], jpeg[:30], bytes(noise), png[:-60], png[:40], b"", b"hello", b"<svg"):
         with pytest.raises(BadSampleError, match="cannot be decoded"):
             decode(data)
@@ -84,7 +84,7 @@ def test_damaged_pictures_are_refused():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_too_many_pixels_are_refused_before_decoding(kind, monkeypatch):
-    data = encoded(picture(5, 40, 30), kind)
+    data = encoded(make_image(5, 40, 30), kind)
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30)
     assert decode(data).shape == (3, 30, 40)
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30 - 1)
@@ -94,19 +94,19 @@ def test_too_many_pixels_are_refused_before_decoding(kind, monkeypatch):
 
 @pytest.mark.parametrize("width, height, size", [(300, 200, 56), (30, 90, 56), (1, 1, 14)])
 def test_resize_is_pillows_bicubic(width, height, size):
-    image = picture(6, width, height)
+    image = make_image(6, width, height)
     resized = resize_square(decode(encoded(image, "PNG")), size)
     reference = pixels(image.resize((size, size), Image.BICUBIC))
     assert difference(resized, reference).max() <= 2
 
 
-def test_a_picture_of_the_right_size_is_untouched():
-    image = picture(7, 56, 56)
+def test_an_image_of_the_right_size_is_untouched():
+    image = make_image(7, 56, 56)
     assert torch.equal(resize_square(decode(encoded(image, "PNG")), 56), pixels(image))
 
 
 def test_crops_depend_on_the_key_alone():
-    image = decode(encoded(picture(8, 80, 60), "PNG"))
+    image = decode(encoded(make_image(8, 80, 60), "PNG"))
     first = [augment(image, 32, KeyedRandom(1, sample_index)) for sample_index in range(20)]
     again = [
         augment(image, 32, KeyedRandom(1, sample_index)) for sample_index in reversed(range(20))
@@ -149,8 +149,8 @@ def test_odd_shapes_can_be_augmented(shape):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_not_applied(kind):
-    """Neither do the official code and its CLIP processor: a picture is what its pixels are."""
-    image = picture(4, 40, 20)
+    """Neither do the official code and its CLIP processor: an image is what its pixels are."""
+    image = make_image(4, 40, 20)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to look at it
     plain, turned = (encoded(image, kind, **more) for more in ({}, {"exif": exif}))
@@ -168,8 +168,8 @@ def test_an_animation_is_its_first_frame(kind, options):
     assert torch.equal(decode(data), pixels(frames[0]))
 
 
-def test_palette_pictures_become_rgb():
-    image = picture(5).quantize(17)
+def test_palette_images_become_rgb():
+    image = make_image(5).quantize(17)
     assert image.mode == "P"
     assert torch.equal(decode(encoded(image, "PNG")), pixels(image.convert("RGB")))
 
@@ -183,7 +183,7 @@ def test_a_line_of_pixels_is_refused(width, height):
 
 
 def test_a_jpeg_of_endless_scans_is_refused():
-    data = encoded(picture(7), "JPEG", progressive=True)
+    data = encoded(make_image(7), "JPEG", progressive=True)
     scan = data.index(b"\xff\xda")
     assert decode(data).shape == (3, 30, 40)
     with pytest.raises(BadSampleError, match="more than 100 scans"):
@@ -192,7 +192,7 @@ def test_a_jpeg_of_endless_scans_is_refused():
 
 def test_a_jpeg_of_endless_colours_is_refused():
     """A sequential one, too, if its first scan says that others follow."""
-    data = encoded(picture(7), "JPEG")
+    data = encoded(make_image(7), "JPEG")
     head = data[: data.index(b"\xff\xda")]
     alone = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + bytes(20)
     with pytest.raises(BadSampleError, match="more than 100 scans"):
@@ -203,7 +203,7 @@ def test_a_jpeg_of_endless_colours_is_refused():
 
 def test_scans_are_not_looked_for_in_the_metadata():
     """A camera's notes may hold any bytes."""
-    data = encoded(picture(7), "JPEG")
+    data = encoded(make_image(7), "JPEG")
     notes = b"\xff\xda" * 200
     segment = b"\xff\xed" + (2 + len(notes)).to_bytes(2) + notes
     assert torch.equal(decode(data[:2] + segment + data[2:]), decode(data))
@@ -227,7 +227,7 @@ def test_bombs_in_the_metadata_are_refused():
     """A PNG whose compressed text grows a thousandfold, as Pillow's own limit sees it."""
     text = PngInfo()
     text.add_text("comment", "a" * (64 * 2**20), zip=True)
-    data = encoded(picture(6), "PNG", pnginfo=text)
+    data = encoded(make_image(6), "PNG", pnginfo=text)
     assert len(data) < 2**18
     with pytest.raises(BadSampleError, match="cannot be decoded"):
         decode(data)

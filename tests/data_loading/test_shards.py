@@ -10,7 +10,7 @@ import tarfile
 import pytest
 import webdataset
 from processes import open_below
-from tiny_data import encoded, picture, record, write
+from tiny_data import encoded, make_image, record, write
 
 from data_prep.index import index_shard
 from megatron_owl2.data.shards.dataset import ShardedDataset
@@ -172,7 +172,7 @@ def test_an_edited_manifest_is_refused(folder):
 
 
 def test_every_flipped_byte_is_noticed(folder):
-    """In a header, a caption or a picture: one bad sample with its place; its neighbours stay."""
+    """In a header, a caption or an image: one bad sample with its place; its neighbours stay."""
     path = folder / "shard-000000.tar"
     whole = path.read_bytes()
     dataset = ShardedDataset(folder)
@@ -216,7 +216,7 @@ def test_a_shard_that_is_cut_while_in_use_is_an_error(folder):
         dataset.read(0, 9)
 
 
-IMAGE = encoded(picture(0))
+IMAGE = encoded(make_image(0))
 
 
 @pytest.mark.parametrize(

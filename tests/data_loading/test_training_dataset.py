@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from streams import SIZE, assert_equal, config, loader, rows_of, two_sets
-from tiny_data import LetterTokenizer, encoded, picture, record, write
+from tiny_data import LetterTokenizer, encoded, make_image, record, write
 
 from megatron_owl2.config.schema import StorageConfig
 from megatron_owl2.data.bad_samples import drop_after, path_of
@@ -18,7 +18,7 @@ from megatron_owl2.errors import ConfigError, DataError, StorageError
 
 pytestmark = pytest.mark.slow
 
-BROKEN = encoded(picture(9, 200, 100))[:-300]
+BROKEN = encoded(make_image(9, 200, 100))[:-300]
 
 
 class Exploding(LetterTokenizer):
@@ -90,13 +90,13 @@ def test_one_epoch_holds_every_sample_by_its_weight(folders):
     assert sum(count for key, count in counts.items() if key[0] == "b") == 40
 
 
-def test_plain_resize_shows_the_whole_picture(folders):
+def test_plain_resize_shows_the_whole_image(folders):
     data = config(folders[0], augment=False)
-    pictures = {r.key: r.image for r in (record(i, "a") for i in range(60))}
+    images = {r.key: r.image for r in (record(i, "a") for i in range(60))}
     for batch in loader(data, limit_samples=40):
-        with_picture = [key for key in batch.keys if pictures[key] is not None]
-        for key, image in zip(with_picture, batch.image, strict=False):
-            assert torch.equal(image, resize_square(decode(pictures[key]), SIZE))
+        with_image = [key for key in batch.keys if images[key] is not None]
+        for key, image in zip(with_image, batch.image, strict=False):
+            assert torch.equal(image, resize_square(decode(images[key]), SIZE))
 
 
 def test_a_sample_is_cropped_anew_in_every_epoch(folders):
@@ -109,18 +109,18 @@ def test_a_sample_is_cropped_anew_in_every_epoch(folders):
         for e in (0, 1)
     ]
     assert epochs[0].keys() == epochs[1].keys() and len(epochs[0]) == 60
-    with_picture = [key for key, pixels in epochs[0].items() if pixels]
-    assert len(with_picture) == 40
-    assert sum(epochs[0][key] == epochs[1][key] for key in with_picture) == 0
+    with_image = [key for key, pixels in epochs[0].items() if pixels]
+    assert len(with_image) == 40
+    assert sum(epochs[0][key] == epochs[1][key] for key in with_image) == 0
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """Every fifth of 50 records has a picture that cannot be decoded."""
+    """Every fifth of 50 records has an image that cannot be decoded."""
 
     def records():
         for i in range(50):
-            image = BROKEN if i % 5 == 0 else encoded(picture(i))
+            image = BROKEN if i % 5 == 0 else encoded(make_image(i))
             yield Record(f"k{i:03d}", image=image, caption=str(i))
 
     return write(tmp_path_factory.mktemp("damaged") / "set", records())
@@ -194,7 +194,7 @@ def test_too_long_first_questions_are_bad_and_shortened_ones_counted(tmp_path):
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     def records():
         for i in range(200):
-            image = BROKEN if i % 20 == 0 else encoded(picture(0))
+            image = BROKEN if i % 20 == 0 else encoded(make_image(0))
             yield Record(f"k{i:03d}", image=image, caption="x")
 
     folder = write(tmp_path / "s", records(), 100)
@@ -212,7 +212,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
 def test_a_long_row_of_bad_samples_stops_the_run(tmp_path):
     items = (
-        Record(f"k{i:03d}", image=BROKEN if i % 2 else encoded(picture(0)), caption="x")
+        Record(f"k{i:03d}", image=BROKEN if i % 2 else encoded(make_image(0)), caption="x")
         for i in range(60)
     )
     data = config(write(tmp_path / "s", items))

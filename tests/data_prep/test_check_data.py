@@ -11,7 +11,7 @@ import webdataset
 from http_server import HttpServer
 from paths import TOOLS
 from processes import group_is_gone, wait_until
-from tiny_data import encoded, picture, record, write
+from tiny_data import encoded, make_image, record, write
 from tool import run
 
 from megatron_owl2.data.shards.dataset import ShardedDataset
@@ -28,7 +28,7 @@ def folder(tmp_path):
 def test_a_sound_set_is_ok(folder):
     done = run("check_data", folder, "--decode", "1", "--workers", "2")
     assert done.returncode == 0, done.stdout
-    assert "30 samples in 4 shards: 30 good (20 pictures decoded), 0 bad" in done.stdout
+    assert "30 samples in 4 shards: 30 good (20 images decoded), 0 bad" in done.stdout
     assert done.stdout.splitlines()[-1] == "ok"
 
 
@@ -51,16 +51,16 @@ def test_every_kind_of_damage_is_counted_and_named(folder):
     assert lines[-1] == "DAMAGED"
 
 
-def test_pictures_that_were_broken_before_show_only_when_decoded(tmp_path):
+def test_images_that_were_broken_before_show_only_when_decoded(tmp_path):
     def records():
         for i in range(40):
-            image = encoded(picture(i, 100, 80))
+            image = encoded(make_image(i, 100, 80))
             yield Record(f"{i:03d}", image=image[:-200] if i % 8 == 0 else image, caption="x")
 
     folder = write(tmp_path / "set", records(), samples_per_shard=40)
     assert run("check_data", folder).returncode == 0
     whole = run("check_data", folder, "--decode", "1", "--show", "2")
-    assert whole.returncode == 1 and "35 good (35 pictures decoded), 5 bad" in whole.stdout
+    assert whole.returncode == 1 and "35 good (35 images decoded), 5 bad" in whole.stdout
     assert whole.stdout.count("cannot be decoded") == 2
     start = ShardedDataset(folder).range_of(0, 8)[0]
     place = f"{next(folder.glob('*.tar')).name} at byte {start}: 008: image cannot be decoded"
@@ -110,7 +110,7 @@ def test_foreign_shards_become_a_data_set_where_they_lie(tmp_path):
     pattern = str(tmp_path / "%05d.tar")
     with webdataset.ShardWriter(pattern, maxcount=10, verbose=0) as writer:
         for i in range(25):
-            image = encoded(picture(i))
+            image = encoded(make_image(i))
             writer.write({"__key__": f"{i:05d}", "jpg": image, "txt": f"picture {i}"})
     before = {path.name: path.stat() for path in tmp_path.glob("*.tar")}
     done = run("index_data", tmp_path, "--workers", "2")
@@ -131,7 +131,7 @@ def test_a_damaged_foreign_shard_leaves_no_manifest(tmp_path):
     for number in range(2):
         with webdataset.TarWriter(str(tmp_path / f"{number}.tar")) as writer:
             for i in range(5):
-                image = encoded(picture(i))
+                image = encoded(make_image(i))
                 writer.write({"__key__": f"{number}{i}", "jpg": image, "txt": "x"})
     path = tmp_path / "1.tar"
     path.write_bytes(path.read_bytes()[:3000])
@@ -142,7 +142,7 @@ def test_a_damaged_foreign_shard_leaves_no_manifest(tmp_path):
 
 
 def test_samples_without_a_part_are_counted_with_what_they_lack(tmp_path):
-    image = encoded(picture(0))
+    image = encoded(make_image(0))
     parts = [{"jpg": image, "txt": "x"}] * 6 + [{"jpg": image}] * 2 + [{"txt": "x"}]
     parts += [{"jpg": image, "txt": "x", "cls": "1"}]
     for number in range(2):
@@ -159,4 +159,4 @@ def test_samples_without_a_part_are_counted_with_what_they_lack(tmp_path):
         "  2 x no image (jpg, jpeg, png or webp)",
         "  2 x a part that is neither an image (jpg, jpeg, png or webp) nor txt nor json",
     ]
-    assert "12 good (0 pictures decoded), 8 bad" in run("check_data", tmp_path).stdout
+    assert "12 good (0 images decoded), 8 bad" in run("check_data", tmp_path).stdout

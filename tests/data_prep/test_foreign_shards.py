@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 import webdataset
-from tiny_data import encoded, picture, record
+from tiny_data import encoded, make_image, record
 
 from data_prep.check import check
 from data_prep.index import index_directory, index_shard
@@ -19,7 +19,7 @@ from megatron_owl2.data.shards.tar import members
 from megatron_owl2.errors import ShardError
 
 RECORDS = [record(i) for i in range(25)]
-IMAGE = encoded(picture(0))
+IMAGE = encoded(make_image(0))
 
 
 def everything(folder) -> list[Record]:
@@ -197,7 +197,7 @@ def test_damaged_extended_headers_are_noticed(tmp_path):
             index_shard(path)
 
 
-def test_bytes_that_are_missing_in_the_last_picture_are_noticed(tmp_path):
+def test_bytes_that_are_missing_in_the_last_image_are_noticed(tmp_path):
     """The header behind it is read from its empty end on, which looks like the end marker."""
     path = tmp_path / "d.tar"
     with tarfile.open(path, "w") as tar:

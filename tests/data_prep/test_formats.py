@@ -12,15 +12,15 @@ import pytest
 import webdataset
 import xxhash
 from paths import DATA
-from read_corpus import collect, refused, write_pictures
-from tiny_data import encoded, picture, record, write
+from read_corpus import collect, refused, write_images
+from tiny_data import encoded, make_image, record, write
 
 REAL = DATA / "img2dataset"
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "images")
+    return write_images(tmp_path_factory.mktemp("images") / "images")
 
 
 @pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])
@@ -97,7 +97,7 @@ def stand_in(readable: str, key: str) -> str:
 
 def test_webdataset_tars_of_other_tools(tmp_path):
     (tmp_path / "data/deep").mkdir(parents=True)
-    jpg = encoded(picture(1))
+    jpg = encoded(make_image(1))
     with webdataset.TarWriter(str(tmp_path / "data/a.tar")) as tar:  # PAX headers
         tar.write({"__key__": "one", "jpg": jpg, "txt": " in txt "})
         tar.write({"__key__": "x/two", "png": jpg, "json": {"caption": "in json", "score": 0.5}})
@@ -136,7 +136,7 @@ def test_a_key_that_stands_in_for_another_is_like_no_other(tmp_path):
     names = ["000000001", "a/000000001", "b/000000001", "a_000000001", "a b", "a_b", "é" * 70, "猫"]
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         for name in names:
-            tar.write({"__key__": name, "jpg": encoded(picture(1)), "txt": name})
+            tar.write({"__key__": name, "jpg": encoded(make_image(1)), "txt": name})
     records, skipped = collect("webdataset", tmp_path)
     assert [r.caption for r in records] == names and skipped == {}
     assert len({r.key for r in records}) == len(names)
@@ -149,7 +149,7 @@ def test_folders_in_a_tar_are_no_damage(tmp_path):
         for name in ("./", "one.jpg", "one.txt", "empty/"):
             member = tarfile.TarInfo(name)
             member.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
-            data = {"one.jpg": encoded(picture(1)), "one.txt": b"text"}.get(name, b"")
+            data = {"one.jpg": encoded(make_image(1)), "one.txt": b"text"}.get(name, b"")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     records, skipped = collect("webdataset", tmp_path)
@@ -186,7 +186,7 @@ def test_bytes_that_are_missing_before_an_empty_last_file_are_damage(tmp_path):
     """What is left of the last header is empty, like the end of the archive."""
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
-        parts = {"one.jpg": encoded(picture(1)), "one.txt": b"text", "two.txt": b""}
+        parts = {"one.jpg": encoded(make_image(1)), "one.txt": b"text", "two.txt": b""}
         for name, part in parts.items():
             member = tarfile.TarInfo(name)
             member.size = len(part)
@@ -223,13 +223,13 @@ def coco(folder: Path) -> Path:
 def test_coco_makes_a_record_of_every_caption(images, tmp_path):
     records, skipped = collect("coco", coco(tmp_path), images=images, samples_per_split=4)
     assert [r.caption for r in records[:6]] == [f"caption {i}" for i in (0, 3, 6, 9, 12, 1)]
-    assert records[5].key == "31_101" and records[5].image == encoded(picture(1))
+    assert records[5].key == "31_101" and records[5].image == encoded(make_image(1))
     assert records[5].metadata == {"image_id": 31, "file_name": "1.jpg"}
     assert len(records) == 15 == len({r.key for r in records})
     assert skipped == {
-        "picture without a caption": 1,
+        "image without a caption": 1,
         "image file is missing": 1,
-        "caption of an unknown picture": 1,
+        "caption of an unknown image": 1,
         "empty caption": 1,
     }
     assert "--images DIR" in refused("coco", coco(tmp_path))
@@ -237,7 +237,7 @@ def test_coco_makes_a_record_of_every_caption(images, tmp_path):
     assert "does not hold COCO captions" in refused("coco", tmp_path / "x.json", images=images)
 
 
-def test_coco_draws_one_caption_of_every_picture(images, tmp_path):
+def test_coco_draws_one_caption_of_every_image(images, tmp_path):
     records, skipped = collect("coco-one-caption", coco(tmp_path), images=images)
     again, _ = collect("coco-one-caption", coco(tmp_path), images=images, samples_per_split=1)
     assert records == again

@@ -1,4 +1,4 @@
-"""The table reader: JSON lines, TSV, CSV and Parquet that name pictures by their paths."""
+"""The table reader: JSON lines, TSV, CSV and Parquet that name images by their paths."""
 
 import csv
 import errno
@@ -16,8 +16,8 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
-from read_corpus import collect, refused, write_pictures
-from tiny_data import encoded, picture
+from read_corpus import collect, refused, write_images
+from tiny_data import encoded, make_image
 
 from data_prep.formats.common import tables
 from data_prep.formats.registry import FORMATS
@@ -26,7 +26,7 @@ from data_prep.splits import ReadOptions
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "images")
+    return write_images(tmp_path_factory.mktemp("images") / "images")
 
 
 def rows(count: int) -> list[dict]:
@@ -67,7 +67,7 @@ def test_tables(images, tmp_path, kind, size):
     for number, item in enumerate(records):
         assert item.key == f"{number:012d}" and item.source == "my corpus"
         assert item.caption == f'a "quoted", picture\nof {number} é'
-        assert item.image == encoded(picture(number))
+        assert item.image == encoded(make_image(number))
         expected = {"score": number / 10, "words": number, "id": f"00{number}"}
         assert item.metadata == expected and type(item.metadata["words"]) is int
     assert len(records) == 10

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from paths import HELPERS, ROOT
 from preprocess_run import records
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from data_prep.downloads.mixture import Mixture
 from data_prep.downloads.recipe import Recipe, Source, read_recipe
@@ -77,7 +77,7 @@ def folder(tmp_path):
         pq.write_table(pa.table(columns), folder / f"metadata/laion/{part}.parquet")
     content = {"images": [], "annotations": []}
     for number in range(5):
-        (folder / f"coco/images/{number}.jpg").write_bytes(encoded(picture(number)))
+        (folder / f"coco/images/{number}.jpg").write_bytes(encoded(make_image(number)))
         content["images"].append({"id": number, "file_name": f"{number}.jpg"})
         content["annotations"] += [
             {"id": 5 * number + k, "image_id": number, "caption": f"coco {k}"} for k in range(5)

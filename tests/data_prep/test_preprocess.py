@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from preprocess_run import failed, records, report, succeeded, tool, tree
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Turn
@@ -23,7 +23,7 @@ def img2dataset_rows(shard: int) -> dict[str, bytes]:
         key = f"{shard:05d}{number:04d}"
         body = {"key": key, "status": status, "url": f"http://x/{key}", "caption": caption}
         parts = {
-            "jpg": encoded(picture(number)) if image is True else image,
+            "jpg": encoded(make_image(number)) if image is True else image,
             "txt": caption and caption.encode(),
             "json": json.dumps(body | {"original_width": 9, "exif": "{}"}).encode(),
         }
@@ -73,7 +73,7 @@ def check_pairs(folder: Path, shards: int = 3) -> None:
     assert [r.key for r in found] == [f"{s:05d}{i:04d}" for s in range(shards) for i in range(5)]
     for index, record in enumerate(found):
         assert record.caption == f"picture {index % 5} é" and record.source == "laion"
-        assert record.image == encoded(picture(index % 5))
+        assert record.image == encoded(make_image(index % 5))
         assert record.metadata == {"url": f"http://x/{record.key}", "original_width": 9}
     assert report(folder)["kept"] == 5 * shards
 
@@ -133,10 +133,10 @@ def message(speaker: str, text: str) -> dict:
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures") / "images"
     (folder / "coco").mkdir(parents=True)
-    (folder / "coco/1.jpg").write_bytes(encoded(picture(1)))
-    (folder / "2.png").write_bytes(encoded(picture(2), "PNG"))
+    (folder / "coco/1.jpg").write_bytes(encoded(make_image(1)))
+    (folder / "2.png").write_bytes(encoded(make_image(2), "PNG"))
     (folder / "3.tif").write_bytes(b"II*\0")
-    (folder.parent / "secret.jpg").write_bytes(encoded(picture(3)))
+    (folder.parent / "secret.jpg").write_bytes(encoded(make_image(3)))
     return folder
 
 
@@ -172,7 +172,7 @@ def test_conversations(images, tmp_path):
     assert [r.key for r in found] == [f"{i:09d}" for i in range(5)]
     assert [r.metadata for r in found] == [{"id": "x/1"}, {}, {}, {}, {"id": 7}]
     assert {r.source for r in found} == {"llava v1"}
-    assert found[0].image == encoded(picture(1)) and found[4].image is None
+    assert found[0].image == encoded(make_image(1)) and found[4].image is None
     names = [row["name"] for row in ShardedDataset(tmp_path / "set").shards]
     assert names == [f"llava_v1-{i:05d}-000000.tar" for i in range(3)]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preprocess_run import as_splits, job, keys, pair, pairs, records, report
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from data_prep import dedup
 from data_prep.filters import Filters
@@ -16,12 +16,12 @@ from megatron_owl2.data.shards.records import Record, Turn
 
 pytestmark = pytest.mark.slow
 
-A, B = (encoded(picture(seed)) for seed in (1, 2))
+A, B = (encoded(make_image(seed)) for seed in (1, 2))
 
 
 @pytest.fixture(scope="module")
 def doubled():
-    """Pictures and texts that occur again, in the same split and in others."""
+    """Images and texts that occur again, in the same split and in others."""
     return [
         [
             pair("first", A, "one"),
@@ -32,7 +32,7 @@ def doubled():
         [
             pair("later", A, "one"),
             pair("b", B, "one"),
-            pair("as-png", encoded(picture(1), "PNG"), "one"),
+            pair("as-png", encoded(make_image(1), "PNG"), "one"),
             Record("talk", image=B, turns=(Turn("q", "a"),)),
         ],
         [
@@ -43,7 +43,7 @@ def doubled():
     ]
 
 
-def test_duplicate_pictures_keep_the_first(doubled, tmp_path):
+def test_duplicate_images_keep_the_first(doubled, tmp_path):
     job(doubled, tmp_path, deduplicate="image")
     assert keys(tmp_path) == ["first", "text", "b", "as-png", "text-again"]
     assert report(tmp_path)["skipped"] == {"duplicate image": 6}
@@ -63,7 +63,7 @@ def test_what_a_filter_removes_is_nobodys_original(doubled, tmp_path):
     assert "b" in keys(tmp_path) and "short" not in keys(tmp_path)
 
 
-def test_duplicates_are_found_before_pictures_change(tmp_path):
+def test_duplicates_are_found_before_images_change(tmp_path):
     content = [[pair("a", A)], [pair("b", B)], [pair("again", A)]]
     job(content, tmp_path, deduplicate="image", reencoding=Reencoding(max_side=10))
     assert keys(tmp_path) == ["a", "b"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from preprocess_run import job, keys, pair, records, report
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from data_prep.filters import Filters
 from data_prep.reencode import Reencoding
@@ -19,7 +19,7 @@ from megatron_owl2.errors import BadSampleError, PreprocessError
 
 
 def sized(key: str, width: int, height: int, **more) -> Record:
-    return pair(key, encoded(picture(1, width, height), "PNG"), **more)
+    return pair(key, encoded(make_image(1, width, height), "PNG"), **more)
 
 
 def broken(image: bytes) -> bytes:
@@ -32,7 +32,7 @@ def skipped(folder) -> dict:
 
 def test_every_filter_counts_by_its_own_reason(tmp_path):
     text = Record("text", caption="plain text")
-    talk = Record("talk", image=encoded(picture(2)), turns=(Turn("a" * 99, "b"),))
+    talk = Record("talk", image=encoded(make_image(2)), turns=(Turn("a" * 99, "b"),))
     good = [sized("exact", 40, 20), sized("tall", 20, 40), text, talk]
     content = [
         *good,
@@ -90,16 +90,16 @@ def test_limits_of_a_score_do_not_hide_why_no_record_could_be_read(tmp_path, two
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_broken_pictures(tmp_path):
-    noise = bytearray(encoded(picture(1, 400, 300)))
+def test_broken_images(tmp_path):
+    noise = bytearray(encoded(make_image(1, 400, 300)))
     noise[700:1500] = np.random.default_rng(0).integers(0, 255, 800, dtype=np.uint8).tobytes()
     content = [
         pair("good"),
-        pair("cut", broken(encoded(picture(1, 200, 100)))),
-        pair("cut-png", broken(encoded(picture(1, 200, 100), "PNG"))),
+        pair("cut", broken(encoded(make_image(1, 200, 100)))),
+        pair("cut-png", broken(encoded(make_image(1, 200, 100), "PNG"))),
         pair("noise", bytes(noise)),
         pair("header", b"\xff\xd8\xff" + b"nothing" * 9),
-        pair("gif", encoded(picture(1), "GIF")),
+        pair("gif", encoded(make_image(1), "GIF")),
         pair("empty", b""),
         pair("page", b"<html>404</html>"),
     ]
@@ -129,7 +129,7 @@ def test_records_that_cannot_be_stored_are_counted(tmp_path):
         pair("a.b"),
         pair("nan", value=math.nan),
         pair("odd", value=object()),
-        pair("\ud800", encoded(picture(0))),
+        pair("\ud800", encoded(make_image(0))),
     ]
     for name, options in (("one", {}), ("two", {"sample": 5})):
         job([content], tmp_path / name, **options)
@@ -142,18 +142,18 @@ def shape(image: bytes) -> tuple[str, tuple[int, int]]:
         return found.format, found.size
 
 
-def test_large_pictures_become_smaller_and_keep_their_shape(tmp_path):
-    smooth = picture(5, 300, 201)
+def test_large_images_become_smaller_and_keep_their_shape(tmp_path):
+    smooth = make_image(5, 300, 201)
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (201, 300), dtype=np.uint8))
     images = {
         "jpeg": encoded(smooth, quality=95),
         "png": encoded(smooth, "PNG"),
         "noise": encoded(noise, "PNG"),
         "tall": encoded(smooth.rotate(90, expand=True), "PNG"),
-        "gif": encoded(picture(6), "GIF"),
-        "small": encoded(picture(7, 100, 50)),
-        "small-png": encoded(picture(7, 100, 50), "PNG"),
-        "thin": encoded(picture(8, 900, 2), "PNG"),
+        "gif": encoded(make_image(6), "GIF"),
+        "small": encoded(make_image(7, 100, 50)),
+        "small-png": encoded(make_image(7, 100, 50), "PNG"),
+        "thin": encoded(make_image(8, 900, 2), "PNG"),
     }
     job(
         [[pair(key, image) for key, image in images.items()]],
@@ -184,16 +184,16 @@ def test_large_pictures_become_smaller_and_keep_their_shape(tmp_path):
 
 def test_quality_encodes_everything_anew(tmp_path):
     transparent = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
-    turned = picture(3, 60, 40)
+    turned = make_image(3, 60, 40)
     exif = turned.getexif()
     exif[0x0112] = 6  # rotate by 90 degrees to look at it
     images = {
-        "jpeg": encoded(picture(1, 60, 40), quality=100),
+        "jpeg": encoded(make_image(1, 60, 40), quality=100),
         "png": encoded(transparent, "PNG"),
-        "bmp": encoded(picture(2), "BMP"),
-        "tiff": encoded(picture(2), "TIFF"),
-        "webp": encoded(picture(2), "WEBP"),
-        "cmyk": encoded(picture(2).convert("CMYK")),
+        "bmp": encoded(make_image(2), "BMP"),
+        "tiff": encoded(make_image(2), "TIFF"),
+        "webp": encoded(make_image(2), "WEBP"),
+        "cmyk": encoded(make_image(2).convert("CMYK")),
         "exif": encoded(turned, exif=exif),
     }
     content = [[pair(key, image) for key, image in images.items()]]
@@ -221,7 +221,7 @@ def test_what_is_too_long_for_jpeg_is_skipped(tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_image_size_is_the_one_of_decoding(kind):
-    data = encoded(picture(3, 37, 23), kind)
+    data = encoded(make_image(3, 37, 23), kind)
     assert image_size(data) == (37, 23)
     assert decode(data).shape == torch.Size([3, 23, 37])
     with pytest.raises(BadSampleError, match="header cannot be read"):

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from preprocess_run import job, pair, pairs, report
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from data_prep.corpus_statistics import histogram_edges
 from data_prep.filters import Filters
@@ -95,7 +95,7 @@ def test_the_limit_of_a_score_is_an_edge(limit, first, last):
 
 def test_the_page_shows_samples_from_everywhere(tmp_path):
     contents = pairs(splits=7, size=8)
-    contents[0][0] = pair("0-0000", encoded(picture(1, 900, 300)), "the very first")
+    contents[0][0] = pair("0-0000", encoded(make_image(1, 900, 300)), "the very first")
     job(contents, tmp_path, samples_per_shard=3)
     found = page(tmp_path)
     shown = [text for text in found.texts if re.fullmatch(r"\d-\d{4}", text)]
@@ -104,9 +104,9 @@ def test_the_page_shows_samples_from_everywhere(tmp_path):
     assert len(shown) == 24 and places == sorted(set(places))
     assert all(56 * i // 24 <= place < 56 * (i + 1) // 24 for i, place in enumerate(places))
     assert places != [56 * i // 24 for i in range(24)]
-    pictures = [attributes["src"] for tag, attributes in found.elements if tag == "img"]
-    assert len(pictures) == 24
-    for source in pictures:
+    images = [attributes["src"] for tag, attributes in found.elements if tag == "img"]
+    assert len(images) == 24
+    for source in images:
         kind, data = source.split(",")
         assert kind == "data:image/jpeg;base64"
         assert max(image_size(base64.b64decode(data))) <= 320
@@ -138,7 +138,7 @@ def test_a_long_text_is_cut_on_the_page(tmp_path):
     job([[Record("a", caption="y" * 500), Record("b", caption="z" * 240)]], tmp_path)
     texts = page(tmp_path).texts
     assert "y" * 239 + "…" in texts and "z" * 240 in texts
-    assert texts.count("no picture") == 2
+    assert texts.count("no image") == 2
 
 
 def test_the_summary_can_be_printed_whatever_a_sample_is_called(tmp_path):

@@ -1,4 +1,4 @@
-"""The embedded corpus: what the published files say agrees with what the pictures show."""
+"""The embedded corpus: what the published files say agrees with what the images show."""
 
 import hashlib
 import io
@@ -117,7 +117,7 @@ def test_same_parameters_give_the_same_bytes_in_any_number_of_processes(corpus, 
     assert list(tmp_path.iterdir()) == [tmp_path / "again"]
 
 
-def test_another_seed_gives_other_pictures():
+def test_another_seed_gives_other_images():
     assert world.draw_image(7, "pairs", 0) == world.draw_image(7, "pairs", 0)
     others = [(8, "pairs", 0), (7, "instructions", 0), (7, "pairs", 1)]
     for other in others:
@@ -155,8 +155,8 @@ def test_pairs_are_an_img2dataset_folder(corpus):
 
 def test_pairs_continue_in_the_next_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_formats, "SHARD_SIZE", 3)
-    pictures = [world.draw_image(1, "pairs", i) for i in range(7)]
-    shapes_formats.write_pairs(tmp_path / "pairs", pictures, shapes_formats.AnswerRecord())
+    images = [world.draw_image(1, "pairs", i) for i in range(7)]
+    shapes_formats.write_pairs(tmp_path / "pairs", images, shapes_formats.AnswerRecord())
     counts = []
     for shard in range(3):
         counts.append(load(tmp_path / f"pairs/{shard:05d}_stats.json")["count"])
@@ -232,7 +232,7 @@ def test_instructions_are_llava_conversations_with_right_answers(corpus):
             assert given == answer(language.caption(scene), question)
 
 
-def test_caption_instructions_ask_for_every_third_picture(corpus):
+def test_caption_instructions_ask_for_every_third_image(corpus):
     records = load(corpus / "instructions/llava_captions.json")
     assert [int(record["id"]) for record in records] == list(range(0, SMALL.instructions, 3))
     for record in records:
@@ -413,7 +413,7 @@ def test_held_out_colour_and_shape_questions_are_about_the_held_out_pair(corpus)
         kind = annotation["question_type"] == "shape"
         assert annotation["multiple_choice_answer"] == held_out[kind]
         checked += 1
-    assert checked == SMALL.eval  # both questions about each of the SMALL.eval // 2 pictures
+    assert checked == SMALL.eval  # both questions about each of the SMALL.eval // 2 images
 
 
 @pytest.mark.parametrize("name", ["seen", "heldout"])
@@ -482,7 +482,7 @@ def outline(pixels: numpy.ndarray) -> numpy.ndarray:
     return numpy.asarray(Image.fromarray(crop).convert("L").resize((16, 16))) / 255
 
 
-def test_decoded_pictures_show_colours_shapes_and_letters_where_the_scene_has_them():
+def test_decoded_images_show_colours_shapes_and_letters_where_the_scene_has_them():
     templates = {}
     for i in range(200):
         scene, jpeg = world.draw_image(0, "templates", i)

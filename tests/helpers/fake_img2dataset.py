@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 _NAMES = """
     url_list image_size output_folder processes_count resize_mode resize_only_if_bigger
@@ -56,7 +56,7 @@ def _write(folder: Path, shard: int, rows: list[dict], options) -> None:
             meta |= {"key": key, "status": "success", "error_message": None}
             seed = sum(row[options.url_col].encode())
             parts = {
-                "jpg": encoded(picture(seed)),
+                "jpg": encoded(make_image(seed)),
                 "txt": caption.encode(),
                 "json": json.dumps(meta).encode(),
             }

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from paths import HELPERS, ROOT, TOOLS
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from data_prep.job import Outcome, preprocess
 from data_prep.splits import InputSplit, Skipped
@@ -71,7 +71,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def pair(key: str, image: bytes | None = None, caption: str = "a caption", **metadata) -> Record:
     """Caption with its own small image, or with `image`."""
-    image = encoded(picture(sum(key.encode()))) if image is None else image
+    image = encoded(make_image(sum(key.encode()))) if image is None else image
     return Record(key, image=image, caption=caption, metadata=metadata)
 
 
@@ -79,7 +79,7 @@ def pairs(splits: int, size: int) -> list[list[Record]]:
     """Records in splits; all keys and all images are different."""
     return [
         [
-            pair(f"{split}-{i:04d}", encoded(picture(split * size + i)), f"caption {split} {i}")
+            pair(f"{split}-{i:04d}", encoded(make_image(split * size + i)), f"caption {split} {i}")
             for i in range(size)
         ]
         for split in range(splits)

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tiny_data import encoded, picture
+from tiny_data import encoded, make_image
 
 from data_prep.formats.registry import FORMATS
 from data_prep.splits import ReadOptions, Skipped
@@ -29,11 +29,11 @@ def refused(kind: str, source: Path, **options) -> str:
     return str(error.value)
 
 
-def write_pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """Folder of images 0.jpg to 9.jpg and a GIF, and one image outside of it."""
     (folder / "deep").mkdir(parents=True)
     for number in range(10):
-        (folder / f"{number}.jpg").write_bytes(encoded(picture(number)))
-    (folder / "deep/a.gif").write_bytes(encoded(picture(0), "GIF"))
-    (folder.parent / "secret.jpg").write_bytes(encoded(picture(3)))
+        (folder / f"{number}.jpg").write_bytes(encoded(make_image(number)))
+    (folder / "deep/a.gif").write_bytes(encoded(make_image(0), "GIF"))
+    (folder.parent / "secret.jpg").write_bytes(encoded(make_image(3)))
     return folder

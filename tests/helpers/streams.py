@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tiny_data import LetterTokenizer, encoded, picture, record, write
+from tiny_data import LetterTokenizer, encoded, make_image, record, write
 
 from megatron_owl2.config.schema import DataConfig, SourceConfig
 from megatron_owl2.data.batch import Batch
@@ -25,9 +25,9 @@ def two_sets(root: Path) -> list[Path]:
 
 
 def pairs(source: str, count: int) -> Iterator[Record]:
-    """Captions with small pictures of several sizes."""
+    """Captions with small images of several sizes."""
     for i in range(count):
-        image = encoded(picture(i, 24 + i % 5, 20 + i % 7))
+        image = encoded(make_image(i, 24 + i % 5, 20 + i % 7))
         yield Record(f"{source}{i:04d}", image=image, caption=f"{source} {i}")
 
 
@@ -66,7 +66,7 @@ def assert_equal(a: Batch, b: Batch, ignore=()) -> None:
 
 
 def rows_of(batches: list[Batch]) -> dict[int, tuple]:
-    """What each sample index holds, picture included, whatever batch it came in."""
+    """What each sample index holds, image included, whatever batch it came in."""
     rows = {}
     for batch in batches:
         count = 0

@@ -1,4 +1,4 @@
-"""Small data for the data tests: pictures, records, finished data sets."""
+"""Small data for the data tests: images, records, finished data sets."""
 
 import io
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.shards.writer import ShardWriter
 
 
-def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
-    """A smooth random picture."""
+def make_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth random image."""
     small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.BICUBIC)
 
@@ -24,11 +24,11 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
 
 
 def record(index: int, source: str = "tiny") -> Record:
-    """In turn a caption with a picture, a conversation with a picture, a text conversation."""
+    """In turn a caption with an image, a conversation with an image, a text conversation."""
     key = f"{source}{index:05d}"
     if index % 3 == 2:
         return Record(key, turns=(Turn(f"say {index}", f"it is {index}"),), source=source)
-    image = encoded(picture(index), "PNG" if index % 2 else "JPEG")
+    image = encoded(make_image(index), "PNG" if index % 2 else "JPEG")
     if index % 3 == 0:
         return Record(key, image=image, caption=f"picture {index}", source=source)
     turns = (Turn("<|image|>what number?", str(index)), Turn("sure?", "yes"))

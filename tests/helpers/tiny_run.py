@@ -50,7 +50,7 @@ MODEL = {
 
 
 def make(folder: Path, steps: int = 2) -> Path:
-    """Write shards (pictures with captions, with dialogues, and text), tokenizer and run.yaml.
+    """Write shards (images with captions, with dialogues, and text), tokenizer and run.yaml.
 
     One optimizer step is 8 samples in 4 micro-batches. Returns the path of run.yaml.
     """

@@ -5,7 +5,7 @@ import torch
 from exported import export, grouped_model
 from hf_dirs import small_tokenizer
 from PIL import Image
-from tiny_data import picture
+from tiny_data import make_image
 
 import megatron_owl2
 from megatron_owl2.cli import generate
@@ -34,7 +34,7 @@ def model(directory) -> InferenceModel:
 def files(tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
-        picture(number).save(path)
+        make_image(number).save(path)
     return paths
 
 

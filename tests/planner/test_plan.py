@@ -1,4 +1,4 @@
-"""tools/plan.py from its command line to its tables, and the layouts that it proposes."""
+"""tools/plan.py from its command line to its tables, and the configurations that it proposes."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_the_tool_prints_a_plan_and_writes_it(tmp_path):
     file = tmp_path / "plan.json"
     run = run_tool("--config", TINY, "--gpus", 2, "--gpu-memory", 8, "--json", file)
     assert run.returncode == 0, run.stderr
-    assert "this layout fits" in run.stdout and "not yet verified on a GPU" in run.stdout
+    assert "this configuration fits" in run.stdout and "not yet verified on a GPU" in run.stdout
     found = json.loads(file.read_text())
     (rank,) = found["memory"]
     held = rank["held"]
@@ -79,7 +79,7 @@ def test_the_command_of_the_readme_needs_few_passes_of_the_model():
     command = [sys.executable, "-c", COUNTED_RUN, str(ROOT / "tools" / "plan.py"), *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
-    assert "the fastest of 1,218 valid layouts" in run.stdout
+    assert "the fastest of 1,218 valid configurations" in run.stdout
     passes, builds = map(int, re.search(r"(\d+) passes, (\d+) models", run.stderr).groups())
     # With one row and with two, for no more than 3 kinds of recomputation and 3 tensor sizes; the
     # whole model once for its weights and once for the check of its sharding.
@@ -101,7 +101,7 @@ def test_exit_codes_tell_what_does_not_fit_from_what_cannot_run():
     [
         (["stage.trainable=[abstracter.*]"], None, "pattern 'abstracter.*' matches no parameter"),
         (["stage.frozen=['*']"], None, "nothing would train"),
-        ([], 16, "a sample of 16 tokens"),  # a picture takes 17
+        ([], 16, "a sample of 16 tokens"),  # an image takes 17
         ([], 37, "a sample of 37 tokens"),  # a sequence has 36
     ],
 )
@@ -112,38 +112,38 @@ def test_what_no_run_could_be_is_not_planned(overrides, tokens, said):
 
 
 def test_proposals_are_valid_fit_and_are_in_order(tiny_plan):
-    layouts = tiny_plan.layouts
-    assert 1 < len(layouts) <= 4 <= tiny_plan.valid
-    times = [layout.time.total for layout in layouts]
+    candidates = tiny_plan.candidates
+    assert 1 < len(candidates) <= 4 <= tiny_plan.valid
+    times = [candidate.time.total for candidate in candidates]
     assert times == sorted(times)
-    for layout in layouts:
-        validate_settings(layout.config, 8)
-        assert layout.memory.total <= tiny_plan.machine.usable
-        changed = search.overrides(layout.config, tiny_plan.config).split()
+    for candidate in candidates:
+        validate_settings(candidate.config, 8)
+        assert candidate.memory.total <= tiny_plan.machine.usable
+        changed = search.overrides(candidate.config, tiny_plan.config).split()
         again = load_config(TINY, [*SMALLER, *changed])
-        assert again.parallel == layout.config.parallel
-        assert again.train == layout.config.train
+        assert again.parallel == candidate.config.parallel
+        assert again.train == candidate.config.train
 
 
-def test_no_layout_that_fits_is_faster_than_the_first(tiny_plan):
+def test_no_candidate_that_fits_is_faster_than_the_first(tiny_plan):
     config, machine = tiny_plan.config, tiny_plan.machine
     costs = RunCosts(config, machine.gpus)
     times = [
-        timing.step_time(layout, machine, costs).total
-        for layout in search.candidates(config, machine)
-        if layout.parallel.recompute == "none" and layout.parallel.tensor <= 2
+        timing.step_time(candidate, machine, costs).total
+        for candidate in search.candidates(config, machine)
+        if candidate.parallel.recompute == "none" and candidate.parallel.tensor <= 2
     ]
-    assert min(times) >= tiny_plan.layouts[0].time.total * (1 - 1e-9)
+    assert min(times) >= tiny_plan.candidates[0].time.total * (1 - 1e-9)
 
 
 def test_json_and_words_say_the_same(tiny_plan):
     tree = json.loads(json.dumps(tiny_plan.to_json()))
-    assert len(tree["layouts"]) == len(tiny_plan.layouts)
+    assert len(tree["layouts"]) == len(tiny_plan.candidates)
     words = report.text(tiny_plan)
-    assert f"the fastest of {tree['valid']:,} valid layouts" in words
+    assert f"the fastest of {tree['valid']:,} valid configurations" in words
     assert tiny_plan.sharding in words
-    for layout in tree["layouts"]:
-        assert (layout["overrides"] or "(as the config has it)") in words
+    for candidate in tree["layouts"]:
+        assert (candidate["overrides"] or "(as the config has it)") in words
 
 
 def test_days_follow_from_flops_and_steps(tiny_plan):
@@ -174,8 +174,8 @@ def test_time_knows_bubble_overlap_and_recomputation():
     costs = RunCosts(config, machine.gpus)
 
     def time(**parallel):
-        layout = replace(config, parallel=replace(config.parallel, **parallel))
-        return timing.step_time(layout, machine, costs)
+        changed = replace(config, parallel=replace(config.parallel, **parallel))
+        return timing.step_time(changed, machine, costs)
 
     plain, again = time(), time(recompute="full")
     assert plain.bubble == 0

@@ -65,8 +65,8 @@ def parameters_and_gradients(wrapped) -> tuple[int, int]:
     return parameters, bytes_of(gradients)
 
 
-def weigh_layouts(path: str):
-    """Four ranks: what every layout really holds after a step, one line of JSON from rank 0."""
+def weigh_configurations(path: str):
+    """Four ranks: what each configuration holds after a step, one line of JSON from rank 0."""
     for name, overrides in LAYOUTS.items():
         config = load_config(path, overrides)
         wrapped = wrapped_model(config, setup.initialize(config.parallel))
@@ -153,13 +153,13 @@ def test_the_whole_model_is_inventoried_once():
 
 @pytest.mark.parametrize("fp8", ["tensorwise", "delayed", "blockwise", "mxfp8"])
 def test_fp8_holds_every_matrix_of_the_decoder_twice_more(fp8):
-    layout = ["parallel.tensor=4", "parallel.pipeline=2", "parallel.layers=[15,17]"]
+    parallel = ["parallel.tensor=4", "parallel.pipeline=2", "parallel.layers=[15,17]"]
     kernels = ["kernels.backend=transformer_engine", f"kernels.fp8={fp8}"]
-    config = load_config(RECIPES / "finetune.yaml", layout)
+    config = load_config(RECIPES / "finetune.yaml", parallel)
     whole = weights.model_weights(config)
     plain = weights.static_memory(config, 64, whole)
     found = weights.static_memory(
-        load_config(RECIPES / "finetune.yaml", layout + kernels), 64, whole
+        load_config(RECIPES / "finetune.yaml", parallel + kernels), 64, whole
     )
     # Queries, keys, values, keys and values of vision, output; gate, up and down.
     layer = 6 * 4096**2 + 3 * 4096 * 11008
@@ -204,4 +204,4 @@ def test_a_process_in_a_group_can_have_no_fake_groups():
 
 
 if __name__ == "__main__":
-    weigh_layouts(sys.argv[1])
+    weigh_configurations(sys.argv[1])

@@ -1,4 +1,4 @@
-"""What a training run shows: slow ranks, pictures of samples, profiles, wandb, curves."""
+"""What a training run shows: slow ranks, images of samples, profiles, wandb, curves."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_watching_changes_nothing(watched):
     assert tiny_run.figures(watched / "watched") == tiny_run.figures(watched / "plain")
 
 
-def test_pictures_are_of_their_steps(watched):
+def test_images_are_of_their_steps(watched):
     found = sorted((watched / "watched" / "pictures").iterdir())
     assert [path.name for path in found] == ["step_0000002.png", "step_0000004.png"]
     assert not (watched / "plain" / "pictures").exists()
@@ -196,7 +196,7 @@ def test_rates_are_those_of_the_optimizer(tmp_path):
     setup.shutdown()
 
 
-def test_a_picture_shows_pixels_and_text_of_its_rows(tmp_path):
+def test_an_image_shows_pixels_and_text_of_its_rows(tmp_path):
     tiny_run.make(tmp_path)
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     samples = [build_sample(tiny_data.record(index), tokenizer, 5, 48) for index in (1, 2)]

@@ -221,9 +221,9 @@ def test_work_is_counted_by_what_the_samples_hold(runs):
     load = collections.Counter()
     for batch in tiny_run.batches(config, 2, start_sample=8 * (STEPS - 1), limit_samples=8):
         for row, length in enumerate(batch.lengths.tolist()):
-            pictured = bool(batch.modality[row].any())
-            load["images"] += pictured
-            load["vision_tokens"] += pictured * config.model.tokens_per_image
+            has_image = bool(batch.modality[row].any())
+            load["images"] += has_image
+            load["vision_tokens"] += has_image * config.model.tokens_per_image
             load["tokens"] += length
             load["pairs"] += sum(range(length + 1))
     run = runs.of("everything", "one process")
@@ -234,7 +234,7 @@ def test_work_is_counted_by_what_the_samples_hold(runs):
     assert row["mfu"] is None, "a CPU has no peak"
 
 
-def test_micro_batches_without_pictures_are_first_and_last_and_between(runs):
+def test_micro_batches_without_images_are_first_and_last_and_between(runs):
     """What DP 2 with overlapped reduction reads above, so that its proof covers them."""
     config = load_config(runs.config)
     patterns = []

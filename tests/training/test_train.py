@@ -20,8 +20,8 @@ from megatron_owl2.training.trainer import Trainer
 pytestmark = pytest.mark.distributed
 
 
-def with_bad_pictures(folder, every):
-    """Shards in which every n-th picture is a JPEG in name only."""
+def with_bad_images(folder, every):
+    """Shards in which every n-th image is a JPEG in name only."""
     config = tiny_run.make(folder)
 
     def damaged(index):
@@ -36,7 +36,7 @@ def with_bad_pictures(folder, every):
 
 @pytest.mark.parametrize("layout", [[], ["parallel.pipeline=2"]], ids=["DP 2", "PP 2"])
 def test_bad_samples_are_substituted_counted_and_listed(tmp_path, layout):
-    config, sources = with_bad_pictures(tmp_path, every=12)
+    config, sources = with_bad_images(tmp_path, every=12)
     options = [sources, "train.steps=4", *layout]
     done = tiny_run.train(config, tmp_path / "run", *options, processes=2)
     assert done.returncode == 0, done.stderr

@@ -135,7 +135,7 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
         "index, plain": index_contenders(urls),
     }
     figures |= {
-        "picture_bytes": statistics.mean(len(record.image) for record in records),
+        "image_bytes": statistics.mean(len(record.image) for record in records),
         "samples": samples,
         "versions": {"torch": torch.__version__, "webdataset": webdataset.__version__},
     }
@@ -166,10 +166,10 @@ def make_records(count: int, width: int, height: int) -> Iterator[Record]:
     for index in range(count):
         noise = np.fft.rfft2(chance.standard_normal((4, height, width))) / frequency**1.4
         grey, *colour = np.fft.irfft2(noise, s=(height, width))
-        picture = 128 + 40 * grey / grey.std() + 8 * np.stack(colour) / np.std(colour)
+        image = 128 + 40 * grey / grey.std() + 8 * np.stack(colour) / np.std(colour)
         top, left = chance.integers(0, height // 2), chance.integers(0, width // 2)
-        picture[:, top : top + height // 3, left : left + width // 3] += 60
-        pixels = picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+        image[:, top : top + height // 3, left : left + width // 3] += 60
+        pixels = image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
         caption = " ".join(chance.choice(WORDS, 12))
@@ -316,7 +316,7 @@ def memory_steps(samples: int) -> list[int]:
 def table(figures: dict) -> str:
     """The figures in Markdown."""
     lines = [
-        f"{figures['samples']:,} images of 512 x 384, {figures['picture_bytes'] / 1e3:.1f} kB; "
+        f"{figures['samples']:,} images of 512 x 384, {figures['image_bytes'] / 1e3:.1f} kB; "
         + ", ".join(f"{name} {version}" for name, version in figures["versions"].items()),
         "",
         "| | contender | us per sample | samples/s on one core | times as long as this project |",

@@ -1,4 +1,4 @@
-"""Pictures to the pixel values of mPLUG-Owl2."""
+"""Images to the pixel values of mPLUG-Owl2."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 
 class MPLUGOwl2ImageProcessor(BaseImageProcessor):
-    """Squashes every picture to the model's square, as official inference does, and normalises it.
+    """Squashes every image to the model's square, as official inference does, and normalises it.
 
     `crop_size` {"height", "width"} in pixels is the square; `image_mean` and `image_std` are per
     colour, for values from 0 to 1. Further settings are those of CLIP's processor, which the
@@ -23,9 +23,9 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
         self.crop_size, self.image_mean, self.image_std = crop_size, image_mean, image_std
 
     def preprocess(self, images, return_tensors="pt") -> BatchFeature:
-        """`pixel_values` fp32 [n, 3, H, W] of one or several pictures.
+        """`pixel_values` fp32 [n, 3, H, W] of one or several images.
 
-        A picture is a PIL image, a uint8 array or tensor [H, W, 3] or [3, H, W], a path or a URL.
+        An image is a PIL image, a uint8 array or tensor [H, W, 3] or [3, H, W], a path or a URL.
         Raises ValueError for arrays of another shape or kind.
         """
         images = self.fetch_images(images)
@@ -38,7 +38,7 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
 
 
 def _pixels(image) -> torch.Tensor:
-    """A picture as uint8 [3, H, W]."""
+    """An image as uint8 [3, H, W]."""
     if isinstance(image, Image.Image):
         image = _to_rgb(image)
     pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
@@ -46,7 +46,7 @@ def _pixels(image) -> torch.Tensor:
         pixels = pixels.permute(2, 0, 1)
     if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3:
         raise ValueError(
-            f"a picture is {pixels.dtype} {list(pixels.shape)}; give a PIL image or uint8 [H, W, 3]"
+            f"an image is {pixels.dtype} {list(pixels.shape)}; give a PIL image or uint8 [H, W, 3]"
         )
     return pixels
 

@@ -1,4 +1,4 @@
-"""Texts and pictures to the inputs of mPLUG-Owl2."""
+"""Texts and images to the inputs of mPLUG-Owl2."""
 
 import torch
 from transformers import BatchFeature
@@ -51,11 +51,11 @@ class MPLUGOwl2Processor(ProcessorMixin):
         padding_side="left",
         return_tensors="pt",
     ) -> BatchFeature:
-        """One text or several with a `<|image|>` for each picture, to padded inputs.
+        """One text or several with a `<|image|>` for each image, to padded inputs.
 
-        images: the pictures in order, flat, or one list for each text; what the image processor
-        takes. In place of a picture a list of pictures, frames, fills one placeholder together,
-        and so do several pictures of a text with one placeholder when there is a list per text.
+        images: the images in order, flat, or one list for each text; what the image processor
+        takes. In place of an image a list of images, frames, fills one placeholder together,
+        and so do several images of a text with one placeholder when there is a list per text.
         Returns input_ids (0 at image rows and padding), attention_mask, modality (1 at image
         rows, else 0), all int64 [b, s], and pixel_values [n, 3, H, W] if there are any. Raises
         ValueError if placeholders and images differ in number, or without text.
@@ -114,7 +114,7 @@ class MPLUGOwl2Processor(ProcessorMixin):
 
 
 def _frames(images, placeholders: list[int]) -> list[list]:
-    """The pictures of every placeholder; `placeholders` counts them in each text."""
+    """The images of every placeholder; `placeholders` counts them in each text."""
     images = [] if images is None else images
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     lists = [isinstance(entry, (list, tuple)) for entry in images]

@@ -15,7 +15,7 @@ class MPLUGOwl2VisionModel(nn.Module):
     """CLIP's ViT: normalised pixels [n, 3, H, W] to features [n, 1 + patches, h].
 
     The class token is the first, and the last norm applies to every token. Raises ValueError for
-    another picture size than the model's, which the position table does not fit.
+    another image size than the model's, which the position table does not fit.
     """
 
     def __init__(self, config: MPLUGOwl2Config):

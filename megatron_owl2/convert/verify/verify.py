@@ -97,7 +97,7 @@ class Verification:
 
     @cached_property
     def model(self) -> Owl2:
-        """This rank's stage and tensor-parallel shards of the model."""
+        """This rank's pipeline stage and tensor-parallel shards of the model."""
         parallel = self.config.parallel
         groups = setup.initialize(parallel)
         model = Owl2(ParallelContext(self.config, groups), self.config.model).to(setup.device())
@@ -265,7 +265,7 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
 def _forward(
     config: RunConfig, model: Owl2, batch: Batch, labels: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Logits, or with labels the losses, on the last stage; None before it."""
+    """Logits, or with labels the losses, on the last pipeline stage; None before it."""
 
     def step(batches, model):
         b = next(batches)
@@ -287,7 +287,7 @@ def _forward(
 
 
 def _gradients(model: Owl2) -> dict[str, torch.Tensor]:
-    """`grad.<name>` of this stage's parameters, whole."""
+    """`grad.<name>` of this pipeline stage's parameters, whole."""
     parameters: dict[str, Any] = dict(model.named_parameters())
     found: dict[str, torch.Tensor] = {}
     for rule in rules("owl2", model.model):
@@ -302,11 +302,11 @@ def _gradients(model: Owl2) -> dict[str, torch.Tensor]:
 def _collect(results: dict[str, torch.Tensor], model: Owl2) -> dict[str, torch.Tensor]:
     """The results of all pipeline stages, on rank 0; {} elsewhere."""
     results = {name: t.detach().float().cpu().contiguous() for name, t in results.items()}
-    stages = model.context.groups.pp
-    if stages.size() == 1:
+    pipeline = model.context.groups.pp
+    if pipeline.size() == 1:
         return results if torch.distributed.get_rank() == 0 else {}
-    gathered: list[Any] = [None] * stages.size()
-    torch.distributed.all_gather_object(gathered, results, group=stages)
+    gathered: list[Any] = [None] * pipeline.size()
+    torch.distributed.all_gather_object(gathered, results, group=pipeline)
     if torch.distributed.get_rank() != 0:
         return {}
-    return {name: tensor for stage in gathered for name, tensor in stage.items()}
+    return {name: tensor for found in gathered for name, tensor in found.items()}

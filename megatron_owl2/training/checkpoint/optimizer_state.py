@@ -3,7 +3,7 @@
 Its own way gathers the whole state of the model on every rank, for each save anew. Here a rank
 writes and reads what it holds, a run of the numbers of each flattened parameter, as blocks of the
 whole parameter. Names and shapes are those of megatron-core's `fully_reshardable` format, so a
-checkpoint can be read under any layout.
+checkpoint can be read under any parallel configuration.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Saving and loading of checkpoints: megatron-core's distributed format and its companions.
 
-`checkpoints/iter_0000100/` holds the sharded tensors (loadable under any parallel layout), the
-resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside its place and
+`checkpoints/iter_0000100/` holds the sharded tensors (loadable under any parallel configuration),
+the resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside its place and
 renamed when complete, so a directory of that name is whole; `checkpoints/latest` names the newest.
 
 No state of random generators is kept, for nothing draws from one during training: there is no
@@ -116,8 +116,9 @@ def _hidden(directory: Path, ending: str) -> Path:
 
 
 def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
-    """Fill the model from a checkpoint, whatever layout it was saved under; strict, but for the
-    position tables that older checkpoints lack.
+    """Fill the model from a checkpoint, whatever parallel configuration it was saved under.
+
+    Strict, but for the position tables that older checkpoints lack.
 
     Raises CheckpointError listing every missing, unexpected or misshapen weight.
     """
@@ -204,9 +205,9 @@ def _stored_weights(
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """The local weights, once the model's are held against the checkpoint's, on all ranks alike;
     without the position tables that an older checkpoint lacks."""
-    stages = chunks[0].context.groups.pp  # between them they have the whole model
-    shares: list[Any] = [None] * stages.size()
-    torch.distributed.all_gather_object(shares, global_shapes(chunks), group=stages)
+    pipeline = chunks[0].context.groups.pp  # between them they have the whole model
+    shares: list[Any] = [None] * pipeline.size()
+    torch.distributed.all_gather_object(shares, global_shapes(chunks), group=pipeline)
     absent: list[set[str]] = [set()]
     with raise_on_all_ranks(
         directory
