@@ -56,7 +56,7 @@ class Batch:
 
     @property
     def bad(self) -> int:
-        """How many samples are substitutes."""
+        """Number of samples that are substitutes."""
         return len({sample.sample_index for sample in self.bad_samples})
 
     def local_to(self, rank: int, size: int) -> "Batch":

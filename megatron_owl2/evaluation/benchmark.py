@@ -164,7 +164,7 @@ def _find(data: str | Path, pattern: str) -> Path:
 
 
 def _read(path: Path, reader: Callable[[Path], T]) -> T:
-    """What `reader` makes of a file; its failures as TaskError with the file's name."""
+    """The result of `reader` for a file; its failures as TaskError with the file's name."""
     try:
         return reader(path)
     except TaskError:

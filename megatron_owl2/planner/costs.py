@@ -23,7 +23,7 @@ class RunCosts:
         self._flops: dict[tuple, tuple[dict[str, float], dict[str, float]]] = {}
 
     def static_memory(self, config: RunConfig) -> list[StaticMemory]:
-        """What the ranks of every pipeline rank hold from the first step to the last."""
+        """Static memory of the ranks of every pipeline rank, from the first step to the last."""
         parallel = config.parallel
         key = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, *parallel.layers
         if key not in self._static:
@@ -44,12 +44,12 @@ class RunCosts:
         return self._flops[rows, recompute]
 
     def micro_batches(self, config: RunConfig) -> int:
-        """How many micro-batches every data-parallel rank has in a step."""
+        """Number of micro-batches of a data-parallel rank in a step."""
         rows = config.train.micro_batch_size * self.data_parallel(config)
         return config.train.global_batch_size // rows
 
     def data_parallel(self, config: RunConfig) -> int:
-        """How many groups of ranks read samples of their own."""
+        """Number of groups of ranks that read samples of their own."""
         parallel = config.parallel
         return self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
 

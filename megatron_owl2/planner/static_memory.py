@@ -145,7 +145,7 @@ def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]
     by_stage = weights_by_pipeline_stage(config, weights)
     local = whole = 0
     for rank in range(parallel.pipeline):
-        # The first of the ranks of this pipeline stage: ranks count tensor first, then context, data,
+        # The first rank of this pipeline stage: tensor counts first, then context, data,
         # pipeline.
         first = world_size // parallel.pipeline * rank
         with fake_process_groups(parallel, world_size, first) as groups:

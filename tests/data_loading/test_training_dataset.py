@@ -129,24 +129,24 @@ def damaged(tmp_path_factory):
 @pytest.mark.parametrize("change", [dict(workers=2), dict(decode_images=False), dict(ranks=2)])
 def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, change):
     def run(name, workers=0, ranks=1, **options):
-        ledgers, batches = [], []
+        logs, batches = [], []
         for rank in range(ranks):
-            ledgers.append(tmp_path / f"{name}{rank}.jsonl")
+            logs.append(tmp_path / f"{name}{rank}.jsonl")
             batches += loader(
                 config(damaged, workers=workers),
                 rank=rank,
                 ranks=ranks,
                 micro=2,
                 limit_samples=100,
-                bad_sample_log=ledgers[-1],
+                bad_sample_log=logs[-1],
                 **options,
             )
-        lines = [json.loads(line) for path in ledgers for line in path.open()]
+        lines = [json.loads(line) for path in logs for line in path.open()]
         return batches, sorted(lines, key=lambda line: line["slot"])
 
-    batches, ledger = run("plain")
-    others, other_ledger = run("other", **change)
-    assert ledger == other_ledger
+    batches, bad_log = run("plain")
+    others, other_log = run("other", **change)
+    assert bad_log == other_log
     keys, other_keys = ({s: v[0] for s, v in rows_of(b).items()} for b in (batches, others))
     if "decode_images" in change:
         for a, b in zip(batches, others, strict=True):
@@ -158,9 +158,9 @@ def test_bad_samples_are_substituted_and_listed_identically(damaged, tmp_path, c
 
     # Every broken sample is met once an epoch, and none reaches a batch.
     assert all(int(key[1:]) % 5 for key in keys.values())
-    sample_indices = {line["slot"] for line in ledger}
+    sample_indices = {line["slot"] for line in bad_log}
     assert len(sample_indices) == sum(batch.bad for batch in batches) == 20
-    first = next(line for line in ledger if line["key"] == "k005")
+    first = next(line for line in bad_log if line["key"] == "k005")
     start, _ = ShardedDataset(damaged).range_of(0, 5)
     place = (str(damaged), "shard-000000.tar", start)
     assert (first["dataset"], first["shard"], first["offset"]) == place
@@ -174,10 +174,10 @@ def test_damage_in_a_shard_is_a_bad_sample(folders, tmp_path):
     data = bytearray(path.read_bytes())
     data[offset + 1] ^= 1
     path.write_bytes(data)
-    ledger = tmp_path / "bad.jsonl"
-    batches = list(loader(config(folder), limit_samples=20, bad_sample_log=ledger))
+    bad_log = tmp_path / "bad.jsonl"
+    batches = list(loader(config(folder), limit_samples=20, bad_sample_log=bad_log))
     assert sum(batch.bad for batch in batches) == 1
-    entry = json.loads(ledger.read_text().splitlines()[0])
+    entry = json.loads(bad_log.read_text().splitlines()[0])
     assert entry["key"] is None and (entry["shard"], entry["offset"]) == (name, offset)
     assert "checksum" in entry["reason"]
 
@@ -198,14 +198,14 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
             yield Record(f"k{i:03d}", image=image, caption="x")
 
     folder = write(tmp_path / "s", records(), 100)
-    ledger = tmp_path / "bad.jsonl"
-    batches = loader(config(folder, max_bad_fraction=0.04), micro=50, bad_sample_log=ledger)
+    bad_log = tmp_path / "bad.jsonl"
+    batches = loader(config(folder, max_bad_fraction=0.04), micro=50, bad_sample_log=bad_log)
     seen = 0
     with pytest.raises(DataError, match=r"50 of 1000 samples \(5.00%\).*bad.jsonl"):
         for batch in batches:
             seen += len(batch.sample_indices)
     assert seen == 950
-    assert len({json.loads(line)["slot"] for line in ledger.open()}) == 50
+    assert len({json.loads(line)["slot"] for line in bad_log.open()}) == 50
     fine = loader(config(folder, max_bad_fraction=0.06), micro=50, limit_samples=2000)
     assert sum(batch.bad for batch in fine) == 100
 
@@ -310,7 +310,7 @@ def test_data_may_change_only_in_a_new_phase(folders):
             resume(again, other, datasets, 192, "checkpoint")
 
 
-def test_the_ledger_forgets_what_a_resumed_run_will_meet_again(tmp_path):
+def test_the_log_of_bad_samples_forgets_what_a_resumed_run_will_meet_again(tmp_path):
     for rank, sample_indices in ((0, (1, 5, 9)), (3, (2, 6))):
         lines = [json.dumps({"slot": sample_index}) + "\n" for sample_index in sample_indices]
         path_of(tmp_path, rank).write_text("".join(lines) + "\0\0\0\n" + '{"slot": 3')  # a crash

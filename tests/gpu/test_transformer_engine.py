@@ -64,7 +64,7 @@ def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("rows", [0, 1, 65, 128])
-def test_any_number_of_vision_rows_fills_up_fp8_gemms(recipe, rows):
+def test_any_number_of_vision_tokens_fills_up_fp8_gemms(recipe, rows):
     run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": recipe})
     gpu_model.skip_unless_it_runs(run)
     layout = ParallelContext(run, setup.initialize(run.parallel))

@@ -37,7 +37,7 @@ _OF_AN_EARLIER_LIFE = 0o700
 
 @dataclass
 class Kill:
-    """What was found after a kill."""
+    """Findings after a kill."""
 
     layout: str
     rank: int

@@ -76,7 +76,7 @@ def group_is_gone(group: int) -> bool:
 
 
 def open_below(folder: Path) -> int:
-    """How many files of this process are open below a folder."""
+    """Number of files that this process has open below a folder."""
     found = 0
     for entry in os.scandir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # that of the listing itself

@@ -1,4 +1,4 @@
-"""How ranks end: 2 where trying again does not help, 1 where it may."""
+"""Exit codes of ranks: 2 where trying again does not help, 1 where it may."""
 
 import os
 import shutil

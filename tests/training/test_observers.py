@@ -1,4 +1,4 @@
-"""What a training run shows: slow ranks, images of samples, profiles, wandb, curves."""
+"""Observers of a training run: slow ranks, images of samples, profiles, wandb, curves."""
 
 import gzip
 import json

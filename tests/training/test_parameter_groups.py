@@ -1,4 +1,4 @@
-"""What a stage trains and at which rate."""
+"""Parameter groups: what a stage trains and at which rate."""
 
 import json
 import sys

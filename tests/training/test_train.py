@@ -40,8 +40,8 @@ def test_bad_samples_are_substituted_counted_and_listed(tmp_path, layout):
     options = [sources, "train.steps=4", *layout]
     done = tiny_run.train(config, tmp_path / "run", *options, processes=2)
     assert done.returncode == 0, done.stderr
-    ledgers = sorted((tmp_path / "run").glob("bad_samples.rank*.jsonl"))
-    sample_indices = {json.loads(line)["slot"] for path in ledgers for line in path.open()}
+    logs = sorted((tmp_path / "run").glob("bad_samples.rank*.jsonl"))
+    sample_indices = {json.loads(line)["slot"] for path in logs for line in path.open()}
     assert 0 < len(sample_indices) == tiny_run.rows(tmp_path / "run")[-1]["bad_samples"]
     assert f"bad samples {len(sample_indices)}" in done.stdout
 

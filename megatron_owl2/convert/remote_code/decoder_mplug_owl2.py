@@ -29,20 +29,20 @@ class MPLUGOwl2RMSNorm(nn.Module):
 class Multiway(nn.Module):
     """Two modules of one kind: number 1 for the image rows of [b, s, h], number 0 for the rest.
 
-    `vision_rows`, int64 [n], are the image rows of the flattened [b * s, h], or None for none.
+    `vision_token_index`, int64 [n], are the image rows of the flattened [b * s, h]; None for none.
     """
 
     def __init__(self, make):
         super().__init__()
         self.multiway = nn.ModuleList([make(), make()])
 
-    def forward(self, x: torch.Tensor, vision_rows: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, vision_token_index: torch.Tensor | None) -> torch.Tensor:
         text, vision = self.multiway
         out = text(x)
-        if vision_rows is None:
+        if vision_token_index is None:
             return out
-        rows = vision(x.flatten(0, 1).index_select(0, vision_rows))
-        return out.flatten(0, 1).index_copy(0, vision_rows, rows).view_as(out)
+        rows = vision(x.flatten(0, 1).index_select(0, vision_token_index))
+        return out.flatten(0, 1).index_copy(0, vision_token_index, rows).view_as(out)
 
 
 class MPLUGOwl2Attention(nn.Module):
@@ -60,11 +60,13 @@ class MPLUGOwl2Attention(nn.Module):
         self.v_proj = Multiway(partial(nn.Linear, size, kv_size, bias=False))
         self.o_proj = nn.Linear(size, size, bias=False)
 
-    def forward(self, x, vision_rows, rotary, attention_mask, past_key_values, **kwargs):
+    def forward(self, x, vision_token_index, rotary, attention_mask, past_key_values, **kwargs):
         heads = (-1, self.head_dim)
         query = rotate(self.q_proj(x).unflatten(-1, heads).transpose(1, 2), rotary)
-        key = rotate(self.k_proj(x, vision_rows).unflatten(-1, heads).transpose(1, 2), rotary)
-        value = self.v_proj(x, vision_rows).unflatten(-1, heads).transpose(1, 2)
+        key = rotate(
+            self.k_proj(x, vision_token_index).unflatten(-1, heads).transpose(1, 2), rotary
+        )
+        value = self.v_proj(x, vision_token_index).unflatten(-1, heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -100,12 +102,14 @@ class MPLUGOwl2DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = Multiway(norm)
         self.mlp = MPLUGOwl2MLP(config)
 
-    def forward(self, x, vision_rows, rotary, attention_mask, past_key_values=None, **kwargs):
-        normed = self.input_layernorm(x, vision_rows)
-        context = (vision_rows, rotary, attention_mask, past_key_values)
+    def forward(
+        self, x, vision_token_index, rotary, attention_mask, past_key_values=None, **kwargs
+    ):
+        normed = self.input_layernorm(x, vision_token_index)
+        context = (vision_token_index, rotary, attention_mask, past_key_values)
         attended, _ = self.self_attn(normed, *context, **kwargs)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x, vision_rows))
+        return x + self.mlp(self.post_attention_layernorm(x, vision_token_index))
 
 
 def rotary_tables(

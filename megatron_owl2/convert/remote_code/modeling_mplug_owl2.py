@@ -31,7 +31,7 @@ from .vision_mplug_owl2 import (
 
 
 class MPLUGOwl2PreTrainedModel(PreTrainedModel):
-    """What transformers asks of every part of the model."""
+    """Base class of the model's parts, as transformers wants it."""
 
     config_class = MPLUGOwl2Config
     base_model_prefix = "model"
@@ -89,15 +89,15 @@ class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        vision_rows = None
+        vision_token_index = None
         if modality is not None:
-            vision_rows = modality.to(x.device).flatten().nonzero().squeeze(1)
+            vision_token_index = modality.to(x.device).flatten().nonzero().squeeze(1)
         # With inputs_embeds alone the visual tokens are among them already.
         if pixel_values is not None or inputs_embeds is None:
-            check_images(vision_rows, pixel_values, self.config.tokens_per_image)
+            check_images(vision_token_index, pixel_values, self.config.tokens_per_image)
         if pixel_values is not None:
             visual = self.get_image_features(pixel_values).flatten(0, 1).to(x.device, x.dtype)
-            x = x.flatten(0, 1).index_copy(0, vision_rows, visual).view_as(x)
+            x = x.flatten(0, 1).index_copy(0, vision_token_index, visual).view_as(x)
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -112,7 +112,9 @@ class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
         )
         rotary = rotary_tables(position_ids, self.config, x.dtype)
         for layer in self.layers:
-            x = layer(x, vision_rows, rotary, mask, past_key_values=past_key_values, **kwargs)
+            x = layer(
+                x, vision_token_index, rotary, mask, past_key_values=past_key_values, **kwargs
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values
         )
@@ -227,10 +229,12 @@ class MPLUGOwl2LlamaForCausalLM(MPLUGOwl2PreTrainedModel, GenerationMixin):
 
 
 def check_images(
-    vision_rows: torch.Tensor | None, pixel_values: torch.Tensor | None, tokens_per_image: int
+    vision_token_index: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    tokens_per_image: int,
 ) -> None:
     """Raises ValueError unless every image has its rows and every image row its image."""
-    rows = 0 if vision_rows is None else len(vision_rows)
+    rows = 0 if vision_token_index is None else len(vision_token_index)
     images = 0 if pixel_values is None else len(pixel_values)
     if rows != images * tokens_per_image:
         raise ValueError(

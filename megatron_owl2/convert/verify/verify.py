@@ -112,7 +112,7 @@ class Verification:
     def run(
         self, inputs: dict[str, torch.Tensor], *, gradients: bool = False
     ) -> dict[str, torch.Tensor]:
-        """What `verify` returns for these inputs."""
+        """The results that `verify` returns for these inputs."""
         if gradients and "labels" not in inputs:
             raise ConversionError("gradients need labels among the inputs")
         config = self.config

@@ -32,7 +32,7 @@ class Phase:
     sources: list[dict]  # path, weight, samples and the fingerprint of the manifest
 
     def describe(self) -> str:
-        """What is trained on from where, for the log."""
+        """The data sets and where each begins, for the log."""
         lines = [f"data: phase {self.number} from sample {self.start_sample:,}"]
         for source in self.sources:
             share = f"{source['weight']:7.2%} of the samples"

@@ -176,7 +176,7 @@ class _Place(NamedTuple):
 
 
 def _mixture(samples: list[int], weights: Sequence[float]) -> list[int]:
-    """How many samples of each data set one epoch holds; at least all of it."""
+    """Number of samples of each data set in one epoch; at least all of it."""
     if min(samples) < 1:
         raise ValueError(f"data set {samples.index(min(samples))} is empty")
     shares = [weight / sum(weights) for weight in weights]

@@ -63,7 +63,7 @@ def members(
 def entries(
     read: Callable[[int, int], bytes | memoryview], position: int, stop: int
 ) -> Iterator[tuple[int, str | None, int, int]]:
-    """What an archive holds between two byte offsets, until `stop` or the end marker.
+    """Entries of an archive between two byte offsets, until `stop` or the end marker.
 
     `read(start, stop)` gives bytes of the archive. Yields (offset of the first header of a file,
     name, offset of its data, size). What is no file (directories, links, global headers) has None

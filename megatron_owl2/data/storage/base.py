@@ -120,7 +120,7 @@ class Storage:
 
     @property
     def counters(self) -> dict[str, float]:
-        """What this process did so far, by the names of COUNTERS."""
+        """Counts of this process so far, by the names of COUNTERS."""
         return self._here().counters
 
     def __getstate__(self) -> dict:
@@ -130,7 +130,7 @@ class Storage:
         self.__init__(**state)
 
     def _here(self) -> "Process":
-        """What must not be shared with a forked child: counts, locks, random numbers."""
+        """State that must not be shared with a forked child: counts, locks, random numbers."""
         here = self._processes.get(os.getpid())
         return here or self._processes.setdefault(os.getpid(), self._new_process())
 

@@ -62,8 +62,8 @@ class TransformerEngineKernels:
 
 
 def _config(context: ParallelContext, spec: LinearSpec) -> TransformerConfig:
-    """What megatron-core's wrappers read. These GEMMs add weight gradients to the optimizer's
-    buffers by themselves; only local linears need apex's kernel for it."""
+    """Settings that megatron-core's wrappers read. These GEMMs add weight gradients to the
+    optimizer's buffers by themselves; only local linears need apex's kernel for it."""
     config = copy.copy(context.transformer if spec.sequence_parallel else context.replicated)
     config.gradient_accumulation_fusion = context.fuses_gradients
     return config

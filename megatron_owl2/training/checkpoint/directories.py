@@ -71,7 +71,7 @@ def read_config(directory: str | Path) -> RunConfig:
 
 
 def read_progress(directory: str | Path) -> dict:
-    """What `Save` was given as progress. Raises CheckpointError if it is nothing or damaged."""
+    """The progress that `Save` was given. Raises CheckpointError if it is nothing or damaged."""
     directory = resolve(directory)
     try:
         progress = json.loads((directory / "progress.json").read_text())

@@ -113,8 +113,8 @@ def _whole(index: Metadata, wanted: Callable[[str], bool]) -> dict[str, TensorSt
 
 
 def unreadable(what: object, error: BaseException) -> CheckpointError:
-    """What to raise when reading `what` has failed: CheckpointIOError if it was the disk, and the
-    file is there, or the device or its memory, else CheckpointError."""
+    """The error to raise when reading `what` has failed: CheckpointIOError if it was the disk, and
+    the file is there, or the device or its memory, else CheckpointError."""
     root = _root(error)
     passing = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
     lasting = not isinstance(root, passing) or isinstance(root, FileNotFoundError)
@@ -123,7 +123,7 @@ def unreadable(what: object, error: BaseException) -> CheckpointError:
 
 
 def first_failure(error: BaseException) -> str:
-    """What the disk said, or else what failed first, under what torch made of it, in one line.
+    """The first cause under torch's error, in one line: what the disk said, if it did.
 
     An interruption that torch took for a failure goes on as what it is.
     """

@@ -96,7 +96,7 @@ class CheckpointManager:
 
 
 def expired(steps: Collection[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
-    """Which of `steps` are not kept now that `newest` is whole: those that are older than the
+    """Those of `steps` that are not kept now that `newest` is whole: those that are older than the
     newest `keep_last` and not divisible by `keep_every`. Later ones are not touched: they are of a
     run that was set back. With keep_last 0 all are kept."""
     if not keep_last:

@@ -157,7 +157,7 @@ class Metrics:
         }
 
     def _source(self, index: int) -> dict:
-        """How much of a data set was seen, in samples and in epochs, and how much was bad."""
+        """Counts of a data set: samples and epochs seen, bad samples."""
         source, samples = self._sources[index], self.run_totals[seen(index)]
         return {
             "path": source["path"],
