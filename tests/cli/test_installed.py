@@ -110,7 +110,7 @@ def test_examples_come_along(installed):
     code = f"import megatron_owl2\nfor name in {names}: megatron_owl2.load_config(name)"
     installed.succeed("python", "-c", code)
     options = ["--config", "examples/tiny/pretrain.yaml", "--gpus", 2, "--gpu-memory", 80]
-    assert "this layout fits" in installed.succeed("owl2", "plan", *options)
+    assert "this configuration fits" in installed.succeed("owl2", "plan", *options)
     said = installed.succeed(
         "owl2", "build-mixture", "--recipe", "examples/mixture.yaml", "--folder", "mixture"
     )

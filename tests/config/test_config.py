@@ -176,7 +176,7 @@ def test_validation_on_data_that_is_there(run_yaml, tmp_path):
     validate(load_config(run_yaml, [f"train.output={tmp_path}", *overrides]), world_size=1)
 
 
-# Sizes that FP8 GEMMs take, and a layout that gathers their rows.
+# Sizes that FP8 GEMMs take, and a parallelism that gathers their rows.
 WIDE = [
     "model.decoder.hidden_size=64",
     "model.decoder.num_kv_heads=4",

@@ -2,27 +2,27 @@
 
 import json
 
-import official_layouts as layouts
+import official_parity as parity
 import pytest
 import torch
-from official_layouts import META, OFFICIAL, REFERENCE
+from official_parity import META, OFFICIAL, REFERENCE
 
 from megatron_owl2.convert.expand import expand
 from megatron_owl2.mcore import setup
 
 pytestmark = pytest.mark.distributed
 
-TOKENS_PER_IMAGE = layouts.recorded_config().model.tokens_per_image
+TOKENS_PER_IMAGE = parity.recorded_config().model.tokens_per_image
 
 
-@pytest.mark.parametrize("name", layouts.LAYOUTS)
+@pytest.mark.parametrize("name", parity.PARALLELISMS)
 def test_outputs_gradients_training_and_answers_are_the_official_ones(name, tmp_path):
-    found = layouts.run(name, tmp_path)
+    found = parity.run(name, tmp_path)
     compared = {quantity: worst["compared"] for quantity, worst in found.items()}
-    assert compared == {quantity: count for quantity, (_, count) in layouts.BOUNDS.items()}
+    assert compared == {quantity: count for quantity, (_, count) in parity.BOUNDS.items()}
     beyond = {
         quantity: found[quantity]
-        for quantity, (bound, _) in layouts.BOUNDS.items()
+        for quantity, (bound, _) in parity.BOUNDS.items()
         if not found[quantity]["deviation"] <= bound  # true of NaN
     }
     assert not beyond
@@ -32,9 +32,9 @@ def test_weights_as_the_official_converter_writes_them():
     directory = OFFICIAL / "hf_ckpt_converter_layout"  # .bin, bf16, without the position tables
     index = json.loads((directory / "pytorch_model.bin.index.json").read_text())
     assert not [name for name in index["weight_map"] if "pos_embed" in name]
-    config = layouts.recorded_config()
-    model = layouts.build(config, directory)
-    batch = layouts.micro_batch("batch", config)
+    config = parity.recorded_config()
+    model = parity.build(config, directory)
+    batch = parity.micro_batch("batch", config)
     with torch.no_grad():
         logits = model(
             batch.tokens, batch.image, batch.vision_token_index, batch.modality, batch.position_ids
@@ -48,7 +48,7 @@ def test_weights_as_the_official_converter_writes_them():
 
 
 def expanded(case):
-    inputs = layouts.case_inputs(case)
+    inputs = parity.case_inputs(case)
     counts = inputs.get("images_per_placeholder")
     return expand(
         inputs["input_ids"],
@@ -59,7 +59,7 @@ def expanded(case):
     )
 
 
-@pytest.mark.parametrize("case", layouts.CASES)
+@pytest.mark.parametrize("case", parity.CASES)
 def test_placeholders_expand_as_in_the_official_code(case):
     found = expanded(case)
     assert torch.equal(found.modality, REFERENCE[f"{case}/modality_indicators"])

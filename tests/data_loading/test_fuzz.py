@@ -315,8 +315,7 @@ def test_foreign_shards_are_indexed_whole_or_refused(tmp_path):
 
 
 def test_the_stream_sees_or_lists_every_sample(tmp_path):
-    """One epoch: a sample index holds its own sample, or a line of the bad samples says why; or the run
-    stops."""
+    """One epoch: a sample index holds its own sample, or a line says why not; or the run stops."""
 
     def images():
         for i, item in enumerate(RECORDS):

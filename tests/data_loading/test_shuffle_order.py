@@ -1,4 +1,4 @@
-"""The order of training: exact epochs, exact shares, the same global batches for any layout."""
+"""The order of training: exact epochs, exact shares, the same global batches for any ranks."""
 
 from collections import Counter
 

@@ -30,8 +30,8 @@ def test_a_step_needs_the_memory_that_is_planned(trainable, recompute):
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    layout = ParallelContext(run, setup.initialize(run.parallel), fuses_gradients=True)
-    chunks = [chunk.to(setup.device()) for chunk in build(layout, run.model, 1)]
+    context = ParallelContext(run, setup.initialize(run.parallel), fuses_gradients=True)
+    chunks = [chunk.to(setup.device()) for chunk in build(context, run.model, 1)]
     parameter_groups.freeze(run, chunks)
     (model,) = optim.wrap_ddp(chunks, overlap=run.parallel.overlap)
     resting = torch.cuda.memory_allocated() - before

@@ -15,8 +15,8 @@ def kept(backend: str, recompute: str) -> int:
     """Bytes of a forward pass through two layers that its backward pass needs."""
     run = gpu_model.config(kernels={"backend": backend}, parallel={"recompute": recompute})
     torch.manual_seed(0)
-    layout = ParallelContext(run, setup.initialize(run.parallel))
-    decoder = Decoder(layout, run.model, 0, 2).to(setup.device())
+    context = ParallelContext(run, setup.initialize(run.parallel))
+    decoder = Decoder(context, run.model, 0, 2).to(setup.device())
     x, modality, _ = gpu_model.inputs(run, 65, length=2048)
     positions = torch.arange(len(x), device=x.device).expand(x.shape[1], -1)
     decoder(x, modality, positions).sum().backward()  # workspaces are there from now on

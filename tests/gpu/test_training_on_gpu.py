@@ -61,15 +61,15 @@ def test_transformer_engine_trains_like_torch(start, tmp_path, fp8, recompute):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("backend", ["local", "transformer_engine"])
 @pytest.mark.parametrize(
-    "layout", ["parallel.context=2", "parallel.tensor=2 parallel.sequence=true"]
+    "parallelism", ["parallel.context=2", "parallel.tensor=2 parallel.sequence=true"]
 )
-def test_two_gpus_compute_what_one_does(start, tmp_path, backend, layout):
+def test_two_gpus_compute_what_one_does(start, tmp_path, backend, parallelism):
     if backend != "local":
         pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
     config, _ = start
     common = [*WIDE, "train.seed=3", "optimizer.lr=1e-3", f"kernels.backend={backend}"]
     expected = train(config, tmp_path / "one", *common)
-    found = train(config, tmp_path / "two", *common, *layout.split(), processes=2)
+    found = train(config, tmp_path / "two", *common, *parallelism.split(), processes=2)
     for ours, reference in zip(found, expected, strict=True):
         assert ours[1] == pytest.approx(reference[1], rel=0.02)
 

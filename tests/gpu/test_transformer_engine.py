@@ -50,8 +50,8 @@ def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
     gpu_model.skip_unless_it_runs(run)
     weights, (out, grad, grads) = reference(vision)
     built = gpu_model.layer(run, weights)
-    layout = ParallelContext(run, setup.initialize(run.parallel))
-    chosen = build_kernels(layout)
+    context = ParallelContext(run, setup.initialize(run.parallel))
+    chosen = build_kernels(context)
     around = chosen.fp8_context() if recipe == "delayed" else chosen.layer_fp8_context(0)
     ours = gpu_model.forward_backward(built, *gpu_model.inputs(run, vision), around)
     assert 1e-5 < gpu_model.relative(ours[0], out) < 0.1  # FP8 it is, not bf16 by another name
@@ -67,8 +67,8 @@ def test_fp8_is_near_and_every_weight_has_a_gradient(recipe, vision):
 def test_any_number_of_vision_tokens_fills_up_fp8_gemms(recipe, rows):
     run = gpu_model.config(kernels={"backend": "transformer_engine", "fp8": recipe})
     gpu_model.skip_unless_it_runs(run)
-    layout = ParallelContext(run, setup.initialize(run.parallel))
-    chosen = build_kernels(layout)
+    context = ParallelContext(run, setup.initialize(run.parallel))
+    chosen = build_kernels(context)
     qkv = gpu_model.layer(run).attention.qkv
     x = torch.randn(rows, 1024, device=setup.device(), dtype=torch.bfloat16)
     with chosen.fp8_context(), chosen.layer_fp8_context(0):
@@ -89,8 +89,8 @@ def test_attention_with_fewer_heads_of_keys_is_torchs():
     for backend in ("local", "transformer_engine"):
         run = gpu_model.config(kernels={"backend": backend})
         run.model.decoder.num_kv_heads = 2
-        layout = ParallelContext(run, setup.initialize(run.parallel))
-        core = build_kernels(layout).attention(layout, 0).to(setup.device())
+        context = ParallelContext(run, setup.initialize(run.parallel))
+        core = build_kernels(context).attention(context, 0).to(setup.device())
         torch.manual_seed(3)
         parts = [
             torch.randn(256, 2, heads, 128, device=setup.device(), dtype=torch.bfloat16)
@@ -111,8 +111,8 @@ def test_recomputation_gives_the_same_gradients(fp8):
     found = {}
     for again in (False, True):
         built = gpu_model.layer(run)
-        layout = ParallelContext(run, setup.initialize(run.parallel))
-        chosen = build_kernels(layout)
+        context = ParallelContext(run, setup.initialize(run.parallel))
+        chosen = build_kernels(context)
         x, modality, rotary = gpu_model.inputs(run, 65)
         with chosen.fp8_context(), chosen.layer_fp8_context(0):
             arguments = (x, modality, rotary, None, None)

@@ -37,8 +37,8 @@ def skip_unless_it_runs(run: RunConfig) -> None:
 def layer(run: RunConfig, weights: dict | None = None) -> DecoderLayer:
     """One decoder layer on the GPU under the run's kernels, with given weights if any."""
     torch.manual_seed(0)
-    layout = ParallelContext(run, setup.initialize(run.parallel))
-    built = DecoderLayer(layout, build_kernels(layout), run.model, 0).to(setup.device())
+    context = ParallelContext(run, setup.initialize(run.parallel))
+    built = DecoderLayer(context, build_kernels(context), run.model, 0).to(setup.device())
     if weights is not None:
         missing, unexpected = built.load_state_dict(weights, strict=False)
         assert not unexpected and all("_extra_state" in name for name in missing)

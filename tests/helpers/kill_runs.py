@@ -27,7 +27,7 @@ from processes import single_threaded, torchrun
 
 from megatron_owl2.training.checkpoint import directories
 
-LAYOUTS = {"DP 2": ["train.micro_batch_size=1"], "TP 2": ["parallel.tensor=2"]}
+PARALLELISMS = {"DP 2": ["train.micro_batch_size=1"], "TP 2": ["parallel.tensor=2"]}
 PROCESSES = 2
 OPTIONS = ["train.save_interval=2", "train.keep_last=3", "data.workers=1"]
 KINDS = ["in a save", "in a save", "after some steps", "in a save", "at the start"]
@@ -39,7 +39,7 @@ _OF_AN_EARLIER_LIFE = 0o700
 class Kill:
     """Findings after a kill."""
 
-    layout: str
+    parallelism: str
     rank: int
     seconds: float  # from the start of the job
     went_on: int  # the step that this job had gone on from
@@ -51,14 +51,14 @@ class Kill:
     def __str__(self) -> str:
         doing = f"in the save of {self.in_save}" if self.in_save else "not in a save"
         return (
-            f"{self.layout}: went on from step {self.went_on}, rank {self.rank} killed after "
+            f"{self.parallelism}: went on from step {self.went_on}, rank {self.rank} killed after "
             f"{self.seconds:.2f} s and {self.steps} steps, {doing}; nothing left after "
             f"{self.ended_after:.1f} s; whole: {', '.join(self.checkpoints) or 'none'}"
         )
 
 
 def kill_once(
-    config: Path, run: Path, layout: str, chance: random.Random, kind: str, start: float
+    config: Path, run: Path, parallelism: str, chance: random.Random, kind: str, start: float
 ) -> Kill:
     """Start the job and kill one rank: `in a save`, `at the start` (of its life, in the first
     `start` seconds), or `after some steps`."""
@@ -67,7 +67,9 @@ def kill_once(
         path.chmod(_OF_AN_EARLIER_LIFE)
     with told.open("w") as log:
         job = subprocess.Popen(
-            torchrun(PROCESSES, *tiny_run.program(config, run, [*OPTIONS, *LAYOUTS[layout]])),
+            torchrun(
+                PROCESSES, *tiny_run.program(config, run, [*OPTIONS, *PARALLELISMS[parallelism]])
+            ),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=single_threaded(),
@@ -97,7 +99,7 @@ def kill_once(
     _, alive = psutil.wait_procs(processes, timeout=LEFT_SECONDS)
     assert not alive, f"outlived the job: {alive}"
     return Kill(
-        layout,
+        parallelism,
         rank,
         seconds,
         next((int(line.rsplit(" ", 1)[1]) for line in _said(told, "continuing from ")), 0),
@@ -122,25 +124,25 @@ def read_all(folder: Path) -> list[str]:
 
 
 def prove(folder: Path, kills: dict[str, list[str]], seed: int) -> list[Kill]:
-    """Kill a run of every layout in the ways given and hold it against one that was left alone."""
+    """Kill runs of every parallelism in the ways given; hold them against one left alone."""
     steps = 10 * max(map(len, kills.values())) + 2
     config = tiny_run.make(folder, steps)
     chance, found = random.Random(seed), []
-    for layout, kinds in kills.items():
-        run, whole = folder / f"{layout} killed", folder / f"{layout} whole"
-        overrides = [*OPTIONS, *LAYOUTS[layout]]
+    for parallelism, kinds in kills.items():
+        run, whole = folder / f"{parallelism} killed", folder / f"{parallelism} whole"
+        overrides = [*OPTIONS, *PARALLELISMS[parallelism]]
         started = time.monotonic()
         done = tiny_run.train(config, whole, *overrides, processes=PROCESSES)
         assert done.returncode == 0, done.stderr
         start = (time.monotonic() - started - tiny_run.rows(whole)[-1]["seconds"]) / 2
         for kind in kinds:
-            found.append(kill_once(config, run, layout, chance, kind, start))
+            found.append(kill_once(config, run, parallelism, chance, kind, start))
             print(f"{len(found)}. {found[-1]}", flush=True)
         done = tiny_run.train(config, run, *overrides, processes=PROCESSES)
         assert done.returncode == 0, done.stderr
         assert tiny_run.figures(run) == tiny_run.figures(whole)
         assert [step for step, *_ in tiny_run.figures(run)] == list(range(1, steps + 1))
-        print(f"{layout}: {steps} losses and gradient norms equal bit for bit", flush=True)
+        print(f"{parallelism}: {steps} losses and gradient norms equal bit for bit", flush=True)
     hits = sum(bool(kill.in_save) for kill in found)
     print(f"{len(found)} kills, {hits} of them in saves", flush=True)
     return found
@@ -182,5 +184,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     turns = [KINDS[turn % len(KINDS)] for turn in range(arguments.kills)]
     with tempfile.TemporaryDirectory() as place:
-        layouts = dict(zip(LAYOUTS, (turns[::2], turns[1::2]), strict=True))
-        prove(Path(place), layouts, arguments.seed)
+        parallelisms = dict(zip(PARALLELISMS, (turns[::2], turns[1::2]), strict=True))
+        prove(Path(place), parallelisms, arguments.seed)

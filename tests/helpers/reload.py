@@ -1,7 +1,7 @@
-"""torchrun tests/helpers/reload.py CKPT FOLDER LAYOUT...: go on under one layout after the other.
+"""torchrun tests/helpers/reload.py CKPT FOLDER SIZES...: go on under one parallelism after another.
 
-LAYOUT is TENSORxPIPELINE. Each loads weights, optimizer and schedule of the checkpoint before it,
-and saves them as FOLDER/LAYOUT with the rates of its groups, FOLDER/LAYOUT.json.
+SIZES are TENSORxPIPELINE. Each loads weights, optimizer and schedule of the checkpoint before it,
+and saves them as FOLDER/SIZES with the rates of its groups, FOLDER/SIZES.json.
 """
 
 import json
@@ -22,10 +22,10 @@ from megatron_owl2.training.checkpoint import directories, save_load
 RATES = ("wd_mult", "lr_mult", "max_lr", "min_lr", "lr", "weight_decay", "step")
 
 
-def reload(source: Path, folder: Path, layout: str) -> Path:
-    """Load `source` under the layout and save it again; returns where."""
+def reload(source: Path, folder: Path, parallelism: str) -> Path:
+    """Load `source` under the parallelism and save it again; returns where."""
     config = directories.read_config(source)
-    config.parallel.tensor, config.parallel.pipeline = map(int, layout.split("x"))
+    config.parallel.tensor, config.parallel.pipeline = map(int, parallelism.split("x"))
     groups = setup.initialize(config.parallel)
     torch.manual_seed(groups.pp.rank())
     chunks = build(ParallelContext(config, groups), config.model, 1)
@@ -38,7 +38,7 @@ def reload(source: Path, folder: Path, layout: str) -> Path:
         for group, *owned in zip(part.param_groups, *parameters, strict=True):
             assert {p.rate_factor for ps in owned for p in ps} <= {group["lr_mult"]}
     rates = [{k: float(group[k]) for k in RATES if k in group} for group in optimizer.param_groups]
-    output = folder / layout
+    output = folder / parallelism
     if torch.distributed.get_rank() == 0:
         output.with_suffix(".json").write_text(json.dumps(rates))
     progress = directories.read_progress(source)

@@ -52,8 +52,8 @@ def gradients(run, overrides, *, fused):
     path, batches = run
     config = load_config(path, ["train.micro_batch_size=1", *overrides])
     torch.manual_seed(0)
-    layout = ParallelContext(config, setup.initialize(config.parallel), fuses_gradients=fused)
-    chunks = build(layout, config.model, 1)
+    context = ParallelContext(config, setup.initialize(config.parallel), fuses_gradients=fused)
+    chunks = build(context, config.model, 1)
     parameter_groups.freeze(config, chunks)
     wrapped = optim.wrap_ddp(chunks, overlap=config.parallel.overlap)
     wrapped[0].zero_grad_buffer()

@@ -46,7 +46,7 @@ def run_config(decoder=None, precision="fp32", **parallel) -> RunConfig:
     return config
 
 
-def layout(config: RunConfig) -> ParallelContext:
+def parallel_context(config: RunConfig) -> ParallelContext:
     parallel = config.parallel
     return ParallelContext(config, setup.initialize(parallel))
 
@@ -91,7 +91,7 @@ def slow_norm(x, is_vision, text, vision):
 @given(is_vision=batches(), size=st.sampled_from([1, 8, 30]), seed=st.integers(0, 99))
 def test_norm_is_both_norms_everywhere_then_selected(is_vision, size, seed):
     torch.manual_seed(seed)
-    norm = ModalityNorm(layout(run_config()), size, EPS, split=True)
+    norm = ModalityNorm(parallel_context(run_config()), size, EPS, split=True)
     random_parameters(norm)
     x = torch.randn(*is_vision.shape, size, requires_grad=True)
     inputs = (x, norm.weight_text, norm.weight_vision)
@@ -116,7 +116,7 @@ def test_keys_and_values_are_both_projections_everywhere_then_selected(
     torch.manual_seed(seed)
     heads, size = groups * sharing, groups * sharing * head_size
     config = run_config({"hidden_size": size, "num_heads": heads, "num_kv_heads": groups})
-    here = layout(config)
+    here = parallel_context(config)
     qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, config.model.init_std)
     x = torch.randn(*is_vision.shape, size, requires_grad=True)
     inputs = (x, qkv.linear_qkv.weight, qkv.linear_kv_vision.weight)
@@ -141,7 +141,7 @@ def test_keys_and_values_are_both_projections_everywhere_then_selected(
 @pytest.mark.parametrize("split", [True, False])
 def test_norm_in_bf16_rounds_where_llama_rounds(split):
     torch.manual_seed(0)
-    norm = ModalityNorm(layout(run_config(precision="bf16")), 64, EPS, split=split)
+    norm = ModalityNorm(parallel_context(run_config(precision="bf16")), 64, EPS, split=split)
     random_parameters(norm)
     x = torch.randn(20, 2, 64).bfloat16().requires_grad_()
     is_vision = torch.rand(20, 2) < 0.5
@@ -169,7 +169,7 @@ def test_backward_by_formula_and_by_fused_kernels_agree():
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_norm_keeps_no_tensor_but_its_input_for_the_backward_pass(precision, dtype):
-    norm = ModalityNorm(layout(run_config(precision=precision)), 64, EPS, split=True)
+    norm = ModalityNorm(parallel_context(run_config(precision=precision)), 64, EPS, split=True)
     x = torch.randn(20, 2, 64, dtype=dtype, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -182,7 +182,7 @@ def test_norm_keeps_no_tensor_but_its_input_for_the_backward_pass(precision, dty
 def layer_of(split) -> DecoderLayer:
     sizes = {"hidden_size": 24, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 40}
     config = run_config({**sizes, "modality_split": list(split)})
-    here = layout(config)
+    here = parallel_context(config)
     return DecoderLayer(here, build_kernels(here), config.model, 0)
 
 
@@ -255,7 +255,7 @@ def count_collectives():
     config = run_config(
         {"hidden_size": 24, "num_heads": 6, "num_kv_heads": 2}, tensor=2, sequence=True
     )
-    here = layout(config)
+    here = parallel_context(config)
     norm = ModalityNorm(here, 24, EPS, split=True)
     qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, 0.1)
     x = torch.randn(3, 2, 24, requires_grad=True)
@@ -292,7 +292,7 @@ class SixteenRows(LocalKernels):
 @pytest.mark.parametrize("vision", [0, 1, 16, 21])
 def test_rows_that_fill_up_a_gemm_change_nothing(vision):
     config = run_config({"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2})
-    here = layout(config)
+    here = parallel_context(config)
     found = []
     for library in (build_kernels(here), SixteenRows()):
         torch.manual_seed(0)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 
 RECIPES = EXAMPLES / "7b"
 STAGE_1 = 'stage.trainable=["vision_model.*", "abstractor.*", "*_vision.weight", "*_vision"]'
-LAYOUTS = {  # overrides of the tiny run on four ranks
+PARALLELISMS = {  # overrides of the tiny run on four ranks
     "data, fp32": ["train.precision=fp32"],
     "tensor, stage 1": ["parallel.tensor=2", "parallel.sequence=true", STAGE_1],
     "tensor x pipeline": ["parallel.tensor=2", "parallel.pipeline=2"],
@@ -67,7 +67,7 @@ def parameters_and_gradients(wrapped) -> tuple[int, int]:
 
 def weigh_configurations(path: str):
     """Four ranks: what each configuration holds after a step, one line of JSON from rank 0."""
-    for name, overrides in LAYOUTS.items():
+    for name, overrides in PARALLELISMS.items():
         config = load_config(path, overrides)
         wrapped = wrapped_model(config, setup.initialize(config.parallel))
         optimizer, _ = optim.build_optimizer(config, wrapped)
@@ -91,8 +91,8 @@ def test_bytes_equal_those_of_real_ranks_after_a_step(tiny):
     run = run_ranks(4, __file__, tiny)
     assert run.returncode == 0, run.stderr[-2000:]
     real = dict(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
-    assert real.keys() == LAYOUTS.keys()
-    for name, overrides in LAYOUTS.items():
+    assert real.keys() == PARALLELISMS.keys()
+    for name, overrides in PARALLELISMS.items():
         config = load_config(tiny, overrides)
         planned = weights.static_memory(config, 4, weights.model_weights(config))
         pipeline = config.parallel.pipeline

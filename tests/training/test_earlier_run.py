@@ -26,10 +26,10 @@ def earlier(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("processes", "layout"), [(2, ["parallel.tensor=2"]), (1, [])])
-def test_a_run_of_an_earlier_version_goes_on(earlier, processes, layout):
+@pytest.mark.parametrize(("processes", "parallelism"), [(2, ["parallel.tensor=2"]), (1, [])])
+def test_a_run_of_an_earlier_version_goes_on(earlier, processes, parallelism):
     expected = tiny_run.figures(earlier / "run")
-    done = tiny_run.train(Path("run.yaml"), Path("run"), *layout, processes=processes)
+    done = tiny_run.train(Path("run.yaml"), Path("run"), *parallelism, processes=processes)
     assert done.returncode == 0, done.stderr
     assert "continuing from run/checkpoints/iter_0000002 at step 2" in done.stdout
     found = tiny_run.figures(earlier / "run")

@@ -180,8 +180,8 @@ def test_ranks_are_compared_within_their_stage():
 def test_rates_are_those_of_the_optimizer(tmp_path):
     path = tiny_run.make(tmp_path, 20)
     config = load_config(path, ["stage.rates={'abstractor.*': 3}", "stage.frozen=['embedding.*']"])
-    layout = ParallelContext(config, setup.initialize(ParallelConfig()), fuses_gradients=True)
-    model = Owl2(layout, config.model)
+    context = ParallelContext(config, setup.initialize(ParallelConfig()), fuses_gradients=True)
+    model = Owl2(context, config.model)
     plan = parameter_groups.freeze(config, [model])
     optimizer, scheduler = optim.build_optimizer(config, optim.wrap_ddp([model], overlap=False))
     for _ in range(7):

@@ -1,8 +1,8 @@
-"""The same optimizer steps from the same checkpoint under every parallel layout, over gloo.
+"""The same optimizer steps from the same checkpoint under every parallelism, over gloo.
 
 Each run takes three steps of 8 samples, text-only ones among them. With beta1 = 0 the first moment
 that a checkpoint holds is the gradient of the last step, so whole gradients are compared after
-the real training loop, whatever layout made them. Runs on equally many processes share a launch.
+the real training loop, whatever ranks made them. Runs on equally many processes share a launch.
 """
 
 import collections
@@ -28,7 +28,7 @@ TP, PP, CP, SP = (
 )
 VP, ONE = "parallel.virtual_pipeline=2", "train.micro_batch_size=1"
 FULL, SELECTIVE = "parallel.recompute=full", "parallel.recompute=selective"
-LAYOUTS = {
+PARALLELISMS = {
     "one process": (1, []),
     "TP 2": (2, [TP]),
     "TP 2 SP": (2, [TP, SP]),
@@ -58,7 +58,7 @@ STAGES = {
     "vision only": ["stage.trainable=['vision_model.*','abstractor.*']"],
     "output layer only": ["stage.trainable=['output_layer.*']"],
 }
-CASES = [("everything", name, "") for name in LAYOUTS if name != "one process"]
+CASES = [("everything", name, "") for name in PARALLELISMS if name != "one process"]
 # With recomputation, several micro-batches are in flight under PP and VP.
 CASES += [
     ("everything", "one process", FULL),
@@ -91,11 +91,11 @@ class Runs:
         ]
         self._launched = {}
 
-    def of(self, stage, layout, recompute=""):
+    def of(self, stage, parallelism, recompute=""):
         """The folder of a finished run."""
         self._launch(1)
-        self._launch(LAYOUTS[layout][0])
-        return self._folder(stage, layout, recompute)
+        self._launch(PARALLELISMS[parallelism][0])
+        return self._folder(stage, parallelism, recompute)
 
     def _folder(self, *case):
         return self.folder / "-".join(part.replace(" ", "_") for part in case)
@@ -113,18 +113,18 @@ class Runs:
             for stage, options in STAGES.items():
                 yield self._folder(stage, "one process", ""), [*self._options, *options]
         for stage, name, recompute in CASES:
-            needed, layout = LAYOUTS[name]
+            needed, parallelism = PARALLELISMS[name]
             if needed == processes:
-                options = [*self._options, *STAGES[stage], *layout, *filter(None, [recompute])]
+                options = [*self._options, *STAGES[stage], *parallelism, *filter(None, [recompute])]
                 yield self._folder(stage, name, recompute), options
         for stage, name in RESUMED:
-            needed, layout = LAYOUTS[name]
+            needed, parallelism = PARALLELISMS[name]
             if needed == processes:
-                options = [*self._options, *STAGES[stage], *layout]
+                options = [*self._options, *STAGES[stage], *parallelism]
                 yield self._folder(stage, name, "resumed"), [*options, f"train.steps={STEPS - 1}"]
                 yield self._folder(stage, name, "resumed"), options
         if processes == 2:
-            options = [*self._options, *LAYOUTS["DP 2"][1], "train.precision=bf16"]
+            options = [*self._options, *PARALLELISMS["DP 2"][1], "train.precision=bf16"]
             yield self._folder("everything", "DP 2", "bf16"), options
 
 
@@ -158,7 +158,7 @@ def silent(name: str) -> bool:
 @pytest.mark.parametrize(
     ("stage", "name", "recompute"), CASES, ids=lambda part: part.replace("parallel.", "")
 )
-def test_losses_and_all_gradients_do_not_depend_on_the_layout(runs, stage, name, recompute):
+def test_losses_and_all_gradients_do_not_depend_on_the_parallelism(runs, stage, name, recompute):
     run, reference = runs.of(stage, name, recompute), runs.of(stage, "one process")
     rows = tiny_run.rows(reference)
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -167,7 +167,7 @@ def test_losses_and_all_gradients_do_not_depend_on_the_layout(runs, stage, name,
         for key in ("step", "loss", "grad_norm", "grad_norms"):
             assert ours[key] == pytest.approx(expected[key], rel=1e-5), key
         assert math.hypot(*ours["grad_norms"].values()) == pytest.approx(ours["grad_norm"], 1e-5)
-        assert work(ours, LAYOUTS[name][0]) == pytest.approx(work(expected, 1))
+        assert work(ours, PARALLELISMS[name][0]) == pytest.approx(work(expected, 1))
         apart = max(apart, abs(ours["loss"] / expected["loss"] - 1))
     ours, expected = gradients(run), gradients(reference)
     assert ours.keys() == expected.keys()

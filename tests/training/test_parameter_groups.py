@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 
 VISION = {"ViT", "abstractor", "vision branch"}
 LANGUAGE = {"embedding", "output layer", "decoder"}
-LAYOUTS = [  # of four ranks
+PARALLELISMS = [  # of four ranks
     ["parallel.pipeline=2", "parallel.tensor=1"],
     ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2"],
     ["parallel.pipeline=1", "parallel.tensor=2", "parallel.context=2"],
@@ -115,12 +115,12 @@ def test_plans_that_differ_have_other_fingerprints(plan_of):
     )
 
 
-def layout(overrides: list[str]) -> RunConfig:
+def configured(overrides: list[str]) -> RunConfig:
     return load_config(EXAMPLES / "tiny" / "pretrain.yaml", overrides)
 
 
-def plan_in_layouts():
-    """Four ranks: what each of them plans in every layout, and of how many ranks it heard."""
+def plan_in_parallelisms():
+    """Four ranks: what each of them plans in every parallelism, and of how many ranks it heard."""
     heard, gather = [], torch.distributed.all_gather_object
 
     def listen(shares, share, group=None):
@@ -128,7 +128,7 @@ def plan_in_layouts():
         gather(shares, share, group)
 
     found = []
-    for config in map(layout, LAYOUTS):
+    for config in map(configured, PARALLELISMS):
         groups = setup.initialize(config.parallel)
         chunks = build(
             ParallelContext(config, groups), config.model, config.parallel.virtual_pipeline
@@ -156,9 +156,9 @@ def test_every_rank_has_the_whole_plan_from_the_ranks_of_its_pipeline(plan_of):
     run = run_ranks(4, __file__, "plan")
     assert run.returncode == 0, run.stderr[-2000:]
     everybody = json.loads(run.stdout.splitlines()[-1])
-    for by_layout in everybody:
-        assert by_layout == [[*whole, layout(o).parallel.pipeline] for o in LAYOUTS]
+    for by_parallelism in everybody:
+        assert by_parallelism == [[*whole, configured(o).parallel.pipeline] for o in PARALLELISMS]
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["plan"]:
-    plan_in_layouts()
+    plan_in_parallelisms()

@@ -27,15 +27,15 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "processes, layout",
+    "processes, parallelism",
     [(1, []), (2, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])],
     ids=["one process", "DP 2", "TP 2", "PP 2"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    uninterrupted, tmp_path, processes, layout
+    uninterrupted, tmp_path, processes, parallelism
 ):
     config, _ = uninterrupted
-    options = ["train.save_interval=3", *layout]
+    options = ["train.save_interval=3", *parallelism]
     run = tmp_path / "run"
     assert tiny_run.train(config, run, *options, processes=processes).returncode == 0
     expected = tiny_run.figures(run)
@@ -48,7 +48,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert tiny_run.figures(run) == expected
 
 
-def test_a_run_saved_under_one_layout_goes_on_under_another(uninterrupted, tmp_path):
+def test_a_run_saved_under_one_parallelism_goes_on_under_another(uninterrupted, tmp_path):
     config, whole = uninterrupted
     run = tmp_path / "run"
     done = tiny_run.train(config, run, "train.save_interval=3", "parallel.tensor=2", processes=2)

@@ -34,10 +34,10 @@ def with_bad_images(folder, every):
     return config, f"data.sources=[{{path: {shards}}}]"
 
 
-@pytest.mark.parametrize("layout", [[], ["parallel.pipeline=2"]], ids=["DP 2", "PP 2"])
-def test_bad_samples_are_substituted_counted_and_listed(tmp_path, layout):
+@pytest.mark.parametrize("parallelism", [[], ["parallel.pipeline=2"]], ids=["DP 2", "PP 2"])
+def test_bad_samples_are_substituted_counted_and_listed(tmp_path, parallelism):
     config, sources = with_bad_images(tmp_path, every=12)
-    options = [sources, "train.steps=4", *layout]
+    options = [sources, "train.steps=4", *parallelism]
     done = tiny_run.train(config, tmp_path / "run", *options, processes=2)
     assert done.returncode == 0, done.stderr
     logs = sorted((tmp_path / "run").glob("bad_samples.rank*.jsonl"))

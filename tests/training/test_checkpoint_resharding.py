@@ -1,4 +1,4 @@
-"""A checkpoint under another layout and back: the same numbers, the same rates, the same run."""
+"""A checkpoint resharded and back: the same numbers, the same rates, the same run."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ DATA = ["train.micro_batch_size=1"]  # TP 1 PP 1 DP 4
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run under TP 2 PP 2 DP 1 with checkpoints of its last two steps."""
-    folder = tmp_path_factory.mktemp("layouts")
+    folder = tmp_path_factory.mktemp("parallelisms")
     config = tiny_run.make(folder, STEPS)
     done = tiny_run.train(config, folder / "run", "train.save_interval=2", *FOUR, processes=4)
     assert done.returncode == 0, done.stderr
@@ -48,17 +48,19 @@ def reloaded(whole, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("layout", ["1x1", "2x2"])
-def test_weights_optimizer_and_rates_are_bitwise_the_same(whole, reloaded, layout):
+@pytest.mark.parametrize("parallelism", ["1x1", "2x2"])
+def test_weights_optimizer_and_rates_are_bitwise_the_same(whole, reloaded, parallelism):
     before = whole[1] / "checkpoints" / SAVED
-    expected, found = stored.read(before), stored.read(reloaded / layout)
+    expected, found = stored.read(before), stored.read(reloaded / parallelism)
     assert found.keys() == expected.keys()
     assert any(name.startswith(stored.MOMENT) for name in expected)
     assert all(found[name].equal(expected[name]) for name in expected)
 
-    common = [torch.load(d / "common.pt", weights_only=False) for d in (before, reloaded / layout)]
+    common = [
+        torch.load(d / "common.pt", weights_only=False) for d in (before, reloaded / parallelism)
+    ]
     assert common[0]["scheduler"] == common[1]["scheduler"]
-    rates = json.loads((reloaded / f"{layout}.json").read_text())
+    rates = json.loads((reloaded / f"{parallelism}.json").read_text())
     groups = {
         (g["wd_mult"], g["lr_mult"]): g for g in common[0]["optimizer"]["optimizer"]["param_groups"]
     }

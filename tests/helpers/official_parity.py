@@ -1,7 +1,7 @@
 """Parity with the official code's recorded outputs, under every parallel configuration.
 
-`python tests/helpers/official_layouts.py` prints the worst deviations as a Markdown table. For each
-layout it starts itself through torchrun, with a folder and the layout's overrides as arguments."""
+`python tests/helpers/official_parity.py` prints the worst deviations as a Markdown table. For each
+parallelism it starts itself through torchrun, with a folder and the overrides as arguments."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ IMAGES = REFERENCE["batch/images"]
 SINGLES = [f"single_{sample}" for sample in META["batch_order"]]
 CASES = ["batch", "frames_list", *SINGLES]
 
-LAYOUTS = {  # processes, overrides
+PARALLELISMS = {  # processes, overrides
     "one process": (1, []),
     "TP 2": (2, ["parallel.tensor=2"]),
     "TP 2 + SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
@@ -77,9 +77,9 @@ Verify = Callable[..., dict[str, torch.Tensor]]
 
 
 def run(name: str, folder: Path) -> dict[str, dict]:
-    """The worst deviation of each of BOUNDS under a layout: `deviation`, `where` it is and how
+    """The worst deviation of each of BOUNDS under a parallelism: `deviation`, `where` it is and how
     many were `compared`. Writes into `folder`; raises RuntimeError if a process fails."""
-    processes, overrides = LAYOUTS[name]
+    processes, overrides = PARALLELISMS[name]
     save_config(recorded_config(), folder / "run.yaml")
     done = run_ranks(processes, __file__, folder, *overrides)
     if done.returncode != 0:
@@ -88,15 +88,15 @@ def run(name: str, folder: Path) -> dict[str, dict]:
 
 
 def table() -> str:
-    """The worst deviations under all layouts, one row per quantity, in Markdown."""
+    """The worst deviations under all parallelisms, one row per quantity, in Markdown."""
     found = {}
-    for name in LAYOUTS:
+    for name in PARALLELISMS:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = run(name, Path(folder))
-    lines = [f"| largest deviation | allowed | {' | '.join(LAYOUTS)} |"]
-    lines.append("|---" * (len(LAYOUTS) + 2) + "|")
+    lines = [f"| largest deviation | allowed | {' | '.join(PARALLELISMS)} |"]
+    lines.append("|---" * (len(PARALLELISMS) + 2) + "|")
     for quantity, (bound, _) in BOUNDS.items():
-        cells = [f"{found[name][quantity]['deviation']:.2g}" for name in LAYOUTS]
+        cells = [f"{found[name][quantity]['deviation']:.2g}" for name in PARALLELISMS]
         lines.append(f"| {quantity} | {bound:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -226,7 +226,7 @@ def _gradients(verify: Verify) -> dict[str, Deviations]:
 
 
 def _greedy(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
-    """With cached keys and values where the layout can answer, else with the whole sequence in
+    """With cached keys and values where the parallelism can answer, else with the whole sequence in
     every step."""
     recorded = META["generation"]
     prompts = [recorded[sample]["prompt_ids"] for sample in recorded]
