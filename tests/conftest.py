@@ -28,6 +28,12 @@ for _kind in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, sig
         signal.signal(_kind, signal.default_int_handler if _interrupt else signal.SIG_DFL)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that wait or take long begin first, so that no worker is left with one at the end."""
+    marks = ("slurm", "distributed", "slow")
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is None for mark in marks])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def leaves_no_process_groups():
     """A file may leave its groups open; later ones plan, fork or join groups of their own."""

@@ -17,4 +17,4 @@ if [ "${1:-}" = unit ]; then
 fi
 "$VENV/bin/pyright"
 "$VENV/bin/shellcheck" --external-sources examples/*.sh slurm/*.sh tests/*.sh tests/slurm/*.sh .ci/run
-exec "$VENV/bin/pytest" --numprocesses 2 --dist loadfile "$@"
+exec "$VENV/bin/pytest" --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

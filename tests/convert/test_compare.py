@@ -52,15 +52,10 @@ def test_the_directory_it_came_from_agrees(converted, capsys):
     assert "weights: all 102 equal bit by bit in float32" in said
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]],
-    ids=["TP 2 + SP", "PP 2"],
-)
-def test_a_narrower_export_agrees_under_all_parallel_sizes(converted, overrides, tmp_path):
+def test_a_narrower_export_agrees_on_two_ranks(converted, tmp_path):
     whole = from_owl2(OWL2)
     export_hf(whole.tensors, whole.config.model, tmp_path / "out", dtype=torch.bfloat16)
-    options = ["--checkpoint", converted, "--against", tmp_path / "out", *overrides]
+    options = ["--checkpoint", converted, "--against", tmp_path / "out", "parallel.pipeline=2"]
     done = run_ranks(2, TOOLS / "verify_checkpoint.py", *options)
     assert done.returncode == 0, done.stderr
     assert failed(done.stdout) == [] and len(done.stdout.splitlines()) == len(ALL)

@@ -15,9 +15,14 @@ pytestmark = pytest.mark.distributed
 TOKENS_PER_IMAGE = parity.recorded_config().model.tokens_per_image
 
 
+@pytest.fixture(scope="module")
+def deviations(tmp_path_factory):
+    return parity.run(tmp_path_factory.mktemp("parity"))
+
+
 @pytest.mark.parametrize("name", parity.PARALLELISMS)
-def test_outputs_gradients_training_and_answers_are_the_official_ones(name, tmp_path):
-    found = parity.run(name, tmp_path)
+def test_outputs_gradients_training_and_answers_are_the_official_ones(deviations, name):
+    found = deviations[name]
     compared = {quantity: worst["compared"] for quantity, worst in found.items()}
     assert compared == {quantity: count for quantity, (_, count) in parity.BOUNDS.items()}
     beyond = {

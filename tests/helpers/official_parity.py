@@ -1,7 +1,7 @@
 """Parity with the official code's recorded outputs, under every parallel configuration.
 
-`python tests/helpers/official_parity.py` prints the worst deviations as a Markdown table. For each
-parallelism it starts itself through torchrun, with a folder and the overrides as arguments."""
+`python tests/helpers/official_parity.py` prints the worst deviations as a Markdown table. It
+starts itself through torchrun, with a folder and the parallelisms of so many ranks as arguments."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import prepared  # noqa: F401
+import runs_in_turn
 import torch
 from paths import DATA
 from processes import run_ranks
@@ -76,23 +77,22 @@ Deviations = dict[str, float]
 Verify = Callable[..., dict[str, torch.Tensor]]
 
 
-def run(name: str, folder: Path) -> dict[str, dict]:
-    """The worst deviation of each of BOUNDS under a parallelism: `deviation`, `where` it is and how
-    many were `compared`. Writes into `folder`; raises RuntimeError if a process fails."""
-    processes, overrides = PARALLELISMS[name]
+def run(folder: Path) -> dict[str, dict[str, dict]]:
+    """The worst deviation of each of BOUNDS under every parallelism: `deviation`, `where` it is and
+    how many were `compared`. Writes into `folder`; raises RuntimeError if a process fails."""
     save_config(recorded_config(), folder / "run.yaml")
-    done = run_ranks(processes, __file__, folder, *overrides)
-    if done.returncode != 0:
-        raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr}")
-    return json.loads((folder / "worst.json").read_text())
+    for ranks in (1, 2):
+        names = [name for name, (processes, _) in PARALLELISMS.items() if processes == ranks]
+        done = run_ranks(ranks, __file__, folder, *names)
+        if done.returncode != 0:
+            raise RuntimeError(f"{names} ended with {done.returncode}:\n{done.stderr}")
+    return {name: json.loads((folder / name / "worst.json").read_text()) for name in PARALLELISMS}
 
 
 def table() -> str:
     """The worst deviations under all parallelisms, one row per quantity, in Markdown."""
-    found = {}
-    for name in PARALLELISMS:
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = run(name, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(Path(folder))
     lines = [f"| largest deviation | allowed | {' | '.join(PARALLELISMS)} |"]
     lines.append("|---" * (len(PARALLELISMS) + 2) + "|")
     for quantity, (bound, _) in BOUNDS.items():
@@ -147,9 +147,13 @@ def recorded_config() -> RunConfig:
     return config
 
 
-def _measure(folder: Path, overrides: list[str]) -> None:
-    """Every rank's part of `run`."""
+def _measure(folder: Path, name: str) -> None:
+    """Every rank's part of `run` under one parallelism."""
+    runs_in_turn.join_group(name)
+    overrides = PARALLELISMS[name][1]
     config = load_config(folder / "run.yaml", overrides)
+    folder = folder / name
+    folder.mkdir(exist_ok=True)
     model = build(config, OFFICIAL / "hf_ckpt")
     save_load.save(folder / "checkpoint", [model], config)
 
@@ -312,6 +316,7 @@ def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        _measure(Path(sys.argv[1]), sys.argv[2:])
+        for name in sys.argv[2:]:
+            _measure(Path(sys.argv[1]), name)
     else:
         print(table())

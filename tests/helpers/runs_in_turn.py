@@ -4,6 +4,7 @@
 `python -m megatron_owl2.train` makes of a configuration, on a process group of its own.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 from processes import run_ranks
 
 
@@ -22,31 +24,39 @@ def launch(
     return run_ranks(processes, __file__, config, environment={"RUNS_IN_TURN": given}, timeout=900)
 
 
+@functools.cache
+def _store() -> dist.Store:
+    if "RANK" not in os.environ:  # one process, without torchrun
+        return dist.HashStore()
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*address, int(os.environ["WORLD_SIZE"]), is_master=False)
+
+
+def join_group(name: str) -> None:
+    """Join a process group of all ranks that has not been there before.
+
+    Addresses of ranks lie in the store; those of the group before must not be found there.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore(name, _store()), rank=rank, world_size=size
+    )
+
+
 def main() -> None:
     from megatron_owl2.mcore.setup import setup
 
     setup()
-    import torch.distributed as dist
-
     from megatron_owl2.config.load import load_config
     from megatron_owl2.training.signals import StopSignal
     from megatron_owl2.training.trainer import Trainer
     from megatron_owl2.utils.logs import setup_logging
 
     setup_logging()
-
     stop = StopSignal()
-    if "RANK" in os.environ:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*address, size, is_master=False)
-    else:  # one process, without torchrun
-        rank, size, store = 0, 1, dist.HashStore()
     for number, (output, overrides) in enumerate(json.loads(os.environ["RUNS_IN_TURN"])):
         config = load_config(sys.argv[1], [f"train.output={output}", *overrides])
-        # Their addresses lie in the store; those of the group before must not be found there.
-        own = dist.PrefixStore(f"run {number}", store)
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
+        join_group(f"run {number}")
         received = Trainer(config, stop).train()
         if received:
             raise SystemExit(f"signal {received}")

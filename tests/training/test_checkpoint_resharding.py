@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+import runs_in_turn
 import stored
 import tiny_run
 import torch
@@ -102,7 +103,7 @@ def test_an_optimizer_that_is_not_whole_is_refused(whole, tmp_path):
         next(i for i in index.storage_data if (i.fqn, i.offset) == (name, lost.offsets))
     ]
     (broken / ".metadata").write_bytes(pickle.dumps(index))
-    done = tiny_run.train(config, tmp_path / "run", *DATA, processes=4)
+    done = tiny_run.train(config, tmp_path / "run", processes=2)
     assert done.returncode != 0
     assert f"{name} is not whole" in done.stderr
 
@@ -112,23 +113,22 @@ def rates_of_one(rates):
     return next(group for group in rates if group["lr_mult"] == 1.0)
 
 
-@pytest.mark.parametrize(
-    "source, options, tolerance", [("run", DATA, 1e-6), ("2x2", FOUR, 0)], ids=["DP 4", "back"]
-)
-def test_the_next_step_is_the_same(whole, reloaded, tmp_path, source, options, tolerance):
+def test_the_next_step_is_the_same(whole, reloaded, tmp_path):
+    """Of the checkpoint under DP 4, and of what came back from there under its own ranks."""
     config, run = whole
-    again = tmp_path / "again"
-    (again / "checkpoints").mkdir(parents=True)
-    kept = run / "checkpoints" / SAVED if source == "run" else reloaded / source
-    shutil.copytree(kept, again / "checkpoints" / SAVED)
-    (again / "checkpoints" / directories.LATEST).write_text(SAVED)
-    done = tiny_run.train(config, again, *options, processes=4)
+    cases = {"DP 4": (run / "checkpoints" / SAVED, DATA), "back": (reloaded / "2x2", FOUR)}
+    for name, (checkpoint, _) in cases.items():
+        shutil.copytree(checkpoint, tmp_path / name / "checkpoints" / SAVED)
+        (tmp_path / name / "checkpoints" / directories.LATEST).write_text(SAVED)
+    again = [(tmp_path / name, options) for name, (_, options) in cases.items()]
+    done = runs_in_turn.launch(config, again, processes=4)
     assert done.returncode == 0, done.stderr
-    (step,) = tiny_run.rows(again)
     expected = tiny_run.rows(run)[-1]
-    assert step["step"] == expected["step"] == STEPS
-    assert step["loss"] == pytest.approx(expected["loss"], rel=tolerance, abs=0)
-    assert step["lr"] == expected["lr"]
+    for name, tolerance in {"DP 4": 1e-6, "back": 0}.items():
+        (step,) = tiny_run.rows(tmp_path / name)
+        assert step["step"] == expected["step"] == STEPS
+        assert step["loss"] == pytest.approx(expected["loss"], rel=tolerance, abs=0)
+        assert step["lr"] == expected["lr"]
 
 
 def test_a_run_cannot_go_on_from_weights_and_what_they_lack_is_listed(whole, tmp_path):

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import faults
@@ -15,8 +15,10 @@ import tiny_run
 import torch
 from processes import killed_by_errors, single_threaded, wait_until
 
+from megatron_owl2.config.load import load_config
 from megatron_owl2.config.machine import check_machine
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.errors import ConfigError
 from megatron_owl2.training.checkpoint import directories
 
 pytestmark = pytest.mark.distributed
@@ -123,17 +125,25 @@ def test_a_node_that_lacks_a_file_says_which_it_is(saved, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPUs of this machine")
 def test_gpus_that_torch_does_not_see_are_not_left_idle(saved, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for environment, refused in (
-        ({"SLURM_GPUS_ON_NODE": "8"}, True),
-        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}, True),
-        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, False),
-        ({"SLURM_GPUS_ON_NODE": "0"}, os.path.exists("/dev/nvidia0")),
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    program = tiny_run.program(saved[0], tmp_path / "run", [])
+    ranks = Ranks(tmp_path, program=program, environment={"SLURM_GPUS_ON_NODE": "8"})
+    ((code, (line,)),) = ranks.end()
+    assert code == 2 and "has GPUs, but torch" in line
+
+    config = load_config(saved[0])
+    for gpus, visible, refused in (
+        ("8", "0,1", True),
+        ("8", "", False),
+        ("0", None, os.path.exists("/dev/nvidia0")),
     ):
-        program = tiny_run.program(saved[0], tmp_path / "run", ["data.sources=[]"])
-        ((code, (line,)),) = Ranks(tmp_path, program=program, environment=environment).end()
-        assert code == 2
-        assert ("has GPUs, but torch" in line) == refused, line
-        assert refused or "data.sources is empty" in line
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        else:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        with pytest.raises(ConfigError, match="has GPUs, but torch") if refused else nullcontext():
+            check_machine(config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPUs of this machine")

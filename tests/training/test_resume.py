@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import runs_in_turn
 import tiny_run
 import torch
 
@@ -26,37 +27,61 @@ def uninterrupted(tmp_path_factory):
     return config, folder / "whole"
 
 
-@pytest.mark.parametrize(
-    "processes, parallelism",
-    [(1, []), (2, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])],
-    ids=["one process", "DP 2", "TP 2", "PP 2"],
-)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    uninterrupted, tmp_path, processes, parallelism
-):
-    config, _ = uninterrupted
-    options = ["train.save_interval=3", *parallelism]
-    run = tmp_path / "run"
-    assert tiny_run.train(config, run, *options, processes=processes).returncode == 0
-    expected = tiny_run.figures(run)
-    assert len(expected) == STEPS
+PARALLELISMS = {
+    "DP 2": [],
+    "TP 2": ["parallel.tensor=2"],
+    "PP 2": ["parallel.pipeline=2"],
+}
 
+
+def stop_at_step_3(run):
     (run / "checkpoints" / directories.LATEST).write_text("iter_0000003")
-    resumed = tiny_run.train(config, run, *options, processes=processes)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "continuing from" in resumed.stdout
-    assert tiny_run.figures(run) == expected
 
 
-def test_a_run_saved_under_one_parallelism_goes_on_under_another(uninterrupted, tmp_path):
+@pytest.fixture(scope="module")
+def resumed(uninterrupted, tmp_path_factory):
+    """Runs of two ranks under every parallelism, and what became of them when other processes went
+    on from their third step, "TP 2 then PP 2" under another parallelism: figures by name, before
+    and after. All of one kind share a launch."""
+    config, _ = uninterrupted
+    folder = tmp_path_factory.mktemp("resumed")
+    changed = "TP 2 then PP 2"
+    first = PARALLELISMS | {changed: PARALLELISMS["TP 2"]}
+    second = PARALLELISMS | {changed: PARALLELISMS["PP 2"]}
+    before = {}
+    for options in (first, second):
+        runs = [(folder / name, ["train.save_interval=3", *options[name]]) for name in options]
+        done = runs_in_turn.launch(config, runs, processes=2)
+        assert done.returncode == 0, done.stderr
+        if not before:
+            before = {name: tiny_run.figures(folder / name) for name in options}
+            for name in options:
+                stop_at_step_3(folder / name)
+    assert done.stdout.count("continuing from") == len(second)
+    return {name: (before[name], tiny_run.figures(folder / name)) for name in second}
+
+
+@pytest.mark.parametrize("name", PARALLELISMS)
+def test_resumed_ranks_equal_uninterrupted_ones_bit_for_bit(resumed, name):
+    expected, found = resumed[name]
+    assert len(expected) == STEPS
+    assert found == expected
+
+
+def test_a_resumed_process_equals_the_uninterrupted_one_bit_for_bit(uninterrupted, tmp_path):
     config, whole = uninterrupted
     run = tmp_path / "run"
-    done = tiny_run.train(config, run, "train.save_interval=3", "parallel.tensor=2", processes=2)
+    shutil.copytree(whole, run)
+    (run / "checkpoints" / directories.LATEST).write_text("iter_0000004")
+    done = tiny_run.train(config, run, "train.save_interval=2")
     assert done.returncode == 0, done.stderr
-    (run / "checkpoints" / directories.LATEST).write_text("iter_0000003")
-    resumed = tiny_run.train(config, run, "parallel.pipeline=2", processes=2)
-    assert resumed.returncode == 0, resumed.stderr
-    found, expected = tiny_run.figures(run), tiny_run.figures(whole)
+    assert "continuing from" in done.stdout
+    assert tiny_run.figures(run) == tiny_run.figures(whole)
+
+
+def test_a_run_saved_under_one_parallelism_goes_on_under_another(uninterrupted, resumed):
+    expected = tiny_run.figures(uninterrupted[1])
+    _, found = resumed["TP 2 then PP 2"]
     assert [step for step, *_ in found] == [step for step, *_ in expected]
     # The first step after the load; later ones drift apart as rounding does at this rate.
     assert found[3] == pytest.approx(expected[3], rel=1e-3)
@@ -70,8 +95,9 @@ def test_a_run_saved_under_one_parallelism_goes_on_under_another(uninterrupted, 
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(uninterrupted, tmp_path, processes, options):
     config, _ = uninterrupted
     run, other = tmp_path / "run", tmp_path / "other"
-    steps = "train.steps=100000"
-    stopped = tiny_run.interrupt(config, run, steps, *options, processes=processes, at_step=2)
+    options = [*options, "optimizer.lr=1e-3"]  # and so is min_lr: the same whatever train.steps are
+    endless = ["train.steps=100000", *options]
+    stopped = tiny_run.interrupt(config, run, *endless, processes=processes, at_step=2)
     assert stopped.returncode != 0
     saved = directories.resolve(run)
     progress = json.loads((saved / "progress.json").read_text())
@@ -79,12 +105,11 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(uninterrupted, tmp_path, proces
     assert 2 <= progress["step"] == logged
     assert progress["slots"] == 8 * logged
 
-    go_on = [steps, *options, f"train.steps={logged + 1}", f"optimizer.warmup_steps={logged}"]
-    resumed = tiny_run.train(config, run, *go_on, processes=processes)
-    assert resumed.returncode == 0, resumed.stderr
-    tiny_run.interrupt(config, other, steps, *options, processes=processes, at_step=logged + 1)
-    # Loss and gradients come before the first update at another rate.
-    assert tiny_run.figures(run) == tiny_run.figures(other)[: logged + 1]
+    options = [*options, f"train.steps={logged + 1}"]
+    done = runs_in_turn.launch(config, [(run, options), (other, options)], processes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("continuing from") == 1
+    assert tiny_run.figures(run) == tiny_run.figures(other)
 
 
 def test_half_a_checkpoint_is_never_taken_for_one(uninterrupted, tmp_path):

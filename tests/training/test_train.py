@@ -3,10 +3,12 @@
 import gzip
 import json
 import os
+import re
 import shutil
 
 import faults
 import pytest
+import runs_in_turn
 import tiny_data
 import tiny_run
 import torch
@@ -34,16 +36,18 @@ def with_bad_images(folder, every):
     return config, f"data.sources=[{{path: {shards}}}]"
 
 
-@pytest.mark.parametrize("parallelism", [[], ["parallel.pipeline=2"]], ids=["DP 2", "PP 2"])
-def test_bad_samples_are_substituted_counted_and_listed(tmp_path, parallelism):
+def test_bad_samples_are_substituted_counted_and_listed(tmp_path):
     config, sources = with_bad_images(tmp_path, every=12)
-    options = [sources, "train.steps=4", *parallelism]
-    done = tiny_run.train(config, tmp_path / "run", *options, processes=2)
+    options = {"DP 2": [], "PP 2": ["parallel.pipeline=2"]}
+    runs = [(tmp_path / name, [sources, "train.steps=4", *options[name]]) for name in options]
+    done = runs_in_turn.launch(config, runs, processes=2)
     assert done.returncode == 0, done.stderr
-    logs = sorted((tmp_path / "run").glob("bad_samples.rank*.jsonl"))
-    sample_indices = {json.loads(line)["slot"] for path in logs for line in path.open()}
-    assert 0 < len(sample_indices) == tiny_run.rows(tmp_path / "run")[-1]["bad_samples"]
-    assert f"bad samples {len(sample_indices)}" in done.stdout
+    said = iter(re.findall(r"4/4 .* bad samples (\d+)", done.stdout))
+    for run, _ in runs:
+        logs = sorted(run.glob("bad_samples.rank*.jsonl"))
+        sample_indices = {json.loads(line)["slot"] for path in logs for line in path.open()}
+        assert 0 < len(sample_indices) == tiny_run.rows(run)[-1]["bad_samples"] == int(next(said))
+    assert not list(said)
 
 
 def test_a_rank_that_cannot_go_on_says_so(tmp_path):

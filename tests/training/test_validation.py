@@ -44,19 +44,17 @@ def runs(tmp_path_factory):
     tiny_data.write(folder / "held out", held_out)
     texts = [record for record in held_out if record.image is None]
     tiny_data.write(folder / "texts", texts)
-    done = tiny_run.train(config, folder / "initial", "train.steps=1")
-    assert done.returncode == 0, done.stderr
+    start = [f"stage.initial_checkpoint={folder / 'initial'}"]
     options = [
-        f"stage.initial_checkpoint={folder / 'initial'}",
+        *start,
         f"validation.sources=['{folder / 'held out'}','{folder / 'texts'}']",
         "validation.interval=1",
         f"validation.samples={SAMPLES}",
     ]
-    for processes, configurations in {1: {"one": [], "none": []}, **CONFIGURATIONS}.items():
-        wanted = [
-            (folder / name, [*(options[:1] if name == "none" else options), *overrides])
-            for name, overrides in configurations.items()
-        ]
+    for processes, configurations in {1: {"one": []}, **CONFIGURATIONS}.items():
+        wanted = [(folder / name, [*options, *more]) for name, more in configurations.items()]
+        if processes == 1:
+            wanted = [(folder / "initial", ["train.steps=1"]), (folder / "none", start), *wanted]
         done = runs_in_turn.launch(config, wanted, processes)
         assert done.returncode == 0, done.stderr
     return folder
