@@ -179,7 +179,7 @@ def _complete(verb: str, results: dict[str, dict | None]) -> list[dict]:
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise PreprocessError(
-            f"{len(missing)} of {len(results)} parts are not {verb} yet: "
+            f"{len(missing)} of {len(results)} splits are not {verb} yet: "
             f"{', '.join(missing[:_NAMED])}{more}; run their partitions (again)"
         )
     return [result for result in results.values() if result is not None]

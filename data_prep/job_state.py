@@ -179,7 +179,7 @@ def _change(found: dict, job: dict) -> str:
     """First split that is new, gone or changed, for a message."""
     old, new = (dict(description["parts"]) for description in (found, job))
     name = min(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return f"part {name}: {old.get(name, 'was not there')}, now {new.get(name, 'gone')}"
+    return f"split {name}: {old.get(name, 'was not there')}, now {new.get(name, 'gone')}"
 
 
 def _read_json(path: Path) -> dict | None:

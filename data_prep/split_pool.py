@@ -74,8 +74,8 @@ class SplitPool:
         except WorkerDiedError as error:
             names = ", ".join(split.name for split in error.items)
             raise PreprocessError(
-                f"{error}, while these parts were in work: {names}; start again with fewer "
-                "--workers: finished parts are kept"
+                f"{error}, while these splits were in work: {names}; start again with fewer "
+                "--workers: finished splits are kept"
             ) from None
 
 
@@ -87,7 +87,7 @@ class _Bar:
         self._start = self._shown = time.monotonic()
         self._period = _PERIOD if sys.stderr.isatty() else _LOG_PERIOD
         self._bar = tqdm(
-            total=splits, unit="part", desc=verb, mininterval=self._period, disable=not splits
+            total=splits, unit="split", desc=verb, mininterval=self._period, disable=not splits
         )
 
     def __enter__(self) -> "_Bar":
@@ -127,10 +127,10 @@ def _attempt(work: Work, split: InputSplit, tick: Tick) -> None:
             work(split, tick)
     except OSError as error:
         raise PreprocessError(
-            f"part {split.name}: {error}; finished parts are kept: put it right and start again"
+            f"split {split.name}: {error}; finished splits are kept: put it right and start again"
         ) from None
     except Exception as error:
-        error.add_note(f"while working on part {split.name}")
+        error.add_note(f"while working on split {split.name}")
         raise
 
 

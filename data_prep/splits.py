@@ -22,7 +22,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class InputSplit:
-    """Piece of the input that one process turns into shards; messages call it a part.
+    """Piece of the input that one process turns into shards.
 
     `name` begins the names of its shards, `identity` changes when the input does, `payload` is the
     picklable argument of `Format.read`, `origin` the file or folder that it comes from.

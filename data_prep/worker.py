@@ -191,7 +191,7 @@ def _selected(
         position, content, decision = next(expected, (None, None, None))
     if position is not None:
         raise PreprocessError(
-            f"part {split.name}: sample {position + 1} is not what the first reading found; the "
+            f"split {split.name}: sample {position + 1} is not what the first reading found; the "
             f"input changed: delete {state.output} and start again"
         )
 

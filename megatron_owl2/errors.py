@@ -23,6 +23,10 @@ class ConfigError(Owl2Error, ValueError):
     """A configuration that cannot run; the message names the key and the fix."""
 
 
+class MachineError(RetryableError, RuntimeError):
+    """A GPU that does not run, as another machine's may; the message names the machine."""
+
+
 class BadSampleError(Owl2Error, ValueError):
     """One sample that cannot be used because of its data; the message is the reason."""
 

@@ -9,7 +9,7 @@
 #
 # The tool is tools/preprocess_data.py. Run this where sbatch is, with the Python environment active:
 # the jobs use that Python, and as many --workers as Slurm gives CPUs to a task. There are no more
-# partitions than the input has parts. A merge waits for its array and is cancelled if a partition
+# partitions than the input has splits. A merge waits for its array and is cancelled if a partition
 # fails; whatever stopped the chain, the same command goes on from there.
 set -euo pipefail
 
@@ -43,9 +43,9 @@ tool=$(cd "$(dirname "${BASH_SOURCE[0]}")/../tools" && pwd)/preprocess_data.py
 
 # The plan also proves that the options are right before anything waits in a queue.
 plan=$("$python" "$tool" "$@" --plan) || exit 1
-read -r parts _ readings _ <<< "$plan"
-((parts > 0)) || fail "the input has no parts: $plan"
-((partitions <= parts)) || partitions=$parts
+read -r splits _ readings _ <<< "$plan"
+((splits > 0)) || fail "the input has no splits: $plan"
+((partitions <= splits)) || partitions=$splits
 
 call=$(printf '%q ' "$python" -u "$tool" "$@")
 # submit COMMAND [SBATCH OPTION ...] prints the job's number.

@@ -137,7 +137,7 @@ def _sample(item: Sample | Skipped) -> _Row | Skipped:
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
-        return Skipped("no readable .json part", key)
+        return Skipped("no readable .json member", key)
     if "txt" in members:
         row["caption"] = members["txt"].decode(errors="replace")
     return key, next((members[name] for name in IMAGE_EXTENSIONS if name in members), None), row

@@ -103,9 +103,9 @@ def _row(data: bytes) -> dict[str, Any]:
     try:
         row = json.loads(data)
     except (ValueError, RecursionError):
-        raise SkipError("the .json part is not JSON") from None
+        raise SkipError("the .json member is not JSON") from None
     if not isinstance(row, dict):
-        raise SkipError("the .json part is not an object")
+        raise SkipError("the .json member is not an object")
     return row
 
 

@@ -4,7 +4,7 @@
 
 DIR holds shards as webdataset.ShardWriter or img2dataset write them (an image with .txt or .json)
 or our own without their manifest. Every file is read once and gets an index and checksums beside
-it; the manifest is written if all are sound. Samples that lack a part stay and are counted. What
+it; the manifest is written if all are sound. Samples that lack a member stay and are counted. What
 must be filtered, or rescued from damaged files, goes through tools/preprocess_data.py instead.
 Exits 1 if a file is damaged.
 """

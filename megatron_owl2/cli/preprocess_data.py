@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=10_000,
         metavar="N",
-        help="most samples of a shard; every part of the input begins a new one",
+        help="most samples of a shard; every split of the input begins a new one",
     )
     add("--workers", type=count, default=1, metavar="N", help="processes")
     share = parser.add_mutually_exclusive_group()
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--partition", type=_partition, default=(0, 1), metavar="I/N", help="0/N to (N-1)/N"
     )
     share.add_argument("--merge", action="store_true", help="do what all partitions must precede")
-    share.add_argument("--plan", action="store_true", help="say how many parts and readings")
+    share.add_argument("--plan", action="store_true", help="say how many splits and readings")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -110,14 +110,14 @@ def run(options: argparse.Namespace) -> int:
         options.seed,
         options.shard_size,
     )
-    parts = reader.plan(
+    splits = reader.plan(
         options.input,
         ReadOptions(
             options.images, options.shard_size, options.image_column, options.caption_column
         ),
     )
     if options.plan:
-        print(f"{len(parts)} parts, {2 if settings.two_readings else 1} readings")
+        print(f"{len(splits)} splits, {2 if settings.two_readings else 1} readings")
         return 0
     arguments = {
         "format": options.format,
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
         "caption_column": options.caption_column,
     }
     outcome = preprocess(
-        parts,
+        splits,
         settings,
         options.output,
         arguments,
@@ -149,7 +149,7 @@ def _summary(outcome: "Outcome", output: Path) -> str:
         return "selected; now run the partitions again, then --merge"
     verb = "scanned" if outcome.scanned else "written"
     count = outcome.scanned + outcome.written
-    return f"{count} parts {verb}; when all partitions are through, run --merge"
+    return f"{count} splits {verb}; when all partitions are through, run --merge"
 
 
 def _quality(text: str) -> int:
@@ -186,6 +186,6 @@ main = Command(
     add_arguments=add_arguments,
     run=run,
     error_code=1,
-    interrupted="interrupted; finished parts are kept, start again to continue",
+    interrupted="interrupted; finished splits are kept, start again to continue",
     sigterm_interrupts=True,
 ).main

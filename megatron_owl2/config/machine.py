@@ -9,14 +9,13 @@ from pathlib import Path
 from megatron_owl2.config.fp8 import FP8_RECIPES
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.errors import ConfigError
+from megatron_owl2.errors import ConfigError, MachineError
 
 
 def check_machine(config: RunConfig) -> None:
     """Refuse what this machine cannot do, before anything is built.
 
-    Raises ConfigError, and RuntimeError for GPUs whose driver does not run, as another machine's
-    may.
+    Raises ConfigError, and MachineError for GPUs whose driver does not run.
     """
     _check_gpus_are_seen()
     _check_wandb(config)
@@ -81,7 +80,7 @@ def _check_gpus_are_seen() -> None:
     import torch
 
     if torch.version.cuda and not torch.cuda.is_available():  # another machine may do
-        raise RuntimeError(
+        raise MachineError(
             f"torch {torch.__version__} sees none of the GPUs of {socket.gethostname()}: the "
             "driver does not run or is too old for this build; to train on the CPU set "
             "CUDA_VISIBLE_DEVICES to nothing"

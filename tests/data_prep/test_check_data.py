@@ -157,6 +157,6 @@ def test_samples_without_a_part_are_counted_with_what_they_lack(tmp_path):
     assert reasons == [
         "  4 x no txt or json",
         "  2 x no image (jpg, jpeg, png or webp)",
-        "  2 x a part that is neither an image (jpg, jpeg, png or webp) nor txt nor json",
+        "  2 x a member that is neither an image (jpg, jpeg, png or webp) nor txt nor json",
     ]
     assert "12 good (0 images decoded), 8 bad" in run("check_data", tmp_path).stdout

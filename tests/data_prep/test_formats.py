@@ -125,7 +125,7 @@ def test_webdataset_tars_of_other_tools(tmp_path):
         "empty caption": 1,
         "no image": 1,
         "more than one image": 1,
-        "the .json part is not an object": 1,
+        "the .json member is not an object": 1,
     }
     records, _ = collect("webdataset", tmp_path / "data/a.tar", caption_column="caption")
     assert [r.caption for r in records] == ["in json", "j"]
@@ -178,7 +178,7 @@ def test_webdataset_damage_is_counted(tmp_path):
         for _ in range(2):
             tar.addfile(tarfile.TarInfo("one.txt"))
     records, skipped = collect("webdataset", folder)
-    assert records == [] and skipped == {"a part of the sample occurs twice": 1}
+    assert records == [] and skipped == {"a member of the sample occurs twice": 1}
     assert "leave out --images" in refused("webdataset", folder, images=tmp_path)
 
 

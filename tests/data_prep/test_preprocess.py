@@ -46,7 +46,7 @@ SKIPPED = {
     "empty caption": 1,
     "image is not JPEG, PNG or WebP": 1,
     "no image": 1,
-    "no readable .json part": 1,
+    "no readable .json member": 1,
 }
 
 

@@ -75,16 +75,16 @@ def test_bytes_do_not_depend_on_workers_or_partitions(corpus, tmp_path, name):
 def test_merge_says_which_parts_are_missing(corpus, tmp_path, name):
     options, output = OPTIONS[name], tmp_path / "set"
     twice = name != "one reading"
-    with pytest.raises(PreprocessError, match=r"5 of 5 parts are not (scanned|written) yet"):
+    with pytest.raises(PreprocessError, match=r"5 of 5 splits are not (scanned|written) yet"):
         job(corpus, output, merge=True, **options)
     job(corpus, output, partition=(0, 2), **options)
     word = "scanned" if twice else "written"
-    with pytest.raises(PreprocessError, match=f"2 of 5 parts are not {word} yet: part1, part3"):
+    with pytest.raises(PreprocessError, match=f"2 of 5 splits are not {word} yet: part1, part3"):
         job(corpus, output, merge=True, **options)
     if twice:
         job(corpus, output, partition=(1, 2), **options)
         assert job(corpus, output, merge=True, **options).selected
-        with pytest.raises(PreprocessError, match="5 of 5 parts are not written yet"):
+        with pytest.raises(PreprocessError, match="5 of 5 splits are not written yet"):
             job(corpus, output, merge=True, **options)
     assert not (output / "manifest.json").exists()
 
@@ -109,7 +109,7 @@ def test_a_shard_that_is_lost_before_the_end_is_made_again(corpus, tmp_path):
         job(corpus, output, partition=(index, 2))
     os.truncate(output / "part2-000000.tar", 1000)
     (output / "part3-000000.tar").unlink()
-    with pytest.raises(PreprocessError, match="2 of 5 parts are not written yet: part2, part3"):
+    with pytest.raises(PreprocessError, match="2 of 5 splits are not written yet: part2, part3"):
         job(corpus, output, merge=True)
     assert job(corpus, output, partition=(0, 2)).written == 1
     assert job(corpus, output).written == 1
@@ -144,7 +144,7 @@ def test_a_changed_input_between_two_readings_is_refused(corpus, tmp_path):
     another = pair(corpus[3][7].key, corpus[3][7].image, "another caption")
     for changed in ([*corpus[3][:7], another], corpus[3][:7], [*corpus[3][1:], corpus[3][0]]):
         splits[3] = InputSplit("part3", "3", changed, Path("input3"))
-        with pytest.raises(PreprocessError, match="part part3: sample . is not what the first"):
+        with pytest.raises(PreprocessError, match="split part3: sample . is not what the first"):
             preprocess(splits, settings, output, {})
         assert not list(output.glob("part3*")) and not list((output / UNFINISHED).iterdir())
 
@@ -281,7 +281,7 @@ def test_an_interrupt_leaves_nothing_unfinished(documents, tmp_path, workers, nu
         process.send_signal(number)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130, text
-    assert "interrupted; finished parts are kept" in text and "Traceback" not in text
+    assert "interrupted; finished splits are kept" in text and "Traceback" not in text
     assert not list((output / UNFINISHED).iterdir())
     assert not (output / "manifest.json").exists()
 

@@ -18,7 +18,7 @@ from processes import killed_by_errors, single_threaded, wait_until
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.machine import check_machine
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.errors import ConfigError
+from megatron_owl2.errors import ConfigError, MachineError
 from megatron_owl2.training.checkpoint import directories
 
 pytestmark = pytest.mark.distributed
@@ -151,7 +151,7 @@ def test_a_driver_that_does_not_run_is_no_matter_of_the_configuration(monkeypatc
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(RuntimeError, match=f"none of the GPUs of {socket.gethostname()}"):
+    with pytest.raises(MachineError, match=f"none of the GPUs of {socket.gethostname()}"):
         check_machine(RunConfig())
 
 

@@ -46,7 +46,7 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
 
 
 def _sample(key: str, members: dict[str, bytes], repeated: bool) -> Sample | Skipped:
-    return Skipped("a part of the sample occurs twice", key) if repeated else (key, members)
+    return Skipped("a member of the sample occurs twice", key) if repeated else (key, members)
 
 
 def _ends_here(file, position: int) -> bool:

@@ -27,7 +27,7 @@ class Turn:
 class Record:
     """One sample: `image` holds an encoded JPEG, PNG or WebP; caption or turns, never both.
 
-    A caption without an image is plain text. Raises BadSampleError if the parts contradict each
+    A caption without an image is plain text. Raises BadSampleError if its members contradict each
     other: a record has one image at most, so at most one placeholder, in the first question.
     """
 
@@ -91,15 +91,15 @@ class Record:
 
     @classmethod
     def from_members(cls, key: str, members: Mapping[str, bytes]) -> "Record":
-        """Rebuild a record from its parts, extension to bytes.
+        """Rebuild a record from its members, extension to bytes.
 
         Reads what to_members made, and image-text pairs as webdataset corpora are published: an
         image with its caption in .txt or in the `caption` of .json (img2dataset writes both).
-        Raises BadSampleError if a part is missing, unknown or malformed.
+        Raises BadSampleError if a member is missing, unknown or malformed.
         """
         images = [extension for extension in members if extension in _IMAGES]
         if reason := why_unusable(members.keys()):
-            raise BadSampleError(f"sample {key!r} has the parts {sorted(members)}: {reason}")
+            raise BadSampleError(f"sample {key!r} has the members {sorted(members)}: {reason}")
         image = members[images[0]] if images else None
         body = _json(key, members["json"]) if "json" in members else {}
         try:
@@ -117,10 +117,10 @@ class Record:
                 metadata=body.get("metadata", {}),
             )
         except UnicodeDecodeError:
-            raise BadSampleError(f"sample {key!r}: its .txt part is not UTF-8") from None
+            raise BadSampleError(f"sample {key!r}: its .txt member is not UTF-8") from None
         except (TypeError, KeyError, AttributeError):
             raise BadSampleError(
-                f"sample {key!r}: its .json part lacks a value or has one of the wrong type"
+                f"sample {key!r}: its .json member lacks a value or has one of the wrong type"
             ) from None
 
 
@@ -128,18 +128,18 @@ def _json(key: str, data: bytes) -> dict:
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"sample {key!r}: its .json part is not JSON: {error}") from None
+        raise BadSampleError(f"sample {key!r}: its .json member is not JSON: {error}") from None
     if not isinstance(body, dict):
-        raise BadSampleError(f"sample {key!r}: its .json part is not an object")
+        raise BadSampleError(f"sample {key!r}: its .json member is not an object")
     return body
 
 
 def why_unusable(extensions: Set[str]) -> str | None:
-    """Why parts with these extensions cannot be a record, or None if they can: an image with .txt
+    """Why members with these extensions cannot be a record, or None if they can: an image with .txt
     or .json, or .json alone."""
     images, texts = extensions & _IMAGES, extensions & _TEXTS
     if len(images) + len(texts) < len(extensions):
-        return "a part that is neither an image (jpg, jpeg, png or webp) nor txt nor json"
+        return "a member that is neither an image (jpg, jpeg, png or webp) nor txt nor json"
     if len(images) > 1:
         return "more than one image"
     if not images and extensions != {"json"}:

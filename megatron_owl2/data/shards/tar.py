@@ -103,21 +103,21 @@ def entries(
 
 
 def unpack_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
-    """Key and parts (extension to bytes) of the members of one sample.
+    """Key and contents (extension to bytes) of the members of one sample.
 
     Raises BadSampleError if a header is damaged or a member belongs to another sample.
     """
-    parts: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     sample_key = None
     for _, name, start, size in members(lambda a, b: data[a:b], 0, len(data)):
         key, extension = split_name(name)
-        if extension in parts or key != (sample_key or key):
+        if extension in contents or key != (sample_key or key):
             raise BadSampleError(f"member {name!r} does not belong to sample {sample_key!r}")
-        parts[extension] = data[start : start + size]
+        contents[extension] = data[start : start + size]
         sample_key = key
     if sample_key is None:
         raise BadSampleError("no member")
-    return sample_key, parts
+    return sample_key, contents
 
 
 def _parse_header(header: bytes) -> tuple[int, bytes]:

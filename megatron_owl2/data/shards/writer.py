@@ -56,11 +56,11 @@ class ShardWriter:
 
     def write(self, record: Record) -> None:
         """Append one record, in a new shard if the current one is full."""
-        parts = record.to_members()
+        members = record.to_members()
         if self._shard is None:
             name = f"{self._prefix}-{len(self.rows):06d}.tar"
             self._shard = _ShardFile(self.directory / name)
-        self._shard.add(record.key, parts)
+        self._shard.add(record.key, members)
         if len(self._shard.offsets) == self._samples_per_shard:
             self._finish(self._shard)
 
@@ -94,10 +94,10 @@ class _ShardFile:
         self._temporary = temporary_name(path)
         self._file = self._temporary.open("wb")
 
-    def add(self, key: str, parts: list[tuple[str, bytes]]) -> None:
+    def add(self, key: str, members: list[tuple[str, bytes]]) -> None:
         if key in self._keys:
             raise BadSampleError(f"key {key!r} is already in {self.path.name}")
-        blocks = b"".join([pack_member(name, data) for name, data in parts])
+        blocks = b"".join([pack_member(name, data) for name, data in members])
         self._file.write(blocks)
         self._keys.add(key)
         self.offsets.append(self._position)
