@@ -130,7 +130,7 @@ def test_finished_output_is_left_alone_and_another_job_refused(corpus, tmp_path)
         (name,) = options
         with pytest.raises(PreprocessError, match=rf"another job \(different: {name}\)"):
             job(corpus, output, **options)
-    with pytest.raises(PreprocessError, match=r"the input changed since .*\(part part4: 4, now g"):
+    with pytest.raises(PreprocessError, match=r"the input changed since .*\(split part4: 4, now g"):
         job(corpus[:4], output)
     assert before == times()
 
@@ -183,11 +183,11 @@ def read_badly_or_slowly(items: list) -> Iterator:
         yield item
 
 
-def test_an_error_in_one_part_names_it_and_stops_the_others(corpus, tmp_path):
+def test_an_error_in_one_split_names_it_and_stops_the_others(corpus, tmp_path):
     start = time.monotonic()
     with pytest.raises(ValueError, match="a mistake in the reader") as caught:
         job(corpus[:2], tmp_path / "set", read=read_badly_or_slowly, workers=2)
-    assert caught.value.__notes__ == ["while working on part part0"]
+    assert caught.value.__notes__ == ["while working on split part0"]
     assert time.monotonic() - start < 60
     assert not list((tmp_path / "set" / UNFINISHED).iterdir())
 
@@ -320,7 +320,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path, workers):
         env=ENVIRONMENT,
     )
     assert result.returncode == 1
-    assert "PreprocessError: part part" in result.stderr and "File too large" in result.stderr
+    assert "PreprocessError: split part" in result.stderr and "File too large" in result.stderr
     assert not list(output.glob("*.tar*")) and not list((output / UNFINISHED).iterdir())
     corpus = pairs(splits=3, size=8)
     assert job(corpus, output).report.kept == 24
