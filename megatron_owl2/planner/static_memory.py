@@ -161,9 +161,10 @@ def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]
                         )
                 local += sum(numel for _, numel in built)
                 whole += sum(w.numel for w in planned)
+    stages = "1 pipeline stage" if len(by_stage) == 1 else f"{len(by_stage)} pipeline stages"
     return (
-        f"sharding checked on the meta device for {world_size:,} ranks: {len(by_stage)} pipeline "
-        f"stages, {local:,} parameters on one tensor-parallel rank of each, {whole:,} in the model"
+        f"sharding checked on the meta device for {world_size:,} ranks: {stages}, {local:,} "
+        f"parameters on one tensor-parallel rank of each, {whole:,} in the model"
     )
 
 

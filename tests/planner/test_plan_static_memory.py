@@ -179,7 +179,7 @@ def test_sharding_is_checked_among_thousands_of_ranks(overrides, world_size, sta
     config = load_config(RECIPES / "finetune.yaml", overrides)
     whole = weights.model_weights(config)
     words = weights.check_sharding(config, world_size, whole)
-    assert f"{world_size:,} ranks: {stages} pipeline stages" in words and "8,197,859,328" in words
+    assert f"{world_size:,} ranks: {stages} pipeline stage" in words and "8,197,859,328" in words
 
 
 def test_a_wrong_shard_is_found(tiny):
