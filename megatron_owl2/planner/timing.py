@@ -78,10 +78,10 @@ def stage_seconds(
     found = []
     for spent in costs.micro_batch_flops(config):
         layer = sum(_of_pipeline(spent, "layers")) / config.model.decoder.num_layers
-        seconds = [layer / parallel.context * count for count in counts]
-        seconds[0] += sum(_of_pipeline(spent, "first"))
-        seconds[-1] += sum(_of_pipeline(spent, "last")) / parallel.context
-        found.append([machine.seconds(one / parallel.tensor) for one in seconds])
+        stage_flops = [layer / parallel.context * count for count in counts]
+        stage_flops[0] += sum(_of_pipeline(spent, "first"))
+        stage_flops[-1] += sum(_of_pipeline(spent, "last")) / parallel.context
+        found.append([machine.seconds(flops / parallel.tensor) for flops in stage_flops])
     return found[0], found[1]
 
 

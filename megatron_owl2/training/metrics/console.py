@@ -7,7 +7,7 @@ from megatron_owl2.training.metrics.loader_metrics import LOADER_METRICS
 def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
     """The numbers of a row of metrics.jsonl that a person looks at, and the time left.
 
-    The time is at the seconds_per_step since `first_step`, where this process began.
+    The time left is at the speed since `first_step`, where this process began.
     """
     done, total = row["step"], config.train.steps
     seconds_per_step = row["seconds"] / (done - first_step)
