@@ -83,7 +83,7 @@ def run(folder: Path) -> dict[str, dict[str, dict]]:
     save_config(recorded_config(), folder / "run.yaml")
     for ranks in (1, 2):
         names = [name for name, (processes, _) in PARALLELISMS.items() if processes == ranks]
-        done = run_ranks(ranks, __file__, folder, *names)
+        done = run_ranks(ranks, __file__, folder, *names, timeout=900)
         if done.returncode != 0:
             raise RuntimeError(f"{names} ended with {done.returncode}:\n{done.stderr}")
     return {name: json.loads((folder / name / "worst.json").read_text()) for name in PARALLELISMS}

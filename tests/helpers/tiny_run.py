@@ -18,6 +18,7 @@ from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.sampling import phases
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_owl2.training.checkpoint import directories
 
 MODEL = {
     "vision": {
@@ -145,6 +146,11 @@ def rows(output: Path) -> list[dict]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+def set_back(output: Path, step: int) -> None:
+    """Have a run go on from its checkpoint of `step`, whatever came after it."""
+    (output / "checkpoints" / directories.LATEST).write_text(f"iter_{step:07d}")
 
 
 def figures(output: Path) -> list[tuple[int, float, float]]:

@@ -16,6 +16,12 @@ from megatron_owl2.training.checkpoint import directories
 pytestmark = pytest.mark.distributed
 
 STEPS = 6
+PARALLELISMS = {
+    "DP 2": [],
+    "TP 2": ["parallel.tensor=2"],
+    "PP 2": ["parallel.pipeline=2"],
+}
+CHANGED = "TP 2 then PP 2"
 
 
 @pytest.fixture(scope="module")
@@ -27,52 +33,45 @@ def uninterrupted(tmp_path_factory):
     return config, folder / "whole"
 
 
-PARALLELISMS = {
-    "DP 2": [],
-    "TP 2": ["parallel.tensor=2"],
-    "PP 2": ["parallel.pipeline=2"],
-}
-
-
-def stop_at_step_3(run):
-    (run / "checkpoints" / directories.LATEST).write_text("iter_0000003")
-
-
 @pytest.fixture(scope="module")
 def resumed(uninterrupted, tmp_path_factory):
-    """Runs of two ranks under every parallelism, and what became of them when other processes went
-    on from their third step, "TP 2 then PP 2" under another parallelism: figures by name, before
-    and after. All of one kind share a launch."""
+    """Figures by name of runs of two ranks under every parallelism, and of the same runs when
+    other processes went on from their third step, CHANGED under another parallelism.
+
+    Two launches do it all: what begins, and what goes on.
+    """
     config, _ = uninterrupted
     folder = tmp_path_factory.mktemp("resumed")
-    changed = "TP 2 then PP 2"
-    first = PARALLELISMS | {changed: PARALLELISMS["TP 2"]}
-    second = PARALLELISMS | {changed: PARALLELISMS["PP 2"]}
-    before = {}
-    for options in (first, second):
-        runs = [(folder / name, ["train.save_interval=3", *options[name]]) for name in options]
+
+    def launch(parallelisms):
+        runs = [
+            (folder / name, ["train.save_interval=3", *overrides])
+            for name, overrides in parallelisms.items()
+        ]
         done = runs_in_turn.launch(config, runs, processes=2)
         assert done.returncode == 0, done.stderr
-        if not before:
-            before = {name: tiny_run.figures(folder / name) for name in options}
-            for name in options:
-                stop_at_step_3(folder / name)
-    assert done.stdout.count("continuing from") == len(second)
-    return {name: (before[name], tiny_run.figures(folder / name)) for name in second}
+        return done.stdout, {run.name: tiny_run.figures(run) for run, _ in runs}
+
+    _, before = launch(PARALLELISMS | {CHANGED: PARALLELISMS["TP 2"]})
+    for name in before:
+        tiny_run.set_back(folder / name, 3)
+    said, after = launch(PARALLELISMS | {CHANGED: PARALLELISMS["PP 2"]})
+    assert said.count("continuing from") == len(after)
+    return before, after
 
 
 @pytest.mark.parametrize("name", PARALLELISMS)
 def test_resumed_ranks_equal_uninterrupted_ones_bit_for_bit(resumed, name):
-    expected, found = resumed[name]
-    assert len(expected) == STEPS
-    assert found == expected
+    before, after = resumed
+    assert len(before[name]) == STEPS
+    assert after[name] == before[name]
 
 
 def test_a_resumed_process_equals_the_uninterrupted_one_bit_for_bit(uninterrupted, tmp_path):
     config, whole = uninterrupted
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    (run / "checkpoints" / directories.LATEST).write_text("iter_0000004")
+    tiny_run.set_back(run, 4)
     done = tiny_run.train(config, run, "train.save_interval=2")
     assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stdout
@@ -81,7 +80,7 @@ def test_a_resumed_process_equals_the_uninterrupted_one_bit_for_bit(uninterrupte
 
 def test_a_run_saved_under_one_parallelism_goes_on_under_another(uninterrupted, resumed):
     expected = tiny_run.figures(uninterrupted[1])
-    _, found = resumed["TP 2 then PP 2"]
+    found = resumed[1][CHANGED]
     assert [step for step, *_ in found] == [step for step, *_ in expected]
     # The first step after the load; later ones drift apart as rounding does at this rate.
     assert found[3] == pytest.approx(expected[3], rel=1e-3)

@@ -51,10 +51,11 @@ def runs(tmp_path_factory):
         "validation.interval=1",
         f"validation.samples={SAMPLES}",
     ]
-    for processes, configurations in {1: {"one": []}, **CONFIGURATIONS}.items():
-        wanted = [(folder / name, [*options, *more]) for name, more in configurations.items()]
-        if processes == 1:
-            wanted = [(folder / "initial", ["train.steps=1"]), (folder / "none", start), *wanted]
+    launches = {1: {"initial": ["train.steps=1"], "none": start, "one": options}}
+    for processes, configurations in CONFIGURATIONS.items():
+        launches[processes] = {n: [*options, *more] for n, more in configurations.items()}
+    for processes, overrides in launches.items():
+        wanted = [(folder / name, overrides[name]) for name in overrides]
         done = runs_in_turn.launch(config, wanted, processes)
         assert done.returncode == 0, done.stderr
     return folder
