@@ -12,6 +12,7 @@ from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.tar import END, members
 from megatron_owl2.data.storage import LocalStorage, StorageOptions
 from megatron_owl2.errors import BadSampleError, ShardError, StorageError
+from megatron_owl2.utils.files import is_hidden
 
 _DECODE = 64  # keeps the choice of samples apart from the order's keys
 
@@ -111,5 +112,5 @@ def unlisted(location: str) -> list[str]:
     if not isinstance(dataset.storage, LocalStorage):
         return []  # a web server does not list its files
     named = {row["name"] for row in dataset.shards}
-    tars = Path(dataset.storage.location).glob("*.tar")
-    return sorted(path.name for path in tars if path.name not in named)
+    found = (path.name for path in Path(dataset.storage.location).glob("*.tar"))
+    return sorted(name for name in found if name not in named and not is_hidden(name))

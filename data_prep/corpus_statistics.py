@@ -5,10 +5,11 @@ import json
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from data_prep.corpus_files import UnreadFile, count_unread, describe_unread
 from data_prep.filters import Filters, ImageStats, score_title
 from data_prep.splits import Skipped
 from megatron_owl2.errors import PreprocessError
@@ -109,8 +110,9 @@ def _round_width(width: float) -> float:
 @dataclass(frozen=True)
 class Statistics:
     """Statistics of a finished data set: samples kept and their shards and bytes, samples skipped
-    by reason, examples of each reason, histograms (unit, edges, read, kept), and the number of
-    samples that was asked for, if one was. The names of the fields are the keys of report.json."""
+    by reason, examples of each reason, histograms (unit, edges, read, kept), the number of samples
+    that was asked for, if one was, and by reason the files of the input that were not read (their
+    number, and examples). The names of the fields are the keys of report.json."""
 
     kept: int
     shards: int
@@ -119,9 +121,16 @@ class Statistics:
     skipped: dict[str, int]
     examples: dict[str, list[str]]
     histograms: dict[str, dict[str, Any]]
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)  # not in older reports
 
     @classmethod
-    def of(cls, builder: StatisticsBuilder, rows: list[dict], asked: int | None) -> "Statistics":
+    def of(
+        cls,
+        builder: StatisticsBuilder,
+        rows: list[dict],
+        asked: int | None,
+        unread: Sequence[UnreadFile] = (),
+    ) -> "Statistics":
         """Statistics from the counts of all splits; the most frequent reason comes first."""
         reasons = sorted(builder.skipped, key=lambda reason: (-builder.skipped[reason], reason))
         histograms = {
@@ -141,6 +150,7 @@ class Statistics:
             skipped={reason: builder.skipped[reason] for reason in reasons},
             examples={reason: builder.examples[reason] for reason in reasons},
             histograms=histograms,
+            unread=count_unread(unread),
         )
 
     @classmethod
@@ -163,5 +173,6 @@ class Statistics:
             lines.append(f"  fewer than the {self.asked} that were asked for")
         for reason, count in self.skipped.items():
             lines.append(f"  {count} x {reason} (such as {self.examples[reason][0]})")
+        lines += describe_unread(self.unread)
         # An example may be named by what no terminal can print.
         return "\n".join(lines).encode(errors="backslashreplace").decode()

@@ -7,23 +7,38 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest as checksum
 
+from data_prep.corpus_files import CorpusFiles, UnreadFile, find_files, why_unread
+from data_prep.formats.common.compression import HEAD, compression_of, how_to_unpack
+from data_prep.formats.common.tars import is_tar
 from data_prep.map_shards import map_shards
 from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
 from megatron_owl2.data.shards.records import why_unusable
-from megatron_owl2.data.shards.tar import BLOCK, entries, padding, split_name
-from megatron_owl2.data.shards.writer import write_sidecars
+from megatron_owl2.data.shards.tar import (
+    BLOCK,
+    entries,
+    is_member,
+    padding,
+    split_name,
+    unpack_sample,
+)
+from megatron_owl2.data.shards.writer import INDEX, SUMS, write_sidecars
 from megatron_owl2.errors import BadSampleError, ShardError
+
+_SIDECARS = (INDEX, SUMS)
+_PREPROCESS = "tools/preprocess_data.py --format webdataset"
 
 
 @dataclass
 class Indexed:
     """Result for a folder: manifest `rows` of its sound shards, the number of their samples that
-    training cannot use (`unusable`, by reason), and a message for each damaged shard (`failures`).
+    training cannot use (`unusable`, by reason), a message for each shard that cannot be indexed
+    (`failures`), and the files that are no shards of it (`unread`).
     """
 
     rows: list[dict] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    unread: list[UnreadFile] = field(default_factory=list)
 
 
 def index_directory(directory: Path, workers: int = 1) -> Indexed:
@@ -38,10 +53,11 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
             f"{directory} holds a {MANIFEST} already; check it with tools/check_data.py, or remove "
             "the manifest to index its shards again"
         )
-    sizes = {path: path.stat().st_size for path in sorted(directory.glob("*.tar"))}
-    if not sizes:
-        raise ShardError(f"{directory} holds no .tar file")
-    found = Indexed()
+    paths, unread = _find_shards(directory)
+    if not paths:
+        raise ShardError(f"{directory} holds no .tar file{why_unread(unread)}")
+    sizes = {path: path.stat().st_size for path in paths}
+    found = Indexed(unread=unread)
     for _, result in map_shards(_index, sizes, workers, "index"):
         if isinstance(result, str):
             found.failures.append(result)
@@ -55,12 +71,25 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
     if 2 * unusable > samples:
         reason, count = found.unusable.most_common(1)[0]
         raise ShardError(
-            f"{directory}: {unusable} of {samples} samples are not an image with .txt or .json "
-            f"({count} x {reason}); the files of a sample must have one name and lie together"
+            f"{directory}: {unusable} of {samples} samples are no image with .txt or .json that "
+            f"training can use ({count} x {reason}); {_PREPROCESS} makes a data set of what can be "
+            "used: it puts together files that lie apart, reads names with dots and "
+            "--caption-column, and counts the rest by its reason"
         )
     if not found.failures:
         write_manifest(directory, found.rows)
     return found
+
+
+def _find_shards(directory: Path) -> tuple[list[Path], list[UnreadFile]]:
+    """Tar files of a folder, and the files that its manifest cannot name."""
+    found = find_files(directory)
+    tars = [path for path in found.files if is_tar(path)]
+    below = "tar file in a folder below, which needs an index of its own"
+    unread = [UnreadFile(path, below) for path in tars if path.parent != directory]
+    others = CorpusFiles([path for path in found.files if not is_tar(path)], found.unread)
+    unread += others.select(lambda path: False, lambda path: path.suffix in _SIDECARS)[1]
+    return [path for path in tars if path.parent == directory], unread
 
 
 def _index(path: Path) -> tuple[dict, Counter[str]] | str:
@@ -77,8 +106,8 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
     Returns its manifest row and the number of samples that training cannot use, by reason.
 
     A sample is a run of files with one key and different extensions. Checks the checksum of every
-    header, every size, the end marker, and that the archive is of whole blocks. Raises ShardError
-    if the file is damaged or cut, or holds a file that belongs to no sample.
+    header, every size, the end marker, and that the archive is of whole blocks. What is no member
+    of a sample is passed over. Raises ShardError if the file is damaged, cut or compressed.
     """
     path = Path(path)
     offsets: list[int] = []
@@ -87,6 +116,15 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
     last_key, extensions, position = None, set(), 0
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
+        if kind := compression_of(os.pread(file.fileno(), HEAD, 0)):
+            raise ShardError(
+                f"{how_to_unpack(path, kind)}, or make shards of it with {_PREPROCESS}, which "
+                "reads it as it is"
+            )
+        if path.suffix != ".tar":
+            raise ShardError(f"{path} is not compressed; rename it to end in .tar")
+        if not size:
+            raise ShardError(f"{path} is empty; copy it again")
         if size % BLOCK:
             raise ShardError(
                 f"{path} has {size} bytes, no multiple of {BLOCK} as tar's always are: it lost "
@@ -95,16 +133,15 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
         window = _Window(file.fileno())
 
         def finish(stop: int) -> None:
-            sums.append(checksum(window.read(offsets[-1], stop)))
-            if reason := why_unusable(extensions):
+            data = window.read(offsets[-1], stop)
+            sums.append(checksum(data))
+            if reason := why_unusable(*unpack_sample(bytes(data))):
                 unusable[reason] += 1
 
         try:
             for start, name, data, length in entries(window.read, 0, size):
-                if name is not None:
+                if name is not None and is_member(name):
                     key, extension = split_name(name)
-                    if key in ("", "/") or not extension or key.endswith("/"):
-                        raise BadSampleError(f"{name!r} belongs to no sample; remove it")
                     if key != last_key or extension in extensions:
                         if offsets:
                             finish(start)

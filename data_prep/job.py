@@ -22,7 +22,7 @@ from data_prep.dedup import select
 from data_prep.html_report import write_html_report
 from data_prep.job_state import JobState
 from data_prep.split_pool import SplitPool
-from data_prep.splits import InputSplit
+from data_prep.splits import InputPlan, InputSplit
 from data_prep.worker import Settings, scan_split, write_split
 from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
 from megatron_owl2.errors import PreprocessError
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def preprocess(
-    splits: Sequence[InputSplit],
+    plan: InputPlan,
     settings: Settings,
     output: Path,
     arguments: dict[str, Any],
@@ -58,7 +58,7 @@ def preprocess(
     partition: tuple[int, int] = (0, 1),
     merge: bool = False,
 ) -> Outcome:
-    """Run of a job: makes `output` a data set of the splits, or does a share of that work.
+    """Run of a job: makes `output` a data set of the plan's splits, or does a share of that work.
 
     Partition (i, n) scans its splits i, i + n, ... or, once the selection is there, writes them.
     With n > 1 it leaves the selection and the end to a run with `merge`, which does those two and
@@ -67,6 +67,7 @@ def preprocess(
     one has a name that shards cannot have, if the folder holds anything else, if `merge` finds
     splits missing, if no sample was kept, or if a split cannot be done.
     """
+    splits = plan.splits
     _check_names(splits)
     state = JobState(output)
     state.claim(_describe(splits, settings, arguments))
@@ -88,7 +89,7 @@ def preprocess(
         written = _write(pool, state, mine, settings)
     if partitions > 1:
         return Outcome(None, written=written)
-    report = _finish(state, splits, settings)
+    report = _finish(state, plan, settings)
     return Outcome(report, scanned, written, selected, finished=True)
 
 
@@ -151,8 +152,9 @@ def _select(state: JobState, splits: Sequence[InputSplit], settings: Settings) -
         folder.rename(state.selection)
 
 
-def _finish(state: JobState, splits: Sequence[InputSplit], settings: Settings) -> Statistics:
+def _finish(state: JobState, plan: InputPlan, settings: Settings) -> Statistics:
     """Report, page and, last, manifest of a data set whose splits are all written."""
+    splits = plan.splits
     statistics = StatisticsBuilder(settings.filters)
     if settings.two_readings:
         scans = {split.name: state.scan_result(split) for split in splits}
@@ -164,7 +166,7 @@ def _finish(state: JobState, splits: Sequence[InputSplit], settings: Settings) -
     statistics.check_scores(settings.filters.score_names)
     rows = [row for result in results for row in result["rows"]]
     asked = settings.sample if isinstance(settings.sample, int) else None
-    report = Statistics.of(statistics, rows, asked)
+    report = Statistics.of(statistics, rows, asked, plan.unread)
     if not rows:
         raise PreprocessError(f"no sample was kept, so {state.output} is not a data set: {report}")
     write_atomically(state.output / REPORT, report.to_json())

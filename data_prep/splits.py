@@ -1,8 +1,11 @@
-"""Values that a format hands to the job that shards its input: splits, and samples left out."""
+"""Values that a format hands to the job that shards its input: splits, and what is left out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from data_prep.corpus_files import UnreadFile
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,15 @@ class InputSplit:
     identity: str
     payload: Any
     origin: Path
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """Splits of an input, in the order in which their samples are stored, and the files in it that
+    no split reads."""
+
+    splits: Sequence[InputSplit]
+    unread: Sequence[UnreadFile] = ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from data_prep.formats.common.inputs import (
     sanitize_name,
 )
 from data_prep.formats.format import Format
-from data_prep.splits import InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.sampling.keyed_random import combine
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
@@ -36,7 +36,7 @@ class Coco:
     name: str
     one_caption: bool
 
-    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+    def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` captions, grouped by image.
 
         Raises PreprocessError if the file is not of this form, or without a folder of images.
@@ -55,7 +55,7 @@ class Coco:
         ]
         identity = f"{xxhash.xxh3_128_hexdigest(data)} one caption: {self.one_caption}"
         size, name = options.samples_per_split, sanitize_name(source.stem)
-        return [
+        splits = [
             InputSplit(
                 f"{name}-{start // size:05d}",
                 f"{identity} from {start}",
@@ -64,6 +64,7 @@ class Coco:
             )
             for start in range(0, len(rows), size)
         ]
+        return InputPlan(splits)
 
     def read(self, payload: tuple[list[_Row], Path, str]) -> Iterator[Record | Skipped]:
         """Records of consecutive captions; the key joins the ids of the image and the caption."""

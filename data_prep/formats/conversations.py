@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.formats.common.inputs import SkipError, images_folder, read_image, sanitize_name
 from data_prep.formats.format import Format
-from data_prep.splits import InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record, Turn
 from megatron_owl2.errors import BadSampleError, PreprocessError
 
@@ -20,7 +20,7 @@ class Conversations:
 
     name = "conversations"
 
-    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+    def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` entries of the JSON list.
 
         Raises PreprocessError if the file is not such a list, or names images and
@@ -42,7 +42,7 @@ class Conversations:
             images = images_folder(source, options)
         digest = hashlib.sha256(data).hexdigest()
         name = sanitize_name(source.stem)
-        return [
+        splits = [
             InputSplit(
                 f"{name}-{start // options.samples_per_split:05d}",
                 f"{digest} from {start}",
@@ -51,6 +51,7 @@ class Conversations:
             )
             for start in range(0, len(entries), options.samples_per_split)
         ]
+        return InputPlan(splits)
 
     def read(self, payload: tuple[int, list, Path | None, str]) -> Iterator[Record | Skipped]:
         """Records of consecutive entries; the key is the entry's number in the file.

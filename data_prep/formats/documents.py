@@ -10,7 +10,7 @@ import xxhash
 from data_prep.formats.common.inputs import refuse_images, sanitize_name
 from data_prep.formats.common.tables import cut_lines
 from data_prep.formats.format import Format
-from data_prep.splits import InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 
@@ -20,7 +20,7 @@ class Documents:
 
     name = "documents"
 
-    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+    def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` lines.
 
         Raises PreprocessError if `source` is not a file.
@@ -32,7 +32,7 @@ class Documents:
         with source.open("rb") as file:
             starts, _ = cut_lines(file, rows, digest)
         name = sanitize_name(source.stem)
-        return [
+        splits = [
             InputSplit(
                 f"{name}-{index:05d}",
                 f"{digest.hexdigest()} from {index * rows}",
@@ -41,6 +41,7 @@ class Documents:
             )
             for index, start in enumerate(starts)
         ]
+        return InputPlan(splits)
 
     def read(self, payload: tuple[Path, int, int, int]) -> Iterator[Record | Skipped]:
         """Records of consecutive lines; the key is the line's number in the file, from 0."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from data_prep.splits import InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 
 
@@ -20,15 +20,16 @@ class Format(Protocol):
         """Name of the format on the command line."""
         ...
 
-    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
-        """Splits of the input at `source`, in the order in which their samples are stored.
+    def plan(self, source: Path, options: ReadOptions) -> InputPlan:
+        """Splits of the input at `source`, and the files in it that are not read.
 
         Runs once, in the main process, on every machine that takes part; the same input and
         options must give the same splits. Names of splits are unique and consist of letters,
         digits, `_` and `-` (`common.inputs.sanitize_name`). The identity of a split must change
         whenever its samples may have changed. A payload must be picklable and small: a path and
         a range rather than the samples. Samples are best left to `read`, since nothing that is
-        done here runs in parallel.
+        done here runs in parallel. Files are found by `corpus_files.find_files`, which follows
+        links and passes over hidden files; whatever is not read is named.
 
         Raises PreprocessError, naming the file and the fix, if the input is not of this format,
         or if `options` lack what the format needs or hold what it has no use for.

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from data_prep.corpus_files import CorpusFiles, UnreadFile, list_folder, why_unread
 from data_prep.formats.common import tables
 from data_prep.formats.common.inputs import (
     IMAGE_EXTENSIONS,
@@ -18,16 +19,18 @@ from data_prep.formats.common.inputs import (
     refuse_images,
     scalars,
 )
-from data_prep.formats.common.tars import DAMAGED, Sample, read_tar
+from data_prep.formats.common.tars import DAMAGED, Sample, is_tar, member_of, read_tar, tar_stem
 from data_prep.formats.format import Format
-from data_prep.splits import InputSplit, ReadOptions, Skipped
-from megatron_owl2.data.shards.records import Record
-from megatron_owl2.data.shards.tar import split_name
+from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
+from megatron_owl2.data.shards.records import Record, decode_text
+from megatron_owl2.data.shards.tar import is_member, split_name
 from megatron_owl2.errors import BadSampleError, PreprocessError
+from megatron_owl2.utils.files import is_hidden
 
 # Columns of img2dataset itself: the same for every image that arrived, or long.
 _BOOKKEEPING = ("key", "caption", "status", "error_message", "exif")
 _Row = tuple[str, bytes | None, dict[str, Any]]  # key, image, columns
+_KINDS = ((("json",), "json"), (("txt",), "text"), (IMAGE_EXTENSIONS, "image"))
 _FAILURES = ("failed_to_download", "failed_to_resize")
 
 
@@ -36,7 +39,7 @@ class Img2dataset:
 
     name = "img2dataset"
 
-    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+    def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for each shard of an img2dataset output folder.
 
         Raises PreprocessError if there is none, several forms, or a shard that is not finished.
@@ -46,21 +49,20 @@ class Img2dataset:
             raise PreprocessError(
                 f"{source} is not a folder; name the output folder of img2dataset"
             )
-        tars = sorted(source.glob("*.tar"))
-        folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name.isdigit())
+        tars, folders, tables_found, unread = _find_shards(source)
         if tars and folders:
             raise PreprocessError(
                 f"{source} holds both tar files and numbered folders; separate them"
             )
         shards = tars or folders
         if not shards:  # beside tars and folders, the same names hold the metadata
-            shards = sorted(source.glob("*.parquet"))
-            shards = shards if _hold_images(shards) else []
+            shards = tables_found if _hold_images(tables_found) else []
         if not shards:
             raise PreprocessError(
                 f"{source} holds neither NNNNN.tar nor NNNNN/ nor NNNNN.parquet with images: not "
-                "from img2dataset"
+                f"from img2dataset{why_unread(unread)}"
             )
+        unread += _without_shard(source, shards)
         unfinished = [path.name for path in shards if not _stats_file(path).exists()]
         if unfinished:
             lost = "use --format webdataset" if tars else "write {} to the _stats.json of each"
@@ -69,7 +71,8 @@ class Img2dataset:
                 f"({', '.join(unfinished[:3])}) in {source}: they have no _stats.json; start the "
                 f"download again, it continues. If nothing but the statistics is lost, {lost}"
             )
-        return [InputSplit(path.stem, _identity(path), path, path) for path in shards]
+        splits = [InputSplit(_stem(path), _identity(path), path, path) for path in shards]
+        return InputPlan(splits, unread)
 
     def read(self, payload: Path) -> Iterator[Record | Skipped]:
         """Samples of one shard.
@@ -85,7 +88,7 @@ class Img2dataset:
         else:
             samples = map(_sample, read_tar(path))
         for item in samples:
-            found += item != Skipped(DAMAGED, str(path))
+            found += not (isinstance(item, Skipped) and item.reason == DAMAGED)
             yield item if isinstance(item, Skipped) else _record(*item, source=path.parent.name)
         yield from _not_there(path, found)
 
@@ -100,8 +103,39 @@ def _hold_images(paths: list[Path]) -> bool:
     return False
 
 
+def _find_shards(source: Path) -> tuple[list[Path], list[Path], list[Path], list[UnreadFile]]:
+    """Tar files, numbered folders and tables of an output folder, and what else is in it."""
+    files, folders, unread = list_folder(source)
+    tars, unread = CorpusFiles(files, unread).select(is_tar, _is_metadata)
+    numbered = [path for path in folders if path.name.isdigit()]
+    unread += [
+        UnreadFile(path, "folder that is no shard of img2dataset")
+        for path in folders
+        if path not in numbered
+    ]
+    return tars, numbered, [path for path in files if path.suffix == ".parquet"], unread
+
+
+def _is_metadata(path: Path) -> bool:
+    return path.name.endswith((".parquet", "_stats.json"))
+
+
+def _without_shard(source: Path, shards: list[Path]) -> list[UnreadFile]:
+    """Statistics whose shard is not there."""
+    known = {_stats_file(path).name for path in shards}
+    return [
+        UnreadFile(path, "statistics of a shard that is not there")
+        for path in sorted(source.glob("*_stats.json"))
+        if path.name not in known and not is_hidden(path.name)
+    ]
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else tar_stem(path)
+
+
 def _stats_file(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_stats.json")
+    return path.with_name(f"{_stem(path)}_stats.json")
 
 
 def _identity(path: Path) -> str:
@@ -110,7 +144,7 @@ def _identity(path: Path) -> str:
 
 
 def _read_folder(folder: Path) -> Iterator[Sample]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and is_member(p.name))
     for key, group in groupby(names, lambda name: split_name(name)[0]):
         yield key, {split_name(name)[1]: (folder / name).read_bytes() for name in group}
 
@@ -133,14 +167,18 @@ def _sample(item: Sample | Skipped) -> _Row | Skipped:
         return item
     key, members = item
     try:
-        row = json.loads(members.get("json", b""))
+        names = [member_of(members, *kind) for kind in _KINDS]
+        row = json.loads(members.get(names[0] or "", b""))
+    except SkipError as error:
+        return Skipped(str(error), key)
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         return Skipped("no readable .json member", key)
-    if "txt" in members:
-        row["caption"] = members["txt"].decode(errors="replace")
-    return key, next((members[name] for name in IMAGE_EXTENSIONS if name in members), None), row
+    _, text, image = names
+    if text is not None:
+        row["caption"] = decode_text(members[text])
+    return key, None if image is None else members[image], row
 
 
 def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> Record | Skipped:

@@ -18,7 +18,7 @@ from data_prep.formats.common.inputs import (
     scalars,
 )
 from data_prep.formats.format import Format
-from data_prep.splits import InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError
 
@@ -32,7 +32,7 @@ class Table:
 
     name = "table"
 
-    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+    def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` rows of every file.
 
         Raises PreprocessError without a folder of images, without a table, or if a table does not
@@ -57,7 +57,7 @@ class Table:
                 name = f"{sanitize_name(path.stem)}-{index:05d}"
                 identity = f"{piece.identity} {columns}"
                 splits.append(InputSplit(name, identity, (piece, columns, images), path))
-        return splits
+        return InputPlan(splits)
 
     def read(self, payload: _Payload) -> Iterator[Record | Skipped]:
         """Records of a piece of a table; the key is the row's number in its table, from 0."""

@@ -1,4 +1,7 @@
-"""Plain webdataset tars: an image with a caption in .txt or .json; our own shards too."""
+"""Plain webdataset tars: an image with a caption in .txt or .json; our own shards too.
+
+They may be compressed, with or without an ending that says so.
+"""
 
 import json
 from collections.abc import Iterator
@@ -7,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from data_prep.corpus_files import find_files, why_unread
 from data_prep.formats.common.inputs import (
     CAPTION_COLUMNS,
     IMAGE_EXTENSIONS,
@@ -16,10 +20,11 @@ from data_prep.formats.common.inputs import (
     sanitize_name,
     scalars,
 )
-from data_prep.formats.common.tars import read_tar
+from data_prep.formats.common.tars import ENDINGS, is_tar, member_of, read_tar, tar_stem
 from data_prep.formats.format import Format
-from data_prep.splits import InputSplit, ReadOptions, Skipped
-from megatron_owl2.data.shards.records import KEY, Record
+from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
+from megatron_owl2.data.shards.manifest import MANIFEST
+from megatron_owl2.data.shards.records import KEY, Record, decode_text
 from megatron_owl2.errors import BadSampleError, PreprocessError
 
 _OURS = {"source", "metadata"}  # with a caption or turns, what the .json member of our shards holds
@@ -30,33 +35,39 @@ class Webdataset:
 
     name = "webdataset"
 
-    def plan(self, source: Path, options: ReadOptions) -> list[InputSplit]:
+    def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for the tar file, or for each in the folder and the folders in it.
 
         Raises PreprocessError if there is none.
         """
         refuse_images(options, "webdataset keeps images with their texts")
         if source.is_file():
-            paths, root = [source], source.parent
+            paths, root, unread = [source], source.parent, []
         else:
-            paths, root = sorted(source.rglob("*.tar")), source
+            root = source
+            paths, unread = find_files(source).select(is_tar, _is_companion)
         if not paths:
-            raise PreprocessError(f"{source} holds no .tar file (compressed ones must be unpacked)")
-        return [
+            raise PreprocessError(
+                f"{source} holds no tar file ({', '.join(ENDINGS)}, or .tar compressed)"
+                + why_unread(unread)
+            )
+        splits = [
             InputSplit(
-                sanitize_name(str(path.relative_to(root).with_suffix(""))),
+                sanitize_name(str(path.relative_to(root).with_name(tar_stem(path)))),
                 f"{path.stat().st_size} bytes, changed {path.stat().st_mtime_ns}",
                 (path, options.caption_column),
                 path,
             )
             for path in paths
         ]
+        return InputPlan(splits, unread)
 
     def read(self, payload: tuple[Path, str | None]) -> Iterator[Record | Skipped]:
         """Samples of one tar file.
 
         The caption is the .txt member or, without one or with `caption_column`, a value of the
-        .json member. A key with characters that a record's key cannot have is sanitized and gets a
+        .json member. What distinguishes names with dots (`a.v1.jpg`, `a.v1.txt`) becomes part of
+        the key. A key with characters that a record's key cannot have is sanitized and gets a
         hash appended; `metadata["key"]` is the original key.
         """
         path, caption_column = payload
@@ -68,31 +79,40 @@ class Webdataset:
             try:
                 yield _record(key, members, caption_column, path)
             except (SkipError, BadSampleError) as error:
-                yield Skipped(str(error), f"{path.name}, {key}")
+                yield Skipped(str(error), f"{path.name}, {key} ({_listing(members)})")
 
 
 def _record(key: str, members: dict[str, bytes], caption_column: str | None, path: Path) -> Record:
-    row = _row(members.get("json", b"{}"))
+    json_name = member_of(members, ("json",), "json")
+    row = {} if json_name is None else _row(members[json_name])
     if row.keys() - {"caption", "turns"} == _OURS:
         try:
             return Record.from_members(key, members)
         except BadSampleError as error:
             raise SkipError("damaged sample of a shard") from error
-    images = [name for name in members if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    if len(images) != 1:
-        raise SkipError("more than one image" if images else "no image")
-    name = caption_column or next((c for c in CAPTION_COLUMNS if c in row), "caption")
-    if "txt" in members and caption_column is None:
-        text = members["txt"].decode(errors="surrogateescape")
+    image_name = member_of(members, IMAGE_EXTENSIONS, "image")
+    if image_name is None:
+        raise SkipError("no image")
+    text_name = member_of(members, ("txt",), "text")
+    name = caption_column or next((c for c in CAPTION_COLUMNS if c in row), None)
+    if text_name is not None and caption_column is None:
+        text = decode_text(members[text_name])
+    elif name is None and json_name is None:
+        raise SkipError("no .txt or .json with a caption")
+    elif name is None or name not in row:
+        raise SkipError("no caption in the .json member; name its field with --caption-column")
     else:
-        text = row.get(name)
-    metadata = scalars(row, without=(name,))
+        text = row[name]
+    metadata = scalars(row, without=() if name is None else (name,))
+    middle = image_name.rpartition(".")[0]
+    if middle and middle == (text_name or json_name or "").rpartition(".")[0]:
+        key = f"{key}.{middle}"
     if not KEY.fullmatch(key):
         metadata["key"] = key
         key = f"{sanitize_name(key)[-60:]}-{xxhash.xxh3_64_hexdigest(key.encode())}"
     return Record(
         key,
-        image=members[images[0]],
+        image=members[image_name],
         caption=caption(text),
         source=path.parent.name,
         metadata=metadata,
@@ -107,6 +127,16 @@ def _row(data: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise SkipError("the .json member is not an object")
     return row
+
+
+def _listing(members: dict[str, bytes]) -> str:
+    return ", ".join(f".{extension}" for extension in sorted(members))
+
+
+def _is_companion(path: Path) -> bool:
+    """Whether a file belongs to a data set of ours beside its tar files."""
+    names = (MANIFEST, "report.json", "report.html")
+    return path.name in names or path.suffix in (".idx", ".sums") or "preprocess" in path.parts
 
 
 FORMATS: tuple[Format, ...] = (Webdataset(),)

@@ -4,9 +4,9 @@
 
 DIR holds shards as webdataset.ShardWriter or img2dataset write them (an image with .txt or .json)
 or our own without their manifest. Every file is read once and gets an index and checksums beside
-it; the manifest is written if all are sound. Samples that lack a member stay and are counted. What
-must be filtered, or rescued from damaged files, goes through tools/preprocess_data.py instead.
-Exits 1 if a file is damaged.
+it; the manifest is written if all are sound. Samples that training cannot use stay and are counted;
+files that are no shards are named. What must be filtered, unpacked, or rescued from damaged files,
+goes through tools/preprocess_data.py instead. Exits 1 if a file is damaged or compressed.
 """
 
 import argparse
@@ -23,11 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Returns 0, or 1 if a file is damaged."""
+    from data_prep.corpus_files import count_unread, describe_unread
     from data_prep.index import index_directory
 
     found = index_directory(options.directory, options.workers)
     for failure in found.failures:
-        print(f"damaged: {failure}", file=sys.stderr)
+        print(f"cannot be indexed: {failure}", file=sys.stderr)
     samples = sum(row["samples"] for row in found.rows)
     print(f"{options.directory}: {samples:,} samples in {len(found.rows):,} sound shards")
     if found.unusable:
@@ -37,10 +38,12 @@ def run(options: argparse.Namespace) -> int:
         )
         for reason, count in found.unusable.most_common():
             print(f"  {count:,} x {reason}")
+    for line in describe_unread(count_unread(found.unread)):
+        print(line)
     if found.failures:
         print(
-            f"{len(found.failures)} damaged shards, so there is no manifest: remove them, or keep "
-            "what is whole with tools/preprocess_data.py --format webdataset",
+            f"{len(found.failures)} shards cannot be indexed, so there is no manifest: remove "
+            "them, or keep what is whole with tools/preprocess_data.py --format webdataset",
             file=sys.stderr,
         )
         return 1

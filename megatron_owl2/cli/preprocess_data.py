@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from data_prep.corpus_files import count_unread, describe_unread
     from data_prep.filters import Filters
     from data_prep.formats.registry import FORMATS
     from data_prep.job import preprocess
@@ -110,14 +111,15 @@ def run(options: argparse.Namespace) -> int:
         options.seed,
         options.shard_size,
     )
-    splits = reader.plan(
+    plan = reader.plan(
         options.input,
         ReadOptions(
             options.images, options.shard_size, options.image_column, options.caption_column
         ),
     )
     if options.plan:
-        print(f"{len(splits)} splits, {2 if settings.two_readings else 1} readings")
+        print(f"{len(plan.splits)} splits, {2 if settings.two_readings else 1} readings")
+        print(*describe_unread(count_unread(plan.unread)), sep="\n", end="")
         return 0
     arguments = {
         "format": options.format,
@@ -127,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
         "caption_column": options.caption_column,
     }
     outcome = preprocess(
-        splits,
+        plan,
         settings,
         options.output,
         arguments,

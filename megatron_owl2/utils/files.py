@@ -128,3 +128,17 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path, with `/` between its parts, is hidden or lies in a hidden folder.
+
+    Hidden are names that begin with a dot, such as the `._NAME` and `.DS_Store` of macOS, and the
+    `__MACOSX` that its archives contain.
+    """
+    if "." not in path and "_" not in path:
+        return False
+    return any(
+        part == "__MACOSX" or (part[:1] == "." and part not in (".", ".."))
+        for part in path.split("/")
+    )

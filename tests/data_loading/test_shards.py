@@ -251,7 +251,7 @@ def test_contradicting_records_are_refused(parts, reason):
         ({"json": b'{"caption": "a", "extra": 1}'}, "no image"),
         ({"json": b'{"extra": 1}', "jpg": IMAGE}, "lacks a value"),
         ({"txt": b"a"}, "no image"),
-        ({"txt": b"\xff", "jpg": IMAGE}, "not UTF-8"),
+        ({"txt": b"\xff", "jpg": IMAGE}, "caption is not valid Unicode"),
         ({"txt": b" ", "jpg": IMAGE}, "caption is empty"),
         ({"json": b'{"caption": 5}'}, "not a text"),
         ({"json": b'{"turns": 5}'}, "wrong type"),

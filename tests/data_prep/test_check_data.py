@@ -137,7 +137,7 @@ def test_a_damaged_foreign_shard_leaves_no_manifest(tmp_path):
     path.write_bytes(path.read_bytes()[:3000])
     done = run("index_data", tmp_path)
     assert done.returncode == 1
-    assert f"damaged: {path}" in done.stderr and "--format webdataset" in done.stderr
+    assert f"cannot be indexed: {path}" in done.stderr and "--format webdataset" in done.stderr
     assert not (tmp_path / "manifest.json").exists()
 
 

@@ -21,8 +21,9 @@ pytestmark = pytest.mark.slow
 FORMAT = '''
 """Texts, one in a line: a format that no corpus has."""
 
+from data_prep.corpus_files import find_files
 from data_prep.formats.format import Format
-from data_prep.splits import InputSplit, Skipped
+from data_prep.splits import InputPlan, InputSplit, Skipped
 from megatron_owl2.data.shards.records import Record
 
 
@@ -30,10 +31,9 @@ class Lines:
     name = "mine"
 
     def plan(self, source, options):
-        return [
-            InputSplit(path.stem, str(path.stat().st_size), path, path)
-            for path in sorted(source.glob("*.txt"))
-        ]
+        paths, unread = find_files(source).select(lambda path: path.suffix == ".txt")
+        splits = [InputSplit(path.stem, str(path.stat().st_size), path, path) for path in paths]
+        return InputPlan(splits, unread)
 
     def read(self, payload):
         for number, line in enumerate(payload.read_text().splitlines()):

@@ -71,7 +71,7 @@ def test_tables(images, tmp_path, kind, size):
         expected = {"score": number / 10, "words": number, "id": f"00{number}"}
         assert item.metadata == expected and type(item.metadata["words"]) is int
     assert len(records) == 10
-    splits = FORMATS["table"].plan(path, ReadOptions(images, size))
+    splits = FORMATS["table"].plan(path, ReadOptions(images, size)).splits
     assert [split.name for split in splits] == [f"my_corpus-{i:05d}" for i in range(-(-10 // size))]
 
 
@@ -178,14 +178,14 @@ def test_a_changed_table_is_another_job(images, tmp_path):
     for kind in (".jsonl", ".csv", ".parquet"):
         path = write_table(tmp_path / f"a{kind}", rows(4))
         options = ReadOptions(images, 2)
-        before = [split.identity for split in FORMATS["table"].plan(path, options)]
+        before = [split.identity for split in FORMATS["table"].plan(path, options).splits]
         assert len(set(before)) == 2
-        assert before == [split.identity for split in FORMATS["table"].plan(path, options)]
+        assert before == [split.identity for split in FORMATS["table"].plan(path, options).splits]
         changed = rows(4)
         changed[3]["TEXT"] = changed[3]["TEXT"].replace("3", "x")
         size = path.stat().st_size
         assert write_table(path, changed).stat().st_size == size
-        after = [split.identity for split in FORMATS["table"].plan(path, options)]
+        after = [split.identity for split in FORMATS["table"].plan(path, options).splits]
         assert not set(before) & set(after)
 
 

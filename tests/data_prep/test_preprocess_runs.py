@@ -31,7 +31,7 @@ from processes import group_is_gone, wait_until
 
 from data_prep.job import preprocess
 from data_prep.reencode import Reencoding
-from data_prep.splits import InputSplit
+from data_prep.splits import InputPlan, InputSplit
 from data_prep.worker import Settings
 from megatron_owl2.errors import PreprocessError
 
@@ -139,13 +139,13 @@ def test_a_changed_input_between_two_readings_is_refused(corpus, tmp_path):
     output, settings = tmp_path / "set", Settings(read_list, sample=30)
     splits = as_splits(corpus)
     for index in (0, 1):
-        preprocess(splits, settings, output, {}, partition=(index, 2))
-    preprocess(splits, settings, output, {}, merge=True)
+        preprocess(InputPlan(splits), settings, output, {}, partition=(index, 2))
+    preprocess(InputPlan(splits), settings, output, {}, merge=True)
     another = pair(corpus[3][7].key, corpus[3][7].image, "another caption")
     for changed in ([*corpus[3][:7], another], corpus[3][:7], [*corpus[3][1:], corpus[3][0]]):
         splits[3] = InputSplit("part3", "3", changed, Path("input3"))
         with pytest.raises(PreprocessError, match="split part3: sample . is not what the first"):
-            preprocess(splits, settings, output, {})
+            preprocess(InputPlan(splits), settings, output, {})
         assert not list(output.glob("part3*")) and not list((output / UNFINISHED).iterdir())
 
 

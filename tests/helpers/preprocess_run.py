@@ -14,7 +14,7 @@ from paths import HELPERS, ROOT, TOOLS
 from tiny_data import encoded, make_image
 
 from data_prep.job import Outcome, preprocess
-from data_prep.splits import InputSplit, Skipped
+from data_prep.splits import InputPlan, InputSplit, Skipped
 from data_prep.worker import Settings
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record
@@ -102,4 +102,4 @@ def job(contents: list[list[Record | Skipped]], output: Path, **options) -> Outc
     names = ("workers", "partition", "merge")
     run = {name: options.pop(name) for name in names if name in options}
     settings = Settings(**({"read": read_list} | options))
-    return preprocess(as_splits(contents), settings, output, {}, **run)
+    return preprocess(InputPlan(as_splits(contents)), settings, output, {}, **run)

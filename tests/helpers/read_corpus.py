@@ -15,7 +15,7 @@ from megatron_owl2.errors import PreprocessError
 def collect(kind: str, source: Path, **options) -> tuple[list[Record], Counter]:
     """Records of all splits, and the counts of reasons why others were left out."""
     format_ = FORMATS[kind]
-    splits = format_.plan(source, ReadOptions(**options))
+    splits = format_.plan(source, ReadOptions(**options)).splits
     assert len({split.name for split in splits}) == len(splits)
     items = [item for split in splits for item in format_.read(split.payload)]
     records = [item for item in items if isinstance(item, Record)]

@@ -1,55 +1,146 @@
 """Samples from tar files of other tools: PAX and GNU headers are read, damage is reported."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from data_prep.formats.common.compression import open_unpacked
+from data_prep.formats.common.inputs import IMAGE_EXTENSIONS, SkipError
 from data_prep.splits import Skipped
-from megatron_owl2.data.shards.tar import BLOCK, entries, padding, split_name
+from megatron_owl2.data.shards.tar import BLOCK, entries, is_member, padding, split_name
 from megatron_owl2.errors import BadSampleError
 
 DAMAGED = "rest of a damaged file"
+ENDINGS = (".tar", ".tgz", ".tbz2", ".tzst", ".txz")
+_COMPRESSED = (".gz", ".bz2", ".zst", ".xz")  # behind .tar
+_TEXTS = ("txt", "json")
+_LARGEST = 1 << 30  # bytes of a file in an archive; no image is larger
 Sample = tuple[str, dict[str, bytes]]  # key, and extension to bytes
 
 
-def read_tar(path: Path) -> Iterator[Sample | Skipped]:
-    """Samples of a tar file: neighbouring members with one key, as webdataset groups them.
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar file by its name, compressed or not."""
+    name = path.name.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending) if name.endswith(f".tar{ending}") else name
+    return name.endswith(ENDINGS)
 
-    The rest of a damaged archive is skipped as one, since its number of samples is unknown.
+
+def tar_stem(path: Path) -> str:
+    """Name of a tar file without its endings."""
+    stem = path.stem
+    return stem[: -len(".tar")] if stem.lower().endswith(".tar") else stem
+
+
+def read_tar(path: Path) -> Iterator[Sample | Skipped]:
+    """Samples of a tar file, compressed or not: members with one key, as webdataset names them.
+
+    Members that lie apart are put together, unless both places have an image and a text: then the
+    key occurs twice. What is no member of a sample (`shards.tar.is_member`) is passed over. The
+    rest of a damaged archive is skipped as one, since its number of samples is unknown.
     """
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_unpacked(path) as (file, fault):
 
         def read(start: int, stop: int) -> bytes:
-            return os.pread(file.fileno(), stop - start, start)
+            file.seek(start)
+            return file.read(stop - start)
 
-        sample_key, members, repeated, end = "", {}, False, 0
-        try:
-            for _, name, start, length in entries(read, 0, size):
-                end = start + length + padding(length)
-                if name is None:
-                    continue
-                key, extension = split_name(name)
-                if key != sample_key:
-                    if members:
-                        yield _sample(sample_key, members, repeated)
-                    sample_key, members, repeated = key, {}, False
-                repeated |= extension in members
-                members[extension] = read(start, start + length)
-            intact = _ends_here(file, end)
-        except BadSampleError:
-            intact = False
-        if members:
-            yield _sample(sample_key, members, repeated)
-        if not intact:
-            yield Skipped(DAMAGED, str(path))
+        runs, why_cut = _runs(file, read)
+        for run in _put_together(runs):
+            yield _sample(run, read)
+        if not (runs or fault or why_cut):
+            yield Skipped("tar file without a sample", str(path))
+        if fault or why_cut:
+            yield Skipped(DAMAGED, f"{path}: {fault or why_cut}")
 
 
-def _sample(key: str, members: dict[str, bytes], repeated: bool) -> Sample | Skipped:
-    return Skipped("a member of the sample occurs twice", key) if repeated else (key, members)
+def member_of(members: Collection[str], endings: Collection[str], kind: str) -> str | None:
+    """Extension of a sample's only member of a kind, or None.
+
+    The last part of an extension counts, so `input.jpg` is an image; `txt` comes before `ocr.txt`.
+    Raises SkipError if there are several.
+    """
+    found = [name for name in members if name.rpartition(".")[2] in endings]
+    if len(found) > 1:
+        whole = [name for name in found if name in endings]
+        if kind == "image" or len(whole) != 1:
+            several = "files of several samples: their names have dots"
+            raise SkipError(several if _several_samples(members) else f"more than one {kind}")
+        return whole[0]
+    return found[0] if found else None
 
 
-def _ends_here(file, position: int) -> bool:
+@dataclass
+class _Run:
+    """Neighbouring members with one key: extension to offset and size."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+    repeated: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether an image and a text are there."""
+        kinds = {name.rpartition(".")[2] for name in self.members}
+        return not kinds.isdisjoint(IMAGE_EXTENSIONS) and not kinds.isdisjoint(_TEXTS)
+
+
+def _runs(file: IO[bytes], read: Callable[[int, int], bytes]) -> tuple[list[_Run], str | None]:
+    """Runs in an archive, and why its rest cannot be read, or None."""
+    size = file.seek(0, 2)
+    runs: list[_Run] = []
+    end, key = 0, None
+    try:
+        for _, name, start, length in entries(read, 0, size):
+            end = start + length + padding(length)
+            if name is None or not is_member(name):
+                continue
+            last, (key, extension) = key, split_name(name)
+            if key != last:
+                runs.append(_Run(key, {}))
+            runs[-1].repeated |= extension in runs[-1].members
+            runs[-1].members[extension] = (start, length)
+    except BadSampleError as error:
+        return runs, f"{error} behind byte {end}"
+    return runs, None if _ends_here(file, end) else f"no end of the archive at byte {end}"
+
+
+def _put_together(runs: list[_Run]) -> list[_Run]:
+    """Runs whose members lie apart as one, at the place of the first."""
+    kept: list[_Run] = []
+    latest: dict[str, _Run] = {}
+    for run in runs:
+        first = latest.get(run.key)
+        apart = first is not None and first.members.keys().isdisjoint(run.members)
+        if first is not None and apart and not (first.whole and run.whole):
+            first.members |= run.members
+            first.repeated |= run.repeated
+        else:
+            kept.append(run)
+            latest[run.key] = run
+    return kept
+
+
+def _sample(run: _Run, read: Callable[[int, int], bytes]) -> Sample | Skipped:
+    if run.repeated:
+        return Skipped("a member of the sample occurs twice", run.key)
+    if any(length > _LARGEST for _, length in run.members.values()):
+        return Skipped(f"a member larger than {_LARGEST >> 30} GiB", run.key)
+    members = {name: read(start, start + length) for name, (start, length) in run.members.items()}
+    return run.key, members
+
+
+def _several_samples(members: Collection[str]) -> bool:
+    """Whether several images have a text each of the same name up to its extension."""
+    stems = [
+        {name.rpartition(".")[0] for name in members if name.rpartition(".")[2] in endings}
+        for endings in (IMAGE_EXTENSIONS, _TEXTS)
+    ]
+    return len(stems[0] & stems[1]) > 1
+
+
+def _ends_here(file: IO[bytes], position: int) -> bool:
     """Whether the end marker follows and nothing after it, and the file is of whole blocks; else
     it may be cut, or have lost bytes before."""
     file.seek(position)

@@ -1,8 +1,10 @@
 """Record of a sample, before shards and after: at most one image, a caption or a conversation."""
 
+import codecs
 import json
 import re
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,17 +99,26 @@ class Record:
         image with its caption in .txt or in the `caption` of .json (img2dataset writes both).
         Raises BadSampleError if a member is missing, unknown or malformed.
         """
+        try:
+            return cls._from_members(key, members)
+        except BadSampleError as error:
+            names = ", ".join(f".{extension}" for extension in sorted(members))
+            raise BadSampleError(f"sample {key!r} ({names}): {error}") from None
+
+    @classmethod
+    def _from_members(cls, key: str, members: Mapping[str, bytes]) -> "Record":
+        """The record; errors are categories, without its key."""
+        if reason := _unfit(members.keys()):
+            raise BadSampleError(reason)
         images = [extension for extension in members if extension in _IMAGES]
-        if reason := why_unusable(members.keys()):
-            raise BadSampleError(f"sample {key!r} has the members {sorted(members)}: {reason}")
         image = members[images[0]] if images else None
-        body = _json(key, members["json"]) if "json" in members else {}
+        body = _json(members["json"]) if "json" in members else {}
         try:
             if "txt" in members or not body.keys() <= _FIELDS:
                 if image is None:
-                    raise BadSampleError(f"sample {key!r} has no image")
-                text = members["txt"].decode() if "txt" in members else body["caption"]
-                return cls(key=key, image=image, caption=text.strip(), metadata=body)
+                    raise BadSampleError("no image")
+                text = decode_text(members["txt"]) if "txt" in members else body["caption"]
+                return cls(key=key, image=image, caption=strip_text(text), metadata=body)
             return cls(
                 key=key,
                 image=image,
@@ -116,35 +127,66 @@ class Record:
                 source=body.get("source", ""),
                 metadata=body.get("metadata", {}),
             )
-        except UnicodeDecodeError:
-            raise BadSampleError(f"sample {key!r}: its .txt member is not UTF-8") from None
         except (TypeError, KeyError, AttributeError):
             raise BadSampleError(
-                f"sample {key!r}: its .json member lacks a value or has one of the wrong type"
+                "its .json member lacks a value or has one of the wrong type"
             ) from None
 
 
-def _json(key: str, data: bytes) -> dict:
+def _json(data: bytes) -> dict:
     try:
         body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"sample {key!r}: its .json member is not JSON: {error}") from None
+    except (ValueError, RecursionError):
+        raise BadSampleError("its .json member is not JSON") from None
     if not isinstance(body, dict):
-        raise BadSampleError(f"sample {key!r}: its .json member is not an object")
+        raise BadSampleError("its .json member is not an object")
     return body
 
 
-def why_unusable(extensions: Set[str]) -> str | None:
+def why_unusable(key: str, members: Mapping[str, bytes]) -> str | None:
+    """Why training cannot use a sample of another program, or None if it can; a category.
+
+    The image is looked at only as far as its first bytes.
+    """
+    try:
+        record = Record._from_members(key, members)
+        if record.image is not None:
+            image_extension(record.image)
+    except BadSampleError as error:
+        return str(error)
+    return None
+
+
+def _unfit(extensions: Set[str]) -> str | None:
     """Why members with these extensions cannot be a record, or None if they can: an image with .txt
     or .json, or .json alone."""
     images, texts = extensions & _IMAGES, extensions & _TEXTS
     if len(images) + len(texts) < len(extensions):
+        unknown = min(extensions - images - texts)
+        if unknown.rpartition(".")[2] in _IMAGES | _TEXTS:
+            return "a name with several dots, of which training reads the first as its end"
         return "a member that is neither an image (jpg, jpeg, png or webp) nor txt nor json"
     if len(images) > 1:
         return "more than one image"
     if not images and extensions != {"json"}:
         return "no image (jpg, jpeg, png or webp)"
     return None if texts else "no txt or json"
+
+
+def decode_text(data: bytes) -> str:
+    """Text of a file in UTF-8, or in UTF-16 with a byte order mark; the mark is dropped.
+
+    Other bytes become lone surrogates, which no record may hold.
+    """
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        with suppress(UnicodeDecodeError):
+            return data.decode("utf-16")
+    return data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+
+
+def strip_text(text: str) -> str:
+    """Text without the white space and byte order marks around it."""
+    return text.strip().strip("\ufeff").strip()
 
 
 def image_extension(data: bytes) -> str:

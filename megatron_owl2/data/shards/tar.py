@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from zlib import adler32
 
 from megatron_owl2.errors import BadSampleError
+from megatron_owl2.utils.files import is_hidden
 
 BLOCK = 512
 END = bytes(2 * BLOCK)  # closes an archive
 
 _FILE = (b"0", b"\0")
-_NO_FILE = (b"1", b"2", b"3", b"4", b"5", b"6", b"g")  # links, devices, folders, global headers
+# Links, devices, folders, global headers; of GNU tar also lists of folders and labels.
+_NO_FILE = (b"1", b"2", b"3", b"4", b"5", b"6", b"g", b"D", b"V")
 _PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"
 _MAX_EXTENDED = 2**20  # bytes of an extended header; a larger one is damage
 _TRAILER = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
@@ -51,12 +53,25 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def is_member(name: str) -> bool:
+    """Whether a file of an archive is a member of a sample.
+
+    Hidden files, names without an extension, and `__NAME__`, which webdataset passes over as well,
+    stand between the members without being one.
+    """
+    base = name.rpartition("/")[2]
+    stem, dot, extension = base.partition(".")
+    if not (stem and dot and extension):
+        return False
+    return not (is_hidden(name) or (base.startswith("__") and base.endswith("__")))
+
+
 def members(
     read: Callable[[int, int], bytes | memoryview], position: int, stop: int
 ) -> Iterator[tuple[int, str, int, int]]:
-    """The files of an archive between two byte offsets: entries() that have a name."""
+    """Members of samples between two byte offsets of an archive: entries() of such names."""
     for start, name, data, size in entries(read, position, stop):
-        if name is not None:
+        if name is not None and is_member(name):
             yield start, name, data, size
 
 
@@ -157,7 +172,7 @@ def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
             if not start < end <= len(body) or body[end - 1 : end] != b"\n":
                 raise ValueError
             if record[2] == b"path":
-                path = body[start : end - 1].decode()
+                path = _text(body[start : end - 1])
             elif record[2] == b"size":
                 if not body[start : end - 1].isdigit():
                     raise ValueError
