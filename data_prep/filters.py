@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from data_prep.splits import Skipped
-from megatron_owl2.data.images import MAX_PIXELS, MAX_SIDE, image_size
+from megatron_owl2.data.images import image_size
+from megatron_owl2.data.pillow_images import MAX_PIXELS, MAX_SIDE
 from megatron_owl2.data.shards.records import Record
 
 

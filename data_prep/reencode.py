@@ -41,7 +41,7 @@ class Reencoding:
         if self.jpeg_quality is None and small and _storable(image):
             return False
         if max(self._target(*size)) > _LONGEST:
-            raise BadSampleError("image is too long for JPEG")
+            raise BadSampleError("image is too long for JPEG (--max-side makes it smaller)")
         return True
 
     def encode(self, pixels: "torch.Tensor") -> bytes:

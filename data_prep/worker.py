@@ -14,6 +14,7 @@ from data_prep.job_state import JobState
 from data_prep.reencode import Reencoding
 from data_prep.split_pool import Tick
 from data_prep.splits import InputSplit, Skipped
+from megatron_owl2.data.image_files import kind, why_not_read
 from megatron_owl2.data.images import decode
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.shards.writer import ShardWriter
@@ -134,7 +135,7 @@ def _judge(
     """Decision about one record; cheap checks come first, to decode few images in vain."""
     statistics.columns.update(number_columns(record))
     if record.image is not None and not settings.reencoding.accepts(record.image):
-        return Skipped("image is not JPEG, PNG or WebP", record.key)
+        return _not_accepted(record.key, record.image)
     try:
         stats = measure(record, settings.filters.score_names)
     except BadSampleError as error:
@@ -201,6 +202,16 @@ def _to_reencode(settings: Settings, record: Record, stats: ImageStats) -> bool:
     if record.image is None or stats.size is None:
         return False
     return settings.reencoding.needed(record.image, stats.size)
+
+
+def _not_accepted(key: str, image: bytes) -> Skipped:
+    """Reason why shards do not hold an image of its kind."""
+    reason = "image is not JPEG, PNG or WebP"
+    if name := kind(image):
+        return Skipped(
+            f"{reason} (--max-side or --jpeg-quality stores it as JPEG)", f"{key}: {name}"
+        )
+    return Skipped(reason, f"{key}: {why_not_read(image)}")
 
 
 def _not_storable(record: Record, error: BadSampleError) -> Skipped:

@@ -4,22 +4,17 @@ JPEG goes through libjpeg-turbo and the resize through torch's antialiased bicub
 one or two levels of 255 of Pillow's result in half the time. Normalisation happens on the device.
 """
 
-import io
 import math
 
-import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from megatron_owl2.data import jpeg, pillow_images
+from megatron_owl2.data.image_files import kind
+from megatron_owl2.data.pillow_images import UnusableImageError
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.errors import BadSampleError
-
-MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger image is refused before it is decoded
-MAX_SIDE = 65_535  # JPEG's; resizing a longer line of pixels would take gigabytes
-MAX_SCANS = 100  # of a JPEG; every one decodes the whole image again
-_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def decode(data: bytes) -> torch.Tensor:
@@ -27,31 +22,34 @@ def decode(data: bytes) -> torch.Tensor:
 
     Grey, palette and CMYK images become RGB, 16-bit ones keep the upper 8 bits, transparency is
     laid over white, an animation gives its first frame. The EXIF orientation is not applied, as
-    in the official code. Raises BadSampleError for anything damaged (strictly: Pillow accepts a
-    JPEG whose body is noise), of an unknown format, or above MAX_PIXELS, MAX_SIDE or MAX_SCANS.
+    in the official code. Damage of metadata is no damage. Raises BadSampleError for anything
+    else that is damaged (strictly: Pillow accepts a JPEG whose body is noise), of an unknown
+    format, of 32-bit numbers, or above MAX_PIXELS, MAX_SIDE or MAX_SCANS.
     """
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
-            check_size(width, height)
-            # No other bytes of a JPEG's scans look like the start of one.
-            if _may_have_many_scans(data) and data.count(b"\xff\xda") > MAX_SCANS:
-                raise BadSampleError(f"JPEG of more than {MAX_SCANS} scans")
-            pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-        else:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return from_pillow(image)
-    except BadSampleError:
-        raise
-    except Exception as error:  # Pillow's readers raise many types on damaged files
-        raise BadSampleError(f"image cannot be decoded: {error}") from None
+        pixels = (jpeg if kind(data) == "JPEG" else pillow_images).decode(data)
+    except UnusableImageError as error:
+        raise BadSampleError(str(error)) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
-    """An image of Pillow as RGB, uint8 [3, H, W]; raises BadSampleError if it is too large."""
-    check_size(*image.size)
-    return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+    """An image of Pillow as RGB, uint8 [3, H, W]; raises BadSampleError as decode does."""
+    try:
+        return torch.from_numpy(pillow_images.from_pillow(image)).permute(2, 0, 1)
+    except UnusableImageError as error:
+        raise BadSampleError(str(error)) from None
+
+
+def check_tensor(pixels: torch.Tensor) -> torch.Tensor:
+    """The same tensor; raises BadSampleError if it is not uint8 [3, H, W], or too large."""
+    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3:
+        raise BadSampleError(f"a tensor {pixels.dtype} {list(pixels.shape)}; give uint8 [3, H, W]")
+    try:
+        pillow_images.check_size(pixels.shape[2], pixels.shape[1])
+    except UnusableImageError as error:
+        raise BadSampleError(str(error)) from None
+    return pixels
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -60,13 +58,9 @@ def image_size(data: bytes) -> tuple[int, int]:
     The orientation that EXIF may ask for is not applied, as in decode.
     """
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
-        else:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                width, height = image.size
-    except Exception as error:  # Pillow's readers raise many types on damaged files
-        raise BadSampleError(f"image header cannot be read: {error}") from None
+        width, height = (jpeg if kind(data) == "JPEG" else pillow_images).size(data)
+    except UnusableImageError as error:
+        raise BadSampleError(str(error)) from None
     if width < 1 or height < 1:
         raise BadSampleError(f"image of {width} x {height} pixels")
     return width, height
@@ -112,45 +106,3 @@ def random_crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int,
     crop_width = min(width, max(1, round(height * 4 / 3)))
     crop_height = min(height, max(1, round(width * 4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise BadSampleError for an image that is too large to decode and resize."""
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise BadSampleError(
-            f"image of {width} x {height} pixels exceeds {MAX_PIXELS} pixels or a side of "
-            f"{MAX_SIDE}"
-        )
-
-
-def _may_have_many_scans(data: bytes) -> bool:
-    """Whether a decoder reads on after the first scan of a JPEG: it is progressive, or its colours
-    come one by one. To look for scans in all of the data costs more than to read the header."""
-    components, position = 0, 2
-    try:
-        while data[position] == 0xFF:
-            marker, start = data[position + 1], position + 4
-            if marker == 0xDA:  # SOS
-                return data[start] < components
-            if marker in (0xC0, 0xC1):  # SOF of a sequential Huffman-coded image
-                components = data[start + 5]
-            elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # another SOF
-                return True
-            position += 2 + int.from_bytes(data[position + 2 : start])
-    except IndexError:
-        pass
-    return True  # not as most programs write it
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise BadSampleError("image of 32-bit numbers, whose white is unknown")
-    if image.mode.startswith("I;16"):  # convert() would clip instead of scale
-        grey = np.asarray(image)
-        white = grey == image.info.get("transparency", -1)
-        return Image.fromarray(np.where(white, 255, grey >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")

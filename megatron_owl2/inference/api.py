@@ -92,19 +92,20 @@ def read_image(image: ImageInput) -> torch.Tensor:
     Raises InferenceError if it cannot be decoded or is none of these, OSError if its file cannot
     be read.
     """
-    if isinstance(image, torch.Tensor):
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
-            raise InferenceError(
-                f"an image is a tensor {image.dtype} {list(image.shape)}; give uint8 [3, H, W]"
-            )
-        return image
+    name = image if isinstance(image, str | PathLike) else "an image"
     try:
+        if isinstance(image, torch.Tensor):
+            return image_processing.check_tensor(image)
         if isinstance(image, Image.Image):
             return image_processing.from_pillow(image)
-        return image_processing.decode(Path(image).read_bytes())
+        if isinstance(image, str | PathLike):
+            return image_processing.decode(Path(image).read_bytes())
     except BadSampleError as error:
-        name = "an image" if isinstance(image, Image.Image) else image
         raise InferenceError(f"{name}: {error}") from None
+    raise InferenceError(
+        f"an image is of type {type(image).__name__}; give a path, a Pillow image or a tensor "
+        "uint8 [3, H, W]"
+    )
 
 
 def _with_placeholders(question: str, images: int) -> str:

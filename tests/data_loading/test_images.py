@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiny_data import encoded, make_image
 
-from megatron_owl2.data import images
+from megatron_owl2.data import images, pillow_images
 from megatron_owl2.data.images import augment, decode, resize_square
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.errors import BadSampleError
@@ -85,9 +85,9 @@ def test_damaged_images_are_refused():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_too_many_pixels_are_refused_before_decoding(kind, monkeypatch):
     data = encoded(make_image(5, 40, 30), kind)
-    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30)
+    monkeypatch.setattr(pillow_images, "MAX_PIXELS", 40 * 30)
     assert decode(data).shape == (3, 30, 40)
-    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30 - 1)
+    monkeypatch.setattr(pillow_images, "MAX_PIXELS", 40 * 30 - 1)
     with pytest.raises(BadSampleError, match="40 x 30 pixels exceeds"):
         decode(data)
 

@@ -41,10 +41,11 @@ def img2dataset_rows(shard: int) -> dict[str, bytes]:
     return members
 
 
+STORES_JPEG = "--max-side or --jpeg-quality stores it as JPEG"
 SKIPPED = {
     "status failed_to_download": 1,
     "empty caption": 1,
-    "image is not JPEG, PNG or WebP": 1,
+    f"image is not JPEG, PNG or WebP ({STORES_JPEG})": 1,
     "no image": 1,
     "no readable .json member": 1,
 }
@@ -202,7 +203,10 @@ def test_unusable_conversations_are_counted(images, tmp_path):
         "image is not one path": {"image": ["2.png", "2.png"], "conversations": fine},
         "image file is missing": {"image": "4.png", "conversations": fine},
         "image file cannot be read (Is a directory)": {"image": "coco", "conversations": fine},
-        "image is not JPEG, PNG or WebP": {"image": "3.tif", "conversations": fine},
+        f"image is not JPEG, PNG or WebP ({STORES_JPEG})": {
+            "image": "3.tif",
+            "conversations": fine,
+        },
         "question 1 is not valid Unicode": {"conversations": [human("\ud800"), gpt("a")]},
     }
     escapes = ["../secret.jpg", "coco/../../secret.jpg", str(images.parent / "secret.jpg")]

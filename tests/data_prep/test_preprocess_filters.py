@@ -83,7 +83,8 @@ def test_a_score_that_no_record_has_is_an_error_that_names_those_there_are(tmp_p
 @pytest.mark.parametrize("two_readings", [False, True])
 def test_limits_of_a_score_do_not_hide_why_no_record_could_be_read(tmp_path, two_readings):
     content = [[Skipped("no image", "row 1"), pair("page", b"<html>404</html>", clip=0.5)]]
-    reasons = "(?s)kept 0, skipped 2\n.*  1 x image is not .* \\(such as page\\)\n  1 x no image"
+    reasons = "(?s)kept 0, skipped 2\n.*  1 x image is not .* \\(such as page: it is an HTML"
+    reasons += ".*\\)\n  1 x no image"
     limits = Filters(min_score={"clip": 0.3})
     with pytest.raises(PreprocessError, match=reasons):
         job(content, tmp_path, filters=limits, sample=1 if two_readings else None)
@@ -107,7 +108,8 @@ def test_broken_images(tmp_path):
     assert keys(tmp_path / "decoded") == ["good"]
     assert skipped(tmp_path / "decoded") == {
         "image cannot be decoded": 3,
-        "image is not JPEG, PNG or WebP": 3,
+        "image is not JPEG, PNG or WebP": 2,
+        "image is not JPEG, PNG or WebP (--max-side or --jpeg-quality stores it as JPEG)": 1,
         "image cannot be read": 1,
     }
     job([content], tmp_path / "trusted", filters=Filters(decode=False))
@@ -214,7 +216,8 @@ def test_quality_encodes_everything_anew(tmp_path):
 def test_what_is_too_long_for_jpeg_is_skipped(tmp_path):
     line = pair("line", encoded(Image.new("L", (65_501, 2)), "PNG"))
     job([[line, pair("good")]], tmp_path / "all", reencoding=Reencoding(jpeg_quality=90))
-    assert skipped(tmp_path / "all") == {"image is too long for JPEG": 1}
+    reason = "image is too long for JPEG (--max-side makes it smaller)"
+    assert skipped(tmp_path / "all") == {reason: 1}
     job([[line]], tmp_path / "small", reencoding=Reencoding(max_side=1000))
     assert image_size(records(tmp_path / "small")[0].image) == (1000, 1)
 

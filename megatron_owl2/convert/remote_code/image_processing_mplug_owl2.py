@@ -1,11 +1,21 @@
 """Images to the pixel values of mPLUG-Owl2."""
 
+import base64
+import binascii
+from os import PathLike, fspath
+from os.path import isfile
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+
+from .pillow_images import check_size, decode, from_pillow
 
 
 class MPLUGOwl2ImageProcessor(BaseImageProcessor):
@@ -23,46 +33,85 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
         self.crop_size, self.image_mean, self.image_std = crop_size, image_mean, image_std
 
     def preprocess(self, images, return_tensors="pt") -> BatchFeature:
-        """`pixel_values` fp32 [n, 3, H, W] of one or several images.
+        """`pixel_values` fp32 [n, 3, H, W] of one or several images, also in lists of lists.
 
-        An image is a PIL image, a uint8 array or tensor [H, W, 3] or [3, H, W], a path or a URL.
-        Raises ValueError for arrays of another shape or kind.
+        An image is a PIL image, a uint8 array or tensor [H, W, 3] or [3, H, W], a path, a URL or
+        the file in base64. Raises ValueError for arrays of another shape or kind, and for images
+        that training refuses, in the same words.
         """
-        images = self.fetch_images(images)
-        images = images if isinstance(images, (list, tuple)) else [images]
         size = (self.crop_size["height"], self.crop_size["width"])
-        squares = torch.stack([_squash(_pixels(image), size) for image in images])
+        squares = [_squash(_pixels(image), size) for image in _flat(images)]
+        if not squares:
+            raise ValueError("no images; give one or several")
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (self.image_mean, self.image_std))
-        values = (squares.float() / 255 - mean) / std
+        values = (torch.stack(squares).float() / 255 - mean) / std
         return BatchFeature({"pixel_values": values}, tensor_type=return_tensors)
+
+    def fetch_images(self, images):
+        """The same images, with PIL images in place of paths, URLs and base64.
+
+        transformers' own function turns an image by its EXIF orientation and lays transparency
+        over black; training does neither.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, (str, PathLike)):
+            return Image.fromarray(_decoded(fspath(images)))
+        return images
+
+
+def _flat(images) -> list:
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for entry in images for image in _flat(entry)]
 
 
 def _pixels(image) -> torch.Tensor:
     """An image as uint8 [3, H, W]."""
+    if isinstance(image, (str, PathLike)):
+        return torch.from_numpy(_decoded(fspath(image))).permute(2, 0, 1)
     if isinstance(image, Image.Image):
-        image = _to_rgb(image)
-    pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
-    if pixels.dim() == 3 and pixels.shape[0] != 3:
-        pixels = pixels.permute(2, 0, 1)
-    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3:
+        return torch.from_numpy(from_pillow(image)).permute(2, 0, 1)
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise ValueError(f"an image is of type {type(image).__name__}; give a PIL image or a path")
+    colours = [axis for axis in (0, 2) if image.ndim == 3 and image.shape[axis] == 3]
+    if str(image.dtype) not in ("uint8", "torch.uint8") or len(colours) != 1:
+        which = " (which axis has the colours is not clear)" if len(colours) == 2 else ""
         raise ValueError(
-            f"an image is {pixels.dtype} {list(pixels.shape)}; give a PIL image or uint8 [H, W, 3]"
+            f"an image is {image.dtype} {list(image.shape)}{which}; give a PIL image or uint8 "
+            "[H, W, 3]"
         )
+    pixels = image.cpu() if isinstance(image, torch.Tensor) else torch.from_numpy(image.copy())
+    pixels = pixels if colours == [0] else pixels.permute(2, 0, 1)
+    check_size(pixels.shape[2], pixels.shape[1])
     return pixels
+
+
+def _decoded(source: str) -> np.ndarray:
+    """The file at a path or URL, or given as base64 or a data URI, as uint8 [H, W, 3]."""
+    name = source if len(source) <= 200 else f"{source[:40]}..."
+    try:
+        return decode(_file(source))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except URLError as error:
+        raise ValueError(f"{name}: {error.reason}") from None
+
+
+def _file(source: str) -> bytes:
+    if source.startswith(("http://", "https://")):
+        request = Request(source, headers={"User-Agent": "mplug-owl2"})
+        with urlopen(request, timeout=60) as response:
+            return response.read()
+    if isfile(source):
+        return Path(source).read_bytes()
+    try:
+        return base64.b64decode(source.split(",")[-1], validate=True)
+    except binascii.Error:
+        raise ValueError("there is no such file, and it is neither a URL nor base64") from None
 
 
 def _squash(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if pixels.shape[1:] == size:
         return pixels
     return interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as in training: 16-bit grey keeps its upper bits, transparency is laid over white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")

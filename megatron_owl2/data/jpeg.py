@@ -1,0 +1,105 @@
+"""Strict decoding of JPEG with libjpeg-turbo: the pixels that Pillow gives in half the time, and
+none from a scan that is damaged or short, which Pillow fills with noise or grey."""
+
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from megatron_owl2.data import pillow_images
+from megatron_owl2.data.image_files import without_metadata
+from megatron_owl2.data.pillow_images import UnusableImageError, check_size
+
+MAX_SCANS = 100  # of a JPEG; every one decodes the whole image again
+
+T = TypeVar("T")
+
+
+def decode(data: bytes) -> np.ndarray:
+    """A JPEG as RGB, uint8 [H, W, 3].
+
+    A file without its end marker is short. Raises UnusableImageError, also above MAX_SCANS. What
+    TurboJPEG refuses for its subsampling is left to Pillow, whose only damage is a short file.
+    """
+    try:
+        return _strictly(data, _decode)
+    except _UnknownSubsampling:
+        return pillow_images.decode(data)
+    except ValueError as error:
+        raise _refusal("image cannot be decoded", error) from None
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels from the header of a JPEG; raises UnusableImageError."""
+    try:
+        height, width = map(int, _strictly(data, _header)[:2])
+    except _UnknownSubsampling:
+        return pillow_images.size(data)
+    except ValueError as error:
+        raise _refusal("image header cannot be read", error) from None
+    return width, height
+
+
+class _UnknownSubsampling(ValueError):
+    """A JPEG whose subsampling has no name in TurboJPEG."""
+
+
+def _strictly(data: bytes, read: Callable[[bytes], T]) -> T:
+    """What `read` finds if libjpeg has no remark on what the pixels depend on.
+
+    It remarks on metadata as on scans. The rare file with a remark is read again without them.
+    """
+    try:
+        return read(data)
+    except UnusableImageError:
+        raise
+    except ValueError:
+        return read(without_metadata(data))
+
+
+def _header(data: bytes) -> tuple:
+    try:
+        return simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise _UnknownSubsampling if "subsampling" in str(error) else error from None
+
+
+def _decode(data: bytes) -> np.ndarray:
+    height, width, colours, _ = _header(data)
+    check_size(int(width), int(height))
+    # No other bytes of a JPEG's scans look like the start of one.
+    if _may_have_many_scans(data) and data.count(b"\xff\xda") > MAX_SCANS:
+        raise UnusableImageError(f"JPEG of more than {MAX_SCANS} scans")
+    if colours not in ("CMYK", "YCCK"):
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    inks = 255 - simplejpeg.decode_jpeg(data, "CMYK", strict=True)
+    return np.array(Image.frombytes("CMYK", (width, height), inks.tobytes()).convert("RGB"))
+
+
+def _refusal(failure: str, error: ValueError) -> UnusableImageError:
+    if isinstance(error, UnusableImageError):
+        return error
+    words = re.sub(r"^\w+\(\): ", "", str(error))  # names of functions are of no use to anyone
+    return UnusableImageError(f"{failure}: its JPEG data are damaged or cut short ({words})")
+
+
+def _may_have_many_scans(data: bytes) -> bool:
+    """Whether a decoder reads on after the first scan of a JPEG: it is progressive, or its colours
+    come one by one. To look for scans in all of the data costs more than to read the header."""
+    components, position = 0, 2
+    try:
+        while data[position] == 0xFF:
+            marker, start = data[position + 1], position + 4
+            if marker == 0xDA:  # SOS
+                return data[start] < components
+            if marker in (0xC0, 0xC1):  # SOF of a sequential Huffman-coded image
+                components = data[start + 5]
+            elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # another SOF
+                return True
+            position += 2 + int.from_bytes(data[position + 2 : start])
+    except IndexError:
+        pass
+    return True  # not as most programs write it
