@@ -50,6 +50,7 @@ def write_html_report(
         name=folder.resolve().name,
         totals=_totals(report),
         reasons=_reasons(report),
+        unread=report.unread,
         charts=_charts(report, filters),
         samples=[_sample(record) for record in _chosen(folder, rows)],
     )

@@ -171,16 +171,23 @@ def test_names_that_lead_elsewhere_are_only_names(tmp_path):
 @pytest.mark.parametrize(
     "name, fields, reason",
     [
-        ("README", {}, "belongs to no sample"),
-        ("a/.hidden", {}, "belongs to no sample"),
         ("sparse.jpg", {"type": tarfile.GNUTYPE_SPARSE}, "unknown type b'S'"),
+        ("k.jpg", {"type": b"Z"}, "unknown type b'Z'"),
     ],
 )
-def test_what_is_no_sample_is_refused(tmp_path, name, fields, reason):
+def test_members_of_an_unknown_type_are_refused(tmp_path, name, fields, reason):
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         add(tar, "k.txt", b"x")
         add(tar, name, b"", **fields)
     with pytest.raises(ShardError, match=f"d.tar behind byte 1024: .*{reason}"):
+        index_shard(tmp_path / "d.tar")
+
+
+def test_an_archive_without_samples_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for name in ("README", "a/.hidden"):
+            add(tar, name, b"x")
+    with pytest.raises(ShardError, match="d.tar holds no sample"):
         index_shard(tmp_path / "d.tar")
 
 
@@ -228,7 +235,7 @@ def test_files_that_do_not_lie_together_are_no_samples(tmp_path):
         for extension, data in (("jpg", IMAGE), ("txt", b"text")):
             for i in range(10):
                 add(tar, f"{i}.{extension}", data)
-    with pytest.raises(ShardError, match="20 of 20 samples are not .* lie together"):
+    with pytest.raises(ShardError, match="20 of 20 samples are .* puts together files that lie apart"):
         index_directory(tmp_path)
 
 

@@ -1,0 +1,229 @@
+"""Members of samples in tar files of other tools: what is none splits and spoils no sample."""
+
+import codecs
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from preprocess_run import succeeded, tool
+from read_corpus import collect
+from tiny_data import encoded, make_image
+from tool import run
+
+from data_prep.check import check
+from data_prep.index import index_directory
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.errors import ShardError
+
+IMAGE = encoded(make_image(0))
+APPLE = bytes.fromhex("0005160700020000") + b"Mac OS X" + bytes(147)
+
+
+def pack(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def parts(key: str, *extensions: str) -> list[tuple[str, bytes]]:
+    data = {"txt": f"caption {key}".encode(), "json": json.dumps({"id": key}).encode()}
+    return [(f"{key}.{e}", data.get(e.rpartition(".")[2], IMAGE)) for e in extensions]
+
+
+def adopted(folder: Path) -> list[str]:
+    """Captions of a folder of shards once it is indexed; all samples are sound and used."""
+    found = index_directory(folder)
+    assert not found.failures and not found.unusable
+    (result,) = check(str(folder), decode=1.0)
+    assert (result.bad, result.faults, result.unreadable) == ([], [], 0)
+    dataset = ShardedDataset(folder)
+    return [dataset.read(0, i).caption for i in range(dataset.sizes[0])]
+
+
+STRANGERS = {
+    "resource forks": lambda name: [(f"._{name}", APPLE)],
+    "in a folder": lambda name: [(".DS_Store", b"x"), ("__MACOSX/._x", APPLE)],
+    "hidden folder": lambda name: [(f".git/{name}", b"x")],
+    "without an extension": lambda name: [("README", b"x"), ("Makefile.", b"x")],
+    "extension alone": lambda name: [(".jpg", IMAGE)],
+    "of webdataset": lambda name: [("__meta__", b"x"), ("__index__.x__", b"x")],
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+@pytest.mark.parametrize("folder", ["", "./", "d/", "./d/e/"])
+def test_what_is_no_member_stands_between_members(tmp_path, kind, folder):
+    members = []
+    for number in range(6):
+        for name, data in parts(f"{number:05d}", "jpg", "json", "txt"):
+            members += [(folder + stranger, x) for stranger, x in STRANGERS[kind](name)]
+            members.append((folder + name, data))
+    members += [(folder + stranger, data) for stranger, data in STRANGERS[kind]("end.jpg")]
+    pack(tmp_path / "in/a.tar", members)
+    records, skipped = collect("webdataset", tmp_path / "in")
+    captions = [f"caption {number:05d}" for number in range(6)]
+    assert [r.caption for r in records] == captions and skipped == {}
+    assert all(r.image == IMAGE and r.metadata["id"] for r in records)
+    assert adopted(tmp_path / "in") == captions
+
+
+def test_labels_and_lists_of_gnu_tar_are_no_damage(tmp_path):
+    path = pack(tmp_path / "a.tar", parts("0", "jpg", "txt") + parts("1", "jpg", "txt"))
+    data = path.read_bytes()
+    extra = []
+    for kind in (b"V", b"D"):
+        label = tarfile.TarInfo("label")
+        label.type, label.size = kind, 5 if kind == b"D" else 0
+        extra.append(label.tobuf(tarfile.GNU_FORMAT) + (bytes(512) if kind == b"D" else b""))
+    path.write_bytes(b"".join(extra) + data)
+    records, skipped = collect("webdataset", tmp_path)
+    assert [r.key for r in records] == ["0", "1"] and skipped == {}
+    assert adopted(tmp_path) == ["caption 0", "caption 1"]
+
+
+@pytest.mark.parametrize("folder", ["", "long" * 40 + "/"])
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_that_is_not_utf8_spoils_no_sample(tmp_path, folder, format_):
+    names = [f"{folder}{key}.{e}" for key in ("0", "caf\udce9", "2") for e in ("jpg", "txt")]
+    members = [(name, IMAGE if name.endswith("jpg") else b"text") for name in names]
+    pack(tmp_path / "a.tar", members, format=format_, errors="surrogateescape")
+    records, skipped = collect("webdataset", tmp_path)
+    assert [r.caption for r in records] == ["text"] * 3 and skipped == {}
+
+
+def test_members_that_lie_apart_are_put_together(tmp_path):
+    keys = [f"{i}" for i in range(8)]
+    members = [m for e in ("jpg", "txt", "json") for key in keys for m in parts(key, e)]
+    pack(tmp_path / "in/a.tar", members)
+    records, skipped = collect("webdataset", tmp_path / "in")
+    assert [(r.key, r.caption) for r in records] == [(key, f"caption {key}") for key in keys]
+    assert [r.metadata["id"] for r in records] == keys and skipped == {}
+    with pytest.raises(ShardError, match="tools/preprocess_data.py .* puts together files that"):
+        index_directory(tmp_path / "in")
+
+
+def test_whole_samples_of_one_key_stay_two(tmp_path):
+    members = parts("a", "jpg", "txt") + parts("b", "jpg", "txt") + parts("a", "png", "json")
+    pack(tmp_path / "in/a.tar", members)
+    records, skipped = collect("webdataset", tmp_path / "in")
+    assert [r.key for r in records] == ["a", "b"]
+    assert skipped == {"no caption in the .json member; name its field with --caption-column": 1}
+
+
+DOTS = "files of several samples: their names have dots"
+
+
+@pytest.mark.parametrize(
+    "members, kept, reasons",
+    [
+        ([m for i in range(3) for m in parts(f"photo{i}.v1", "jpg", "txt")], 3, {}),
+        ([m for i in range(3) for m in parts(f"s{i}", "input.jpg", "outputs.txt")], 3, {}),
+        ([m for i in range(3) for m in parts(f"s{i}", "image.png", "meta.json", "txt")], 3, {}),
+        ([m for i in range(6) for m in parts(f"i_{i // 2}.{i % 2}5", "jpg", "txt")], 0, {DOTS: 3}),
+        (
+            [m for i in (0, 2, 1, 3) for m in parts(f"i_{i % 2}.{i}5", "jpg", "txt")],
+            0,
+            {DOTS: 2},
+        ),
+        (
+            [m for i in (0, 1, 2, 3) for m in parts(f"i_{i % 2}.{i}5", "jpg", "txt")],
+            4,
+            {},
+        ),
+        (parts("s", "jpg", "seg.png", "txt"), 0, {"more than one image": 1}),
+        (parts("s", "jpg", "txt", "ocr.txt"), 1, {}),
+        (parts("s", "jpg", "a.txt", "b.txt"), 0, {"more than one text": 1}),
+        (parts("s", "jpg", "a.json", "b.json"), 0, {"more than one json": 1}),
+        (parts("s", "heic", "txt"), 0, {"no image": 1}),
+        (parts("s", "jpg", "cls"), 0, {"no .txt or .json with a caption": 1}),
+    ],
+)
+def test_image_and_caption_are_found_by_one_rule(tmp_path, members, kept, reasons):
+    pack(tmp_path / "a.tar", members)
+    records, skipped = collect("webdataset", tmp_path)
+    assert len(records) == kept and skipped == reasons
+    assert len({r.key for r in records}) == kept and all(r.to_members() for r in records)
+
+
+def test_a_reason_names_the_members_that_were_met(tmp_path):
+    pack(tmp_path / "a.tar", parts("ok", "jpg", "txt") + parts("s", "heic", "txt"))
+    said = succeeded(tool(tmp_path, "webdataset", tmp_path / "out"))
+    assert "1 x no image (such as a.tar, s (.heic, .txt))" in said
+
+
+TEXT = "a red house é"
+MARKED = {
+    "UTF-8": codecs.BOM_UTF8 + TEXT.encode(),
+    "UTF-8 twice": 2 * codecs.BOM_UTF8 + b"\n" + TEXT.encode() + b"\r\n",
+    "UTF-16 LE": codecs.BOM_UTF16_LE + TEXT.encode("utf-16-le"),
+    "UTF-16 BE": codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"),
+}
+
+
+@pytest.mark.parametrize("data", MARKED.values(), ids=MARKED)
+def test_a_caption_does_not_begin_with_a_byte_order_mark(tmp_path, data):
+    pack(tmp_path / "in/a.tar", [("0.jpg", IMAGE), ("0.txt", data)])
+    records, _ = collect("webdataset", tmp_path / "in")
+    assert [r.caption for r in records] == [TEXT]
+    assert adopted(tmp_path / "in") == [TEXT]
+    row = json.dumps({"status": "success", "caption": "x"}).encode()
+    pack(tmp_path / "dl/00000.tar", [("0.jpg", IMAGE), ("0.txt", data), ("0.json", row)])
+    (tmp_path / "dl/00000_stats.json").write_text('{"count": 1}')
+    records, skipped = collect("img2dataset", tmp_path / "dl")
+    assert [r.caption for r in records] == [TEXT] and skipped == {}
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", " \ufeff "])
+def test_a_mark_inside_json_goes_too(tmp_path, mark):
+    row = codecs.BOM_UTF8 + json.dumps({"caption": mark + TEXT + mark}).encode()
+    pack(tmp_path / "a.tar", [("0.jpg", IMAGE), ("0.json", row)])
+    assert [r.caption for r in collect("webdataset", tmp_path)[0]] == [TEXT]
+
+
+def test_a_caption_of_other_bytes_is_refused_everywhere(tmp_path):
+    row = json.dumps({"status": "success"}).encode()
+    members = [("0.jpg", IMAGE), ("0.txt", b"caf\xe9"), ("0.json", row)]
+    pack(tmp_path / "00000.tar", members + parts("1", "jpg", "txt"))
+    (tmp_path / "00000_stats.json").write_text('{"count": 2}')
+    for kind in ("webdataset", "img2dataset"):
+        _, skipped = collect(kind, tmp_path)
+        assert skipped["caption is not valid Unicode"] == 1
+    assert index_directory(tmp_path).unusable == {"caption is not valid Unicode": 1}
+
+
+@pytest.mark.parametrize(
+    "members, reason",
+    [
+        ([("x.jpg", b"GIF89a"), ("x.txt", b"t")], "image is not JPEG, PNG or WebP"),
+        ([("x.jpg", IMAGE), ("x.txt", b" \n")], "caption is empty"),
+        ([("x.jpg", IMAGE), ("x.json", b"{")], "its .json member is not JSON"),
+        (
+            [("x.jpg", IMAGE), ("x.json", b'{"alt": "t"}')],
+            "its .json member lacks a value or has one of the wrong type",
+        ),
+        (
+            [("x.v1.jpg", IMAGE), ("x.v1.txt", b"t")],
+            "a name with several dots, of which training reads the first as its end",
+        ),
+    ],
+)
+def test_what_training_cannot_use_is_counted_by_the_index(tmp_path, members, reason):
+    pack(tmp_path / "a.tar", parts("0", "jpg", "txt") + members + parts("1", "jpg", "txt"))
+    done = run("index_data", tmp_path)
+    assert done.returncode == 0 and "3 samples in 1 sound shards" in done.stdout
+    assert "1 of them cannot be used" in done.stdout and f"1 x {reason}" in done.stdout
+    (result,) = check(str(tmp_path), decode=1.0)
+    assert result.good + len(result.bad) == 3 and len(result.bad) <= 1
+
+
+def test_an_archive_of_strangers_alone_is_said_to_hold_no_sample(tmp_path):
+    pack(tmp_path / "a.tar", [("README", b"x"), ("._0.jpg", APPLE)])
+    pack(tmp_path / "b.tar", parts("0", "jpg", "txt"))
+    _, skipped = collect("webdataset", tmp_path)
+    assert skipped == {"tar file without a sample": 1}
