@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import zstandard
 
@@ -80,7 +80,7 @@ def _unpack(path: Path, kind: str, unpacked: IO[bytes]) -> str | None:
                 ) from None
 
 
-def _decompressor(path: Path, kind: str) -> IO[bytes]:
+def _decompressor(path: Path, kind: str) -> Any:
     match kind:
         case "gzip":
             return gzip.open(path)
