@@ -178,8 +178,6 @@ def test_mistakes_are_named(processor):
         processor(text="hello", images=[draw_image(0)] * 2)
     with pytest.raises(ValueError, match="1 placeholders .*, but 2 images"):
         processor(text="hello <|image|>", images=[draw_image(0)] * 2)
-    with pytest.raises(ValueError, match="padded to the longest"):
-        processor(text="hello", padding="max_length")
     with pytest.raises(ValueError, match="neither videos nor audio"):
         processor(text="hello", videos=[draw_image(0)])
     for empty in (None, []):

@@ -91,6 +91,11 @@ class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         vision_token_index = None
         if modality is not None:
+            if modality.shape != x.shape[:2]:
+                raise ValueError(
+                    f"modality is {list(modality.shape)}, but there are {list(x.shape[:2])} tokens; "
+                    "what is added to input_ids needs its modality, 0 for text"
+                )
             vision_token_index = modality.to(x.device).flatten().nonzero().squeeze(1)
         # With inputs_embeds alone the visual tokens are among them already.
         if pixel_values is not None or inputs_embeds is None:

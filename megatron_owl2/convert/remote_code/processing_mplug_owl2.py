@@ -1,8 +1,11 @@
 """Texts and images to the inputs of mPLUG-Owl2."""
 
-import torch
+from collections.abc import Iterable
+
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+
+from .text_options_mplug_owl2 import TextOptions
 
 IMAGE = "<|image|>"
 # The template of official inference; a system message comes first, as in official fine-tuning.
@@ -41,54 +44,42 @@ class MPLUGOwl2Processor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "modality", "pixel_values"]
 
-    def __call__(
-        self,
-        images=None,
-        text=None,
-        videos=None,
-        audio=None,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, audio=None, **keywords) -> BatchFeature:
         """One text or several with a `<|image|>` for each image, to padded inputs.
 
         images: the images in order, flat, or one list for each text; what the image processor
         takes. In place of an image a list of images, frames, fills one placeholder together,
         and so do several images of a text with one placeholder when there is a list per text.
+        `keywords` are those of a tokenizer that `TextOptions` has, also in a dict `text_kwargs`.
         Returns input_ids (0 at image rows and padding), attention_mask, modality (1 at image
         rows, else 0), all int64 [b, s], and pixel_values [n, 3, H, W] if there are any. Raises
-        ValueError if placeholders and images differ in number, or without text.
+        ValueError if placeholders and images differ in number, without text, if truncation would
+        cut an image, and for what a keyword cannot be; TypeError for a keyword that is unknown.
         """
         if videos is not None or audio is not None:
             raise ValueError("this model reads neither videos nor audio; give frames as images")
-        if padding not in (True, "longest") or padding_side not in ("left", "right"):
-            raise ValueError("rows are padded to the longest, on the left or on the right")
-        texts = [text] if isinstance(text, str) else list(text or ())
-        if not texts:
-            raise ValueError("give text: one string or several")
+        options = TextOptions.of(self.tokenizer, keywords)
+        texts = _texts(text, images)
         frames = _frames(images, [t.count(IMAGE) for t in texts])
         sizes = iter([len(group) * self.tokens_per_image for group in frames])
-        rows = [self._row(t, sizes) for t in texts]
-        length = max(len(ids) for ids, _ in rows)
-        columns = {"input_ids": [], "attention_mask": [], "modality": []}
-        for ids, modality in rows:
-            padded = [0] * (length - len(ids))
-            for values, own in zip(columns.values(), (ids, [1] * len(ids), modality), strict=True):
-                values.append(padded + own if padding_side == "left" else own + padded)
-        data = {name: torch.tensor(values) for name, values in columns.items()}
+        rows = [self._row(t, sizes, options.add_special_tokens) for t in texts]
+        if options.add_special_tokens and ([], []) in rows:
+            raise ValueError(f"text {rows.index(([], [])) + 1} of {len(rows)} is empty")
+        cut = [options.truncated(row, i + 1) for i, row in enumerate(rows)]
+        data = options.padded(cut)
         if frames:
-            data |= self.image_processor(sum(frames, []))
-        return BatchFeature(data, tensor_type=return_tensors)
+            values = self.image_processor(sum(frames, []), return_tensors="pt")["pixel_values"]
+            data["pixel_values"] = values if options.return_tensors else list(values.numpy())
+        return BatchFeature(data, tensor_type=options.return_tensors)
 
-    def _row(self, text: str, sizes) -> tuple[list[int], list[int]]:
+    def _row(self, text: str, sizes, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """Ids and modality of a text, the next of `sizes` rows in place of every placeholder.
 
         Every piece between placeholders is tokenised alone and the first BOS is kept. A text that
         starts with the placeholder has no first piece; the official code then keeps the BOS of
         every later piece.
         """
-        bos = [self.tokenizer.bos_token_id]
+        bos = [self.tokenizer.bos_token_id] if add_special_tokens else []
         first, *later = text.split(IMAGE)
         ids = bos + self._encode(first) if first else []
         modality = [0] * len(ids)
@@ -113,13 +104,28 @@ class MPLUGOwl2Processor(ProcessorMixin):
         return ids
 
 
+def _texts(text, images) -> list[str]:
+    """The texts; raises ValueError if there are none, or for what is no text."""
+    texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
+    if not texts or text is None:
+        raise ValueError("give text: one string or several")
+    order = "images come first and text second; name them: processor(images=..., text=...)"
+    for entry in texts:
+        if not isinstance(entry, str):
+            raise ValueError(f"text holds {type(entry).__name__}, not a string; {order}")
+    given = images if isinstance(images, (list, tuple)) else [images]
+    if any(isinstance(image, str) and IMAGE in image for image in given):
+        raise ValueError(f"images hold a text with {IMAGE}; {order}")
+    return texts
+
+
 def _frames(images, placeholders: list[int]) -> list[list]:
     """The images of every placeholder; `placeholders` counts them in each text."""
     images = [] if images is None else images
     images = list(images) if isinstance(images, (list, tuple)) else [images]
-    lists = [isinstance(entry, (list, tuple)) for entry in images]
-    if all(lists) and len(images) == len(placeholders):  # a list for each text
-        groups = zip(images, placeholders, strict=True)
+    lists = [entry is None or isinstance(entry, (list, tuple)) for entry in images]
+    if all(lists) and len(images) == len(placeholders):  # a list for each text, None for no image
+        groups = zip([entry or [] for entry in images], placeholders, strict=True)
         alone = [[group] if n == 1 and len(group) > 1 else group for group, n in groups]
         images = sum((list(group) for group in alone), [])
     if len(images) != sum(placeholders):
@@ -127,4 +133,7 @@ def _frames(images, placeholders: list[int]) -> list[list]:
             f"{sum(placeholders)} placeholders {IMAGE}, but {len(images)} images; write one "
             "placeholder for each image"
         )
-    return [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    frames = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    if [] in frames or [None] in frames:
+        raise ValueError("an image is an empty list or None; leave out its placeholder as well")
+    return frames
