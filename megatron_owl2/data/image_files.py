@@ -7,6 +7,8 @@ import re
 import zlib
 from collections.abc import Iterator
 
+MAX_SCANS = 100  # of a JPEG; every one decodes the whole image again
+
 # By the first bytes. Pillow's names of the formats are these in capitals.
 _READ = {
     "JPEG": rb"\xff\xd8\xff",
@@ -74,12 +76,20 @@ def without_metadata(data: bytes) -> bytes:
     return data
 
 
+def has_many_scans(data: bytes) -> bool:
+    """Whether a file is a JPEG of more than MAX_SCANS scans."""
+    # No other bytes of a JPEG's scans look like the start of one.
+    return kind(data) == "JPEG" and (
+        _may_have_many_scans(data) and data.count(b"\xff\xda") > MAX_SCANS
+    )
+
+
 def has_sound_chunks(data: bytes) -> bool:
-    """Whether the checksums of the chunks that a PNG's pixels depend on are right.
+    """Whether the checksums of the chunks that a PNG's pixels depend on are right; True of others.
 
     Pillow leaves those of the pixels alone, and the end of the compressed data often as well.
     """
-    return all(
+    return kind(data) != "PNG" or all(
         zlib.crc32(memoryview(data)[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
         for name, start, end in _png_chunks(data)
         if name in _PNG_PIXELS and end <= len(data)
@@ -99,6 +109,25 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         end = start + 12 + int.from_bytes(data[start : start + 4])
         yield data[start + 4 : start + 8], start, end
         start = end
+
+
+def _may_have_many_scans(data: bytes) -> bool:
+    """Whether a decoder reads on after the first scan of a JPEG: it is progressive, or its colours
+    come one by one. To look for scans in all of the data costs more than to read the header."""
+    components, position = 0, 2
+    try:
+        while data[position] == 0xFF:
+            marker, start = data[position + 1], position + 4
+            if marker == 0xDA:  # SOS
+                return data[start] < components
+            if marker in (0xC0, 0xC1):  # SOF of a sequential Huffman-coded image
+                components = data[start + 5]
+            elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # another SOF
+                return True
+            position += 2 + int.from_bytes(data[position + 2 : start])
+    except IndexError:
+        pass
+    return True  # not as most programs write it
 
 
 def _jpeg_without_metadata(data: bytes) -> bytes:

@@ -10,10 +10,8 @@ import simplejpeg
 from PIL import Image
 
 from megatron_owl2.data import pillow_images
-from megatron_owl2.data.image_files import without_metadata
+from megatron_owl2.data.image_files import MAX_SCANS, has_many_scans, without_metadata
 from megatron_owl2.data.pillow_images import UnusableImageError, check_size
-
-MAX_SCANS = 100  # of a JPEG; every one decodes the whole image again
 
 T = TypeVar("T")
 
@@ -70,8 +68,7 @@ def _header(data: bytes) -> tuple:
 def _decode(data: bytes) -> np.ndarray:
     height, width, colours, _ = _header(data)
     check_size(int(width), int(height))
-    # No other bytes of a JPEG's scans look like the start of one.
-    if _may_have_many_scans(data) and data.count(b"\xff\xda") > MAX_SCANS:
+    if has_many_scans(data):
         raise UnusableImageError(f"JPEG of more than {MAX_SCANS} scans")
     if colours not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
@@ -84,22 +81,3 @@ def _refusal(failure: str, error: ValueError) -> UnusableImageError:
         return error
     words = re.sub(r"^\w+\(\): ", "", str(error))  # names of functions are of no use to anyone
     return UnusableImageError(f"{failure}: its JPEG data are damaged or cut short ({words})")
-
-
-def _may_have_many_scans(data: bytes) -> bool:
-    """Whether a decoder reads on after the first scan of a JPEG: it is progressive, or its colours
-    come one by one. To look for scans in all of the data costs more than to read the header."""
-    components, position = 0, 2
-    try:
-        while data[position] == 0xFF:
-            marker, start = data[position + 1], position + 4
-            if marker == 0xDA:  # SOS
-                return data[start] < components
-            if marker in (0xC0, 0xC1):  # SOF of a sequential Huffman-coded image
-                components = data[start + 5]
-            elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # another SOF
-                return True
-            position += 2 + int.from_bytes(data[position + 2 : start])
-    except IndexError:
-        pass
-    return True  # not as most programs write it

@@ -10,9 +10,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from .image_files import has_sound_chunks, kind, why_not_read, without_metadata
+from .image_files import (
+    MAX_SCANS,
+    has_many_scans,
+    has_sound_chunks,
+    kind,
+    why_not_read,
+    without_metadata,
+)
 
 MAX_PIXELS = 80_000_000  # 240 MB of RGB; a larger image is refused before it is decoded
 MAX_SIDE = 65_535  # JPEG's; resizing a longer line of pixels would take gigabytes
@@ -27,9 +34,14 @@ class UnusableImageError(ValueError):
 def decode(data: bytes) -> np.ndarray:
     """An image file as RGB, uint8 [H, W, 3]; the first of several frames or pages.
 
-    Raises UnusableImageError.
+    Damage of metadata is no damage. Raises UnusableImageError, but noise in a JPEG is shown.
     """
-    return _read(data, _pixels, "image cannot be decoded: ")
+    if has_many_scans(data):
+        raise UnusableImageError(f"JPEG of more than {MAX_SCANS} scans")
+    pixels = _read(data, _pixels, failure := "image cannot be decoded: ")
+    if not has_sound_chunks(data):
+        raise UnusableImageError(f"{failure}its PNG data are damaged")
+    return pixels
 
 
 def size(data: bytes) -> tuple[int, int]:
@@ -40,7 +52,7 @@ def size(data: bytes) -> tuple[int, int]:
 def from_pillow(image: Image.Image) -> np.ndarray:
     """An image of Pillow as RGB, uint8 [H, W, 3]; raises UnusableImageError."""
     try:
-        return _whatever_is_remarked(lambda: _pixels(image))
+        return _despite_remarks(lambda: _pixels(image))
     except UnusableImageError:
         raise
     except Exception:  # a file that Pillow reads only now, or that is closed by now
@@ -64,35 +76,45 @@ def _read(data: bytes, use: Callable[[Image.Image], T], failure: str) -> T:
     name = kind(data)
     if name is None:
         raise UnusableImageError(failure + why_not_read(data))
-
-    def opened(file: bytes) -> T:
-        with Image.open(io.BytesIO(file), formats=[name.upper()]) as image:
-            return use(image)
-
-    def attempt() -> T:
-        try:
-            return opened(data)
-        except (SyntaxError, UnidentifiedImageError):  # may be about metadata
-            return opened(without_metadata(data))
-
     try:
-        result = _whatever_is_remarked(attempt)
-        if name == "PNG" and not has_sound_chunks(data):
-            raise OSError
-        return result
+        return _despite_remarks(lambda: _with_or_without_metadata(data, name, use))
     except UnusableImageError:
         raise
     except Image.DecompressionBombError:
         raise UnusableImageError(f"image of more than {MAX_PIXELS} pixels") from None
-    except (SyntaxError, UnidentifiedImageError):
+    except SyntaxError:
         damage = f"its {name} header is damaged or of a variant that is not read"
         raise UnusableImageError(failure + damage) from None
     except Exception:  # Pillow's readers raise many types on damaged files
         raise UnusableImageError(f"{failure}its {name} data are damaged or cut short") from None
 
 
-def _whatever_is_remarked(read: Callable[[], T]) -> T:
-    """The result of `read` also where warnings are errors: they are remarks on metadata."""
+def _with_or_without_metadata(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
+    """What `use` finds in the file, or else in a copy without metadata, which may be damaged."""
+    try:
+        return _opened(data, name, use)
+    except (Warning, Image.DecompressionBombError, UnusableImageError):
+        raise
+    except Exception as error:
+        # A text of a PNG that unpacks to more than Pillow allows is no damage, but a bomb.
+        if name not in ("JPEG", "PNG") or "MAX_TEXT" in str(error):
+            raise
+        return _opened(without_metadata(data), name, use)
+
+
+def _opened(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
+    try:
+        image = Image.open(io.BytesIO(data), formats=[name.upper()])
+    except (Warning, Image.DecompressionBombError):
+        raise
+    except Exception as error:  # one type for all that is wrong with a header
+        raise SyntaxError(str(error)) from None
+    with image:
+        return use(image)
+
+
+def _despite_remarks(read: Callable[[], T]) -> T:
+    """The result of `read` also where warnings are errors: Pillow's are remarks on metadata."""
     try:
         return read()
     except Warning:
@@ -117,9 +139,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image)
         white = grey == image.info.get("transparency", -1)
         return Image.fromarray(np.where(white, 255, grey >> 8).astype(np.uint8)).convert("RGB")
-    palette = image.palette.mode if image.palette is not None else ""
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or (
-        "transparency" in image.info or (image.mode == "P" and palette.endswith("A"))
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    if (
+        image.mode in ("LA", "PA", "La", "RGBA", "RGBa")
+        or "transparency" in image.info
+        or palette.endswith("A")
     ):
         # Pillow knows no other way from La.
         layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
