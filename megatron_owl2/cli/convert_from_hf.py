@@ -4,7 +4,7 @@ The result starts a stage (stage.initial_checkpoint), answers (tools/generate.py
 (tools/convert_to_hf.py). Without --config the sizes are those of the directories and the paper's
 abstractor; with it, its model section must agree with them (image_size may differ, to
 which positions are resized, max_positions may be smaller, modality_split may share branches that
-are equal, and the standard deviations of random starts are free).
+are equal, vocab_multiple and the standard deviations of random starts are free).
 """
 
 import argparse

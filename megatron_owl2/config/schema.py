@@ -62,6 +62,7 @@ class DecoderConfig:
     `modality_split` names what has weights per modality in every layer: the norm before attention
     (paper, eq. 4), keys and values (eq. 5), the norm before the MLP. The released code splits all
     three; the paper's text shows [input_norm, key_value] only; [] is the plain LLaMA of Table 5.
+    `vocab_size` is the model's own, which a directory of Hugging Face has.
     """
 
     vocab_size: int = _size(32000)
@@ -74,6 +75,14 @@ class DecoderConfig:
     norm_eps: float = number(1e-6, positive=True)
     rope_theta: float = number(10000.0, positive=True)
     modality_split: list[ModalitySplit] = field(default_factory=lambda: list(MODALITY_SPLIT))
+    # Embedding and output layer have rows up to a multiple of it (Megatron-LM's
+    # --make-vocab-size-divisible-by); those behind vocab_size are zero and predict nothing.
+    vocab_multiple: int = _size(8)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output layer."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Parallel sizes, batches and kernels that fit a model and a number of ranks."""
 
+import math
+
 from megatron_owl2.config.fields import check_section
 from megatron_owl2.config.fp8 import FP8_RECIPES, FP8Recipe
 from megatron_owl2.config.require import require
@@ -26,9 +28,16 @@ def validate_parallel(config: RunConfig, world_size: int) -> None:
         ("model.decoder.num_heads", model.decoder.num_heads),
         ("model.decoder.num_kv_heads", model.decoder.num_kv_heads),
         ("model.decoder.ffn_size", model.decoder.ffn_size),
-        ("model.decoder.vocab_size", model.decoder.vocab_size),
     ):
         require(size % tp == 0, f"{name} ({size}) is not divisible by parallel.tensor ({tp})")
+    decoder = model.decoder
+    require(
+        decoder.padded_vocab_size % tp == 0,
+        f"model.decoder.vocab_size ({decoder.vocab_size}), with padding "
+        f"{decoder.padded_vocab_size}, is not divisible by parallel.tensor ({tp}); set "
+        f"model.decoder.vocab_multiple ({decoder.vocab_multiple}) to "
+        f"{math.lcm(decoder.vocab_multiple, tp)} (a checkpoint keeps its own)",
+    )
     _check_pipeline_stages(config)
     require(
         not parallel.sequence or tp > 1,

@@ -13,74 +13,20 @@ from dataclasses import dataclass
 import torch
 
 from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.convert.transforms import (
+    Copy,
+    Interleave,
+    LeadingOnes,
+    PadRows,
+    Repeat,
+    Transform,
+)
 from megatron_owl2.model.position_tables import (
     IMAGE_POSITIONS,
     QUERY_POSITIONS,
     image_positions,
     query_positions,
 )
-
-# `join` makes our weight of a directory's tensors, and `split` undoes it exactly.
-
-
-@dataclass(frozen=True)
-class Copy:
-    """One tensor, as it is."""
-
-    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        return tensors[0]
-
-    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor]
-
-
-@dataclass(frozen=True)
-class Interleave:
-    """Several tensors cut into `groups` blocks of rows: block 0 of each, block 1 of each, ...
-
-    `shares` are the relative sizes of the tensors. With one group it is a concatenation.
-    """
-
-    groups: int
-    shares: tuple[int, ...]
-
-    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        blocks = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
-        return torch.cat(blocks, dim=1).flatten(0, 1)
-
-    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        blocks = tensor.unflatten(0, (self.groups, -1))
-        unit = blocks.shape[1] // sum(self.shares)
-        return [b.flatten(0, 1) for b in blocks.split([unit * s for s in self.shares], dim=1)]
-
-
-@dataclass(frozen=True)
-class LeadingOnes:
-    """One tensor, to which we add `count` leading dimensions of size 1."""
-
-    count: int
-
-    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        return tensors[0].reshape((1,) * self.count + tensors[0].shape)
-
-    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor.reshape(tensor.shape[self.count :])]
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """One tensor, of which the other side has `count` equal copies."""
-
-    count: int
-
-    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        return tensors[0]
-
-    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor] * self.count
-
-
-Transform = Copy | Interleave | LeadingOnes | Repeat
 
 
 @dataclass(frozen=True)
@@ -100,6 +46,11 @@ class Rule:
 
 def _copy(model: ModelConfig) -> Transform:
     return Copy()
+
+
+def _vocabulary(model: ModelConfig) -> Transform:
+    padding = model.decoder.padded_vocab_size - model.decoder.vocab_size
+    return PadRows(padding) if padding else Copy()
 
 
 def _decoder_qkv(model: ModelConfig) -> Transform:
@@ -144,9 +95,9 @@ def _once(model: ModelConfig) -> int:
 
 _DECODER = (
     _Block("", "", _once, (
-        ("embedding.weight", "model.embed_tokens.weight", _copy),
+        ("embedding.weight", "model.embed_tokens.weight", _vocabulary),
         ("final_norm.weight", "model.norm.weight", _copy),
-        ("output_layer.weight", "lm_head.weight", _copy),
+        ("output_layer.weight", "lm_head.weight", _vocabulary),
     )),
     _Block("decoder.layers.{i}.", "model.layers.{i}.", lambda m: m.decoder.num_layers, (
         ("input_norm.weight_text", "input_layernorm{text}.weight", _copy),

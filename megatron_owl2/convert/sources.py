@@ -28,7 +28,7 @@ from megatron_owl2.training.checkpoint import directories, save_load
 _FREE = {
     "vision": {"image_size", "position_init_std"},
     "abstractor": {"attention_init_std"},
-    "decoder": {"modality_split"},
+    "decoder": {"modality_split", "vocab_multiple"},
 }
 
 
@@ -58,7 +58,7 @@ def from_owl2(
 
     `config` supplies everything but the weights; its model section must agree with the directory,
     save for the image size, to which the position table is resized, a smaller max_positions, and
-    modality_split, if the branches that it shares are equal.
+    modality_split, if the branches that it shares are equal, and vocab_multiple.
     The tokenizer is `tokenizer` or the directory's own, if any. Raises ConversionError.
     """
     stored = hf_config.read_owl2(directory)

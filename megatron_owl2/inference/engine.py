@@ -5,6 +5,7 @@ padding is invisible to it.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,9 @@ def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
     except ConfigError as error:
         raise InferenceError(f"{path}: {error}") from None
     config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    if exported:  # padded here, and not when a checkpoint was made
+        decoder = config.model.decoder
+        decoder.vocab_multiple = math.lcm(decoder.vocab_multiple, config.parallel.tensor)
     config.kernels = KernelConfig()
     config.train.precision = precision
     validate_parallel(config, config.parallel.tensor)
@@ -153,7 +157,7 @@ class Generator:
             attention_mask=inputs.attention_mask,
             caches=caches,
         )
-        return model.context.gather_logits(model.head(x[-1:]))[0].float()
+        return model.gather_logits(model.head(x[-1:]))[0].float()
 
     def _visual_tokens(self, images: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Visual tokens [n, tokens per image, h] of all images in order, equal objects once."""

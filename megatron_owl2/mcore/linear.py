@@ -23,7 +23,8 @@ class LinearSpec:
     `sequence_parallel`: input (column) or output (row) is split along the sequence, if the run
     splits sequences. `share_input`: the input comes from `ParallelContext.copy_to_tensor_parallel`
     and is read by other linears too. `stride`: the weight is so many equal blocks, each split over
-    the ranks (2 for gate and up). The last two are for column linears.
+    the ranks (2 for gate and up). `padding`: so many of the `outputs`, the last, are of no use;
+    their weights start at zero. The last three are for column linears, `padding` for the one here.
     """
 
     inputs: int
@@ -33,6 +34,7 @@ class LinearSpec:
     sequence_parallel: bool = False
     share_input: bool = False
     stride: int = 1
+    padding: int = 0
 
     def __post_init__(self):
         if self.share_input and self.sequence_parallel:
@@ -47,7 +49,7 @@ class ColumnLinear(ColumnParallelLinear):
             spec.inputs,
             spec.outputs,
             config=context.transformer if spec.sequence_parallel else context.replicated,
-            init_method=normal_init(spec.init_std),
+            init_method=normal_init(spec.init_std, spec.padding),
             bias=spec.bias,
             stride=spec.stride,
             disable_grad_reduce=spec.share_input,
@@ -78,20 +80,38 @@ class RowLinear(RowParallelLinear):
 
 
 class VocabEmbedding(VocabParallelEmbedding):
-    """Token ids [b, s] to embeddings [b, s, h], the vocabulary split over the ranks."""
+    """Token ids [b, s] to embeddings [b, s, h], the vocabulary split over the ranks.
+
+    The last `padding` of the `rows` are no token's and start at zero.
+    """
 
     def __init__(
-        self, context: ParallelContext, vocab_size: int, hidden_size: int, *, init_std: float
+        self,
+        context: ParallelContext,
+        rows: int,
+        hidden_size: int,
+        *,
+        init_std: float,
+        padding: int = 0,
     ):
         super().__init__(
-            vocab_size,
+            rows,
             hidden_size,
-            init_method=normal_init(init_std),
+            init_method=normal_init(init_std, padding),
             config=context.replicated,
             tp_group=context.groups.tp,
         )
 
 
-def normal_init(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Initialisation of a weight from a normal distribution with mean 0 and the given deviation."""
-    return lambda weight: torch.nn.init.normal_(weight, mean=0.0, std=std)
+def normal_init(std: float, padding: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Initialisation of a whole weight from a normal distribution with mean 0 and the given
+    deviation, but for its last `padding` rows, which are zero and draw no random numbers."""
+
+    def init(weight: torch.Tensor) -> torch.Tensor:
+        used = len(weight) - padding
+        with torch.no_grad():
+            weight[used:] = 0
+            torch.nn.init.normal_(weight[:used], mean=0.0, std=std)
+        return weight
+
+    return init

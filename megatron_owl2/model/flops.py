@@ -106,7 +106,7 @@ def _products(model: ModelConfig, load: Load) -> Iterator[_Product]:
             ("mlp.linear_fc2", width * decoder.ffn_size),
         ):
             yield _Product(f"{prefix}.{name}.weight", numel, load.tokens)
-    yield _Product("output_layer.weight", width * decoder.vocab_size, load.tokens)
+    yield _Product("output_layer.weight", width * decoder.padded_vocab_size, load.tokens)
 
 
 def _attention(model: ModelConfig, load: Load) -> Iterator[tuple[str, int, int]]:

@@ -34,21 +34,23 @@ class Owl2(MegatronModule):
         self.pre_process = pipeline_stage == 0
         self.post_process = pipeline_stage == context.num_pipeline_stages - 1
         config = model.decoder
-        size = config.hidden_size
+        size, rows = config.hidden_size, config.padded_vocab_size
+        padding = rows - config.vocab_size
         if self.pre_process:
             self.vision_model = VisionModel(context, model)
             self.abstractor = Abstractor(context, model)
             self.embedding = VocabEmbedding(
-                context, config.vocab_size, size, init_std=model.init_std
+                context, rows, size, init_std=model.init_std, padding=padding
             )
         self.decoder = Decoder(context, model, first, last)
         if self.post_process:
             self.final_norm = RMSNorm(context, size, config.norm_eps)
             spec = LinearSpec(
                 inputs=size,
-                outputs=config.vocab_size,
+                outputs=rows,
                 init_std=model.init_std,
                 sequence_parallel=True,
+                padding=padding,
             )
             self.output_layer = ColumnLinear(context, spec)
         mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
@@ -91,7 +93,7 @@ class Owl2(MegatronModule):
             return x
         logits = self.head(x)
         if labels is None:
-            return self.context.gather_logits(logits).transpose(0, 1)
+            return self.gather_logits(logits).transpose(0, 1)
         return vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t()
 
     def hidden_states(
@@ -113,9 +115,18 @@ class Owl2(MegatronModule):
         return self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Final norm and output layer: hidden states [s, b, h] to this rank's logits [s, b,
-        vocab/tp], which `ParallelContext.gather_logits` makes whole."""
-        return self.output_layer(self.final_norm(x))
+        """Final norm and output layer: hidden states [s, b, h] to this rank's logits [s, b, padded
+        vocab/tp], which `gather_logits` makes whole. Those of padding are -inf, so that a loss does
+        not see them."""
+        logits = self.output_layer(self.final_norm(x))
+        used = self.model.decoder.vocab_size - self.context.groups.tp.rank() * logits.shape[-1]
+        if used < logits.shape[-1]:
+            logits[..., max(used, 0) :] = float("-inf")
+        return logits
+
+    def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocab] of all tensor-parallel ranks, without those of padding."""
+        return self.context.gather_logits(logits)[..., : self.model.decoder.vocab_size]
 
     def encode_images(self, image: torch.Tensor) -> torch.Tensor:
         """Pixels [n, 3, H, W] to visual tokens [n, queries + 1, h]; uint8 is normalised first."""

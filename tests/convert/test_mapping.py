@@ -4,8 +4,9 @@ import pytest
 import torch
 from hf_dirs import OWL2, tensors_of
 
-from megatron_owl2.convert.mapping import Interleave, LeadingOnes, rules
+from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.transforms import Interleave, LeadingOnes, PadRows
 from megatron_owl2.model.layer_stack import weights
 
 
@@ -16,6 +17,7 @@ from megatron_owl2.model.layer_stack import weights
         (Interleave(1, (1, 1)), [(6, 2), (6, 2)]),
         (Interleave(3, (1, 1, 1)), [(6,), (6,), (6,)]),
         (LeadingOnes(2), [(7,)]),
+        (PadRows(3), [(5, 2)]),
     ],
 )
 def test_split_undoes_join(transform, shapes):

@@ -93,7 +93,7 @@ class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
         if modality is not None:
             if modality.shape != x.shape[:2]:
                 raise ValueError(
-                    f"modality is {list(modality.shape)}, but there are {list(x.shape[:2])} tokens; "
+                    f"modality is {list(modality.shape)}, the tokens are {list(x.shape[:2])}; "
                     "what is added to input_ids needs its modality, 0 for text"
                 )
             vision_token_index = modality.to(x.device).flatten().nonzero().squeeze(1)

@@ -28,7 +28,13 @@ from megatron_owl2.errors import ConversionError
 LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4
 _TEXT = 24  # ids in an input, beside its images
 _SETTINGS = ("vision", "abstractor", "decoder", "image_mean", "image_std")
-_RUN_ONLY = {"max_positions", "position_init_std", "attention_init_std", "modality_split"}
+_RUN_ONLY = {
+    "max_positions",
+    "position_init_std",
+    "attention_init_std",
+    "modality_split",
+    "vocab_multiple",
+}
 
 
 @dataclass(frozen=True)

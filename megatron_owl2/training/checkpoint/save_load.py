@@ -47,6 +47,7 @@ from megatron_owl2.training.checkpoint.optimizer_state import (
 )
 from megatron_owl2.utils.files import rename_durably
 
+_VOCABULARY = ("embedding.weight", "output_layer.weight")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -252,6 +253,11 @@ def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
         for n in sorted(wanted.keys() & stored.keys())
         if wanted[n] != stored[n]
     ]
+    if any(wanted[n] != stored[n] for n in _VOCABULARY if n in wanted and n in stored):
+        problems.append(
+            "the vocabulary's rows are model.decoder.vocab_size up to a multiple of "
+            "model.decoder.vocab_multiple, which is 1 for a checkpoint whose run.yaml lacks it"
+        )
     _refuse(directory, problems, "model")
     return absent
 
