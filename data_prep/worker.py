@@ -157,7 +157,9 @@ def _judge(
         try:
             pixels = decode(record.image)
         except BadSampleError as error:
-            return Skipped("image cannot be decoded", f"{record.key}: {error}")
+            reason = "image cannot be decoded"
+            detail = str(error).removeprefix(f"{reason}: ")
+            return Skipped(reason, f"{record.key}: {detail}")
     return _Candidate(record, position, stats, pixels if change else None)
 
 

@@ -118,6 +118,51 @@ def test_broken_images(tmp_path):
     assert page.count("cannot be decoded") == 3 and page.count("data:image/jpeg") == 1
 
 
+def test_reasons_name_the_kind_of_an_image_and_the_option(tmp_path):
+    content = [
+        *(pair(kind, encoded(make_image(1), kind)) for kind in ("GIF", "BMP", "TIFF")),
+        pair("page", b"<!DOCTYPE html>404"),
+        pair("avif", b"\0\0\0\x20ftypavif"),
+        pair("header", b"\x89PNG\r\n\x1a\n" + bytes(99)),
+        pair("good"),
+    ]
+    for folder in ("first", "second"):
+        job([content], tmp_path / folder)
+    found = report(tmp_path / "first")
+    assert found["examples"] == {
+        "image is not JPEG, PNG or WebP (--max-side or --jpeg-quality stores it as JPEG)": [
+            "GIF: GIF",
+            "BMP: BMP",
+            "TIFF: TIFF",
+        ],
+        "image is not JPEG, PNG or WebP": [
+            "page: it is an HTML page, left by a failed download",
+            "avif: AVIF is not read; convert it to JPEG or PNG",
+        ],
+        "image cannot be read": [
+            "header: image header cannot be read: its PNG header is damaged or of a variant that "
+            "is not read"
+        ],
+    }
+    assert report(tmp_path / "second") == found
+    job([content], tmp_path / "jpeg", reencoding=Reencoding(max_side=500))
+    assert keys(tmp_path / "jpeg") == ["GIF", "BMP", "TIFF", "good"]
+
+
+def test_images_with_damaged_metadata_stay_as_they_are(tmp_path):
+    jpeg, png = encoded(make_image(1)), encoded(make_image(1), "PNG")
+    table = jpeg.index(b"\xff\xdb")
+    images = {
+        "jpeg": jpeg[:table] + bytes(4) + jpeg[table:],
+        "png": png[:33] + b"\0\0\0\3tEXta\0b\0\0\0\1" + png[33:],  # of a wrong checksum
+    }
+    job([[pair(key, image) for key, image in images.items()]], tmp_path / "set")
+    assert {record.key: record.image for record in records(tmp_path / "set")} == images
+    half = {"reencoding": Reencoding(max_side=20)}
+    job([[pair(key, image) for key, image in images.items()]], tmp_path / "small", **half)
+    assert [image_size(record.image) for record in records(tmp_path / "small")] == [(20, 15)] * 2
+
+
 def test_more_pixels_than_can_be_decoded(tmp_path):
     job([[pair("big", encoded(Image.new("1", (9001, 9001)), "PNG")), pair("good")]], tmp_path)
     reason = "more than 80000000 pixels, or a side above 65535"
