@@ -3,7 +3,6 @@
 Whatever the form, NNNNN_stats.json says how many addresses gave no image; they are counted.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
@@ -26,11 +25,13 @@ from megatron_owl2.data.shards.records import Record, decode_text
 from megatron_owl2.data.shards.tar import is_member, split_name
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.files import is_hidden
+from megatron_owl2.utils.json_text import parse_json
 
 # Columns of img2dataset itself: the same for every image that arrived, or long.
 _BOOKKEEPING = ("key", "caption", "status", "error_message", "exif")
 _Row = tuple[str, bytes | None, dict[str, Any]]  # key, image, columns
 _KINDS = ((("json",), "json"), (("txt",), "text"), (IMAGE_EXTENSIONS, "image"))
+_MOST = 10**7  # samples of a shard
 _FAILURES = ("failed_to_download", "failed_to_resize")
 
 
@@ -168,10 +169,10 @@ def _sample(item: Sample | Skipped) -> _Row | Skipped:
     key, members = item
     try:
         names = [member_of(members, *kind) for kind in _KINDS]
-        row = json.loads(members.get(names[0] or "", b""))
+        row = parse_json(members.get(names[0] or "", b""))
     except SkipError as error:
         return Skipped(str(error), key)
-    except (ValueError, RecursionError):
+    except ValueError:
         row = None
     if not isinstance(row, dict):
         return Skipped("no readable .json member", key)
@@ -193,12 +194,19 @@ def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> 
         return Skipped(str(error), key)
 
 
+def _count(value: Any) -> int:
+    """A number of the statistics; raises ValueError for what no shard has."""
+    if not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ValueError
+    return value
+
+
 def _not_there(path: Path, found: int) -> Iterator[Skipped]:
     """Samples that the statistics count and the shard lacks; only Parquet holds failures."""
     try:
-        stats = json.loads(_stats_file(path).read_bytes())
-        counts = {name: int(stats.get(name, 0)) for name in (*_FAILURES, "count")}
-        messages = {k: int(v) for k, v in stats.get("status_dict", {}).items() if k != "success"}
+        stats = parse_json(_stats_file(path).read_bytes())
+        counts = {name: _count(stats.get(name, 0)) for name in (*_FAILURES, "count")}
+        messages = {k: _count(v) for k, v in stats.get("status_dict", {}).items() if k != "success"}
     except FileNotFoundError:
         return
     except (ValueError, TypeError, AttributeError):

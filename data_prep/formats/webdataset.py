@@ -3,7 +3,6 @@
 They may be compressed, with or without an ending that says so.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.manifest import MANIFEST
 from megatron_owl2.data.shards.records import KEY, Record, decode_text
 from megatron_owl2.errors import BadSampleError, PreprocessError
+from megatron_owl2.utils.json_text import parse_json
 
 _OURS = {"source", "metadata"}  # with a caption or turns, what the .json member of our shards holds
 
@@ -121,8 +121,8 @@ def _record(key: str, members: dict[str, bytes], caption_column: str | None, pat
 
 def _row(data: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(data)
-    except (ValueError, RecursionError):
+        row = parse_json(data)
+    except ValueError:
         raise SkipError("the .json member is not JSON") from None
     if not isinstance(row, dict):
         raise SkipError("the .json member is not an object")

@@ -1,14 +1,15 @@
 """Report of one model: its evaluations as one table per skill, and the curves of its training."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_owl2.errors import ReportError
 from megatron_owl2.evaluation.benchmark import PREDICTIONS, SCORES
 from megatron_owl2.evaluation.registry import find_benchmarks
+from megatron_owl2.utils.json_text import parse_json, parse_json_lines
 
 
 @dataclass
@@ -67,7 +68,7 @@ def collect(evaluations: Sequence[tuple[str, Path]]) -> Scores:
     """
     scores: Scores = {}
     for name, directory in evaluations:
-        result = _json(directory / SCORES)
+        result = _read_scores(directory)
         for skill, row in result["skills"].items():
             entry = scores.setdefault(name, {}).setdefault(skill, SkillScore())
             kind = "blind" if result["blind"] else "accuracy"
@@ -107,13 +108,34 @@ def table(scores: Scores) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def _read_scores(directory: Path) -> dict:
+    """The scores of an evaluation, with every field that a report shows."""
+    path = directory / SCORES
+    scores = _json(path)
+    _check_fields(path, scores, {"task": str, "blind": bool, "skills": dict})
+    if scores["task"] not in find_benchmarks():
+        known = ", ".join(find_benchmarks())
+        raise ReportError(f"{path}: there is no task {scores['task']!r}; known: {known}")
+    for skill, row in scores["skills"].items():
+        numbers = {"accuracy": int | float, "majority": int | float, "n": int}
+        _check_fields(f"{path}, skill {skill!r},", row, numbers)
+    return scores
+
+
 def read_metrics(run: Path) -> list[dict]:
     """The rows of a run directory's metrics.jsonl; raises ReportError if none has a loss."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     rows = _json_lines(path)
-    if not any(_is_finite(row["loss"]) for row in rows):
+    for where, row in rows:
+        _check_fields(where, row, {"step": int})
+        for nested, kind in (("validation", list), ("grad_norms", dict), ("rates", dict)):
+            if nested in row:
+                _check_fields(where, row, {nested: kind})
+        for source in row.get("validation", ()):
+            _check_fields(f"{where}, validation,", source, {"name": str})
+    if not any(_is_finite(row.get("loss")) for _, row in rows):
         raise ReportError(f"{path} holds no loss")
-    return rows
+    return [row for _, row in rows]
 
 
 def read_loss_curves(name: str, run: Path) -> LossCurves:
@@ -128,7 +150,7 @@ def read_loss_curves(name: str, run: Path) -> LossCurves:
 def validation_losses(rows: Sequence[dict]) -> Series:
     """Losses of each validation source by its name, over the steps that had a validation."""
     found = [
-        {"step": row["step"], "name": source["name"], "loss": source["loss"]}
+        {"step": row["step"], "name": source["name"], "loss": source.get("loss")}
         for row in rows
         for source in row.get("validation", ())
     ]
@@ -148,20 +170,23 @@ def values_over_steps(
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 def read_answers(evaluations: Sequence[tuple[str, Path]]) -> dict[str, list[Answer]]:
     """The answers about images by set; blind evaluations and sets without images are left out."""
     answers: dict[str, list[Answer]] = {}
     for name, directory in evaluations:
-        result = _json(directory / SCORES)
+        result = _read_scores(directory)
         if result["blind"]:
             continue
         field = find_benchmarks()[result["task"]].answer_field
-        for row in _json_lines(directory / PREDICTIONS):
+        texts = dict.fromkeys((field, "question", "skill", "gold"), str)
+        for where, row in _json_lines(directory / PREDICTIONS):
+            _check_fields(where, row, texts | {"images": list, "score": int | float})
             if row["images"]:
+                _check_fields(where, {"images[0]": row["images"][0]}, {"images[0]": str})
                 answer = Answer(
                     image=Path(row["images"][0]),
                     skill=row["skill"],
@@ -198,16 +223,41 @@ def _percent(value: float | None) -> str:
 
 
 def _json(path: Path) -> dict:
+    """The object of a JSON file."""
+    tree = _content(path, parse_json)
+    if not isinstance(tree, dict):
+        raise ReportError(f"{path} cannot be read: it holds no object")
+    return tree
+
+
+def _json_lines(path: Path) -> list[tuple[str, dict]]:
+    """The place, for messages, and the object of every line."""
+    rows = [(f"{path}, line {number}", row) for number, row in _content(path, parse_json_lines)]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ReportError(f"{where} is no object")
+    return rows
+
+
+def _content(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes())
     except FileNotFoundError:
-        raise ReportError(f"{path} does not exist; write it with tools/evaluate.py") from None
-    except (OSError, ValueError) as error:
+        raise ReportError(
+            f"{path} does not exist; tools/evaluate.py writes {SCORES} and {PREDICTIONS}, training "
+            "metrics.jsonl"
+        ) from None
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise ReportError(f"{path} cannot be read: {error}") from None
 
 
-def _json_lines(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path} cannot be read: {error}") from None
+def _check_fields(where: str | Path, row: Any, fields: Mapping[str, Any]) -> None:
+    """Check of an object's values; raises ReportError for one that lacks or is of another type."""
+    for name, kind in fields.items():
+        value = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ReportError(
+                f"{where} is not as it was written: its {name!r} is {value!r}; make it again"
+            )

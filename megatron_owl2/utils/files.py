@@ -52,7 +52,7 @@ def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
         try:
             row = json.loads(line)
             whole = line.endswith("\n") and isinstance(row, dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = False
         torn += not whole
         if whole and wanted(row):

@@ -1,15 +1,14 @@
 """Members of samples in tar files of other tools: what is none splits and spoils no sample."""
 
 import codecs
-import io
 import json
 import tarfile
 from pathlib import Path
 
 import pytest
+from foreign_tars import IMAGE, pack, parts
 from preprocess_run import succeeded, tool
 from read_corpus import collect
-from tiny_data import encoded, make_image
 from tool import run
 
 from data_prep.check import check
@@ -17,23 +16,7 @@ from data_prep.index import index_directory
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.errors import ShardError
 
-IMAGE = encoded(make_image(0))
 APPLE = bytes.fromhex("0005160700020000") + b"Mac OS X" + bytes(147)
-
-
-def pack(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def parts(key: str, *extensions: str) -> list[tuple[str, bytes]]:
-    data = {"txt": f"caption {key}".encode(), "json": json.dumps({"id": key}).encode()}
-    return [(f"{key}.{e}", data.get(e.rpartition(".")[2], IMAGE)) for e in extensions]
 
 
 def adopted(folder: Path) -> list[str]:

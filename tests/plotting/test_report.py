@@ -109,7 +109,7 @@ def test_curves_are_read_from_the_metrics(outputs):
     assert curves.name == "second" and curves.validation == {}
     assert curves.steps == list(range(1, 40))  # the last two steps have no finite loss
     assert curves.losses[:2] == [2.0, 1.0]
-    with pytest.raises(ReportError, match="metrics.jsonl cannot be read"):
+    with pytest.raises(ReportError, match="metrics.jsonl does not exist"):
         report.read_loss_curves("seen", outputs / "seen")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_owl2.errors import ShardError
 from megatron_owl2.utils.files import write_atomically
+from megatron_owl2.utils.json_text import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron_owl2 shards 2"
@@ -38,8 +39,8 @@ def write_manifest(directory: str | os.PathLike, rows: list[dict]) -> None:
 def parse_manifest(data: bytes, where: str) -> dict:
     """The checked manifest; raises ShardError naming `where` if it is inconsistent."""
     try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        manifest = parse_json(data)
+    except ValueError as error:
         raise ShardError(f"{where} is damaged: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ShardError(f"{where} is not of the format {FORMAT!r}; make the data set again")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_owl2.errors import BadSampleError
+from megatron_owl2.utils.json_text import parse_json
 
 IMAGE_PLACEHOLDER = "<|image|>"  # stands for the image in a question; the official spelling
 
@@ -135,8 +136,8 @@ class Record:
 
 def _json(data: bytes) -> dict:
     try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
+        body = parse_json(data)
+    except ValueError:
         raise BadSampleError("its .json member is not JSON") from None
     if not isinstance(body, dict):
         raise BadSampleError("its .json member is not an object")

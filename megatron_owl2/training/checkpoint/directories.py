@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config.load import load_config, save_config
+from megatron_owl2.config.load import load_config, read_yaml, save_config
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.errors import CheckpointError, CheckpointIOError
 from megatron_owl2.training.checkpoint.async_writer import raise_on_all_ranks
+from megatron_owl2.utils.json_text import parse_json
 
 LATEST = "latest"
 _SEEN_WITHIN = 60.0  # seconds in which a node sees what another one has written
@@ -63,6 +64,8 @@ def read_config(directory: str | Path) -> RunConfig:
     """The resolved configuration of the run that wrote the checkpoint, with its own tokenizer,
     or "" if it was converted without one. Raises ConfigError for sizes that no model has."""
     directory = resolve(directory)
+    if not read_yaml(directory / "run.yaml"):
+        raise CheckpointError(f"{directory / 'run.yaml'} is empty; copy the checkpoint again")
     config = load_config(directory / "run.yaml")
     validate_model(config.model)
     tokenizer = directory / "tokenizer.model"
@@ -74,9 +77,11 @@ def read_progress(directory: str | Path) -> dict:
     """The progress that `Save` was given. Raises CheckpointError if it is nothing or damaged."""
     directory = resolve(directory)
     try:
-        progress = json.loads((directory / "progress.json").read_text())
+        progress = parse_json((directory / "progress.json").read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{directory / 'progress.json'} is damaged: {error}") from None
+    if not isinstance(progress, dict):
+        raise CheckpointError(f"{directory / 'progress.json'} is damaged: it holds no object")
     if not progress:
         raise CheckpointError(
             f"{directory} holds weights only, so no run can go on from it; start one with "

@@ -1,0 +1,33 @@
+"""JSON that users give: one kind of error, whatever is wrong with it."""
+
+import json
+from typing import Any
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Content of a JSON text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises ValueError with the reason, for a text that is nested too deeply as well.
+    """
+    try:
+        return json.loads(data.removeprefix("\ufeff") if isinstance(data, str) else data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+
+
+def parse_json_lines(data: bytes) -> list[tuple[int, Any]]:
+    """Numbers, from 1, and contents of the lines of JSON lines; empty lines are passed over.
+
+    Only a newline ends a line, since JSON may hold other line ends inside its texts. Raises
+    ValueError with the number of the line and the reason.
+    """
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip(b" \t\r\xef\xbb\xbf"):
+            try:
+                rows.append((number, parse_json(line)))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return rows
