@@ -174,7 +174,7 @@ def test_an_address_is_read_as_a_file_is(process):
 
 
 def test_loading_of_transformers_is_not_used(module, tmp_path):
-    """Its loader lays transparency over black and turns images."""
+    """Its loader drops transparency and turns images."""
     path = tmp_path / "image.png"
     path.write_bytes(encoded(TRANSPARENT, "PNG"))
     processor = module.MPLUGOwl2ImageProcessor({"height": 14, "width": 14}, [0.5] * 3, [0.2] * 3)

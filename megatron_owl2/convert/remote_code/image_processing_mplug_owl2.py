@@ -50,8 +50,8 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
     def fetch_images(self, images):
         """The same images, with PIL images in place of paths, URLs and base64.
 
-        transformers' own function turns an image by its EXIF orientation and lays transparency
-        over black; training does neither.
+        transformers' own function turns an image by its EXIF orientation and drops its
+        transparency; training does neither.
         """
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
