@@ -98,7 +98,7 @@ def test_the_same_evaluation_twice_or_of_another_size_is_refused(outputs):
         report.collect([("a", outputs / "seen"), ("a", outputs / "heldout")])
     with pytest.raises(ReportError, match="50 questions on 'colour', but 6 .* same --limit"):
         report.collect([("a", outputs / "heldout"), ("a", outputs / "seen-blind")])
-    with pytest.raises(ReportError, match="scores.json does not exist; write it with"):
+    with pytest.raises(ReportError, match="scores.json does not exist; tools/evaluate.py writes"):
         report.collect([("a", outputs / "nowhere")])
     with pytest.raises(ReportError, match="--run 'dir' must be NAME=DIR"):
         report.named("--run", ["dir"])
