@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.lazy_tensor import LazyTensor
+from megatron_owl2.convert.model_card import write_model_card
 from megatron_owl2.convert.partition import shard
 from megatron_owl2.convert.safetensors_io import TensorReader, write_shards
 from megatron_owl2.errors import ConversionError
@@ -109,10 +110,10 @@ def export_hf(
     SentencePiece model `tokenizer` if there is one.
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
-    CLIPVisionModel; "owl2" brings its code for transformers along. `dtype` is by default the
-    weights' own, the wider one if they have several; position tables keep theirs. `output` appears
-    when complete. Raises ConversionError if it exists, if there is no room, or if a weight is not
-    finite in `dtype`.
+    CLIPVisionModel; "owl2" brings its code for transformers and a model card along. `dtype` is by
+    default the weights' own, the wider one if they have several; position tables keep theirs.
+    `output` appears when complete. Raises ConversionError if it exists, if there is no room, or if
+    a weight is not finite in `dtype`.
     """
     dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in TABLES)
     dtype = dtype or reduce(torch.promote_types, dtypes)
@@ -126,6 +127,7 @@ def export_hf(
                 shutil.copyfile(tokenizer, partial / "tokenizer.model")
             if layout == "owl2":
                 hf_config.write_remote_code(partial)
+                write_model_card(partial, model)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error}") from None
 

@@ -36,6 +36,9 @@ class Multiway(nn.Module):
         super().__init__()
         self.multiway = nn.ModuleList([make(), make()])
 
+    def extra_repr(self) -> str:
+        return "multiway.0: text, multiway.1: images"
+
     def forward(self, x: torch.Tensor, vision_token_index: torch.Tensor | None) -> torch.Tensor:
         text, vision = self.multiway
         out = text(x)
