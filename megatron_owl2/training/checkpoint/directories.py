@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config.load import load_config, read_yaml, save_config
+from megatron_owl2.config.load import load_config, save_config
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.errors import CheckpointError, CheckpointIOError
@@ -64,8 +64,6 @@ def read_config(directory: str | Path) -> RunConfig:
     """The resolved configuration of the run that wrote the checkpoint, with its own tokenizer,
     or "" if it was converted without one. Raises ConfigError for sizes that no model has."""
     directory = resolve(directory)
-    if not read_yaml(directory / "run.yaml"):
-        raise CheckpointError(f"{directory / 'run.yaml'} is empty; copy the checkpoint again")
     config = load_config(directory / "run.yaml")
     validate_model(config.model)
     tokenizer = directory / "tokenizer.model"
