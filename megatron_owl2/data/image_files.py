@@ -130,6 +130,20 @@ def _may_have_many_scans(data: bytes) -> bool:
     return True  # not as most programs write it
 
 
+def _may_have_lost_its_end(segment: bytes, jfif: bool) -> bool:
+    """Whether pixels depend on a segment of a JPEG whose own bytes do not show that it is whole."""
+    if segment[1] == 0xEE:  # the colour transform, but in a file of JFIF
+        return not jfif and not re.match(rb"Adobe\0[de].{4}[\0-\2]", segment[4:], re.DOTALL)
+    if segment[1] != 0xC4:
+        return segment[1] == 0xDB
+    tables = segment[4:]
+    while tables:  # Huffman tables have no symbol twice
+        symbols, tables = tables[17 : 17 + sum(tables[1:17])], tables[17 + sum(tables[1:17]) :]
+        if len(set(symbols)) < len(symbols):
+            return True
+    return False
+
+
 def _jpeg_without_metadata(data: bytes) -> bytes:
     """A JPEG as libjpeg finds its way through it, without segments and bytes that it skips.
 
@@ -138,11 +152,18 @@ def _jpeg_without_metadata(data: bytes) -> bytes:
     assumes what stands here then. The others are about scans and stay: HIT_MARKER, HUFF_BAD_CODE,
     ARITH_BAD_CODE, MUST_RESYNC, NOT_SEQUENTIAL, BOGUS_PROGRESSION, JPEG_EOF and EXTRANEOUS_DATA
     behind the last unit of a scan. TOO_MUCH_DATA is of the caller.
+
+    Bytes other than padding stay behind tables and a colour transform of which they may be the end,
+    moved out by others that do not belong in there.
     """
     parts, position = [b"\xff\xd8"], 2
-    adobe, components = None, 0
+    doubtful = scans = jfif = False
+    adobe = components = 0
     while match := _MARKER.search(data, position):
         marker, start = match[1][0], match.end()
+        skipped = data[position : match.start()]
+        if doubtful and skipped.strip(b"\0\xff"):
+            parts.append(skipped)
         if marker in (0xD8, 0xD9):  # a second start is libjpeg's to refuse
             parts.append(bytes([0xFF, marker]))
             break
@@ -151,8 +172,10 @@ def _jpeg_without_metadata(data: bytes) -> bytes:
             continue
         position = start + max(2, int.from_bytes(data[start : start + 2]))
         segment = b"\xff" + data[start - 1 : position]
+        # What follows a table between two scans may be a scan that has lost its beginning.
+        doubtful = (scans and marker < 0xE0) or _may_have_lost_its_end(segment, jfif)
         if segment[4:9] == b"JFIF\0" and marker == 0xE0 and len(segment) >= 18:
-            segment = _JFIF
+            segment, jfif = _JFIF, True
         elif segment[4:9] == b"Adobe" and marker == 0xEE and len(segment) >= 16:
             adobe = len(parts)
         elif marker == 0xFE or 0xE0 <= marker <= 0xEF:  # a comment or of an application
@@ -160,10 +183,10 @@ def _jpeg_without_metadata(data: bytes) -> bytes:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF
             components = segment[9] if len(segment) > 9 else 0
         elif marker == 0xDA:  # SOS
-            end = _END_OF_SCAN.search(data, position)
+            scans, end = True, _END_OF_SCAN.search(data, position)
             scan, position = position, end.start() if end else len(data)
             segment += data[scan:position]
         parts.append(segment)
-    if adobe is not None and parts[adobe][15] and components in (3, 4):  # YCbCr or YCCK
+    if adobe and parts[adobe][15] and components in (3, 4):  # YCbCr or YCCK
         parts[adobe] = parts[adobe][:15] + bytes([components - 2]) + parts[adobe][16:]
     return b"".join(parts)

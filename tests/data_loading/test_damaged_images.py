@@ -86,6 +86,38 @@ def test_remarks_between_the_scans_of_a_jpeg_are_no_damage():
     assert torch.equal(decode(data[:tables] + notes + data[tables:]), decode(data))
 
 
+TABLE_SEGMENTS = [0xC4, 0xDB]  # Huffman and quantisation tables
+
+
+@pytest.mark.parametrize("name", JPEGS)
+@pytest.mark.parametrize("marker", TABLE_SEGMENTS)
+def test_bytes_moved_out_of_a_table_are_damage(name, marker):
+    """libjpeg has no other remark on others that were put into it, but decodes other pixels."""
+    data = JPEGS[name]
+    start = data.index(bytes([0xFF, marker]))
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4])
+    for place in range(start + 21, end - 3):
+        with pytest.raises(BadSampleError, match="damaged"):
+            decode(data[:place] + data[start + 21 : start + 24] + data[place:])
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_padding_behind_any_segment_is_no_damage(name):
+    data = JPEGS[name]
+    position, whole = 2, decode(data)
+    while data[position + 1] != 0xDA:
+        position += 2 + int.from_bytes(data[position + 2 : position + 4])
+        for padding in (bytes(4), b"\xff\xff", b"\0\xff\0\0"):
+            assert torch.equal(decode(data[:position] + padding + data[position:]), whole)
+
+
+def test_a_scan_without_its_beginning_is_damage():
+    data = JPEGS["progressive"]
+    second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
+    with pytest.raises(BadSampleError, match="damaged"):
+        decode(data[:second] + data[second + 10 :])
+
+
 @pytest.mark.parametrize("transform", [1, 2, 7, 255])
 @pytest.mark.parametrize("name", ["baseline", "CMYK"])
 def test_colours_are_those_that_libjpeg_assumes(name, transform):
