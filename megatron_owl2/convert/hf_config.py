@@ -274,6 +274,10 @@ _CONFIGS = {"owl2": _owl2_config, "llama": _llama_config, "clip": _clip_config}
 def _read(directory: str | Path, *model_types: str) -> Settings:
     if not Path(directory).is_dir():
         raise ConversionError(f"{directory} is not a directory")
+    if (Path(directory) / "adapter_config.json").exists():
+        raise ConversionError(
+            f"{directory} holds an adapter: merge it into its model with peft, and save that"
+        )
     settings = Settings.read(Path(directory) / "config.json")
     kind = settings.tree.get("model_type")
     if kind not in model_types:

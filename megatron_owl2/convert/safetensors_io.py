@@ -1,6 +1,7 @@
 """Tensor files of Hugging Face directories, read without unpickling code, written in shards."""
 
 import json
+import re
 import struct
 import zipfile
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from tqdm import tqdm
 
 from megatron_owl2.convert.lazy_tensor import LazyTensor, read_ahead
 from megatron_owl2.errors import ConversionError
+from megatron_owl2.utils.json_text import parse_json
 
 _KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
 _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOATS = {dtype: name for name, dtype in _NAMES.items()}
+_FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
+_GIT_LFS = b"version https://git-lfs"
 _MAPPED_BYTES = 512 * 1024**2  # of a .bin file, before it is mapped anew
 
 
@@ -44,7 +48,8 @@ class TensorReader:
                 self._read_index(index)
                 return
         wanted = ", ".join(f"{stem}.{ending}[.index.json]" for stem, ending in _KINDS)
-        raise ConversionError(f"{self.directory} holds no weights; looked for {wanted}")
+        remedy = _found_instead(self.directory)
+        raise ConversionError(f"{self.directory} holds no weights; looked for {wanted}{remedy}")
 
     def add_prefix(self, prefix: str) -> None:
         """Renaming of every tensor to `prefix + name`."""
@@ -130,11 +135,29 @@ class _Stored:
     dtype: torch.dtype | str
 
 
+def _found_instead(directory: Path) -> str:
+    """The remedy for a directory whose weights are there, but not as files that are read."""
+    names = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+    for name in names:
+        if name.startswith("adapter_model."):
+            return f"; {name} is an adapter: merge it into its model with peft, and save that"
+        if shard := re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)", name):
+            index = f"{shard[1]}.{shard[2]}.index.json"
+            return f"; {name} is a part of them: fetch {index} and all parts"
+    for name in names:
+        if name.endswith(_FOREIGN):
+            return f"; {name} is not read: save the model with transformers (save_pretrained)"
+    return ""
+
+
 @contextmanager
 def _reading(path: Path):
     try:
-        with open(path, "rb"):  # safetensors does not tell what may not be read from what is broken
-            pass
+        # safetensors does not tell what may not be read from what is broken
+        with open(path, "rb") as file:
+            pointer = file.read(len(_GIT_LFS)) == _GIT_LFS
+        if pointer:
+            raise ConversionError(f"{path} is a Git LFS pointer; fetch the file (git lfs pull)")
         yield
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -165,12 +188,12 @@ def _plain(tensor: torch.Tensor) -> bool:
 def read_json(path: Path) -> dict:
     """A JSON object; raises ConversionError if there is none."""
     try:
-        tree = json.loads(path.read_text())
+        tree = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist") from None
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConversionError(f"{path} must hold an object, not a {type(tree).__name__}")

@@ -4,7 +4,6 @@ A row of a batch gives the answer it gives alone: position ids start at its firs
 padding is invisible to it.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -203,8 +202,6 @@ class Generator:
 
 
 def _is_hf_export(path: Path) -> bool:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "mplug_owl2"
+    """Whether a directory is to be read as an export, damaged and foreign ones among them."""
+    names = ("config.json", "adapter_config.json")
+    return not (path / "run.yaml").exists() and any((path / name).exists() for name in names)
