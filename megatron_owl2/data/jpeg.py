@@ -1,7 +1,6 @@
 """Strict decoding of JPEG with libjpeg-turbo: the pixels that Pillow gives in half the time, and
 none from a scan that is damaged or short, which Pillow fills with noise or grey."""
 
-import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ from megatron_owl2.data import pillow_images
 from megatron_owl2.data.image_files import MAX_SCANS, has_many_scans, without_metadata
 from megatron_owl2.data.pillow_images import UnusableImageError, check_size
 
+_DAMAGE = "its JPEG data are damaged or cut short"
 T = TypeVar("T")
 
 
@@ -24,10 +24,12 @@ def decode(data: bytes) -> np.ndarray:
     """
     try:
         return _strictly(data, _decode)
+    except UnusableImageError:
+        raise
     except _UnknownSubsampling:
         return pillow_images.decode(data)
-    except ValueError as error:
-        raise _refusal("image cannot be decoded", error) from None
+    except ValueError:
+        raise UnusableImageError(f"image cannot be decoded: {_DAMAGE}") from None
 
 
 def size(data: bytes) -> tuple[int, int]:
@@ -36,8 +38,8 @@ def size(data: bytes) -> tuple[int, int]:
         height, width = map(int, _strictly(data, _header)[:2])
     except _UnknownSubsampling:
         return pillow_images.size(data)
-    except ValueError as error:
-        raise _refusal("image header cannot be read", error) from None
+    except ValueError:
+        raise UnusableImageError(f"image header cannot be read: {_DAMAGE}") from None
     return width, height
 
 
@@ -74,10 +76,3 @@ def _decode(data: bytes) -> np.ndarray:
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
     inks = 255 - simplejpeg.decode_jpeg(data, "CMYK", strict=True)
     return np.array(Image.frombytes("CMYK", (width, height), inks.tobytes()).convert("RGB"))
-
-
-def _refusal(failure: str, error: ValueError) -> UnusableImageError:
-    if isinstance(error, UnusableImageError):
-        return error
-    words = re.sub(r"^\w+\(\): ", "", str(error))  # names of functions are of no use to anyone
-    return UnusableImageError(f"{failure}: its JPEG data are damaged or cut short ({words})")
