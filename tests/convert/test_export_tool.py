@@ -60,3 +60,9 @@ def test_an_export_serves_a_pipeline(tmp_path, capsys, image):
     options = {"max_new_tokens": 3, "suppress_tokens": beyond}
     found = answering(text=PROMPT, images=[image], generate_kwargs=options)
     assert isinstance(found[0]["generated_text"], str)
+    seen = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+    chat = [{"role": "user", "content": seen}]
+    (found,) = answering(text=chat, generate_kwargs=options)
+    assert [turn["role"] for turn in found["generated_text"]] == ["user", "assistant"]
+    found = answering(text=[chat, chat], generate_kwargs=options, batch_size=2)
+    assert len(found) == 2

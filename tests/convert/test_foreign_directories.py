@@ -31,6 +31,15 @@ def exported(tmp_path_factory) -> Path:
     return export(grouped_model(), folder / "owl 2.0-7b.v1", small_tokenizer(folder))
 
 
+def test_dots_spaces_and_the_folder_itself_are_names_like_others(exported, monkeypatch):
+    monkeypatch.chdir(exported)
+    inputs = {"input_ids": torch.tensor([[1, 5, 9]])}
+    named, here = load(exported), load(Path("."))
+    assert type(here).__name__ == type(named).__name__
+    assert torch.equal(here(**inputs).logits, named(**inputs).logits)
+    assert load_model(Path(".")).config == from_owl2(exported).config.model
+
+
 @pytest.fixture
 def directory(exported, tmp_path) -> Path:
     return shutil.copytree(exported, tmp_path / "my owl.v2")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exported import ATTENTIONS, answers, batch, export, grouped_model, load, offline
 from transformers import DynamicCache
 
@@ -88,6 +89,7 @@ def test_a_padded_batch_answers_like_its_rows_and_like_our_generator(ours, group
         {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
         {"repetition_penalty": 1.3},
         {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static", "disable_compile": True},
     ],
 )
 def test_other_ways_of_generating_keep_every_row_with_its_images(grouped, options):
@@ -103,7 +105,7 @@ def test_other_ways_of_generating_keep_every_row_with_its_images(grouped, option
     greedy = answers(model, batch(5, prompts, images), max_new_tokens=8)
     if "prompt_lookup_num_tokens" not in options:  # which takes one row at a time
         assert answers(model, batch(5, prompts, images), max_new_tokens=8, **options) == alone
-    same = "top_k" in options or "prompt_lookup_num_tokens" in options
+    same = bool({"top_k", "prompt_lookup_num_tokens", "cache_implementation"} & options.keys())
     assert (alone == [answer for answer in greedy for _ in range(per_row)]) == same
 
 
@@ -194,3 +196,16 @@ def test_images_and_their_rows_must_agree(grouped):
             call(input_ids=inputs["input_ids"], pixel_values=images)
     with pytest.raises(ValueError, match=r"\[9, 3, 14, 28\], but this model takes"):
         model(**inputs, pixel_values=images[:, :, :14])
+    # A collator that appends completions to input_ids, or moves rows, may know no modality.
+    longer = inputs | {"input_ids": F.pad(inputs["input_ids"], (0, 2), value=5)}
+    del longer["attention_mask"]
+    shapes = r"modality is \[9, 16\], the tokens are \[9, 18\]; what is added to input_ids needs"
+    with pytest.raises(ValueError, match=shapes):
+        model(**longer, pixel_values=images)
+
+
+def test_sixteen_bits_answer_with_pixels_in_32(grouped):
+    inputs = batch(5, *prompts_and_images())
+    assert inputs["pixel_values"].dtype == torch.float32
+    out = load(grouped, dtype=torch.bfloat16).generate(**inputs, max_new_tokens=2)
+    assert out.shape == (9, inputs["input_ids"].shape[1] + 2)

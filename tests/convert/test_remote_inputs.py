@@ -114,6 +114,7 @@ def test_the_tokenizer_gives_our_ids_and_our_text(directory, tokenizer):
             assert theirs.decode(special, skip_special_tokens=skip) == tokenizer.decode(
                 special, skip_special=skip
             )
+    assert theirs("a </s> <|image|> b")["input_ids"].count(2) == 0
 
 
 def test_ids_are_those_of_prompt_ids(processor, tokenizer):
