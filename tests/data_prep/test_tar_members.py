@@ -9,6 +9,7 @@ import pytest
 from foreign_tars import IMAGE, pack, parts
 from preprocess_run import succeeded, tool
 from read_corpus import collect
+from tiny_data import encoded, make_image
 from tool import run
 
 from data_prep.check import check
@@ -180,10 +181,14 @@ def test_a_caption_of_other_bytes_is_refused_everywhere(tmp_path):
     assert index_directory(tmp_path).unusable == {"caption is not valid Unicode": 1}
 
 
+AVIF = b"\0\0\0\x20ftypavif"
+
+
 @pytest.mark.parametrize(
     "members, reason",
     [
-        ([("x.jpg", b"GIF89a"), ("x.txt", b"t")], "image is not JPEG, PNG or WebP"),
+        ([("x.jpg", b"<html>"), ("x.txt", b"t")], "image cannot be decoded: it is an HTML page"),
+        ([("x.jpg", AVIF), ("x.txt", b"t")], "image cannot be decoded: AVIF is not read"),
         ([("x.jpg", IMAGE), ("x.txt", b" \n")], "caption is empty"),
         ([("x.jpg", IMAGE), ("x.json", b"{")], "its .json member is not JSON"),
         (
@@ -203,6 +208,15 @@ def test_what_training_cannot_use_is_counted_by_the_index(tmp_path, members, rea
     assert "1 of them cannot be used" in done.stdout and f"1 x {reason}" in done.stdout
     (result,) = check(str(tmp_path), decode=1.0)
     assert result.good + len(result.bad) == 3 and len(result.bad) <= 1
+
+
+def test_the_index_calls_sound_every_kind_of_image_that_training_decodes(tmp_path):
+    images = [encoded(make_image(i), kind) for i, kind in enumerate(("GIF", "BMP", "TIFF", "PNG"))]
+    members = [[(f"{i}.jpg", image), (f"{i}.txt", b"t")] for i, image in enumerate(images)]
+    pack(tmp_path / "a.tar", sum(members, []))
+    assert not index_directory(tmp_path).unusable
+    (result,) = check(str(tmp_path), decode=1.0)
+    assert (result.good, result.decoded, result.bad) == (4, 4, [])
 
 
 def test_an_archive_of_strangers_alone_is_said_to_hold_no_sample(tmp_path):

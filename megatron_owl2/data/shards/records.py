@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_owl2.data.image_files import kind, why_not_read
 from megatron_owl2.errors import BadSampleError
 from megatron_owl2.utils.json_text import parse_json
 
@@ -151,8 +152,8 @@ def why_unusable(key: str, members: Mapping[str, bytes]) -> str | None:
     """
     try:
         record = Record._from_members(key, members)
-        if record.image is not None:
-            image_extension(record.image)
+        if record.image is not None and kind(record.image) is None:
+            return f"image cannot be decoded: {why_not_read(record.image)}"
     except BadSampleError as error:
         return str(error)
     return None
