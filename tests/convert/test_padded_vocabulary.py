@@ -34,7 +34,7 @@ from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.sources import from_checkpoint, from_llama_and_clip, from_owl2
 from megatron_owl2.convert.verify.compare import compare
 from megatron_owl2.convert.verify.verify import Verification
-from megatron_owl2.errors import ConfigError
+from megatron_owl2.errors import CheckpointError, ConfigError
 from megatron_owl2.inference.engine import Generator, load_model
 from megatron_owl2.model.flops import Load, training_flops
 from megatron_owl2.model.layer_stack import weights
@@ -98,6 +98,23 @@ def test_there_and_back_is_bitwise(directory, tmp_path, multiple, rows):
         tensors_of(tmp_path / "out"), {n: t for n, t in stored.items() if "inv_freq" not in n}
     )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == ADDED
+
+
+def test_a_checkpoint_from_before_the_multiple_loads_with_one(directory, tmp_path):
+    config = from_owl2(directory).config
+    config.model.decoder.vocab_multiple = 1
+    whole = from_owl2(directory, config=config)
+    write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
+    settings = tmp_path / "ckpt" / "run.yaml"
+    kept = settings.read_text()
+    settings.write_text(kept.replace("    vocab_multiple: 1\n", ""))
+    assert settings.read_text() != kept
+    with pytest.raises(CheckpointError) as refusal:
+        from_checkpoint(tmp_path / "ckpt")
+    assert "embedding.weight is (323, 64) in the checkpoint, (328, 64)" in str(refusal.value)
+    assert "model.decoder.vocab_multiple, which is 1 for a checkpoint whose" in str(refusal.value)
+    settings.write_text(kept)
+    assert from_checkpoint(tmp_path / "ckpt").tensors[PADDED[0]].shape == (323, 64)
 
 
 def test_the_command_lines_take_a_multiple(directory, tmp_path, capsys):

@@ -228,6 +228,8 @@ def test_the_wrong_order_is_named(processor, image):
             processor(texts, images)
     with pytest.raises(ValueError, match=rf"images hold a text with <\|image\|>; {order}"):
         processor([PROMPT], ["owl.jpg"])
+    with pytest.raises(ValueError, match=f"give text: one string or several; {order}"):
+        processor(PROMPT)  # as a tokenizer takes it
     for wrong in (3, b"USER:", [["USER:"]], torch.zeros(2)):
         with pytest.raises(ValueError, match="text holds .*, not a string"):
             processor(text=wrong)

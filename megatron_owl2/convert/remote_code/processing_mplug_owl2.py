@@ -107,9 +107,9 @@ class MPLUGOwl2Processor(ProcessorMixin):
 def _texts(text, images) -> list[str]:
     """The texts; raises ValueError if there are none, or for what is no text."""
     texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
-    if not texts or text is None:
-        raise ValueError("give text: one string or several")
     order = "images come first and text second; name them: processor(images=..., text=...)"
+    if not texts or text is None:
+        raise ValueError(f"give text: one string or several; {order}")
     for entry in texts:
         if not isinstance(entry, str):
             raise ValueError(f"text holds {type(entry).__name__}, not a string; {order}")
