@@ -136,8 +136,8 @@ def is_hidden(path: str) -> bool:
     Hidden are names that begin with a dot, such as the `._NAME` and `.DS_Store` of macOS, and the
     `__MACOSX` that its archives contain.
     """
-    if "." not in path and "_" not in path:
-        return False
+    if path[:1] not in (".", "_") and "/." not in path and "/_" not in path:
+        return False  # as nearly all are, and training asks for every member
     return any(
         part == "__MACOSX" or (part[:1] == "." and part not in (".", ".."))
         for part in path.split("/")
