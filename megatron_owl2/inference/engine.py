@@ -103,7 +103,8 @@ class Generator:
         Raises InferenceError as `generate_ids` does.
         """
         ids = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
-        answers = self.generate_ids(ids, images, max_new_tokens, min_new_tokens)
+        pieces = self.tokenizer.vocab_size  # the model may embed more, which have no text
+        answers = self.generate_ids(ids, images, max_new_tokens, min_new_tokens, pieces)
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
     @torch.inference_mode()
@@ -113,10 +114,11 @@ class Generator:
         images: Sequence[Sequence[torch.Tensor]],
         max_new_tokens: int,
         min_new_tokens: int = 1,
+        vocab_size: int | None = None,
     ) -> list[list[int]]:
         """New ids for prompts of ids with placeholders -200; EOS ends an answer and is left out.
 
-        EOS cannot come before `min_new_tokens`. An image that is the same tensor object in
+        EOS cannot come before `min_new_tokens`, and no id from `vocab_size` on at all. An image that is the same tensor object in
         several prompts is encoded once. Raises InferenceError if a prompt is empty, its
         placeholders and images differ in number, an image has the wrong shape or dtype, or the
         answer could leave the decoder's positions.
@@ -131,7 +133,7 @@ class Generator:
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=setup.device())
         chosen: list[torch.Tensor] = []
         while True:
-            logits = self._next_logits(inputs, visual, caches)
+            logits = self._next_logits(inputs, visual, caches)[:, :vocab_size]
             if len(chosen) < min_new_tokens:
                 logits[:, eos] = float("-inf")
             token = logits.argmax(-1)

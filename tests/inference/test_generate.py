@@ -204,6 +204,20 @@ def test_text_in_text_out(loaded):
     assert generator.generate([], [], 8) == []
 
 
+def test_a_vocabulary_larger_than_the_tokenizer_is_answered_in_its_pieces(tokenizer):
+    """Vocabularies are padded by their makers; rows without a piece have no text."""
+    torch.manual_seed(3)
+    model = ModelConfig(
+        vision=VisionConfig(SIZE, 14, 32, 1, 4, 64),
+        abstractor=AbstractorConfig(4, 1, 4, 64),
+        decoder=DecoderConfig(2048, 32, 1, 4, 2, 64, max_positions=64),
+    )
+    generator = Generator(LoadedModel(build(model), model, tokenizer))
+    (free,) = generator.generate_ids([[1, 5, 6]], [[]], 12)
+    assert max(free) >= tokenizer.vocab_size
+    assert isinstance(generator.generate(["what color"], [[]], 12)[0], str)
+
+
 def test_mistakes_are_named(loaded):
     generator = Generator(loaded)
     image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
