@@ -8,6 +8,7 @@ import argparse
 import json
 
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
+from megatron_owl2.errors import ScoreError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,11 @@ def score(options: argparse.Namespace) -> int:
     task = registry.find_benchmarks()[options.task]
     predictions = benchmark.read_predictions(task, options.predictions)
     gold = benchmark.read_gold(task, options.gold)
-    print(json.dumps(benchmark.score(task, predictions, gold, options.variant), indent=1))
+    try:
+        scores = benchmark.score(task, predictions, gold, options.variant)
+    except ScoreError as error:
+        raise ScoreError(f"{options.predictions} and {options.gold}: {error}") from None
+    print(json.dumps(scores, indent=1))
     return 0
 
 

@@ -4,24 +4,22 @@ Each module of `evaluation.benchmarks` defines one `BENCHMARK`; the functions he
 any of them.
 """
 
-import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
-from megatron_owl2.errors import TaskError
+from megatron_owl2.errors import ScoreError, TaskError
+from megatron_owl2.evaluation.rows import Id, identifier, read_rows, rows_by_id, text
+from megatron_owl2.utils.files import is_hidden
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation leaves
 
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 
-Id = int | str
 Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ class Benchmark:
 
     `read_questions(file, gold)` gives the questions, `read_gold(gold_file)` the gold rows by id,
     and `score(predictions, gold)`, with a third argument if there are `variants`, the tables that
-    `scoring` describes. A reader may raise KeyError, TypeError or ValueError for a file in another
-    format; `read` adds the name of the file.
+    `scoring` describes. The readers check every field that the questions and the score need (`rows`
+    helps) and raise TaskError naming the file.
     """
 
     about: str  # one line for the help of tools/evaluate.py
@@ -79,7 +77,7 @@ def read(
     """
     path = _find(data, benchmark.file)
     gold = read_gold(benchmark, path if benchmark.gold_file == benchmark.file else path.parent)
-    questions = _read(path, lambda path: benchmark.read_questions(path, gold))[:limit]
+    questions = benchmark.read_questions(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
     lost = sorted({image for q in questions for image in q.images if not image.is_file()})
@@ -93,7 +91,11 @@ def read_gold(benchmark: Benchmark, path: str | Path) -> Gold:
 
     Raises TaskError for missing or ambiguous files and unreadable content.
     """
-    return _read(_find(path, benchmark.gold_file), benchmark.read_gold)
+    path = _find(path, benchmark.gold_file)
+    gold = benchmark.read_gold(path)
+    if not gold:
+        raise TaskError(f"{path} holds no question")
+    return gold
 
 
 def read_predictions(benchmark: Benchmark, path: str | Path) -> dict[Id, str]:
@@ -102,12 +104,11 @@ def read_predictions(benchmark: Benchmark, path: str | Path) -> dict[Id, str]:
     Raises TaskError for rows without these fields and for ids that come twice.
     """
     path = Path(path)
-    rows = _read(path, lambda path: rows_by_id(read_rows(path), benchmark.id_field))
-    field = benchmark.answer_field
-    wrong = [i for i, row in rows.items() if not isinstance(row.get(field), str)]
-    if wrong:
-        raise TaskError(f"{path}: prediction {wrong[0]!r} has no text {field!r}")
-    return {i: row[field] for i, row in rows.items()}
+    names = (benchmark.id_field, benchmark.answer_field)
+    rows = read_rows(path, dict(zip(names, (identifier, text), strict=True)))
+    if not rows:
+        raise TaskError(f"{path} holds no prediction")
+    return {i: row[names[1]] for i, row in rows_by_id(path, rows, names[0]).items()}
 
 
 def score(
@@ -117,6 +118,7 @@ def score(
 
     Raises TaskError for a variant that the benchmark does not have, and ScoreError.
     """
+    predictions = _with_ids_of(gold, predictions)
     if variant is None:
         return benchmark.score(predictions, gold)
     if variant not in benchmark.variants:
@@ -125,26 +127,16 @@ def score(
     return benchmark.score(predictions, gold, variant)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON list, or of a file with one JSON object per line."""
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def rows_by_id(rows: list[dict], field: str) -> dict[Id, dict]:
-    """{row[field]: row}; raises TaskError for an id that comes twice."""
-    table = {row[field]: row for row in rows}
-    if len(table) < len(rows):
-        repeated = next(i for i, n in Counter(row[field] for row in rows).items() if n > 1)
-        raise TaskError(f"{len(rows) - len(table)} rows repeat a {field}, such as {repeated!r}")
-    return table
+def _with_ids_of(gold: Gold, predictions: dict[Id, str]) -> dict[Id, str]:
+    """Predictions whose ids are numbers where the gold has them as texts, or the reverse."""
+    known = {str(i): i for i in gold}
+    if len(known) < len(gold):  # the gold tells 1 from "1"
+        return predictions
+    renamed = {known.get(str(i), i): answer for i, answer in predictions.items()}
+    if len(renamed) < len(predictions):
+        twice = next(i for i in predictions if isinstance(i, str) and i not in renamed)
+        raise ScoreError(f"predictions have the id {twice} twice, as a number and as a text")
+    return renamed
 
 
 def _find(data: str | Path, pattern: str) -> Path:
@@ -155,22 +147,10 @@ def _find(data: str | Path, pattern: str) -> Path:
     if not data.is_dir():
         raise TaskError(f"{data} does not exist")
     found = sorted(path for path in data.glob(pattern) if path.is_file())
+    found = [path for path in found if not is_hidden(path.name)]
     if not found:
         raise TaskError(f"{data} holds no file {pattern}")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise TaskError(f"{data} holds several files {pattern}: {names}; name one of them")
     return found[0]
-
-
-def _read(path: Path, reader: Callable[[Path], T]) -> T:
-    """The result of `reader` for a file; its failures as TaskError with the file's name."""
-    try:
-        return reader(path)
-    except TaskError:
-        raise
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise TaskError(f"{path} is not in the format that the task reads: {reason}") from None
-    except (OSError, ValueError) as error:
-        raise TaskError(f"{path} cannot be read: {error}") from None

@@ -1,5 +1,6 @@
 """JSON that users give: one kind of error, whatever is wrong with it."""
 
+import codecs
 import json
 from typing import Any
 
@@ -21,8 +22,11 @@ def parse_json_lines(data: bytes) -> list[tuple[int, Any]]:
     """Numbers, from 1, and contents of the lines of JSON lines; empty lines are passed over.
 
     Only a newline ends a line, since JSON may hold other line ends inside its texts. Raises
-    ValueError with the number of the line and the reason.
+    ValueError with the number of the line and the reason, or for text that is not in UTF-8 or
+    UTF-16.
     """
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        data = data.decode("utf-16").encode()
     rows = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip(b" \t\r\xef\xbb\xbf"):

@@ -18,18 +18,22 @@ from megatron_owl2.mcore import setup
 COUNTING = '''
 """Counting questions, scored by the distance of the number."""
 
-from megatron_owl2.evaluation.benchmark import Benchmark, Question, read_rows, rows_by_id
+from megatron_owl2.evaluation.benchmark import Benchmark, Question
+from megatron_owl2.evaluation.image_files import named_image
+from megatron_owl2.evaluation.rows import identifier, read_rows, rows_by_id, whole_number, words
 from megatron_owl2.evaluation.scoring import check_ids, score_table
 
 
+FIELDS = {"qid": identifier, "image": words, "ask": words, "number": whole_number}
+
+
 def read_questions(path, gold):
-    image = path.parent / "images"
-    return [Question(i, row["ask"], (image / row["image"],), "count", str(row["number"]))
+    return [Question(i, row["ask"], (named_image(path, row["image"]),), "count", str(row["number"]))
             for i, row in gold.items()]
 
 
 def read_gold(path):
-    return rows_by_id(read_rows(path), "qid")
+    return rows_by_id(path, read_rows(path, FIELDS), "qid")
 
 
 def score(predictions, gold, variant="exact"):
@@ -102,7 +106,7 @@ def test_the_score_command_takes_a_new_benchmark(counting, tmp_path, monkeypatch
     assert said_wrong == "error: this task has no scoring variant 'loose'; known: exact, near\n"
     said.write_text(json.dumps({"qid": "a", "reply": 2}))
     assert run_tool(monkeypatch, *options) == 2
-    assert "prediction 'a' has no text 'reply'" in capsys.readouterr().err
+    assert "'reply' is 2, wanted a text (line 1)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["score"]])

@@ -4,30 +4,27 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_owl2.evaluation.benchmark import (
-    SHORT_ANSWER,
-    Benchmark,
-    Gold,
-    Question,
-    read_rows,
-    rows_by_id,
-)
+from megatron_owl2.evaluation.benchmark import SHORT_ANSWER, Benchmark, Gold, Question
+from megatron_owl2.evaluation.image_files import named_image
+from megatron_owl2.evaluation.rows import identifier, one_of, read_rows, rows_by_id, words
 from megatron_owl2.evaluation.scoring import check_ids, percent, score_table
 
 _SKILL = "existence"
+_GOLD = {"question_id": identifier, "label": one_of("yes", "no")}
 
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
     """The questions of a file of POPE, which holds their gold too."""
+    rows = read_rows(path, _GOLD | {"text": words, "image": words})
     return [
-        Question(i, row["text"], (path.parent / "images" / row["image"],), _SKILL, row["label"])
-        for i, row in gold.items()
+        Question(i, row["text"], (named_image(path, row["image"]),), _SKILL, gold[i]["label"])
+        for i, row in rows_by_id(path, rows, "question_id").items()
     ]
 
 
 def read_gold(path: Path) -> Gold:
     """The rows of a file of POPE by question id; each has a `label` "yes" or "no"."""
-    return rows_by_id(read_rows(path), "question_id")
+    return rows_by_id(path, read_rows(path, _GOLD), "question_id")
 
 
 def score(predictions: Mapping, gold: Mapping) -> dict:

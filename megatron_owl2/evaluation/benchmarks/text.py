@@ -3,8 +3,24 @@
 from pathlib import Path
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question, read_json, rows_by_id
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
+from megatron_owl2.evaluation.rows import (
+    Optional,
+    identifier,
+    list_of,
+    object_of,
+    read_rows,
+    rows_by_id,
+    text,
+    words,
+)
 from megatron_owl2.evaluation.scoring import exact_match
+
+_FIELDS = {
+    "id": identifier,
+    "conversations": list_of(object_of(**{"from": text, "value": words})),
+    "skill": Optional(words, "text"),
+}
 
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
@@ -20,14 +36,14 @@ def read_gold(path: Path) -> Gold:
     Raises TaskError for a dialogue that is not one question and its answer.
     """
     gold = {}
-    for i, row in rows_by_id(read_json(path), "id").items():
+    for i, row in rows_by_id(path, read_rows(path, _FIELDS), "id").items():
         messages = row["conversations"]
         if [message["from"] for message in messages] != ["human", "gpt"]:
             raise TaskError(
                 f"{path}: dialogue {i!r} must be one question and its answer (human, gpt)"
             )
         question, answer = (message["value"] for message in messages)
-        gold[i] = {"question": question, "answers": [answer], "skill": row.get("skill", "text")}
+        gold[i] = {"question": question, "answers": [answer], "skill": row["skill"]}
     return gold
 
 

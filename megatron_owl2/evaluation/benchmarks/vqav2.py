@@ -5,13 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation.benchmark import (
-    SHORT_ANSWER,
-    Benchmark,
-    Gold,
-    Question,
-    read_json,
+from megatron_owl2.evaluation.benchmark import SHORT_ANSWER, Benchmark, Gold, Question
+from megatron_owl2.evaluation.image_files import NumberedImages
+from megatron_owl2.evaluation.rows import (
+    Optional,
+    identifier,
+    list_of,
+    object_of,
+    read_rows,
     rows_by_id,
+    text,
+    whole_number,
+    words,
 )
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, score_table
 
@@ -43,23 +48,44 @@ _RESTORED = (
 )
 
 
+_QUESTION = {"question_id": identifier, "image_id": whole_number, "question": words}
+_ANNOTATION = {
+    "question_id": identifier,
+    "image_id": Optional(whole_number),
+    "question_type": words,
+    "multiple_choice_answer": text,
+    "answers": list_of(object_of(answer=text)),
+}
+_SPLIT = re.compile(r"_(?:mscoco_)?((?:train|val|test)\d{4})_")
+
+
 def read_questions(path: Path, gold: Gold) -> list[Question]:
-    """The questions of a published file; raises TaskError if some have no annotation."""
-    rows = read_json(path)["questions"]
-    unanswered = [row["question_id"] for row in rows if row["question_id"] not in gold]
+    """The questions of a published file.
+
+    Raises TaskError if some have no annotation, or one of another image.
+    """
+    rows = rows_by_id(path, read_rows(path, _QUESTION, "questions"), "question_id")
+    unanswered = [i for i in rows if i not in gold]
     if unanswered:
         raise TaskError(
             f"{len(unanswered)} questions of {path} have no annotation, such as {unanswered[0]}"
         )
-    images = _images_by_number(path.parent / "images")
+    split = _SPLIT.search(path.name)
+    images = NumberedImages(path, split[1] if split else None)
     questions = []
-    for row in rows:
-        annotation = gold[row["question_id"]]
+    for i, row in rows.items():
+        annotation = gold[i]
+        about = annotation["image_id"]
+        if about not in (None, row["image_id"]):
+            raise TaskError(
+                f"{path}: question {i} is about image {row['image_id']}, its annotation about "
+                f"{about}; the two files do not belong together"
+            )
         questions.append(
             Question(
-                id=row["question_id"],
+                id=i,
                 text=row["question"],
-                images=(images[row["image_id"]],),
+                images=(images.find(row["image_id"]),),
                 skill=annotation["question_type"],
                 gold=annotation["multiple_choice_answer"],
             )
@@ -69,16 +95,7 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
 
 def read_gold(path: Path) -> Gold:
     """The published annotations by question id."""
-    return rows_by_id(read_json(path)["annotations"], "question_id")
-
-
-def _images_by_number(folder: Path) -> dict[int, Path]:
-    """Images by the last number of their names, as in COCO_val2014_000000000042.jpg."""
-    images = {}
-    for path in folder.iterdir():
-        if number := re.search(r"(\d+)$", path.stem):
-            images[int(number[1])] = path
-    return images
+    return rows_by_id(path, read_rows(path, _ANNOTATION, "annotations"), "question_id")
 
 
 def score(predictions: Mapping, gold: Mapping, variant: str = "owl2") -> dict:

@@ -1,0 +1,66 @@
+"""Image files that a benchmark names: by a path, or by a number as COCO names its files."""
+
+import re
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+from megatron_owl2.errors import TaskError
+from megatron_owl2.utils.files import is_hidden
+
+IMAGES = "images"  # folder beside the question file
+_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_NAME = re.compile(r"(?:COCO_([A-Za-z0-9-]+)_)?(\d+)")
+
+
+def named_image(questions: Path, name: str) -> Path:
+    """File in `images/` beside the question file; raises TaskError for a path out of it."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not name.strip() or "\0" in name or path.is_absolute() or ".." in path.parts:
+        raise TaskError(f"{questions}: {name!r} is no path in {questions.parent / IMAGES}")
+    return questions.parent / IMAGES / path
+
+
+class NumberedImages:
+    """Images by number: COCO_<split>_<number>, or the number alone, as COCO itself names them.
+
+    Anything else in the folder (masks, sidecars, hidden files) is not what is asked about. Raises
+    TaskError if the folder is not there.
+    """
+
+    def __init__(self, questions: Path, split: str | None = None):
+        self._questions, self._folder = questions, questions.parent / IMAGES
+        self._split = split
+        if not self._folder.is_dir():
+            raise TaskError(f"{self._folder} does not exist; the images of {questions} go there")
+        self._found: dict[int, list[tuple[str | None, Path]]] = defaultdict(list)
+        for path in sorted(self._folder.iterdir()):
+            name = _NAME.fullmatch(path.stem)
+            if name and _is_image(path):
+                self._found[int(name[2])].append((name[1], path))
+
+    def find(self, number: int) -> Path:
+        """The image with a number, in order of preference: of the questions' own split, of another
+        one, without a split.
+
+        The path of an image that is not there is the one that COCO would give it. Raises TaskError
+        naming two files that could both be meant.
+        """
+        candidates = self._found.get(number, [])
+        for wanted in (
+            [path for split, path in candidates if split is not None and split == self._split],
+            [path for split, path in candidates if split is not None],
+            [path for _, path in candidates],
+        ):
+            if len(wanted) > 1:
+                raise TaskError(
+                    f"{self._questions}: image {number} may be {wanted[0]} or {wanted[1]}; leave "
+                    "one of them in the folder"
+                )
+            if wanted:
+                return wanted[0]
+        prefix = f"COCO_{self._split}_" if self._split else ""
+        return self._folder / f"{prefix}{number:012d}.jpg"
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _EXTENSIONS and not is_hidden(path.name) and path.is_file()

@@ -1,0 +1,170 @@
+"""Rows of benchmark files and predictions, checked field by field before anything is scored.
+
+A file is a JSON list, JSON lines, or an object with the list under a key. What a field may hold is
+said by a reader of its value, such as `text` or `one_of("yes", "no")`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_owl2.errors import TaskError
+from megatron_owl2.utils.json_text import parse_json, parse_json_lines
+
+Id = int | str
+Reader = Callable[[Any, str], Any]  # value and name of a field to what a rule takes
+
+_SHOWN = 60  # characters of a value in a message
+
+
+class Misfit(ValueError):
+    """A value that a field must not have; the message is the reason."""
+
+
+def text(value: Any, name: str) -> str:
+    """A text, which may be empty."""
+    if not isinstance(value, str):
+        raise _misfit(value, name, "a text")
+    return value
+
+
+def words(value: Any, name: str) -> str:
+    """A text that is more than white space."""
+    if not text(value, name).strip():
+        raise _misfit(value, name, "a text")
+    return value
+
+
+def identifier(value: Any, name: str) -> Id:
+    """A whole number or a text; 7.0, as tables write a number, is 7."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise _misfit(value, name, "a whole number or a text")
+    return value
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A whole number of 0 or more, also one that is written as a text."""
+    number = identifier(value, name)
+    if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) < 20:
+        number = int(number)
+    if not isinstance(number, int) or number < 0:
+        raise _misfit(value, name, "a whole number")
+    return number
+
+
+def one_of(*choices: str) -> Reader:
+    """One of several words, whatever their letter case and the white space around them."""
+
+    def read(value: Any, name: str) -> str:
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word not in choices:
+            raise _misfit(value, name, " or ".join(map(repr, choices)))
+        return word
+
+    return read
+
+
+def list_of(reader: Reader) -> Reader:
+    """A list of one value or more."""
+
+    def read(value: Any, name: str) -> list:
+        if not isinstance(value, list) or not value:
+            raise _misfit(value, name, "a list with an entry")
+        return [reader(entry, f"{name}[{number}]") for number, entry in enumerate(value)]
+
+    return read
+
+
+@dataclass(frozen=True)
+class Optional:
+    """A value that may be null or absent; then it is `default`."""
+
+    reader: Reader
+    default: Any = None
+
+    def __call__(self, value: Any, name: str) -> Any:
+        return self.default if value is None else self.reader(value, name)
+
+
+def object_of(**fields: Reader) -> Reader:
+    """An object with these fields; others are kept as they are."""
+
+    def read(value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise _misfit(value, name, "an object")
+        prefix = f"{name}." if name else ""
+        for field, reader in fields.items():
+            if field not in value and not isinstance(reader, Optional):
+                raise Misfit(f"{prefix + field!r} is missing")
+        return value | {f: reader(value.get(f), prefix + f) for f, reader in fields.items()}
+
+    return read
+
+
+def read_rows(path: Path, fields: Mapping[str, Reader], key: str | None = None) -> list[dict]:
+    """Rows of a file with the values of `fields` as their readers give them.
+
+    The rows lie under `key` of an object if one is given. Raises TaskError naming the file, the
+    place and the field.
+    """
+    read = object_of(**fields)
+    rows = []
+    for place, row in _placed_rows(path, key):
+        try:
+            rows.append(read(row, ""))
+        except Misfit as misfit:
+            raise TaskError(
+                f"{path} is not in the format that the task reads: {misfit} ({place})"
+            ) from None
+    return rows
+
+
+def rows_by_id(path: Path, rows: list[dict], field: str) -> dict[Id, dict]:
+    """Rows by their value of `field`; raises TaskError naming `path` for one that comes twice."""
+    table = {row[field]: row for row in rows}
+    if len(table) < len(rows):
+        repeated = next(i for i, n in Counter(row[field] for row in rows).items() if n > 1)
+        raise TaskError(
+            f"{path}: {len(rows) - len(table)} rows repeat a {field}, such as {repeated!r}"
+        )
+    return table
+
+
+def _placed_rows(path: Path, key: str | None) -> list[tuple[str, Any]]:
+    """Place, for messages, and content of every row."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        if key is None and not _is_list(data):
+            return [(f"line {number}", row) for number, row in parse_json_lines(data)]
+        content = parse_json(data)
+    except ValueError as error:
+        raise TaskError(f"{path} cannot be read: it is not JSON: {error}") from None
+    if key is not None:
+        rows = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            raise TaskError(
+                f"{path} is not in the format that the task reads: it must be an object with a "
+                f"list {key!r}"
+            )
+        return [(f"entry {number} of {key!r}", row) for number, row in enumerate(rows, start=1)]
+    return [(f"entry {number}", row) for number, row in enumerate(content, start=1)]
+
+
+def _is_list(data: bytes) -> bool:
+    """Whether a file begins a list, after a byte order mark or in UTF-16."""
+    return data.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
+
+
+def _misfit(value: Any, name: str, wanted: str) -> Misfit:
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+    if not name:
+        return Misfit(f"a row is {shown}, wanted {wanted}")
+    return Misfit(f"{name!r} is {shown}, wanted {wanted}")
