@@ -45,9 +45,11 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
     """Index of all tar files of a folder, which makes it a data set.
 
     Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Raises
-    ShardError if the folder holds no tar file or is a data set already, or if most samples are
-    not of members that training can use.
+    ShardError if it is no folder, holds no tar file or is a data set already, or if training cannot
+    use most samples.
     """
+    if not directory.is_dir():
+        raise ShardError(f"{directory} is not a folder; name the folder that holds the tar files")
     if (directory / MANIFEST).exists():
         raise ShardError(
             f"{directory} holds a {MANIFEST} already; check it with tools/check_data.py, or remove "

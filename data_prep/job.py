@@ -72,7 +72,7 @@ def preprocess(
     state = JobState(output)
     state.claim(_describe(splits, settings, arguments))
     if (output / MANIFEST).exists():
-        return Outcome(Statistics.from_json((output / REPORT).read_bytes()))
+        return Outcome(_read_report(output))
     state.remove_leftovers()
     index, partitions = partition
     mine = [] if merge else splits[index::partitions]
@@ -91,6 +91,16 @@ def preprocess(
         return Outcome(None, written=written)
     report = _finish(state, plan, settings)
     return Outcome(report, scanned, written, selected, finished=True)
+
+
+def _read_report(output: Path) -> Statistics:
+    """Statistics of a finished data set."""
+    try:
+        return Statistics.from_json((output / REPORT).read_bytes())
+    except (ValueError, TypeError, RecursionError):
+        raise PreprocessError(
+            f"{output / REPORT} is damaged; tools/check_data.py says whether the shards are whole"
+        ) from None
 
 
 def _check_names(splits: Sequence[InputSplit]) -> None:

@@ -20,6 +20,7 @@ from data_prep.splits import InputSplit
 from megatron_owl2.data.shards.writer import INDEX, SUMS
 from megatron_owl2.errors import PreprocessError
 from megatron_owl2.utils.files import locked, write_atomically
+from megatron_owl2.utils.json_text import parse_json
 
 _WORK = "preprocess"
 _ABANDONED = 24 * 3600  # seconds without a change
@@ -58,7 +59,9 @@ class JobState:
                 os.rename(temporary, self._work)
             except OSError:
                 shutil.rmtree(temporary)
-        found, job = json.loads(path.read_bytes()), json.loads(json.dumps(job))
+        found, job = self._read_json(path), json.loads(json.dumps(job))
+        if found is None:
+            raise PreprocessError(f"{path} has gone; start again")
         if found == job:
             return
         different = sorted(key for key in found.keys() | job if found.get(key) != job.get(key))
@@ -78,7 +81,7 @@ class JobState:
 
     def scan_result(self, split: InputSplit) -> dict | None:
         """Counts of the first reading of a split, or None if it is not complete."""
-        return _read_json(self.scan(split).with_suffix(".json"))
+        return self._read_json(self.scan(split).with_suffix(".json"))
 
     def keep_decisions(self, split: InputSplit) -> Path:
         """Path of the decisions (uint8) about every row of the scan."""
@@ -86,7 +89,7 @@ class JobState:
 
     def result(self, split: InputSplit) -> dict | None:
         """Shard rows and counts of a split, or None if they or one of its files are not there."""
-        result = _read_json(self._work / "parts" / f"{split.name}.json")
+        result = self._read_json(self._work / "parts" / f"{split.name}.json")
         for row in result["rows"] if result else ():
             count = row["samples"]
             for ending, size in (("", row["bytes"]), (INDEX, 8 * (count + 1)), (SUMS, 8 * count)):
@@ -144,6 +147,18 @@ class JobState:
     def _unfinished(self) -> Path:
         return self._work / "unfinished"
 
+    def _read_json(self, path: Path) -> dict | None:
+        """Object in a file of this folder, or None if it is not there."""
+        try:
+            content = parse_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise PreprocessError(f"{path} is damaged; delete {self.output} and start again")
+        return content
+
 
 @contextmanager
 def _lock_file(path: Path) -> Iterator[None]:
@@ -180,13 +195,6 @@ def _change(found: dict, job: dict) -> str:
     old, new = (dict(description["parts"]) for description in (found, job))
     name = min(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return f"split {name}: {old.get(name, 'was not there')}, now {new.get(name, 'gone')}"
-
-
-def _read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
 
 
 def _move_json(unfinished: Path, path: Path, content: dict) -> None:

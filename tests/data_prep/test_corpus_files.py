@@ -22,7 +22,7 @@ from data_prep.corpus_files import find_files
 from data_prep.formats.registry import FORMATS
 from data_prep.index import index_directory
 from data_prep.splits import ReadOptions
-from megatron_owl2.errors import PreprocessError
+from megatron_owl2.errors import PreprocessError, ShardError
 
 APPLE = bytes.fromhex("0005160700020000") + b"Mac OS X" + bytes(147)
 PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
@@ -246,3 +246,9 @@ def test_links_in_a_circle_end(tmp_path):
     found = find_files(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in found.files] == ["a/x.tar", "c/x.tar"]
     assert {file.reason for file in found.unread} == {"link to a folder above it"}
+
+
+def test_an_index_is_made_of_folders(tmp_path):
+    for path in (shard(tmp_path / "a.tar", 0), tmp_path / "nowhere"):
+        with pytest.raises(ShardError, match=f"{path.name} is not a folder; name the folder that"):
+            index_directory(path)

@@ -326,3 +326,23 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path, workers):
     assert job(corpus, output).report.kept == 24
     job(corpus, tmp_path / "at once/set")
     assert tree(output) == tree(tmp_path / "at once/set")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["preprocess/job.json", "preprocess/parts/part0.json"])
+def test_damaged_files_of_a_job_are_named(corpus, tmp_path, name, damage):
+    output = tmp_path / "set"
+    job(corpus, output, partition=(0, 2))
+    (output / name).write_bytes(damage)
+    with pytest.raises(
+        PreprocessError, match=f"{name} is damaged; delete {output} and start again"
+    ):
+        job(corpus, output)
+
+
+def test_a_damaged_report_of_a_finished_job_is_named(corpus, tmp_path):
+    job(corpus, tmp_path / "set")
+    for damage in (b"{", b"[]", b'{"kept": 1}'):
+        (tmp_path / "set/report.json").write_bytes(damage)
+        with pytest.raises(PreprocessError, match="report.json is damaged"):
+            job(corpus, tmp_path / "set")
