@@ -235,4 +235,4 @@ def test_curves_of_runs_side_by_side(watched, tmp_path, monkeypatch, capsys):
     assert plot(monkeypatch, watched / "plain", "--output", one) == 0
     assert Image.open(one).height < single.height, "no peak, no MFU"
     assert plot(monkeypatch, tmp_path, "--output", one) == 2
-    assert "metrics.jsonl cannot be read" in capsys.readouterr().err
+    assert "metrics.jsonl does not exist" in capsys.readouterr().err
