@@ -13,7 +13,7 @@ from tiny_data import encoded, make_image
 from tool import run
 
 from data_prep.check import check
-from data_prep.index import index_directory
+from data_prep.index import index_directory, index_shard
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.errors import ShardError
 
@@ -224,3 +224,22 @@ def test_an_archive_of_strangers_alone_is_said_to_hold_no_sample(tmp_path):
     pack(tmp_path / "b.tar", parts("0", "jpg", "txt"))
     _, skipped = collect("webdataset", tmp_path)
     assert skipped == {"tar file without a sample": 1}
+
+
+def test_archives_put_together_with_cat_are_read_to_the_end(tmp_path):
+    first = pack(tmp_path / "one/a.tar", parts("0", "jpg", "txt")).read_bytes()
+    second = pack(tmp_path / "two/a.tar", parts("0", "jpg", "txt") + parts("1", "jpg", "txt"))
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in/a.tar"
+    for end, kept, reasons in (
+        (b"", ["0", "0", "1"], {}),
+        (b"rubbish" * 100, ["0", "0", "1"], {"rest of a damaged file": 1}),
+        (b"x" * 512, ["0", "0", "1"], {"rest of a damaged file": 1}),
+    ):
+        path.write_bytes(first + second.read_bytes() + end)
+        records, skipped = collect("webdataset", tmp_path / "in")
+        assert [r.key for r in records] == kept and skipped == reasons
+    said = succeeded(tool(tmp_path / "in", "webdataset", tmp_path / "out"))
+    assert "kept 2, skipped 2" in said and "1 x key occurs twice" in said
+    with pytest.raises(ShardError, match="data after the end marker"):
+        index_shard(path)

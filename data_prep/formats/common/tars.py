@@ -87,23 +87,31 @@ class _Run:
 
 
 def _runs(file: IO[bytes], read: Callable[[int, int], bytes]) -> tuple[list[_Run], str | None]:
-    """Runs in an archive, and why its rest cannot be read, or None."""
+    """Runs in a file, and why its rest cannot be read, or None.
+
+    Archives that were put together with cat follow each other's end markers.
+    """
     size = file.seek(0, 2)
     runs: list[_Run] = []
-    end, key = 0, None
+    start: int | None = 0
+    end = 0
     try:
-        for _, name, start, length in entries(read, 0, size):
-            end = start + length + padding(length)
-            if name is None or not is_member(name):
-                continue
-            last, (key, extension) = key, split_name(name)
-            if key != last:
-                runs.append(_Run(key, {}))
-            runs[-1].repeated |= extension in runs[-1].members
-            runs[-1].members[extension] = (start, length)
+        while start is not None:
+            key = None
+            for _, name, data, length in entries(read, start, size):
+                end = data + length + padding(length)
+                if name is None or not is_member(name):
+                    continue
+                last, (key, extension) = key, split_name(name)
+                if key != last:
+                    runs.append(_Run(key, {}))
+                runs[-1].repeated |= extension in runs[-1].members
+                runs[-1].members[extension] = (data, length)
+            start = _after_end_marker(file, end)
+            end = end if start is None else start
     except BadSampleError as error:
         return runs, f"{error} behind byte {end}"
-    return runs, None if _ends_here(file, end) else f"no end of the archive at byte {end}"
+    return runs, None
 
 
 def _put_together(runs: list[_Run]) -> list[_Run]:
@@ -140,13 +148,20 @@ def _several_samples(members: Collection[str]) -> bool:
     return len(stems[0] & stems[1]) > 1
 
 
-def _ends_here(file: IO[bytes], position: int) -> bool:
-    """Whether the end marker follows and nothing after it, and the file is of whole blocks; else
-    it may be cut, or have lost bytes before."""
+def _after_end_marker(file: IO[bytes], position: int) -> int | None:
+    """Position of the next archive behind the end marker, or None if nothing follows.
+
+    Raises BadSampleError without an end marker, or if the file is not of whole blocks: it may be
+    cut, or have lost bytes before.
+    """
     file.seek(position)
-    length = 0
-    while block := file.read(1 << 20):
+    empty = 0
+    while block := file.read(BLOCK):
         if block.strip(b"\0"):
-            return False
-        length += len(block)
-    return length >= BLOCK and (position + length) % BLOCK == 0
+            if empty < BLOCK:
+                raise BadSampleError("no end of the archive")
+            return position + empty
+        empty += len(block)
+    if empty < BLOCK or (position + empty) % BLOCK:
+        raise BadSampleError("no end of the archive")
+    return None
