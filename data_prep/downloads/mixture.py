@@ -4,7 +4,6 @@ Under the mixture's folder lie lists/NAME (addresses), pictures/NAME (img2datase
 shards/NAME. The steps are other verbs of `owl2`, which can be run by hand or elsewhere.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -20,7 +19,8 @@ from data_prep.downloads.registry import CORPORA
 from data_prep.downloads.url_list import REPORT, read_report
 from megatron_owl2.data.shards.manifest import MANIFEST
 from megatron_owl2.errors import PreprocessError
-from megatron_owl2.utils.files import write_atomically
+from megatron_owl2.utils.files import is_hidden, write_atomically
+from megatron_owl2.utils.json_text import parse_json
 
 CONFIG = "config.yaml"
 
@@ -58,12 +58,13 @@ class Mixture:
             listed = report.listed
             wanted = sum(-(-rows // self.recipe.shard_size) for _, rows in report.files)
         stats = sorted(self._path("pictures", name).glob("*_stats.json"))
+        stats = [path for path in stats if not is_hidden(path.name)]
         if stats:
             done = len(stats)
-            downloaded = sum(json.loads(path.read_bytes())["successes"] for path in stats)
+            downloaded = sum(_read_number(path, "successes") for path in stats)
         manifest = self._path("shards", name) / MANIFEST
         if manifest.exists():
-            sharded = json.loads(manifest.read_bytes())["samples"]
+            sharded = _read_number(manifest, "samples")
         return State(listed, downloaded, (done, wanted), sharded)
 
     def steps(self, name: str, workers: int) -> dict[str, list[str]]:
@@ -180,3 +181,15 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 def _joined(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _read_number(path: Path, key: str) -> int:
+    """A whole number in a JSON file; raises PreprocessError naming the file."""
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError:
+        content = None
+    number = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(number, int) or number < 0:
+        raise PreprocessError(f"{path} is damaged: it holds no number {key!r}; make it again")
+    return number

@@ -72,11 +72,14 @@ class Published:
                     if self._schema is None:
                         self._schema = table.schema.remove_metadata()
                     yield table.cast(self._schema)
-            except (pa.ArrowException, OSError) as error:
-                raise PreprocessError(f"{path} cannot be read: {error}") from None
+            except pa.ArrowException:
+                raise PreprocessError(f"{path} is cut or damaged, or not as published") from None
+            except OSError as error:
+                reason = error.strerror or "it is cut or damaged"
+                raise PreprocessError(f"{path} cannot be read: {reason}") from None
 
     def _read(self, path: Path, columns: list[str]) -> Iterator:
-        if path.suffix == ".parquet":
+        if tables.kind_of(path) == ".parquet":
             with tables.open_parquet(path) as file:
                 yield from file.iter_batches(_BATCH, columns=columns)
             return
@@ -126,11 +129,12 @@ def _is_utf8(value: bytes | None) -> bool:
 
 
 def _columns(corpus: Corpus, path: Path) -> Sequence[str]:
-    if path.suffix == ".parquet":
+    if tables.kind_of(path) == ".parquet":
         with tables.open_parquet(path) as file:
             return file.schema_arrow.names
-    if path.suffix != ".tsv" or not corpus.header:
+    if tables.kind_of(path) != ".tsv" or not corpus.header:
         raise PreprocessError(f"{path} is not a file of {corpus.name}: {corpus.about}")
+    tables.check_text(path)
     return corpus.header
 
 

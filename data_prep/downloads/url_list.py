@@ -6,7 +6,7 @@ Works on columns (a row costs about a microsecond) and keeps one batch of rows i
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from data_prep.formats.common import tables
 from megatron_owl2.data.sampling.keyed_random import combine, splitmix64_array
 from megatron_owl2.errors import PreprocessError
 from megatron_owl2.utils.files import new_directory
+from megatron_owl2.utils.json_text import parse_json
 
 REPORT = "report.json"
 _ROWS_PER_FILE = 1_000_000  # img2dataset loads a file of the list at once
@@ -57,7 +58,7 @@ def write_url_list(
     folder of all of them. Raises PreprocessError if it does not have the columns, if no row is
     left, or if `output` was made with other options.
     """
-    published = Published(corpus, tables.files(source))
+    published = Published(corpus, tables.files(source)[0])
     for name in (*selection.min_score, *selection.max_score):
         published.check(name, corpus.scores, "score")
     for name in selection.only:
@@ -83,13 +84,24 @@ def write_url_list(
 
 def read_report(folder: Path) -> ListReport:
     """Report of a finished list."""
-    body = json.loads((folder / REPORT).read_bytes())
-    del body["arguments"]
-    return ListReport(**body)
+    body = _read(folder)
+    return ListReport(**{entry.name: body[entry.name] for entry in fields(ListReport)})
+
+
+def _read(folder: Path) -> dict:
+    """Contents of a list's report.json, which its arguments are in as well."""
+    try:
+        body = parse_json((folder / REPORT).read_bytes())
+    except ValueError:
+        body = None
+    names = {"arguments", *(entry.name for entry in fields(ListReport))}
+    if isinstance(body, dict) and body.keys() == names and isinstance(body["arguments"], dict):
+        return body
+    raise PreprocessError(f"{folder / REPORT} is damaged; delete {folder} and start again")
 
 
 def _existing(output: Path, arguments: dict) -> ListReport:
-    found = json.loads((output / REPORT).read_bytes())["arguments"]
+    found = _read(output)["arguments"]
     wanted = json.loads(json.dumps(arguments))
     if found != wanted:
         different = [name for name in wanted if found.get(name) != wanted[name]]
@@ -132,7 +144,7 @@ def _write(published: Published, folder: Path, selection: Selection) -> ListRepo
         writer.files,
     )
     if not writer.files:
-        raise PreprocessError(f"no row of the corpus is left: {report}")
+        raise PreprocessError(f"no row of {published.paths[0]} is left: {report}")
     return report
 
 

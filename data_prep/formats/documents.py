@@ -1,18 +1,18 @@
 """Plain texts: JSON lines {"text": ...}, as text corpora from the web are published."""
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import xxhash
 
-from data_prep.formats.common.inputs import refuse_images, sanitize_name
-from data_prep.formats.common.tables import cut_lines
+from data_prep.formats.common import tables
+from data_prep.formats.common.inputs import refuse_images
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
-from megatron_owl2.errors import BadSampleError, PreprocessError
+from megatron_owl2.errors import BadSampleError
+from megatron_owl2.utils.json_text import parse_json
 
 
 class Documents:
@@ -21,27 +21,17 @@ class Documents:
     name = "documents"
 
     def plan(self, source: Path, options: ReadOptions) -> InputPlan:
-        """One split for every `options.samples_per_split` lines.
+        """One split for every `options.samples_per_split` lines of every file.
 
-        Raises PreprocessError if `source` is not a file.
+        Raises PreprocessError if there is no file of JSON lines.
         """
         refuse_images(options, "documents have no images")
-        if not source.is_file():
-            raise PreprocessError(f"{source} is not a file; name the JSON lines file")
-        digest, rows = xxhash.xxh3_128(), options.samples_per_split
-        with source.open("rb") as file:
-            starts, _ = cut_lines(file, rows, digest)
-        name = sanitize_name(source.stem)
-        splits = [
-            InputSplit(
-                f"{name}-{index:05d}",
-                f"{digest.hexdigest()} from {index * rows}",
-                (source, start, index * rows, rows),
-                source,
-            )
-            for index, start in enumerate(starts)
-        ]
-        return InputPlan(splits)
+        if source.is_file():
+            paths, unread = [source], []  # whatever its name is
+        else:
+            paths, unread = tables.files(source, (".jsonl",))
+        splits = [split for path in paths for split in _splits(source, path, options)]
+        return InputPlan(splits, unread)
 
     def read(self, payload: tuple[Path, int, int, int]) -> Iterator[Record | Skipped]:
         """Records of consecutive lines; the key is the line's number in the file, from 0."""
@@ -49,16 +39,33 @@ class Documents:
         with source.open("rb") as file:
             file.seek(start)
             for number, line in enumerate(islice(file, count), first):
-                where = f"line {number + 1}"
+                where = f"{source.name}, line {number + 1}"
+                if not line.strip():
+                    yield Skipped("empty line", where)
+                    continue
                 try:
-                    text = json.loads(line)["text"]
-                except (ValueError, TypeError, KeyError, RecursionError):
+                    text = parse_json(line)["text"]
+                except (ValueError, TypeError, KeyError):
                     yield Skipped("not a JSON object with a text", where)
                     continue
                 try:
                     yield Record(f"{number:09d}", caption=text, source=source.stem)
                 except BadSampleError as error:
                     yield Skipped(str(error), where)
+
+
+def _splits(source: Path, path: Path, options: ReadOptions) -> Iterator[InputSplit]:
+    tables.check_text(path)
+    digest, rows = xxhash.xxh3_128(), options.samples_per_split
+    with path.open("rb") as file:
+        starts, _ = tables.cut_lines(file, rows, digest)
+    for index, start in enumerate(starts):
+        yield InputSplit(
+            f"{tables.name_in(source, path)}-{index:05d}",
+            f"{digest.hexdigest()} from {index * rows}",
+            (path, start, index * rows, rows),
+            path,
+        )
 
 
 FORMATS: tuple[Format, ...] = (Documents(),)

@@ -1,4 +1,4 @@
-"""Tables (JSON lines, TSV, CSV, Parquet) of image paths and captions."""
+"""Tables (JSON lines, TSV, CSV, Parquet) of image paths and captions; Parquet may hold images."""
 
 import json
 import math
@@ -10,37 +10,43 @@ from typing import Any
 from data_prep.formats.common import tables
 from data_prep.formats.common.inputs import (
     CAPTION_COLUMNS,
+    IMAGE_EXTENSIONS,
     SkipError,
     caption,
     images_folder,
     read_image,
-    sanitize_name,
     scalars,
+    shown,
+    skipped,
 )
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError
 
-_Payload = tuple[tables.Piece, tuple[str, str], Path]  # (image, caption) columns, image folder
+# Piece, (image, caption) columns, image folder (None: the table holds the images).
+_Payload = tuple[tables.Piece, tuple[str, str], Path | None]
 _IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "filename", "filepath", "file")
+_IMAGE_ENDINGS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
 
 
 class Table:
-    """Rows that name an image file and hold its caption; other columns become metadata."""
+    """Rows that name an image file, or hold it, and its caption; other columns become metadata."""
 
     name = "table"
 
     def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` rows of every file.
 
-        Raises PreprocessError without a folder of images, without a table, or if a table does not
-        have the columns.
+        Raises PreprocessError without a folder of images that are named, without a table, or if a
+        table does not have the columns.
         """
-        images = images_folder(source, options)
         splits = []
-        for path in tables.files(source):
+        paths, unread = tables.files(source, companions=_IMAGE_ENDINGS)
+        for path in paths:
+            if tables.kind_of(path) != ".parquet":
+                images_folder(source, options)
             for index, piece in enumerate(tables.cut(path, options.samples_per_split)):
                 columns = (
                     tables.find_column(
@@ -54,10 +60,13 @@ class Table:
                         "--caption-column",
                     ),
                 )
-                name = f"{sanitize_name(path.stem)}-{index:05d}"
+                images = options.images
+                if images is not None or not tables.holds_images(path, columns[0]):
+                    images = images_folder(source, options)
+                name = f"{tables.name_in(source, path)}-{index:05d}"
                 identity = f"{piece.identity} {columns}"
                 splits.append(InputSplit(name, identity, (piece, columns, images), path))
-        return InputPlan(splits)
+        return InputPlan(splits, unread)
 
     def read(self, payload: _Payload) -> Iterator[Record | Skipped]:
         """Records of a piece of a table; the key is the row's number in its table, from 0."""
@@ -70,23 +79,43 @@ class Table:
             try:
                 yield _record(number, row, columns, images, piece.path)
             except (SkipError, BadSampleError) as error:
-                yield Skipped(str(error), where)
+                yield skipped(error, where)
 
 
-def _record(number: int, row: dict[str, Any], columns: tuple[str, str], images: Path, path: Path):
+def _record(
+    number: int, row: dict[str, Any], columns: tuple[str, str], images: Path | None, path: Path
+) -> Record:
     image_column, caption_column = columns
-    if row.get(image_column) in (None, ""):
+    image, text = row.get(image_column), row.get(caption_column)
+    if isinstance(image, dict):  # as Hugging Face data sets hold images
+        image = image.get("bytes") or image.get("path")
+    if image in (None, "", b""):
         raise SkipError("row names no image")
+    if text is not None and not isinstance(text, str):
+        reason = "caption is not a text: name another column with --caption-column"
+        raise SkipError(reason, shown(text))
     metadata = scalars(row, without=columns)
-    if path.suffix in (".csv", ".tsv"):
+    if tables.kind_of(path) in (".csv", ".tsv"):
         metadata = {name: _typed(value) for name, value in metadata.items() if value != ""}
     return Record(
         key=f"{number:012d}",
-        caption=caption(row.get(caption_column)),
-        image=read_image(images, row[image_column]),
+        caption=caption(text),
+        image=_image(image, images),
         source=path.stem,
         metadata=metadata,
     )
+
+
+def _image(value: Any, images: Path | None) -> bytes:
+    """Bytes of the image in a row: in it, or in the file that it names."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        reason = "image is not one path: name another column with --image-column"
+        raise SkipError(reason, shown(value))
+    if images is None:
+        raise SkipError("row names its image alone: say where it is with --images", shown(value))
+    return read_image(images, value)
 
 
 def _typed(text: str) -> Any:

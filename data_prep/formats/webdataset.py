@@ -18,6 +18,7 @@ from data_prep.formats.common.inputs import (
     refuse_images,
     sanitize_name,
     scalars,
+    skipped,
 )
 from data_prep.formats.common.tars import ENDINGS, is_tar, member_of, read_tar, tar_stem
 from data_prep.formats.format import Format
@@ -79,7 +80,7 @@ class Webdataset:
             try:
                 yield _record(key, members, caption_column, path)
             except (SkipError, BadSampleError) as error:
-                yield Skipped(str(error), f"{path.name}, {key} ({_listing(members)})")
+                yield skipped(error, f"{path.name}, {key} ({_listing(members)})")
 
 
 def _record(key: str, members: dict[str, bytes], caption_column: str | None, path: Path) -> Record:

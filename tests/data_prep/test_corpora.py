@@ -217,7 +217,7 @@ def test_wrong_corpora_are_clear_errors(tmp_path):
     assert "has no score clip" in refused("laion", source, out, min_score={"clip": 0.3})
     assert "it has: similarity (cosine" in refused("laion", source, out, min_score={"hash": 1})
     assert "no label LICENSE" in refused("laion", source, out, only={"LICENSE": ["?"]})
-    assert "no row of the corpus is left" in refused("laion", source, out, min_caption=99)
+    assert "is left: listed 0 of 5 rows" in refused("laion", source, out, min_caption=99)
     assert "min_side is 0" in refused("laion", source, out, min_side=0)
     text = tmp_path / "a.tsv"
     text.write_text(f"{url(1)}\tcaption\n")

@@ -119,14 +119,15 @@ def test_table_rows_that_are_left_out(images, tmp_path):
     assert skipped == {
         "row names no image": 3,
         "empty caption": 2,
-        "caption is not a text": 1,
-        "image is not one path": 1,
+        "caption is not a text: name another column with --caption-column": 1,
+        "image is not one path: name another column with --image-column": 1,
         "image file is missing": 1,
-        "image is an address, not a file": 1,
+        "image is an address, not a file: download it (tools/prepare_downloads.py)": 1,
         "image path leaves the images folder": 3,
         "image file cannot be read (Is a directory)": 1,
         "image path is not valid Unicode": 1,
-        "row is not a JSON object": 3,
+        "row is not a JSON object": 2,
+        "empty line": 1,
     }
 
 

@@ -8,11 +8,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.splits import ReadOptions
+from data_prep.splits import ReadOptions, Skipped
+from megatron_owl2.data.shards.records import strip_text
 from megatron_owl2.errors import PreprocessError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
+_SHOWN = 80  # characters of what was met
 # Faults of a path that a corpus names; others are of the disk or network, not of a sample.
 _OF_THE_PATH = {
     errno.EACCES,
@@ -25,7 +27,17 @@ _OF_THE_PATH = {
 
 
 class SkipError(Exception):
-    """Reason why a sample is left out; readers turn it into a Skipped."""
+    """Reason why a sample is left out (a category), and what was met; readers make a Skipped."""
+
+    def __init__(self, reason: str, met: str = ""):
+        super().__init__(reason)
+        self.met = met
+
+
+def skipped(error: Exception, where: str) -> Skipped:
+    """Sample that is left out for `error`; `where` says which one it is."""
+    met = getattr(error, "met", "")
+    return Skipped(str(error), f"{where}: {met}" if met else where)
 
 
 def sanitize_name(text: str) -> str:
@@ -55,31 +67,52 @@ def read_image(images: Path, name: Any) -> bytes:
     and OSError if the file system fails.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise SkipError("image is not one path")
-    if name.startswith(("http://", "https://")):
-        raise SkipError("image is an address, not a file")
+        raise SkipError("image is not one path", shown(name))
+    if name.lower().startswith(("http://", "https://")):
+        raise SkipError(
+            "image is an address, not a file: download it (tools/prepare_downloads.py)", shown(name)
+        )
+    try:
+        return _read_below(images, name)
+    except FileNotFoundError:
+        if "\\" not in name:
+            raise SkipError("image file is missing", f"{images / name}") from None
+    except UnicodeEncodeError:
+        raise SkipError("image path is not valid Unicode") from None
+    return read_image(images, name.replace("\\", "/"))  # as Windows separates folders
+
+
+def _read_below(images: Path, name: str) -> bytes:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise SkipError("image path leaves the images folder")
+        raise SkipError("image path leaves the images folder", shown(name))
     try:
         return (images / path).read_bytes()
     except FileNotFoundError:
-        raise SkipError("image file is missing") from None
-    except UnicodeEncodeError:
-        raise SkipError("image path is not valid Unicode") from None
+        raise
     except OSError as error:
         if error.errno not in _OF_THE_PATH:
             raise
-        raise SkipError(f"image file cannot be read ({os.strerror(error.errno)})") from None
+        reason = f"image file cannot be read ({os.strerror(error.errno)})"
+        raise SkipError(reason, f"{images / path}") from None
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut short."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def caption(value: Any) -> str:
-    """Caption without the white space around it; raises SkipError if nothing is left."""
+    """Caption without the white space and byte order marks around it; raises SkipError if nothing
+    is left."""
     if value is None or value == "":
         raise SkipError("empty caption")
     if not isinstance(value, str):
-        raise SkipError("caption is not a text")
-    if not (text := value.strip()):
+        raise SkipError("caption is not a text", shown(value))
+    if not (text := strip_text(value)):
         raise SkipError("empty caption")
     return text
 

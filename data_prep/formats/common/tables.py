@@ -2,13 +2,16 @@
 
 Memory does not grow with the table. Text is UTF-8, with or without a byte order mark; a byte that
 is not stays visible as a lone surrogate, which no caption may hold. TSV knows no quotes (published
-captions are full of single ones); CSV does, with newlines inside.
+captions are full of single ones); CSV does, with newlines inside, and its lines may end with a
+carriage return.
 """
 
+import codecs
 import csv
-import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +20,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from data_prep.corpus_files import UnreadFile, find_files, why_unread
+from data_prep.formats.common.compression import compression_of_file, how_to_unpack
+from data_prep.formats.common.inputs import sanitize_name
 from data_prep.splits import Skipped
 from megatron_owl2.errors import PreprocessError
+from megatron_owl2.utils.json_text import parse_json
 
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv")
 
@@ -26,6 +33,9 @@ _BOM = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 24
 _PARQUET_ROWS = 128  # read at once; a row may hold an image
 _HEAD_LINES = 100  # of JSON lines, to know the columns
+_HEAD_BYTES = 1 << 16  # of any text, to know its encoding
+_SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar", ",": "comma"}
+_EMPTY = "empty line"
 
 csv.field_size_limit(1 << 24)
 
@@ -42,24 +52,60 @@ class Piece:
     identity: str
 
 
-def files(source: Path) -> list[Path]:
-    """Paths of the table `source`, or of the tables of one kind in the folder `source`, by name.
+def kind_of(path: Path) -> str:
+    """Ending of a table's name in small letters."""
+    return path.suffix.lower()
+
+
+def files(
+    source: Path, kinds: Sequence[str] = KINDS, companions: Collection[str] = ()
+) -> tuple[list[Path], list[UnreadFile]]:
+    """Paths of the table `source`, or of the tables of one kind in the folder and below, and the
+    files that are none; `companions` are endings of files that need no mention.
 
     Raises PreprocessError if there is none, or more than one kind.
     """
+    wanted = ", ".join(kinds)
     if source.is_file():
-        if source.suffix not in KINDS:
-            raise PreprocessError(f"{source} is not a table; its name must end in {_names()}")
-        return [source]
+        if kind_of(source) not in kinds:
+            raise PreprocessError(f"{source} is not a table; its name must end in {wanted}")
+        return [source], []
     if not source.is_dir():
         raise PreprocessError(f"{source} is neither a file nor a folder")
-    found = sorted(path for path in source.iterdir() if path.suffix in KINDS and path.is_file())
-    kinds = sorted({path.suffix for path in found})
+    found, unread = find_files(source).select(
+        lambda path: kind_of(path) in kinds, lambda path: kind_of(path) in companions
+    )
+    several = sorted({kind_of(path) for path in found})
     if not found:
-        raise PreprocessError(f"{source} holds no table ({_names()})")
-    if len(kinds) > 1:
-        raise PreprocessError(f"{source} holds tables of several kinds ({', '.join(kinds)})")
-    return found
+        raise PreprocessError(f"{source} holds no table ({wanted}){why_unread(unread)}")
+    if len(several) > 1:
+        raise PreprocessError(f"{source} holds tables of several kinds ({', '.join(several)})")
+    return found, unread
+
+
+def name_in(source: Path, path: Path) -> str:
+    """Name of a file among those of `source`, without its ending and as splits are named."""
+    inner = path.relative_to(source) if source.is_dir() else Path(path.name)
+    return sanitize_name(str(inner.with_suffix("")))
+
+
+def check_text(path: Path) -> None:
+    """Check that a file is text in UTF-8 and not compressed; raises PreprocessError."""
+    if kind := compression_of_file(path):
+        raise PreprocessError(how_to_unpack(path, kind))
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if not head.strip():
+        raise PreprocessError(f"{path} is empty")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) / 4:
+        raise PreprocessError(f"{path} is text in UTF-16 or UTF-32; save it in UTF-8")
+    name = kind_of(path)
+    if name != ".csv" and b"\r" in head and b"\n" not in head:
+        raise PreprocessError(f"{path}: lines end with a carriage return; save it with line feeds")
+    if name == ".jsonl" and head.removeprefix(_BOM).lstrip().startswith(b"["):
+        raise PreprocessError(
+            f"{path} is a JSON list, not JSON lines; write each of its objects into a line"
+        )
 
 
 def cut(path: Path, rows: int) -> list[Piece]:
@@ -68,20 +114,16 @@ def cut(path: Path, rows: int) -> list[Piece]:
     Text is read once for this, Parquet only its footer. Raises PreprocessError if the file is not
     such a table.
     """
-    if path.suffix == ".parquet":
+    if kind_of(path) == ".parquet":
         return _cut_parquet(path, rows)
-    with path.open("rb") as file:
+    check_text(path)
+    with path.open("rb") as file, _csv_errors(path):
         columns, offset = _header(path, file)
         digest = xxhash.xxh3_128()
         file.seek(0)
         digest.update(file.read(offset))
-        cutter = _cut_csv if path.suffix == ".csv" else cut_lines
-        try:
-            starts, count = cutter(file, rows, digest)
-        except csv.Error as error:
-            raise PreprocessError(
-                f"{path} is not CSV: {error}; is a quote left open, or is it TSV?"
-            ) from None
+        cutter = _cut_csv if kind_of(path) == ".csv" else cut_lines
+        starts, count = cutter(file, rows, digest)
     identity = digest.hexdigest()
     return [
         Piece(path, columns, i * rows, min(rows, count - i * rows), start, f"{identity} {i * rows}")
@@ -91,7 +133,7 @@ def cut(path: Path, rows: int) -> list[Piece]:
 
 def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     """Rows of a piece, with their numbers from 0 in the table; CSV and TSV give texts."""
-    rows = _parquet_rows if piece.path.suffix == ".parquet" else _text_rows
+    rows = _parquet_rows if kind_of(piece.path) == ".parquet" else _text_rows
     yield from enumerate(rows(piece), piece.first)
 
 
@@ -104,12 +146,12 @@ def find_column(
     """
     if wanted is not None and wanted in columns:
         return wanted
-    lower = {name.lower(): name for name in reversed(columns)}
+    lower = {name.strip().lower(): name for name in reversed(columns)}
     found = next((lower[name] for name in usual if name in lower), None)
     if wanted is not None or found is None:
         raise PreprocessError(
             f"{source} has no column {wanted or ' or '.join(usual)}; name one of its columns "
-            f"({', '.join(columns)}) with {option}"
+            f"({', '.join(columns)}) with {option}{_other_separator(columns)}"
         )
     return found
 
@@ -148,30 +190,54 @@ def open_parquet(path: Path):
     module = parquet()
     try:
         return module.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, ValueError) as error:  # pyarrow's errors are both
-        raise PreprocessError(f"{path} is not Parquet: {error}") from None
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        raise PreprocessError(f"{path} is not Parquet, or cut or damaged") from None
+    except _arrow_errors():
+        raise PreprocessError(f"{path} is not Parquet, or cut or damaged") from None
 
 
-def _names() -> str:
-    return ", ".join(KINDS)
+def _arrow_errors() -> tuple[type[Exception], ...]:
+    import pyarrow
+
+    return (pyarrow.ArrowException, ValueError, NotImplementedError, UnicodeDecodeError)
+
+
+def _other_separator(columns: Sequence[str]) -> str:
+    """End of a message about a table whose only column holds what separates others."""
+    found = [name for sign, name in _SEPARATORS.items() if len(columns) == 1 and sign in columns[0]]
+    return f"; it seems to be separated by {found[0]}s" if found else ""
+
+
+@contextmanager
+def _csv_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except csv.Error as error:
+        raise PreprocessError(
+            f"{path} is not CSV: {error}; is a quote left open, or is it TSV?"
+        ) from None
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[tuple[str, ...], int]:
     """Names of the columns, and the byte offset of the rows."""
     offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(offset)
-    if path.suffix == ".jsonl":
+    if kind_of(path) == ".jsonl":
         rows = (_json_row(line) for line in islice(file, _HEAD_LINES))
         columns = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
         return tuple(columns), offset
-    lines = _Lines(file)
-    reader = csv.reader(lines) if path.suffix == ".csv" else map(_tsv_values, lines)
-    return tuple(next(reader, ())), offset + lines.bytes
+    lines = _lines(path, file)
+    columns = tuple(next(_values(path, lines), ()))
+    if twice := sorted(name for name, count in Counter(columns).items() if count > 1):
+        raise PreprocessError(f"{path} has the column {twice[0]!r} twice; rename one of them")
+    return columns, offset + lines.bytes
 
 
 def _cut_csv(file: BinaryIO, rows: int, digest) -> tuple[list[int], int]:
     start, count = file.tell(), 0
-    starts, lines = [start], _Lines(file, digest)
+    starts, lines = [start], _AnyLines(file, digest)
     for _ in csv.reader(lines):
         count += 1
         if count % rows == 0:
@@ -188,24 +254,47 @@ class _Lines:
         self._digest = digest
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._file:
+        for line in self._split():
             self.bytes += len(line)
             if self._digest is not None:
                 self._digest.update(line)
             yield line.decode(errors="surrogateescape")
 
+    def _split(self) -> Iterator[bytes]:
+        """Lines of the file with their ends."""
+        return iter(self._file.readline, b"")
+
+
+class _AnyLines(_Lines):
+    """Lines that end with a line feed, a carriage return, or both."""
+
+    def _split(self) -> Iterator[bytes]:
+        rest = b""
+        while block := self._file.read(_READ_BYTES):
+            *lines, rest = (rest + block).splitlines(keepends=True)
+            yield from lines  # what follows the last one may be its line feed
+        yield from rest.splitlines(keepends=True)
+
+
+def _lines(path: Path, file: BinaryIO) -> _Lines:
+    return _AnyLines(file) if kind_of(path) == ".csv" else _Lines(file)
+
+
+def _values(path: Path, lines: _Lines) -> Iterator[list[str]]:
+    return csv.reader(lines) if kind_of(path) == ".csv" else map(_tsv_values, lines)
+
 
 def _text_rows(piece: Piece) -> Iterator[dict[str, Any] | Skipped]:
-    with piece.path.open("rb") as file:
+    with piece.path.open("rb") as file, _csv_errors(piece.path):
         file.seek(piece.offset)
-        if piece.path.suffix == ".jsonl":
+        if kind_of(piece.path) == ".jsonl":
             yield from map(_json_row, islice(file, piece.rows))
             return
-        lines = _Lines(file)
-        table = csv.reader(lines) if piece.path.suffix == ".csv" else map(_tsv_values, lines)
-        for values in islice(table, piece.rows):
+        for values in islice(_values(piece.path, _lines(piece.path, file)), piece.rows):
             if len(values) == len(piece.columns):
                 yield dict(zip(piece.columns, values, strict=True))
+            elif values in ([], [""]):
+                yield Skipped(_EMPTY, "")
             else:
                 yield Skipped("row has another number of columns", "")
 
@@ -215,16 +304,18 @@ def _tsv_values(line: str) -> list[str]:
 
 
 def _json_row(line: bytes) -> dict[str, Any] | Skipped:
+    if not line.strip():
+        return Skipped(_EMPTY, "")
     try:
-        row = json.loads(line.decode(errors="surrogateescape"))
-    except (ValueError, RecursionError):
+        row = parse_json(line.decode(errors="surrogateescape"))
+    except ValueError:
         row = None
     return row if isinstance(row, dict) else Skipped("row is not a JSON object", "")
 
 
 def _cut_parquet(path: Path, rows: int) -> list[Piece]:
     with open_parquet(path) as file:
-        count, columns = file.metadata.num_rows, tuple(file.schema_arrow.names)
+        count, columns = file.metadata.num_rows, tuple(_readable(file))
     with path.open("rb") as file:  # the footer tells where everything lies and its statistics
         file.seek(-8, 2)
         (length,) = struct.unpack("<I", file.read(4))
@@ -246,12 +337,38 @@ def _parquet_rows(piece: Piece) -> Iterator[dict[str, Any]]:
                     skip = piece.first - first
                 groups.append(group)
             first += rows
-        batches = file.iter_batches(_PARQUET_ROWS, row_groups=groups, use_threads=False)
+        batches = file.iter_batches(
+            _PARQUET_ROWS, row_groups=groups, columns=_readable(file), use_threads=False
+        )
         rows = (row for batch in _from(batches, skip) for row in batch.to_pylist())
         try:
             yield from islice(rows, piece.rows)
-        except (OSError, ValueError) as error:
-            raise PreprocessError(f"{piece.path} is damaged: {error}") from None
+        except OSError as error:
+            if error.errno is not None:  # of the disk
+                raise
+            raise PreprocessError(f"{piece.path} is damaged") from None
+        except _arrow_errors():
+            raise PreprocessError(f"{piece.path} is damaged") from None
+
+
+def holds_images(path: Path, column: str) -> bool:
+    """Whether a column of a Parquet file holds images: bytes, or structs with a field `bytes`."""
+    if kind_of(path) != ".parquet":
+        return False
+    import pyarrow.types as types
+
+    with open_parquet(path) as file:
+        kind = file.schema_arrow.field(column).type
+    if types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _readable(file) -> list[str]:
+    """Columns of a Parquet file but those of times, of which Python cannot hold all."""
+    import pyarrow.types as types
+
+    return [field.name for field in file.schema_arrow if not types.is_temporal(field.type)]
 
 
 def _from(batches, skip: int) -> Iterator:
