@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.utils.json_text import parse_json, parse_json_lines
+from megatron_owl2.utils.json_text import is_json_list, parse_json, parse_json_lines
 
 Id = int | str
 Reader = Callable[[Any, str], Any]  # value and name of a field to what a rule takes
@@ -141,7 +141,7 @@ def _placed_rows(path: Path, key: str | None) -> list[tuple[str, Any]]:
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        if key is None and not _is_list(data):
+        if key is None and not is_json_list(data):
             return [(f"line {number}", row) for number, row in parse_json_lines(data)]
         content = parse_json(data)
     except ValueError as error:
@@ -155,11 +155,6 @@ def _placed_rows(path: Path, key: str | None) -> list[tuple[str, Any]]:
             )
         return [(f"entry {number} of {key!r}", row) for number, row in enumerate(rows, start=1)]
     return [(f"entry {number}", row) for number, row in enumerate(content, start=1)]
-
-
-def _is_list(data: bytes) -> bool:
-    """Whether a file begins a list, after a byte order mark or in UTF-16."""
-    return data.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
 
 
 def _misfit(value: Any, name: str, wanted: str) -> Misfit:

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -25,13 +26,25 @@ def parse_json_lines(data: bytes) -> list[tuple[int, Any]]:
     ValueError with the number of the line and the reason, or for text that is not in UTF-8 or
     UTF-16.
     """
+    rows = []
+    for number, line in json_lines(data):
+        try:
+            rows.append((number, parse_json(line)))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Numbers, from 1, and texts of lines that are not empty; raises ValueError for text that is
+    said to be UTF-16 and is not."""
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         data = data.decode("utf-16").encode()
-    rows = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip(b" \t\r\xef\xbb\xbf"):
-            try:
-                rows.append((number, parse_json(line)))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-    return rows
+            yield number, line
+
+
+def is_json_list(data: bytes) -> bool:
+    """Whether a text begins a list, after a byte order mark or in UTF-16."""
+    return data.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")

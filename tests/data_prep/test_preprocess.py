@@ -182,13 +182,12 @@ def test_unusable_conversations_are_counted(images, tmp_path):
     human, gpt = (lambda text: message("human", text)), (lambda text: message("gpt", text))
     fine = [human("<image>\nq"), gpt("a")]
     bad = {
-        "conversation starts with gpt": {"conversations": [gpt("a"), human("q")]},
         "empty turn": {"conversations": [human("q"), gpt(" \n")]},
         "human and gpt do not take turns": {"conversations": [human("q"), human("q"), gpt("a")]},
-        "last question has no answer": {"conversations": [human("q"), gpt("a"), human("q")]},
-        "a speaker is neither human nor gpt": {"conversations": [message("system", "s")]},
+        "system turn, which a record cannot hold": {"conversations": [message("system", "s")]},
+        "speaker 'bing' is neither human nor gpt": {"conversations": [message("bing", "s")]},
         "a message has no text": {"conversations": [human("q"), gpt(None)]},
-        "no turns": {"conversations": []},
+        "no turns": {"conversations": [gpt("a"), human("q")]},
         "conversations is not a list of messages": {"conversations": "q"},
         "entry is not an object": "q",
         "image tag without an image": {"conversations": fine},
@@ -200,7 +199,8 @@ def test_unusable_conversations_are_counted(images, tmp_path):
             "image": "2.png",
             "conversations": [human("q"), gpt("a"), human("<image>"), gpt("a")],
         },
-        "image is not one path": {"image": ["2.png", "2.png"], "conversations": fine},
+        "more than one image": {"image": ["2.png", "2.png"], "conversations": fine},
+        "image is not one path": {"image": {"path": "2.png"}, "conversations": fine},
         "image file is missing": {"image": "4.png", "conversations": fine},
         "image file cannot be read (Is a directory)": {"image": "coco", "conversations": fine},
         f"image is not JPEG, PNG or WebP ({STORES_JPEG})": {

@@ -1,0 +1,181 @@
+"""Conversations as the field's tools write them: lists, lines, roles, images in lists."""
+
+import codecs
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from read_corpus import collect, refused, write_images
+from tiny_data import encoded, make_image
+
+from megatron_owl2.data.shards.records import Turn
+
+
+def talk(*texts: str, first: str = "human", second: str = "gpt") -> list[dict]:
+    return [{"from": (first, second)[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def write(path: Path, entries: list) -> Path:
+    rows = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    path.write_text("\n".join(rows) if path.suffix == ".jsonl" else f"[{', '.join(rows)}]")
+    return path
+
+
+HELLO = {"id": 1, "conversations": talk("Hi", "Hello")}
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_lines_and_lists_give_the_same_records(tmp_path, size):
+    entries = [HELLO | {"id": i} for i in range(5)]
+    found = [
+        collect("conversations", write(tmp_path / name, entries), samples_per_split=size)
+        for name in ("talk.json", "talk.jsonl")
+    ]
+    assert found[0] == found[1] and len(found[0][0]) == 5 and not found[0][1]
+
+
+TEXT = f"{json.dumps(HELLO)}\n{json.dumps(HELLO)}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT.encode() + b"\n\n",
+        codecs.BOM_UTF8 + TEXT.encode(),
+        TEXT.replace("\n", "\r\n").encode(),
+        TEXT.encode("utf-16"),
+        f"\n [{TEXT.replace(chr(10), ',')}]".encode("utf-8-sig"),
+        f"[{TEXT.replace(chr(10), ',')}]".encode("utf-16"),
+    ],
+)
+def test_files_are_read_as_editors_save_them(tmp_path, data):
+    path = tmp_path / "talk.json"
+    path.write_bytes(data)
+    records, skipped = collect("conversations", path)
+    assert [r.turns for r in records] == [(Turn("Hi", "Hello"),)] * 2 and not skipped
+
+
+def test_a_broken_line_costs_no_other(tmp_path):
+    path = write(tmp_path / "talk.jsonl", [HELLO, '{"id": 2, "conv', "", HELLO, "[1]"])
+    records, skipped = collect("conversations", path)
+    assert len(records) == 2
+    assert skipped == {"line is not JSON": 1, "entry is not an object": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'[{"id": 1}, ', "is not JSON: Expecting"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"", "holds neither a JSON list nor JSON lines"),
+        (b"no JSON\nat all", "holds neither a JSON list nor JSON lines"),
+        (json.dumps({"data": [HELLO], "version": 1}).encode(), r"one object (data, version)"),
+        (gzip.compress(TEXT.encode()), "is compressed with gzip; unpack it first"),
+    ],
+)
+def test_what_holds_no_conversations_is_refused_by_name(tmp_path, data, reason):
+    path = tmp_path / "talk.json"
+    path.write_bytes(data)
+    error = refused("conversations", path)
+    assert str(path) in error and reason in error
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        ({"image": "1.jpg"}, 1),
+        ({"image": ["1.jpg"]}, 1),
+        ({"images": ["1.jpg"]}, 1),
+        ({"images": "1.jpg"}, 1),
+        ({"image": None, "images": ["1.jpg"]}, 1),
+        ({"image": "deep\\..\\1.jpg"}, 0),
+        ({"image": ".\\1.jpg"}, 1),
+        ({"image": ["1.jpg", "2.jpg"]}, 0),
+        ({"images": ["1.jpg", "1.jpg"]}, 0),
+        ({"image": [["1.jpg"]]}, 0),
+        ({"image": []}, 0),
+    ],
+)
+def test_a_list_of_one_image_is_that_image(tmp_path, names, kept):
+    images = write_images(tmp_path / "images")
+    entries = [{"conversations": talk("<image>\nWhat?", "red")} | names, HELLO]
+    records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
+    assert len(records) == kept + 1 and sum(skipped.values()) == 1 - kept
+    if kept:
+        assert records[0].image == encoded(make_image(1))
+        assert records[0].turns[0].question == "<|image|>What?"
+    elif len(next(iter(names.values()))) == 2:
+        assert skipped == {"more than one image": 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("user", "assistant"), ("Human", "GPT"), ("human", "chatgpt"), (" user ", "gpt")],
+)
+def test_other_names_of_the_speakers(tmp_path, first, second):
+    entry = {"conversations": talk("q", "a", "r", "b", first=first, second=second)}
+    records, _ = collect("conversations", write(tmp_path / "t.json", [entry]))
+    assert records[0].turns == (Turn("q", "a"), Turn("r", "b")) and records[0].metadata == {}
+
+
+def test_messages_of_openai(tmp_path):
+    images = write_images(tmp_path / "images")
+    parts = [
+        {"type": "text", "text": "What "},
+        {"type": "image"},
+        {"type": "text", "text": "is it?"},
+    ]
+    entries = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        {
+            "images": ["2.jpg"],
+            "messages": [
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+            ],
+        },
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+    ]
+    records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
+    assert [r.turns for r in records] == [
+        (Turn("Hi", "Ho"),),
+        (Turn("<|image|>What is it?", "red"),),
+    ]
+    assert skipped == {"a message has no text": 1}
+
+
+def test_a_first_answer_and_a_last_question_go_alone_and_are_counted(tmp_path):
+    entries = [
+        {"id": 1, "conversations": talk("as I said", "q", "a", first="gpt", second="human")},
+        {"conversations": talk("q", "a", "thanks")},
+        {"conversations": talk("x", "q", "a", "thanks", first="gpt", second="human")[:4]},
+        {"conversations": talk("q")},
+        {"conversations": talk("a", "b", second="human")},
+    ]
+    records, skipped = collect("conversations", write(tmp_path / "t.json", entries))
+    assert [r.turns for r in records] == [(Turn("q", "a"),)] * 3
+    assert [r.metadata for r in records] == [
+        {"id": 1, "dropped_turns": 1},
+        {"dropped_turns": 1},
+        {"dropped_turns": 2},
+    ]
+    assert skipped == {"no turns": 1, "human and gpt do not take turns": 1}
+
+
+def test_reasons_name_what_was_met(tmp_path):
+    entries = [
+        {"id": "s", "conversations": [{"from": "system", "value": "x"}, *talk("q", "a")]},
+        {"id": "b", "conversations": talk("q", "a", second="bing")},
+        {"id": "n", "conversations": [{"value": "q"}]},
+        {"id": "o", "chat": []},
+        {"id": "l", "conversations": talk("q", "a", second="x" * 1000)},
+    ]
+    _, skipped = collect("conversations", write(tmp_path / "t.json", entries))
+    assert skipped == {
+        "system turn, which a record cannot hold": 1,
+        "speaker 'bing' is neither human nor gpt": 1,
+        "speaker None is neither human nor gpt": 1,
+        f"speaker '{'x' * 20}' is neither human nor gpt": 1,
+        "no conversations or messages": 1,
+    }
