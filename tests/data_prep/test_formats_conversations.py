@@ -68,8 +68,8 @@ def test_a_broken_line_costs_no_other(tmp_path):
     [
         (b'[{"id": 1}, ', "is not JSON: Expecting"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"", "holds neither a JSON list nor JSON lines"),
-        (b"no JSON\nat all", "holds neither a JSON list nor JSON lines"),
+        (b"", "is not JSON of conversations, neither"),
+        (b"no JSON\nat all", "is not JSON of conversations, neither"),
         (json.dumps({"data": [HELLO], "version": 1}).encode(), r"one object (data, version)"),
         (gzip.compress(TEXT.encode()), "is compressed with gzip; unpack it first"),
     ],
