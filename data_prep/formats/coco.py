@@ -5,7 +5,6 @@ An image has about five captions. `coco` makes a record of each, as pre-training
 `coco-one-caption` draws one for each image, as the paper's tuning data have it.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,22 @@ from typing import Any
 
 import xxhash
 
+from data_prep.formats.common.compression import compression_of_file, how_to_unpack
 from data_prep.formats.common.inputs import (
     SkipError,
     caption,
     images_folder,
     read_image,
     sanitize_name,
+    shown,
+    skipped,
 )
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.sampling.keyed_random import combine
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
+from megatron_owl2.utils.json_text import parse_json
 
 _Row = tuple[Any, Any, Any, Any]  # image's id and file, caption's id and text; None: not there
 
@@ -43,6 +46,8 @@ class Coco:
         """
         if not source.is_file():
             raise PreprocessError(f"{source} is not a file; name the JSON file of the captions")
+        if kind := compression_of_file(source):
+            raise PreprocessError(how_to_unpack(source, kind))
         data = source.read_bytes()
         files, captions = _parse(data, source)
         images = images_folder(source, options)
@@ -87,25 +92,48 @@ class Coco:
                     metadata={"image_id": image_id, "file_name": file_name},
                 )
             except (SkipError, BadSampleError) as error:
-                yield Skipped(str(error), f"image {image_id}, caption {caption_id}")
+                yield skipped(error, f"image {image_id}, caption {caption_id}")
 
 
 def _parse(data: bytes, source: Path) -> tuple[dict[Any, str], dict[Any, list]]:
     """Files and captions (id, text) by the image's id; captions of unknown images come last."""
     try:
-        content = json.loads(data)
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        captions: dict[Any, list] = {image_id: [] for image_id in files}
-        for entry in content["annotations"]:
-            captions.setdefault(entry["image_id"], []).append((entry["id"], entry["caption"]))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data)
+    except ValueError as error:
         raise PreprocessError(f"{source} is not JSON: {error}") from None
-    except (TypeError, KeyError):
-        raise PreprocessError(
-            f"{source} does not hold COCO captions: images with id and file_name, annotations with "
-            "id, image_id and caption"
-        ) from None
+    files: dict[Any, str] = {}
+    for image_id, name in _rows(content, source, "images", ("id", "file_name")):
+        if files.setdefault(image_id, name) != name:
+            raise PreprocessError(
+                f"{source}: image {image_id} is both {files[image_id]} and {name}; give one of "
+                "them another id"
+            )
+    captions: dict[Any, list] = {image_id: [] for image_id in files}
+    annotations = ("image_id", "id", "caption")
+    for image_id, caption_id, text in _rows(content, source, "annotations", annotations):
+        captions.setdefault(image_id, []).append((caption_id, text))
     return files, captions
+
+
+def _rows(content: Any, source: Path, key: str, fields: tuple[str, ...]) -> Iterator[tuple]:
+    """Values of every entry of the list `key`; ids are numbers or texts."""
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise PreprocessError(
+            f"{source} does not hold COCO captions: it must be an object with lists of images and "
+            "annotations"
+        )
+    for number, row in enumerate(rows):
+        for field in fields:
+            value = row.get(field) if isinstance(row, dict) else None
+            is_id = field in ("id", "image_id")
+            missing = value is None and field != "caption"  # which is the caption's own fate
+            if missing or (is_id and not isinstance(value, int | str)):
+                raise PreprocessError(
+                    f"{source} does not hold COCO captions: {key}[{number}] has no {field} "
+                    f"({shown(value)})"
+                )
+        yield tuple(row.get(field) for field in fields)
 
 
 def _draw(image_id: Any, found: list) -> list:

@@ -179,3 +179,42 @@ def test_reasons_name_what_was_met(tmp_path):
         f"speaker '{'x' * 20}' is neither human nor gpt": 1,
         "no conversations or messages": 1,
     }
+
+
+COCO = {
+    "images": [{"id": 1, "file_name": "1.jpg"}, {"id": "2", "file_name": "2.jpg"}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "caption": "one"},
+        {"id": 2, "image_id": "2", "caption": None},
+        {"id": 3, "image_id": 1, "caption": ["a", "b"]},
+        {"id": 4, "image_id": "2"},
+    ],
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_every_caption_of_coco_has_its_own_fate(tmp_path, encoding):
+    images = write_images(tmp_path / "images")
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(COCO), encoding=encoding)
+    records, skipped = collect("coco", path, images=images)
+    assert [r.caption for r in records] == ["one"]
+    assert skipped == {"empty caption": 2, "caption is not a text": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"images": [{"id": 1}]}, "images[0] has no file_name (None)"),
+        ({"images": [{"id": 1, "file_name": "a"}, 7]}, "images[1] has no id (None)"),
+        ({"images": [{"id": [1], "file_name": "a"}]}, "images[0] has no id ([1])"),
+        ({"annotations": [{"id": 1, "caption": "c"}]}, "annotations[0] has no image_id (None)"),
+        ({"annotations": None}, "an object with lists of images and annotations"),
+        ({"images": 2 * [COCO["images"][0]] + [{"id": 1, "file_name": "x"}]}, "both 1.jpg and x"),
+    ],
+)
+def test_coco_that_is_not_as_published_is_told_by_the_entry(tmp_path, change, reason):
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(COCO | change))
+    error = refused("coco", path, images=tmp_path)
+    assert str(path) in error and reason in error
