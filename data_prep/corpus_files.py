@@ -5,6 +5,7 @@ systems leave beside the data, are never part of a corpus.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from megatron_owl2.utils.files import is_hidden
 
 _EXAMPLES = 5  # kept for each reason
+_LINES = 12  # of a summary
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,26 @@ def find_files(source: Path) -> CorpusFiles:
     """
     if not source.is_dir():
         return CorpusFiles([source])
-    files: list[Path] = []
+    files: set[Path] = set()
     unread: list[UnreadFile] = []
     for found in _walk(source, (os.path.realpath(source),)):
         if isinstance(found, UnreadFile):
             unread.append(found)
         else:
-            files.append(found)
-    return CorpusFiles(sorted(files), sorted(unread, key=lambda entry: entry.path))
+            files.add(found)
+    once = _once(files)
+    unread += [UnreadFile(path, "another name of a file that is read") for path in files - once]
+    return CorpusFiles(sorted(once), sorted(unread, key=lambda entry: entry.path))
+
+
+def _once(files: set[Path]) -> set[Path]:
+    """Files without those that links name again."""
+    real = {path: os.path.realpath(path) for path in files}
+    by_link_last = sorted(files, key=lambda path: (os.path.abspath(path) != real[path], path))
+    kept: dict[str, Path] = {}
+    for path in by_link_last:
+        kept.setdefault(real[path], path)
+    return set(kept.values())
 
 
 def count_unread(files: Sequence[UnreadFile]) -> dict[str, dict[str, Any]]:
@@ -80,10 +94,14 @@ def count_unread(files: Sequence[UnreadFile]) -> dict[str, dict[str, Any]]:
 
 def describe_unread(unread: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of a summary about the files that are not read."""
-    return [
+    lines = [
         f"  not read: {entry['files']} x {reason} (such as {entry['examples'][0]})"
-        for reason, entry in unread.items()
+        for reason, entry in list(unread.items())[:_LINES]
     ]
+    if others := list(unread.values())[_LINES:]:
+        lines.append(f"  not read: {sum(entry['files'] for entry in others)} x other reasons")
+    # A name may be what no terminal can print.
+    return [line.encode(errors="backslashreplace").decode() for line in lines]
 
 
 def why_unread(files: Sequence[UnreadFile]) -> str:
@@ -113,7 +131,11 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path], list[UnreadFile]]
 
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path | UnreadFile]:
     """Files in a folder and below; `above` are the real paths of it and of those that led here."""
-    files, folders, unread = list_folder(folder)
+    try:
+        files, folders, unread = list_folder(folder)
+    except PermissionError:
+        yield UnreadFile(folder, "folder that may not be entered")
+        return
     yield from files
     yield from unread
     for path in folders:
@@ -125,4 +147,5 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path | UnreadFile]:
 
 
 def _unknown(path: Path) -> str:
-    return f"extension {path.suffix} is not read" if path.suffix else "no extension"
+    ending = re.sub(r"\d+", "N", path.suffix)  # as `split` numbers its files
+    return f"extension {ending} is not read" if ending else "no extension"

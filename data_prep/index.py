@@ -8,7 +8,7 @@ from pathlib import Path
 from xxhash import xxh3_64_intdigest as checksum
 
 from data_prep.corpus_files import CorpusFiles, UnreadFile, find_files, why_unread
-from data_prep.formats.common.compression import HEAD, compression_of, how_to_unpack
+from data_prep.formats.common.compression import HEAD, compression_of, how_to_unpack, why_not_data
 from data_prep.formats.common.tars import is_tar
 from data_prep.map_shards import map_shards
 from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
@@ -25,6 +25,7 @@ from megatron_owl2.data.shards.writer import INDEX, SUMS, write_sidecars
 from megatron_owl2.errors import BadSampleError, ShardError
 
 _SIDECARS = (INDEX, SUMS)
+_APART = "files of one name that lie apart"
 _PREPROCESS = "tools/preprocess_data.py --format webdataset"
 
 
@@ -71,10 +72,10 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
     found.failures.sort()
     samples, unusable = sum(row["samples"] for row in found.rows), found.unusable.total()
     if 2 * unusable > samples:
-        reason, count = found.unusable.most_common(1)[0]
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in found.unusable.most_common())
         raise ShardError(
             f"{directory}: {unusable} of {samples} samples are no image with .txt or .json that "
-            f"training can use ({count} x {reason}); {_PREPROCESS} makes a data set of what can be "
+            f"training can use ({reasons}); {_PREPROCESS} makes a data set of what can be "
             "used: it puts together files that lie apart, reads names with dots and "
             "--caption-column, and counts the rest by its reason"
         )
@@ -100,6 +101,8 @@ def _index(path: Path) -> tuple[dict, Counter[str]] | str:
         return index_shard(path)
     except ShardError as error:
         return str(error)
+    except PermissionError:
+        return f"{path} may not be read"
 
 
 def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
@@ -115,6 +118,7 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
     offsets: list[int] = []
     sums: list[int] = []
     unusable: Counter[str] = Counter()
+    seen: dict[str, set[str]] = {}
     last_key, extensions, position = None, set(), 0
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -123,6 +127,8 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
                 f"{how_to_unpack(path, kind)}, or make shards of it with {_PREPROCESS}, which "
                 "reads it as it is"
             )
+        if reason := why_not_data(os.pread(file.fileno(), 200, 0)):
+            raise ShardError(f"{path} is {reason}")
         if path.suffix != ".tar":
             raise ShardError(f"{path} is not compressed; rename it to end in .tar")
         if not size:
@@ -137,7 +143,11 @@ def index_shard(path: str | os.PathLike) -> tuple[dict, Counter[str]]:
         def finish(stop: int) -> None:
             data = window.read(offsets[-1], stop)
             sums.append(checksum(data))
-            if reason := why_unusable(*unpack_sample(bytes(data))):
+            key, members = unpack_sample(bytes(data))
+            apart = not members.keys() & seen.setdefault(key, set())
+            reason = _APART if seen[key] and apart else why_unusable(key, members)
+            seen[key] |= members.keys()
+            if reason:
                 unusable[reason] += 1
 
         try:

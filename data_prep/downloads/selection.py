@@ -54,7 +54,7 @@ def judgements(table, selection: Selection) -> Iterator[tuple[str, np.ndarray]]:
     if selection.max_caption is not None:
         yield f"caption longer than {selection.max_caption}", length > selection.max_caption
     if selection.min_side is not None or selection.max_aspect is not None:
-        sides = [np.asarray(pc.fill_null(table[n], 0), dtype=float) for n in ("width", "height")]
+        sides = [np.nan_to_num(_numbers(table[name])) for name in ("width", "height")]
         short, long = np.minimum(*sides), np.maximum(*sides)
         yield "no size", ~(short > 0)
         if selection.min_side is not None:
@@ -62,7 +62,7 @@ def judgements(table, selection: Selection) -> Iterator[tuple[str, np.ndarray]]:
         if selection.max_aspect is not None:
             yield f"aspect above {selection.max_aspect}", long > selection.max_aspect * short
     for name in dict.fromkeys([*selection.min_score, *selection.max_score]):
-        score = np.asarray(pc.fill_null(table[name].cast("float64"), np.nan))
+        score = _numbers(table[name])
         yield f"no {name}", np.isnan(score)
         if name in selection.min_score:
             yield f"{name} below {selection.min_score[name]}", score < selection.min_score[name]
@@ -71,6 +71,24 @@ def judgements(table, selection: Selection) -> Iterator[tuple[str, np.ndarray]]:
     for name, labels in selection.only.items():
         column = table[name].cast("string")
         yield f"{name} is not {' or '.join(labels)}", ~where(pc.is_in(column, _set(labels)))
+
+
+def _numbers(column) -> np.ndarray:
+    """Values of a column, fp64 [rows]; NaN for what is no number."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        return np.asarray(pc.fill_null(column.cast("float64"), np.nan), dtype=float)
+    except pa.ArrowException:
+        return np.array([_number(value) for value in column.to_pylist()], dtype=float)
+
+
+def _number(value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        return float("nan")
 
 
 def _set(labels: list[str]):

@@ -18,6 +18,8 @@ from data_prep.formats.common.inputs import (
     caption,
     images_folder,
     read_image,
+    record_key,
+    refuse_columns,
     sanitize_name,
     shown,
     skipped,
@@ -44,6 +46,7 @@ class Coco:
 
         Raises PreprocessError if the file is not of this form, or without a folder of images.
         """
+        refuse_columns(options)
         if not source.is_file():
             raise PreprocessError(f"{source} is not a file; name the JSON file of the captions")
         if kind := compression_of_file(source):
@@ -84,12 +87,13 @@ class Coco:
                 if file_name != name:  # the captions of an image follow one another
                     name, image = None, read_image(images, file_name)
                     name = file_name
+                metadata = {"image_id": image_id, "file_name": file_name}
                 yield Record(
-                    f"{image_id}_{caption_id}",
+                    record_key(f"{image_id}_{caption_id}", metadata),
                     image=image,
                     caption=caption(text),
                     source=source,
-                    metadata={"image_id": image_id, "file_name": file_name},
+                    metadata=metadata,
                 )
             except (SkipError, BadSampleError) as error:
                 yield skipped(error, f"image {image_id}, caption {caption_id}")

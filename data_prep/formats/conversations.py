@@ -14,6 +14,7 @@ from data_prep.formats.common.inputs import (
     SkipError,
     images_folder,
     read_image,
+    refuse_columns,
     sanitize_name,
     shown,
     skipped,
@@ -47,6 +48,7 @@ class Conversations:
         Raises PreprocessError if the file holds no list, or names images and `options.images` is
         None.
         """
+        refuse_columns(options)
         if not source.is_file():
             raise PreprocessError(
                 f"{source} is not a file; name the JSON file of the conversations"

@@ -7,7 +7,7 @@ from pathlib import Path
 import xxhash
 
 from data_prep.formats.common import tables
-from data_prep.formats.common.inputs import refuse_images
+from data_prep.formats.common.inputs import refuse_columns, refuse_images, shown
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
@@ -26,6 +26,7 @@ class Documents:
         Raises PreprocessError if there is no file of JSON lines.
         """
         refuse_images(options, "documents have no images")
+        refuse_columns(options)
         if source.is_file():
             paths, unread = [source], []  # whatever its name is
         else:
@@ -44,9 +45,13 @@ class Documents:
                     yield Skipped("empty line", where)
                     continue
                 try:
-                    text = parse_json(line)["text"]
-                except (ValueError, TypeError, KeyError):
-                    yield Skipped("not a JSON object with a text", where)
+                    row = parse_json(line)
+                except ValueError as error:
+                    yield Skipped("line is not JSON", f"{where}: {error}")
+                    continue
+                text = row.get("text") if isinstance(row, dict) else None
+                if not isinstance(text, str):
+                    yield Skipped("not an object with a text", f"{where}: {shown(row)}")
                     continue
                 try:
                     yield Record(f"{number:09d}", caption=text, source=source.stem)

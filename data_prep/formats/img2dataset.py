@@ -15,6 +15,7 @@ from data_prep.formats.common.inputs import (
     IMAGE_EXTENSIONS,
     SkipError,
     caption,
+    refuse_columns,
     refuse_images,
     scalars,
 )
@@ -46,6 +47,7 @@ class Img2dataset:
         Raises PreprocessError if there is none, several forms, or a shard that is not finished.
         """
         refuse_images(options, "img2dataset keeps images with their texts")
+        refuse_columns(options)
         if not source.is_dir():
             raise PreprocessError(
                 f"{source} is not a folder; name the output folder of img2dataset"
@@ -144,10 +146,15 @@ def _identity(path: Path) -> str:
     return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
 
 
-def _read_folder(folder: Path) -> Iterator[Sample]:
+def _read_folder(folder: Path) -> Iterator[Sample | Skipped]:
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and is_member(p.name))
     for key, group in groupby(names, lambda name: split_name(name)[0]):
-        yield key, {split_name(name)[1]: (folder / name).read_bytes() for name in group}
+        members = list(group)
+        found = {split_name(name)[1]: (folder / name).read_bytes() for name in members}
+        if len(found) < len(members):  # in another letter case
+            yield Skipped("a member of the sample occurs twice", key)
+        else:
+            yield key, found
 
 
 def _read_parquet(path: Path) -> Iterator[_Row | Skipped]:

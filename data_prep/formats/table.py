@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.corpus_files import UnreadFile
 from data_prep.formats.common import tables
 from data_prep.formats.common.inputs import (
     CAPTION_COLUMNS,
@@ -47,7 +48,10 @@ class Table:
         for path in paths:
             if tables.kind_of(path) != ".parquet":
                 images_folder(source, options)
-            for index, piece in enumerate(tables.cut(path, options.samples_per_split)):
+            pieces = tables.cut(path, options.samples_per_split)
+            if not pieces:
+                unread.append(UnreadFile(path, "table without rows"))
+            for index, piece in enumerate(pieces):
                 columns = (
                     tables.find_column(
                         path, piece.columns, options.image_column, _IMAGE_COLUMNS, "--image-column"

@@ -4,10 +4,10 @@ They may be compressed, with or without an ending that says so.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from data_prep.corpus_files import find_files, why_unread
 from data_prep.formats.common.inputs import (
@@ -15,6 +15,8 @@ from data_prep.formats.common.inputs import (
     IMAGE_EXTENSIONS,
     SkipError,
     caption,
+    record_key,
+    refuse_columns,
     refuse_images,
     sanitize_name,
     scalars,
@@ -24,7 +26,7 @@ from data_prep.formats.common.tars import ENDINGS, is_tar, member_of, read_tar, 
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.manifest import MANIFEST
-from megatron_owl2.data.shards.records import KEY, Record, decode_text
+from megatron_owl2.data.shards.records import Record, decode_text, why_unusable
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
 
@@ -42,11 +44,12 @@ class Webdataset:
         Raises PreprocessError if there is none.
         """
         refuse_images(options, "webdataset keeps images with their texts")
+        refuse_columns(options, captions=True)
         if source.is_file():
             paths, root, unread = [source], source.parent, []
         else:
             root = source
-            paths, unread = find_files(source).select(is_tar, _is_companion)
+            paths, unread = find_files(source).select(is_tar, partial(_is_companion, source))
         if not paths:
             raise PreprocessError(
                 f"{source} holds no tar file ({', '.join(ENDINGS)}, or .tar compressed)"
@@ -87,10 +90,12 @@ def _record(key: str, members: dict[str, bytes], caption_column: str | None, pat
     json_name = member_of(members, ("json",), "json")
     row = {} if json_name is None else _row(members[json_name])
     if row.keys() - {"caption", "turns"} == _OURS:
-        try:
-            return Record.from_members(key, members)
-        except BadSampleError as error:
-            raise SkipError("damaged sample of a shard") from error
+        reason = why_unusable(key, members)
+        if reason is None:
+            record = Record.from_members(key, members)
+            return replace(record, key=record_key(key, record.metadata))
+        if "turns" in row:
+            raise SkipError(reason)
     image_name = member_of(members, IMAGE_EXTENSIONS, "image")
     if image_name is None:
         raise SkipError("no image")
@@ -108,11 +113,8 @@ def _record(key: str, members: dict[str, bytes], caption_column: str | None, pat
     middle = image_name.rpartition(".")[0]
     if middle and middle == (text_name or json_name or "").rpartition(".")[0]:
         key = f"{key}.{middle}"
-    if not KEY.fullmatch(key):
-        metadata["key"] = key
-        key = f"{sanitize_name(key)[-60:]}-{xxhash.xxh3_64_hexdigest(key.encode())}"
     return Record(
-        key,
+        record_key(key, metadata),
         image=members[image_name],
         caption=caption(text),
         source=path.parent.name,
@@ -134,10 +136,15 @@ def _listing(members: dict[str, bytes]) -> str:
     return ", ".join(f".{extension}" for extension in sorted(members))
 
 
-def _is_companion(path: Path) -> bool:
+def _is_companion(source: Path, path: Path) -> bool:
     """Whether a file belongs to a data set of ours beside its tar files."""
     names = (MANIFEST, "report.json", "report.html")
-    return path.name in names or path.suffix in (".idx", ".sums") or "preprocess" in path.parts
+    inside = path.relative_to(source).parts
+    work = "preprocess" in inside
+    if work:
+        above = source.joinpath(*inside[: inside.index("preprocess")])
+        work = (above / "preprocess/job.json").exists()
+    return path.name in names or path.suffix in (".idx", ".sums") or work
 
 
 FORMATS: tuple[Format, ...] = (Webdataset(),)

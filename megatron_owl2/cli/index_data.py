@@ -34,10 +34,13 @@ def run(options: argparse.Namespace) -> int:
     if found.unusable:
         print(
             f"{found.unusable.total():,} of them cannot be used: training takes others in their "
-            "place, tools/check_data.py names them"
+            "place, tools/check_data.py names them; tools/preprocess_data.py --format webdataset "
+            "leaves them out, and puts together files that lie apart"
         )
         for reason, count in found.unusable.most_common():
             print(f"  {count:,} x {reason}")
+    if found.rows:
+        print("images were not decoded: tools/check_data.py --decode 1 does that")
     for line in describe_unread(count_unread(found.unread)):
         print(line)
     if found.failures:

@@ -119,7 +119,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.plan:
         print(f"{len(plan.splits)} splits, {2 if settings.two_readings else 1} readings")
-        print(*describe_unread(count_unread(plan.unread)), sep="\n", end="")
+        for line in describe_unread(count_unread(plan.unread)):
+            print(line)
         return 0
     arguments = {
         "format": options.format,

@@ -54,12 +54,24 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last of two values under one key; not this one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted(name for name in set(names) - {"<<"} if names.count(name) > 1):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]!r} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict:
     """The tree of a YAML file; raises ConfigError if it is not there or holds no sections."""
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:
-        tree = yaml.safe_load(path.read_bytes())
+        tree = yaml.load(path.read_bytes(), _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except RecursionError:
@@ -144,11 +156,12 @@ def _check_value(value: Any, kind: Any, where: str, name: str) -> None:
             raise ConfigError(f"{where}: '{name}' is a list, not {value!r}")
         for index, item in enumerate(value):
             _check_value(item, get_args(kind)[0], where, f"{name}[{index}]")
-    elif get_origin(kind) is dict and dataclasses.is_dataclass(get_args(kind)[1]):
+    elif get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: '{name}' is a section, not {value!r}")
-        for key, item in value.items():
-            _check_value(item, get_args(kind)[1], where, f"{name}.{key}")
+        if dataclasses.is_dataclass(get_args(kind)[1]):
+            for key, item in value.items():
+                _check_value(item, get_args(kind)[1], where, f"{name}.{key}")
     elif isinstance(value, str) and "${" in value:
         pass  # OmegaConf checks what it refers to
     elif wanted := choice_misfit(kind, value):

@@ -118,10 +118,10 @@ class Generator:
     ) -> list[list[int]]:
         """New ids for prompts of ids with placeholders -200; EOS ends an answer and is left out.
 
-        EOS cannot come before `min_new_tokens`, and no id from `vocab_size` on at all. An image that is the same tensor object in
-        several prompts is encoded once. Raises InferenceError if a prompt is empty, its
-        placeholders and images differ in number, an image has the wrong shape or dtype, or the
-        answer could leave the decoder's positions.
+        EOS cannot come before `min_new_tokens`, and no id from `vocab_size` on at all. An image
+        that is the same tensor object in several prompts is encoded once. Raises InferenceError if
+        a prompt is empty, its placeholders and images differ in number, an image has the wrong
+        shape or dtype, or the answer could leave the decoder's positions.
         """
         self._check(prompts, images, max_new_tokens)
         if not prompts:

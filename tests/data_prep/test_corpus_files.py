@@ -244,8 +244,43 @@ def test_links_in_a_circle_end(tmp_path):
     (tmp_path / "a/b/up").symlink_to("../../a")
     (tmp_path / "c").symlink_to("a")
     found = find_files(tmp_path)
-    assert [str(p.relative_to(tmp_path)) for p in found.files] == ["a/x.tar", "c/x.tar"]
-    assert {file.reason for file in found.unread} == {"link to a folder above it"}
+    assert [str(p.relative_to(tmp_path)) for p in found.files] == ["a/x.tar"]
+    reasons = {str(file.path.relative_to(tmp_path)): file.reason for file in found.unread}
+    assert reasons["a/b/up"] == reasons["c/b/up"] == "link to a folder above it"
+    assert reasons["c/x.tar"] == "another name of a file that is read"
+
+
+def test_a_folder_that_may_not_be_entered_stops_nothing(tmp_path, monkeypatch):
+    shard(tmp_path / "a.tar", 0)
+    (tmp_path / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert unread("webdataset", tmp_path) == {"lost+found": "folder that may not be entered"}
+    assert index_directory(tmp_path).rows[0]["samples"] == 3
+
+
+def test_many_kinds_of_other_files_take_few_lines(tmp_path):
+    shard(tmp_path / "a.tar", 0)
+    for number in range(40):
+        (tmp_path / f"part.{number:05d}").touch()
+        (tmp_path / f"x.e{chr(97 + number % 26)}").touch()
+    said = succeeded(tool(tmp_path, "webdataset", tmp_path.parent / "few", "--plan"))
+    assert "40 x extension .N is not read" in said
+    assert said.count("not read:") == 13 and "x other reasons" in said
+
+
+def test_a_folder_of_the_users_named_preprocess_is_no_exception(tmp_path):
+    shard(tmp_path / "preprocess/corpus/a.tar", 0)
+    (tmp_path / "preprocess/corpus/b.zip").write_bytes(b"PK")
+    (tmp_path / "preprocess/c.npy").write_bytes(b"x")
+    assert len(unread("webdataset", tmp_path)) == 2
+    assert list(unread("webdataset", tmp_path / "preprocess/corpus")) == ["b.zip"]
 
 
 def test_an_index_is_made_of_folders(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from foreign_tars import IMAGE, pack, parts
 from preprocess_run import succeeded, tool
 from read_corpus import collect
-from tiny_data import encoded, make_image
+from tiny_data import encoded, make_image, record
 from tool import run
 
 from data_prep.check import check
@@ -243,3 +243,68 @@ def test_archives_put_together_with_cat_are_read_to_the_end(tmp_path):
     assert "kept 2, skipped 2" in said and "1 x key occurs twice" in said
     with pytest.raises(ShardError, match="data after the end marker"):
         index_shard(path)
+
+
+def test_files_of_a_sample_that_lie_apart_are_no_texts(tmp_path):
+    members = [m for e in ("jpg", "json") for i in range(6) for m in parts(str(i), e)]
+    pack(tmp_path / "a.tar", members)
+    with pytest.raises(ShardError, match=r"12 of 12 .*6 x files of one name that lie apart"):
+        index_directory(tmp_path)
+
+
+def test_archives_joined_with_cat_share_no_samples(tmp_path):
+    first = pack(tmp_path / "1/a.tar", parts("0", "jpg", "txt") + parts("1", "jpg")).read_bytes()
+    second = pack(tmp_path / "2/a.tar", parts("1", "txt") + parts("2", "jpg", "txt")).read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tar").write_bytes(first + second)
+    records, skipped = collect("webdataset", tmp_path / "in")
+    assert [r.key for r in records] == ["0", "2"]
+    assert skipped == {"no image": 1, "no .txt or .json with a caption": 1}
+
+
+def test_our_own_shards_unpacked_and_packed_again_are_read(tmp_path):
+    originals = [record(i) for i in range(4)]
+    members = [(f"./{name}", data) for r in originals for name, data in r.to_members()]
+    pack(tmp_path / "a.tar", members)
+    assert collect("webdataset", tmp_path) == (originals, {})
+    pack(tmp_path / "a.tar", [(f"x/{name[2:]}", data) for name, data in members])
+    records, skipped = collect("webdataset", tmp_path)
+    assert [r.caption for r in records] == [r.caption for r in originals] and skipped == {}
+    assert records[0].metadata["key"] == f"x/{originals[0].key}"
+    assert all(r.to_members() for r in records)
+
+
+def test_json_of_others_that_looks_like_ours_keeps_its_own_reason(tmp_path):
+    body = {"caption": "c", "source": "web", "metadata": "none"}
+    members = [("0.jpg", IMAGE), ("0.json", json.dumps(body).encode())]
+    members += [("1.heic", b"x"), ("1.json", json.dumps(body).encode())]
+    pack(tmp_path / "a.tar", members)
+    records, skipped = collect("webdataset", tmp_path)
+    assert [(r.caption, r.metadata["source"]) for r in records] == [("c", "web")]
+    assert skipped == {"no image": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS; fetch"),
+        (b"<!DOCTYPE html><html>404</html>", "an HTML page, left by a failed download"),
+        (b"PK\3\4" + bytes(600), "a zip archive; unpack it"),
+    ],
+)
+def test_what_is_no_tar_is_told_as_what_it_is(tmp_path, data, words):
+    (tmp_path / "a.tar").write_bytes(data)
+    _, skipped = collect("webdataset", tmp_path)
+    (reason,) = skipped
+    assert reason.startswith("not a tar file: it is ") and words in reason
+    (failure,) = index_directory(tmp_path).failures
+    assert words in failure
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_caption_of_zero_bytes_is_no_caption(tmp_path, encoding):
+    bad = [("1.jpg", IMAGE), ("1.txt", TEXT.encode(encoding))]
+    pack(tmp_path / "a.tar", parts("0", "jpg", "txt") + bad)
+    _, skipped = collect("webdataset", tmp_path)
+    assert skipped == {"caption holds zero bytes: text in UTF-16 or UTF-32?": 1}
+    assert index_directory(tmp_path).unusable == skipped

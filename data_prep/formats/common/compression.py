@@ -14,13 +14,22 @@ import zstandard
 
 from megatron_owl2.errors import PreprocessError
 
-HEAD = 6  # bytes that tell the kind
+HEAD = 10  # bytes that tell the kind
 _ZSTD_SKIPPABLE = tuple(bytes((low, 0x2A, 0x4D, 0x18)) for low in range(0x50, 0x60))
 _KINDS = {
     "gzip": (b"\x1f\x8b",),
-    "bzip2": (b"BZh",),
+    "bzip2": tuple(b"BZh%d1AY&SY" % level for level in range(1, 10)),
     "xz": (b"\xfd7zXZ\0",),
     "zstd": (b"\x28\xb5\x2f\xfd", *_ZSTD_SKIPPABLE),
+}
+_INSTEAD = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file with `git lfs pull`",
+    b"<!doctype html": "an HTML page, left by a failed download",
+    b"<html": "an HTML page, left by a failed download",
+    b"pk\3\4": "a zip archive; unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"rar!": "a rar archive; unpack it",
+    b"par1": "Parquet; name it .parquet for --format table",
 }
 _UNPACK = {"gzip": "gunzip", "bzip2": "bunzip2", "xz": "unxz", "zstd": "unzstd"}
 _IN_MEMORY = 1 << 24  # bytes of an unpacked file; more goes to the disk of TMPDIR
@@ -41,6 +50,12 @@ def compression_of_file(path: Path) -> str | None:
 def how_to_unpack(path: Path, kind: str) -> str:
     """Remedy for a file that must not be compressed."""
     return f"{path} is compressed with {kind}; unpack it first ({_UNPACK[kind]})"
+
+
+def why_not_data(head: bytes) -> str | None:
+    """Words for a file that came in place of the data, by its first bytes, or None."""
+    head = head[:200].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((words for start, words in _INSTEAD.items() if head.startswith(start)), None)
 
 
 @contextmanager
@@ -88,4 +103,5 @@ def _decompressor(path: Path, kind: str) -> Any:
             return bz2.open(path)
         case "xz":
             return lzma.open(path)
-    return zstandard.open(path)
+    largest = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as --long=31 writes it
+    return zstandard.open(path, dctx=largest)

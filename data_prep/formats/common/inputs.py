@@ -8,8 +8,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import xxhash
+
 from data_prep.splits import ReadOptions, Skipped
-from megatron_owl2.data.shards.records import strip_text
+from megatron_owl2.data.shards.records import KEY, strip_text
 from megatron_owl2.errors import PreprocessError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -45,6 +47,15 @@ def sanitize_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)
 
 
+def record_key(key: str, metadata: dict[str, Any]) -> str:
+    """The key of a sample or, for one that a record cannot have, a readable stand-in with a hash;
+    `metadata["key"]` becomes the original then."""
+    if KEY.fullmatch(key):
+        return key
+    metadata["key"] = key
+    return f"{sanitize_name(key)[-60:]}-{xxhash.xxh3_64_hexdigest(key.encode(errors='replace'))}"
+
+
 def images_folder(source: Path, options: ReadOptions) -> Path:
     """Folder of the images that `source` names; raises PreprocessError without one."""
     if options.images is None:
@@ -58,6 +69,14 @@ def refuse_images(options: ReadOptions, kind: str) -> None:
     """Check for formats without image paths; raises PreprocessError if `--images` is given."""
     if options.images is not None:
         raise PreprocessError(f"{kind}; leave out --images")
+
+
+def refuse_columns(options: ReadOptions, *, captions: bool = False) -> None:
+    """Check for formats without columns, or with `captions` alone; raises PreprocessError."""
+    if options.image_column is not None:
+        raise PreprocessError("this format has no column of images; leave out --image-column")
+    if options.caption_column is not None and not captions:
+        raise PreprocessError("this format has no choice of captions; leave out --caption-column")
 
 
 def read_image(images: Path, name: Any) -> bytes:
@@ -112,6 +131,8 @@ def caption(value: Any) -> str:
         raise SkipError("empty caption")
     if not isinstance(value, str):
         raise SkipError("caption is not a text", shown(value))
+    if "\0" in value:
+        raise SkipError("caption holds zero bytes: text in UTF-16 or UTF-32?")
     if not (text := strip_text(value)):
         raise SkipError("empty caption")
     return text

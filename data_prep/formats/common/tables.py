@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from data_prep.corpus_files import UnreadFile, find_files, why_unread
-from data_prep.formats.common.compression import compression_of_file, how_to_unpack
+from data_prep.formats.common.compression import compression_of_file, how_to_unpack, why_not_data
 from data_prep.formats.common.inputs import sanitize_name
 from data_prep.splits import Skipped
 from megatron_owl2.errors import PreprocessError
@@ -36,6 +36,7 @@ _HEAD_LINES = 100  # of JSON lines, to know the columns
 _HEAD_BYTES = 1 << 16  # of any text, to know its encoding
 _SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar", ",": "comma"}
 _EMPTY = "empty line"
+_END = "\x1e end of the table \x1e"
 
 csv.field_size_limit(1 << 24)
 
@@ -50,6 +51,12 @@ class Piece:
     rows: int
     offset: int
     identity: str
+
+
+def _zeros_alternate(head: bytes) -> bool:
+    """Whether a text without a byte order mark is in UTF-16 or UTF-32, of mostly Latin letters."""
+    even, odd = sorted((head[::2].count(0), head[1::2].count(0)))
+    return odd > len(head) / 4 and (even < odd / 4 or head[:400:4].count(0) == len(head[:400:4]))
 
 
 def kind_of(path: Path) -> str:
@@ -67,6 +74,8 @@ def files(
     """
     wanted = ", ".join(kinds)
     if source.is_file():
+        if kind := compression_of_file(source):
+            raise PreprocessError(how_to_unpack(source, kind))
         if kind_of(source) not in kinds:
             raise PreprocessError(f"{source} is not a table; its name must end in {wanted}")
         return [source], []
@@ -97,7 +106,9 @@ def check_text(path: Path) -> None:
         head = file.read(_HEAD_BYTES)
     if not head.strip():
         raise PreprocessError(f"{path} is empty")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) / 4:
+    if reason := why_not_data(head):
+        raise PreprocessError(f"{path} is {reason}")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _zeros_alternate(head):
         raise PreprocessError(f"{path} is text in UTF-16 or UTF-32; save it in UTF-8")
     name = kind_of(path)
     if name != ".csv" and b"\r" in head and b"\n" not in head:
@@ -238,10 +249,14 @@ def _header(path: Path, file: BinaryIO) -> tuple[tuple[str, ...], int]:
 def _cut_csv(file: BinaryIO, rows: int, digest) -> tuple[list[int], int]:
     start, count = file.tell(), 0
     starts, lines = [start], _AnyLines(file, digest)
-    for _ in csv.reader(lines):
-        count += 1
+    last: list[str] = []
+    for row in csv.reader(chain(lines, [_END])):  # which an open quote would swallow
+        last, count = row, count + 1
         if count % rows == 0:
             starts.append(start + lines.bytes)
+    if last != [_END]:
+        raise csv.Error(f"the quotes of row {count} do not end")
+    count -= 1
     return starts[: -(-count // rows)], count
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from data_prep.formats.common.compression import open_unpacked
+from data_prep.formats.common.compression import open_unpacked, why_not_data
 from data_prep.formats.common.inputs import IMAGE_EXTENSIONS, SkipError
 from data_prep.splits import Skipped
 from megatron_owl2.data.shards.tar import BLOCK, entries, is_member, padding, split_name
@@ -46,8 +46,12 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
             file.seek(start)
             return file.read(stop - start)
 
-        runs, why_cut = _runs(file, read)
-        for run in _put_together(runs):
+        if reason := why_not_data(read(0, 200)):
+            yield Skipped(f"not a tar file: it is {reason}", str(path))
+            return
+        archives, why_cut = _archives(file, read)
+        runs = [run for archive in archives for run in _put_together(archive)]
+        for run in runs:
             yield _sample(run, read)
         if not (runs or fault or why_cut):
             yield Skipped("tar file without a sample", str(path))
@@ -86,23 +90,26 @@ class _Run:
         return not kinds.isdisjoint(IMAGE_EXTENSIONS) and not kinds.isdisjoint(_TEXTS)
 
 
-def _runs(file: IO[bytes], read: Callable[[int, int], bytes]) -> tuple[list[_Run], str | None]:
-    """Runs in a file, and why its rest cannot be read, or None.
+def _archives(
+    file: IO[bytes], read: Callable[[int, int], bytes]
+) -> tuple[list[list[_Run]], str | None]:
+    """Runs of every archive in a file, and why its rest cannot be read, or None.
 
     Archives that were put together with cat follow each other's end markers.
     """
     size = file.seek(0, 2)
-    runs: list[_Run] = []
+    archives: list[list[_Run]] = []
     start: int | None = 0
     end = 0
     try:
         while start is not None:
-            key = None
+            key, runs = None, []
+            archives.append(runs)
             for _, name, data, length in entries(read, start, size):
                 end = data + length + padding(length)
                 if name is None or not is_member(name):
                     continue
-                last, (key, extension) = key, split_name(name)
+                last, (key, extension) = key, split_name(name.removeprefix("./"))
                 if key != last:
                     runs.append(_Run(key, {}))
                 runs[-1].repeated |= extension in runs[-1].members
@@ -110,8 +117,8 @@ def _runs(file: IO[bytes], read: Callable[[int, int], bytes]) -> tuple[list[_Run
             start = _after_end_marker(file, end)
             end = end if start is None else start
     except BadSampleError as error:
-        return runs, f"{error} behind byte {end}"
-    return runs, None
+        return archives, f"{error} behind byte {end}"
+    return archives, None
 
 
 def _put_together(runs: list[_Run]) -> list[_Run]:

@@ -120,6 +120,8 @@ class Record:
                 if image is None:
                     raise BadSampleError("no image")
                 text = decode_text(members["txt"]) if "txt" in members else body["caption"]
+                if "\0" in text:
+                    raise BadSampleError("caption holds zero bytes: text in UTF-16 or UTF-32?")
                 return cls(key=key, image=image, caption=strip_text(text), metadata=body)
             return cls(
                 key=key,
@@ -176,10 +178,13 @@ def _unfit(extensions: Set[str]) -> str | None:
 
 
 def decode_text(data: bytes) -> str:
-    """Text of a file in UTF-8, or in UTF-16 with a byte order mark; the mark is dropped.
+    """Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; the mark is dropped.
 
     Other bytes become lone surrogates, which no record may hold.
     """
+    if data[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        with suppress(UnicodeDecodeError):
+            return data.decode("utf-32")
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         with suppress(UnicodeDecodeError):
             return data.decode("utf-16")

@@ -16,7 +16,7 @@ from megatron_owl2.utils.files import is_hidden
 BLOCK = 512
 END = bytes(2 * BLOCK)  # closes an archive
 
-_FILE = (b"0", b"\0")
+_FILE = (b"0", b"\0", b"7")
 # Links, devices, folders, global headers; of GNU tar also lists of folders and labels.
 _NO_FILE = (b"1", b"2", b"3", b"4", b"5", b"6", b"g", b"D", b"V")
 _PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"
