@@ -1,5 +1,7 @@
 """Wrong input is refused before work starts, in words that name it and the fix."""
 
+import re
+
 import pytest
 import tiny_run
 import torch
@@ -236,3 +238,22 @@ def test_the_trainer_ends_with_one_line_and_a_status(tmp_path, override, words):
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert words in line
     assert tiny_run.rows(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("train:\n  steps: 1\ntrain:\n  steps: 2\n", "the key 'train' stands there twice"),
+        ("train:\n  steps: 1\n  steps: 2\n", "the key 'steps' stands there twice"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a: 2020-99-99", "is not valid YAML"),
+        ("# nothing\n", "is empty"),
+        ("stage: {rates: [1]}", "'stage.rates' is a section, not"),
+    ],
+)
+def test_files_that_say_no_one_thing_are_refused(tmp_path, text, reason):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(reason)) as error:
+        load_config(path)
+    assert str(path) in str(error.value)

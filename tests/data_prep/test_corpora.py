@@ -340,3 +340,13 @@ def test_coco_has_archives(tmp_path):
     script = tmp_path / "coco/download.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     assert "annotations/annotations_trainval2017 zips/train2017" in script.read_text()
+
+
+def test_numbers_that_are_none_are_left_out_by_their_reason(tmp_path):
+    texts = {"similarity": ["0.9", "zz", None, "0.1"], "WIDTH": ["300", "x", "300", "9"]}
+    laion(tmp_path / "in/a.parquet", 4, **texts)
+    report = make("laion", tmp_path / "in", tmp_path / "out", min_score={"similarity": 0.5})
+    assert report.listed == 1
+    assert report.left_out == {"no similarity": 2, "similarity below 0.5": 1}
+    report = make("laion", tmp_path / "in", tmp_path / "sides", min_side=50)
+    assert report.left_out == {"no size": 1, "side below 50": 1}

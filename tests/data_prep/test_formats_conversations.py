@@ -95,6 +95,8 @@ def test_what_holds_no_conversations_is_refused_by_name(tmp_path, data, reason):
         ({"images": ["1.jpg", "1.jpg"]}, 0),
         ({"image": [["1.jpg"]]}, 0),
         ({"image": []}, 0),
+        ({"image": [], "images": ["1.jpg"]}, 1),
+        ({"image": "1.jpg", "images": ["2.jpg"]}, 0),
     ],
 )
 def test_a_list_of_one_image_is_that_image(tmp_path, names, kept):
@@ -218,3 +220,19 @@ def test_coco_that_is_not_as_published_is_told_by_the_entry(tmp_path, change, re
     path.write_text(json.dumps(COCO | change))
     error = refused("coco", path, images=tmp_path)
     assert str(path) in error and reason in error
+
+
+def test_a_tag_in_a_turn_that_is_dropped_moves_nowhere(tmp_path):
+    images = write_images(tmp_path / "images")
+    entries = [
+        {"image": "1.jpg", "conversations": talk("q", "a", "<image>what?")},
+        {"conversations": talk("see <image>", "q", "a", first="gpt", second="human")},
+        {"system": "Be kind.", "conversations": talk("q", "a")},
+        {"conversations": None, "messages": talk("q", "a")},
+    ]
+    records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
+    assert [r.turns for r in records] == [(Turn("q", "a"),)]
+    assert skipped == {
+        "image tag outside the first question": 2,
+        "system turn, which a record cannot hold": 1,
+    }
