@@ -96,7 +96,7 @@ class Coco:
                     metadata=metadata,
                 )
             except (SkipError, BadSampleError) as error:
-                yield skipped(error, f"image {image_id}, caption {caption_id}")
+                yield skipped(error, f"image {shown(image_id)}, caption {shown(caption_id)}")
 
 
 def _parse(data: bytes, source: Path) -> tuple[dict[Any, str], dict[Any, list]]:
@@ -141,7 +141,7 @@ def _rows(content: Any, source: Path, key: str, fields: tuple[str, ...]) -> Iter
 
 
 def _draw(image_id: Any, found: list) -> list:
-    key = combine(xxhash.xxh3_64_intdigest(str(image_id).encode()))
+    key = combine(xxhash.xxh3_64_intdigest(str(image_id).encode(errors="replace")))
     return [found[key % len(found)]] if found else []
 
 

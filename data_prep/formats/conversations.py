@@ -34,6 +34,8 @@ _SPEAKERS = {  # of LLaVA and ShareGPT, of OpenAI, and of collections of ShareGP
     "chatgpt": "gpt",
     "system": "system",
 }
+_SYSTEM = "system turn, which a record cannot hold"
+_FIELDS = ("conversations", "messages")
 _ROLE = 20  # characters of an unknown speaker in a reason
 
 
@@ -112,15 +114,12 @@ def _parse(data: bytes, source: Path) -> list[tuple[str, Any]]:
         raise PreprocessError(f"{source} is not JSON: {error}") from None
     if not any(isinstance(entry, dict) for _, entry in entries):
         raise PreprocessError(f"{source} is not JSON of conversations, neither a list nor lines")
-    if len(entries) == 1 and not _FIELDS & entries[0][1].keys():
+    if len(entries) == 1 and entries[0][1].keys().isdisjoint(_FIELDS):
         keys = ", ".join(list(entries[0][1])[:5])
         raise PreprocessError(
             f"{source} must hold a list of conversations; it holds one object ({keys})"
         )
     return entries
-
-
-_FIELDS = {"conversations", "messages"}
 
 
 def _names_images(entry: Any) -> bool:
@@ -133,6 +132,8 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
     texts, dropped = _texts(entry)
     tags = [sum(text.count(tag) for tag in _TAGS) for text in texts]
     name, image = _image_name(entry), None
+    if any(tag in text for text in dropped for tag in _TAGS):
+        raise SkipError("image tag outside the first question")
     if name is not None:
         if sum(tags) > 1:
             raise SkipError("more than one image tag")
@@ -155,24 +156,25 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
         image=image,
         turns=tuple(map(Turn, texts[::2], texts[1::2])),
         source=source,
-        metadata=metadata | ({"dropped_turns": dropped} if dropped else {}),
+        metadata=metadata | ({"dropped_turns": len(dropped)} if dropped else {}),
     )
 
 
 def _image_name(entry: dict) -> Any:
-    """What `image`, or else `images`, names; of a list its only entry."""
-    value = entry.get("image")
-    value = entry.get("images") if value is None else value
-    if not isinstance(value, list):
-        return value
-    if len(value) > 1:
-        raise SkipError("more than one image", f"{len(value)} images")
-    return value[0] if value else None
+    """What `image` or `images` names: the only value, or the only entry of a list."""
+    found: list = []
+    for value in (entry.get("image"), entry.get("images")):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if len(found) > 1:
+        raise SkipError("more than one image", f"{len(found)} images")
+    return found[0] if found else None
 
 
-def _texts(entry: dict) -> tuple[list[str], int]:
-    """Texts of the messages, question and answer in turn, and how many messages were dropped."""
-    messages = next((entry[key] for key in ("conversations", "messages") if key in entry), None)
+def _texts(entry: dict) -> tuple[list[str], list[str]]:
+    """Texts of the messages, question and answer in turn, and of those that were dropped."""
+    if entry.get("system"):
+        raise SkipError(_SYSTEM)
+    messages = next((entry[key] for key in _FIELDS if entry.get(key) is not None), None)
     if messages is None:
         raise SkipError("no conversations or messages", ", ".join(map(shown, entry)))
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
@@ -186,15 +188,15 @@ def _texts(entry: dict) -> tuple[list[str], int]:
         raise SkipError("no turns")
     if kept != ["human", "gpt"] * (len(kept) // 2):
         raise SkipError("human and gpt do not take turns", ", ".join(speakers))
-    return texts[first:last], len(speakers) - len(kept)
+    return texts[first:last], texts[:first] + texts[last:]
 
 
 def _speaker(message: dict) -> str:
     """`human` or `gpt`; raises SkipError for others."""
-    role = message.get("from", message.get("role"))
+    role = next((message[key] for key in ("from", "role") if message.get(key) is not None), None)
     speaker = _SPEAKERS.get(role.strip().lower()) if isinstance(role, str) else None
     if speaker == "system":
-        raise SkipError("system turn, which a record cannot hold")
+        raise SkipError(_SYSTEM)
     if speaker is None:
         named = role[:_ROLE] if isinstance(role, str) else role
         raise SkipError(f"speaker {shown(named)} is neither human nor gpt")
@@ -203,7 +205,7 @@ def _speaker(message: dict) -> str:
 
 def _text(message: dict) -> str:
     """Text of a message, in which an image of OpenAI's form is a tag."""
-    content = message.get("value", message.get("content"))
+    content = next((message[k] for k in ("value", "content") if message.get(k) is not None), None)
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(map(_part, content))
     if not isinstance(content, str):

@@ -22,7 +22,7 @@ def parse_json(data: bytes | str) -> Any:
 def parse_json_lines(data: bytes) -> list[tuple[int, Any]]:
     """Numbers, from 1, and contents of the lines of JSON lines; empty lines are passed over.
 
-    Only a newline ends a line, since JSON may hold other line ends inside its texts. Raises
+    Line feeds and carriage returns end a line, since JSON holds others inside its texts. Raises
     ValueError with the number of the line and the reason, or for text that is not in UTF-8 or
     UTF-16.
     """
@@ -40,7 +40,7 @@ def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     said to be UTF-16 and is not."""
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         data = data.decode("utf-16").encode()
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(data.splitlines(), start=1):
         if line.strip(b" \t\r\xef\xbb\xbf"):
             yield number, line
 

@@ -55,8 +55,9 @@ class Piece:
 
 def _zeros_alternate(head: bytes) -> bool:
     """Whether a text without a byte order mark is in UTF-16 or UTF-32, of mostly Latin letters."""
-    even, odd = sorted((head[::2].count(0), head[1::2].count(0)))
-    return odd > len(head) / 4 and (even < odd / 4 or head[:400:4].count(0) == len(head[:400:4]))
+    places = [head[first::4] for first in range(4)]
+    shares = [place.count(0) / max(1, len(place)) for place in places]
+    return max(shares) > 0.5 and min(shares) < 0.1
 
 
 def kind_of(path: Path) -> str:
@@ -241,6 +242,8 @@ def _header(path: Path, file: BinaryIO) -> tuple[tuple[str, ...], int]:
         return tuple(columns), offset
     lines = _lines(path, file)
     columns = tuple(next(_values(path, lines), ()))
+    if any("\n" in name or "\r" in name for name in columns):
+        raise csv.Error("a name of a column has a line end")
     if twice := sorted(name for name, count in Counter(columns).items() if count > 1):
         raise PreprocessError(f"{path} has the column {twice[0]!r} twice; rename one of them")
     return columns, offset + lines.bytes
