@@ -4,6 +4,7 @@ Each module of `evaluation.benchmarks` defines one `BENCHMARK`; the functions he
 any of them.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,15 @@ from typing import Any
 
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
-from megatron_owl2.errors import ScoreError, TaskError
-from megatron_owl2.evaluation.rows import Id, identifier, read_rows, rows_by_id, text
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation.rows import (
+    Id,
+    identifier,
+    read_rows,
+    rows_by_id,
+    text,
+    with_ids_of,
+)
 from megatron_owl2.utils.files import is_hidden
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation leaves
@@ -76,11 +84,19 @@ def read(
     ambiguous files, unreadable content, questions without gold, and images that are not there.
     """
     path = _find(data, benchmark.file)
-    gold = read_gold(benchmark, path if benchmark.gold_file == benchmark.file else path.parent)
+    same = benchmark.gold_file == benchmark.file
+    gold = read_gold(benchmark, path if same else _gold_beside(path, benchmark.gold_file))
     questions = benchmark.read_questions(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
-    lost = sorted({image for q in questions for image in q.images if not image.is_file()})
+    marked = [question.id for question in questions if IMAGE_PLACEHOLDER in question.text]
+    if marked:
+        raise TaskError(
+            f"{path}: the text of question {marked[0]!r} holds {IMAGE_PLACEHOLDER}, which stands "
+            "for images only; take it out"
+        )
+    # os.path, as no name is too long or too odd for it
+    lost = sorted({image for q in questions for image in q.images if not os.path.isfile(image)})
     if lost:
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
     return questions, {question.id: gold[question.id] for question in questions}
@@ -118,25 +134,13 @@ def score(
 
     Raises TaskError for a variant that the benchmark does not have, and ScoreError.
     """
-    predictions = _with_ids_of(gold, predictions)
+    predictions = with_ids_of(gold, predictions)
     if variant is None:
         return benchmark.score(predictions, gold)
     if variant not in benchmark.variants:
         known = ", ".join(benchmark.variants) or "none"
         raise TaskError(f"this task has no scoring variant {variant!r}; known: {known}")
     return benchmark.score(predictions, gold, variant)
-
-
-def _with_ids_of(gold: Gold, predictions: dict[Id, str]) -> dict[Id, str]:
-    """Predictions whose ids are numbers where the gold has them as texts, or the reverse."""
-    known = {str(i): i for i in gold}
-    if len(known) < len(gold):  # the gold tells 1 from "1"
-        return predictions
-    renamed = {known.get(str(i), i): answer for i, answer in predictions.items()}
-    if len(renamed) < len(predictions):
-        twice = next(i for i in predictions if isinstance(i, str) and i not in renamed)
-        raise ScoreError(f"predictions have the id {twice} twice, as a number and as a text")
-    return renamed
 
 
 def _find(data: str | Path, pattern: str) -> Path:
@@ -146,11 +150,41 @@ def _find(data: str | Path, pattern: str) -> Path:
         return data
     if not data.is_dir():
         raise TaskError(f"{data} does not exist")
-    found = sorted(path for path in data.glob(pattern) if path.is_file())
+    found = _matching(data, pattern)
+    if len(found) > 1:
+        raise TaskError(f"{_several(found, pattern)}; name one of them")
+    return found[0]
+
+
+def _gold_beside(questions: Path, pattern: str) -> Path:
+    """The gold file in the folder of a question file: of several, the one whose name has most of
+    the words of the questions' and no other, as v2_mscoco_val2014_annotations.json."""
+    found = _matching(questions.parent, pattern)
+    if len(found) == 1:
+        return found[0]
+    fitting = [path for path in found if _words(path) <= _words(questions)]
+    most = max((len(_words(path)) for path in fitting), default=0)
+    best = [path for path in fitting if len(_words(path)) == most]
+    if len(best) != 1:
+        raise TaskError(
+            f"{_several(found, pattern)}; leave the one that belongs to {questions.name}"
+        )
+    return best[0]
+
+
+def _words(path: Path) -> set[str]:
+    """Words of a file's name but the last, which says what the file holds."""
+    return set(path.stem.split("_")[:-1])
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    found = sorted(path for path in folder.glob(pattern) if path.is_file())
     found = [path for path in found if not is_hidden(path.name)]
     if not found:
-        raise TaskError(f"{data} holds no file {pattern}")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise TaskError(f"{data} holds several files {pattern}: {names}; name one of them")
-    return found[0]
+        raise TaskError(f"{folder} holds no file {pattern}")
+    return found
+
+
+def _several(found: list[Path], pattern: str) -> str:
+    names = ", ".join(path.name for path in found)
+    return f"{found[0].parent} holds several files {pattern}: {names}"

@@ -5,15 +5,17 @@ said by a reader of its value, such as `text` or `one_of("yes", "no")`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_owl2.errors import TaskError
 from megatron_owl2.utils.json_text import is_json_list, parse_json, parse_json_lines
 
 Id = int | str
+T = TypeVar("T")
 Reader = Callable[[Any, str], Any]  # value and name of a field to what a rule takes
 
 _SHOWN = 60  # characters of a value in a message
@@ -27,6 +29,10 @@ def text(value: Any, name: str) -> str:
     """A text, which may be empty."""
     if not isinstance(value, str):
         raise _misfit(value, name, "a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can say a half of a surrogate pair, which no file can hold
+        raise _misfit(value, name, "a text of whole characters") from None
     return value
 
 
@@ -43,7 +49,7 @@ def identifier(value: Any, name: str) -> Id:
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise _misfit(value, name, "a whole number or a text")
-    return value
+    return text(value, name) if isinstance(value, str) else value
 
 
 def whole_number(value: Any, name: str) -> int:
@@ -68,12 +74,13 @@ def one_of(*choices: str) -> Reader:
     return read
 
 
-def list_of(reader: Reader) -> Reader:
-    """A list of one value or more."""
+def list_of(reader: Reader, at_least: int = 1) -> Reader:
+    """A list of `at_least` values or more."""
+    wanted = "a list with an entry" if at_least == 1 else f"a list with {at_least} entries or more"
 
     def read(value: Any, name: str) -> list:
-        if not isinstance(value, list) or not value:
-            raise _misfit(value, name, "a list with an entry")
+        if not isinstance(value, list) or len(value) < at_least:
+            raise _misfit(value, name, wanted)
         return [reader(entry, f"{name}[{number}]") for number, entry in enumerate(value)]
 
     return read
@@ -99,8 +106,10 @@ def object_of(**fields: Reader) -> Reader:
         prefix = f"{name}." if name else ""
         for field, reader in fields.items():
             if field not in value and not isinstance(reader, Optional):
-                raise Misfit(f"{prefix + field!r} is missing")
-        return value | {f: reader(value.get(f), prefix + f) for f, reader in fields.items()}
+                raise Misfit(f"{prefix + field!r} is missing; {_keys(value)}")
+        found = {f: reader(value.get(f), prefix + f) for f, reader in fields.items()}
+        changed = {f: v for f, v in found.items() if f not in value or v is not value[f]}
+        return value | changed if changed else value  # copies of millions of rows take time
 
     return read
 
@@ -134,32 +143,69 @@ def rows_by_id(path: Path, rows: list[dict], field: str) -> dict[Id, dict]:
     return table
 
 
+def with_ids_of(known: Iterable[Id], table: dict[Id, T]) -> dict[Id, T]:
+    """The table with ids that are numbers where `known` has them as texts, or the reverse.
+
+    Nothing changes if two ids of either would become one.
+    """
+    known = list(known)
+    spelled = {str(i): i for i in known}
+    renamed = {spelled.get(str(i), i): value for i, value in table.items()}
+    return renamed if len(spelled) == len(known) and len(renamed) == len(table) else table
+
+
+def read_value(path: Path, key: str) -> Any:
+    """A value of the object in a file whose rows lie under another key, None if it has none."""
+    content = _read(path, parse_json)
+    return content.get(key) if isinstance(content, dict) else None
+
+
 def _placed_rows(path: Path, key: str | None) -> list[tuple[str, Any]]:
     """Place, for messages, and content of every row."""
+    if key is None:
+        return _read(path, _list_or_lines)
+    content = _read(path, parse_json)
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        has = f"; {_keys(content)}" if isinstance(content, dict) else ""
+        raise TaskError(
+            f"{path} is not in the format that the task reads: it must be an object with a list "
+            f"{key!r}{has}"
+        )
+    return [(f"entry {number} of {key!r}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _list_or_lines(data: bytes) -> list[tuple[str, Any]]:
+    if is_json_list(data):
+        return [(f"entry {number}", row) for number, row in enumerate(parse_json(data), start=1)]
     try:
-        data = path.read_bytes()
+        return [(f"line {number}", row) for number, row in parse_json_lines(data)]
+    except ValueError:
+        with suppress(ValueError):  # one object over several lines
+            return [("the only entry", parse_json(data))]
+        raise
+
+
+def _read(path: Path, parse: Callable[[bytes], T]) -> T:
+    try:
+        return parse(path.read_bytes())
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        if key is None and not is_json_list(data):
-            return [(f"line {number}", row) for number, row in parse_json_lines(data)]
-        content = parse_json(data)
     except ValueError as error:
         raise TaskError(f"{path} cannot be read: it is not JSON: {error}") from None
-    if key is not None:
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise TaskError(
-                f"{path} is not in the format that the task reads: it must be an object with a "
-                f"list {key!r}"
-            )
-        return [(f"entry {number} of {key!r}", row) for number, row in enumerate(rows, start=1)]
-    return [(f"entry {number}", row) for number, row in enumerate(content, start=1)]
+
+
+def _keys(content: dict) -> str:
+    """What an object has instead of a missing field."""
+    return f"it has {_short(', '.join(map(repr, content)) or 'no field')}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _misfit(value: Any, name: str, wanted: str) -> Misfit:
-    shown = repr(value)
-    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+    shown = _short(repr(value))
     if not name:
         return Misfit(f"a row is {shown}, wanted {wanted}")
     return Misfit(f"{name!r} is {shown}, wanted {wanted}")

@@ -74,7 +74,7 @@ def evaluate(
             batch = questions[first : first + settings.batch_size]
             answers = generator.generate(
                 [question.prompt(suffix) for question in batch],
-                [[read_image(path) for path in question.images] for question in batch],
+                [_images_of(question, read_image) for question in batch],
                 **limits,
             )
             for question, answer in zip(batch, answers, strict=True):
@@ -117,7 +117,20 @@ def table(scores: dict) -> str:
             f"{unreachable} questions cannot be answered under this rule, because it changes "
             "every answer but not their gold (capitals, articles, number words); see --variant"
         )
+    if unclear := scores["overall"].get("unclear"):
+        lines.append(f'{unclear} answers have no "yes" and count as "yes", as the rule has it')
     return "\n".join(lines)
+
+
+def _images_of(question: Question, read: Callable[[Path], torch.Tensor]) -> list[torch.Tensor]:
+    shown = []
+    for path in question.images:
+        try:
+            shown.append(read(path))
+        except (OSError, BadSampleError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise TaskError(f"{path}: {reason} (the image of question {question.id!r})") from None
+    return shown
 
 
 def _image_reader(size: int, settings: Settings) -> Callable[[Path], torch.Tensor]:
@@ -129,10 +142,7 @@ def _image_reader(size: int, settings: Settings) -> Callable[[Path], torch.Tenso
     def read(path: Path) -> torch.Tensor:
         if settings.blind:
             return black
-        try:
-            return images.resize_square(images.decode(path.read_bytes()), size)
-        except (OSError, BadSampleError) as error:
-            raise TaskError(f"{path}: {error}") from None
+        return images.resize_square(images.decode(path.read_bytes()), size)
 
     return read
 

@@ -76,6 +76,9 @@ def check_ids(predictions: Mapping, gold: Mapping) -> None:
             f"{missing[0]!r}; score against the gold that was asked"
         )
     unknown = [i for i in predictions if i not in gold]
+    known = set(map(str, gold)) if unknown else set()
+    if twice := [i for i in unknown if str(i) in known]:
+        raise ScoreError(f"predictions have the id {twice[0]} twice, as a number and as a text")
     if unknown:
         raise ScoreError(
             f"{len(unknown)} predictions have no gold, such as {unknown[0]!r}; is this the gold of "

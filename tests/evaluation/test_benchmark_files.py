@@ -183,7 +183,7 @@ def test_gold_is_checked_field_by_field(tmp_path, task, field, value):
     [
         ([{"answer": "red"}, "red"], r"'answers\[1\]' is 'red', wanted an object"),
         ([{"answer": "red"}, {"answer": 3}], r"'answers\[1\].answer' is 3, wanted a text"),
-        ([{}], r"'answers\[0\].answer' is missing"),
+        ([{}, {}], r"'answers\[0\].answer' is missing; it has no field"),
     ],
 )
 def test_gold_is_checked_to_its_depth(tmp_path, answers, reason):
@@ -251,7 +251,7 @@ def test_predictions_are_read_as_editors_save_them(tmp_path, data):
         (b"\xff\xfe\x00", "it is not JSON"),
         (b"caf\xe9", "it is not JSON"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"answers": [\n]}', "line 1: Expecting"),
+        (b'{"answers": [\n]', "line 1: Expecting"),
     ],
 )
 def test_predictions_that_are_not_json_are_told_with_the_line(tmp_path, data, reason):
@@ -277,8 +277,9 @@ def test_the_score_command_names_the_files(tmp_path):
     said = dump(tmp_path / "said.json", [{"question_id": 1, "answer": "yes"}])
     command = ("evaluate", "score", "--task", "pope", "--predictions", said, "--gold", gold)
     done = tool.run(*command)
-    missing = "is not in the format that the task reads: 'label' is missing (entry 1)"
-    assert (done.returncode, done.stderr) == (2, f"error: {gold} {missing}\n")
+    missing = "is not in the format that the task reads: 'label' is missing; it has 'question_id', "
+    told = f"error: {gold} {missing}'image', 'text' (entry 1)\n"
+    assert (done.returncode, done.stderr) == (2, told)
     dump(gold, [POPE | {"question_id": 5}])
     done = tool.run(*command)
     assert done.returncode == 2 and f"{said} and {gold}: 1 of 1 gold questions" in done.stderr

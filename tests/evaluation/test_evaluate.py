@@ -166,7 +166,7 @@ def test_broken_inputs_are_named(tmp_path):
     with pytest.raises(TaskError, match="repeat a question_id, such as 1"):
         benchmark.read_predictions(vqa, file)
     file.write_text('{"question_id": 1}\n')
-    with pytest.raises(TaskError, match=r"'answer' is missing \(line 1\)"):
+    with pytest.raises(TaskError, match=r"'answer' is missing; it has 'question_id' \(line 1\)"):
         benchmark.read_predictions(vqa, file)
     with pytest.raises(TaskError, match="no scoring variant 'official'; known: none"):
         benchmark.score(text, {}, {}, "official")

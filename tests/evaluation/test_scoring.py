@@ -123,6 +123,7 @@ def test_pope_numbers():
         "recall": 75.0,
         "f1": 75.0,
         "yes_ratio": 40.0,
+        "unclear": 0,
     }
     never = pope({i: "no" for i in range(10)}, gold)
     assert never["overall"]["accuracy"] == 60.0

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import named_image
-from megatron_owl2.evaluation.rows import identifier, read_rows, words
+from megatron_owl2.evaluation.rows import identifier, read_rows, with_ids_of, words
 from megatron_owl2.evaluation.scoring import exact_match
 
 REQUEST = "Provide a one-sentence caption for the provided image."
@@ -22,6 +22,7 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
         name = names.setdefault(row["id"], row["file_name"])
         if name != row["file_name"]:
             raise TaskError(f"{path}: image {row['id']!r} is both {name} and {row['file_name']}")
+    names = with_ids_of(gold, names)
     unknown = [i for i in gold if i not in names]
     if unknown:
         raise TaskError(

@@ -1,5 +1,6 @@
 """POPE (Li et al. 2023): whether an object is in the image, to be answered with yes or no."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +32,9 @@ def score(predictions: Mapping, gold: Mapping) -> dict:
     """POPE on rows with a `label` "yes" or "no"; percentages with "yes" as the positive class.
 
     A prediction is "no" if its text before the first period has the word No, no or not, and "yes"
-    otherwise. Precision, recall and F1 are 0 where they would divide by zero. Raises ScoreError
-    for missing or unknown ids.
+    otherwise; `unclear` counts those that are "yes" without the word yes in any letter case.
+    Precision, recall and F1 are 0 where they would divide by zero. Raises ScoreError for missing
+    or unknown ids.
     """
     check_ids(predictions, gold)
     said = {i: yes_or_no(text) for i, text in predictions.items()}
@@ -49,6 +51,10 @@ def score(predictions: Mapping, gold: Mapping) -> dict:
         "recall": percent(hits, are_yes),
         "f1": percent(2 * hits, answered_yes + are_yes),
         "yes_ratio": percent(answered_yes, len(gold)),
+        "unclear": sum(
+            answer == "yes" and not re.search(r"\byes\b", predictions[i], re.IGNORECASE)
+            for i, answer in said.items()
+        ),
     }
     table["skills"][_SKILL] = dict(table["overall"])
     return table

@@ -33,14 +33,18 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
 def read_gold(path: Path) -> Gold:
     """Question, answer and skill of each dialogue by its id.
 
-    Raises TaskError for a dialogue that is not one question and its answer.
+    Raises TaskError for a dialogue that is not one question and its answer, or has an image.
     """
     gold = {}
     for i, row in rows_by_id(path, read_rows(path, _FIELDS), "id").items():
+        if row.get("image") or row.get("images"):
+            raise TaskError(f"{path}: dialogue {i!r} has an image, which this task does not show")
         messages = row["conversations"]
-        if [message["from"] for message in messages] != ["human", "gpt"]:
+        roles = [message["from"] for message in messages]
+        if roles != ["human", "gpt"]:
             raise TaskError(
-                f"{path}: dialogue {i!r} must be one question and its answer (human, gpt)"
+                f"{path}: dialogue {i!r} must be one question and its answer (human, gpt); it is "
+                f"{', '.join(map(repr, roles[:4]))}{', ...' if len(roles) > 4 else ''}"
             )
         question, answer = (message["value"] for message in messages)
         gold[i] = {"question": question, "answers": [answer], "skill": row["skill"]}

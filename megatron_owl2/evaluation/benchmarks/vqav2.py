@@ -13,9 +13,11 @@ from megatron_owl2.evaluation.rows import (
     list_of,
     object_of,
     read_rows,
+    read_value,
     rows_by_id,
     text,
     whole_number,
+    with_ids_of,
     words,
 )
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, score_table
@@ -54,9 +56,9 @@ _ANNOTATION = {
     "image_id": Optional(whole_number),
     "question_type": words,
     "multiple_choice_answer": text,
-    "answers": list_of(object_of(answer=text)),
+    "answers": list_of(object_of(answer=text), at_least=2),  # each counts beside the others
 }
-_SPLIT = re.compile(r"_(?:mscoco_)?((?:train|val|test)\d{4})_")
+_SPLIT = re.compile(r"(?:^|_)(train|val|test)(?:-dev)?(\d{4})(?:_|$)")
 
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
@@ -65,13 +67,13 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
     Raises TaskError if some have no annotation, or one of another image.
     """
     rows = rows_by_id(path, read_rows(path, _QUESTION, "questions"), "question_id")
+    rows = with_ids_of(gold, rows)
     unanswered = [i for i in rows if i not in gold]
     if unanswered:
         raise TaskError(
-            f"{len(unanswered)} questions of {path} have no annotation, such as {unanswered[0]}"
+            f"{len(unanswered)} questions of {path} have no annotation, such as {unanswered[0]!r}"
         )
-    split = _SPLIT.search(path.name)
-    images = NumberedImages(path, split[1] if split else None)
+    images = NumberedImages(path, _split(path))
     questions = []
     for i, row in rows.items():
         annotation = gold[i]
@@ -91,6 +93,15 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
             )
         )
     return questions
+
+
+def _split(questions: Path) -> str | None:
+    """The split of COCO that a question file says it is about, by its `data_subtype` or its name;
+    test-dev2015 asks about images of test2015."""
+    for name in (read_value(questions, "data_subtype"), questions.stem):
+        if isinstance(name, str) and (found := _SPLIT.search(name)):
+            return found[1] + found[2]
+    return None
 
 
 def read_gold(path: Path) -> Gold:
