@@ -22,7 +22,19 @@ _SHOWN = 60  # characters of a value in a message
 
 
 class Misfit(ValueError):
-    """A value that a field must not have; the message is the reason."""
+    """A value that a field must not have; the message is the field's name and the reason."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name!r} {reason}" if name else f"a row {reason}")
+        self.name, self.reason = name, reason
+
+    def within(self, outer: str) -> "Misfit":
+        """The same of a field of an object or list: names are put together only when needed, as
+        files have millions of fields."""
+        if not outer:
+            return self
+        dot = "" if self.name.startswith("[") or not self.name else "."
+        return Misfit(f"{outer}{dot}{self.name}", self.reason)
 
 
 def text(value: Any, name: str) -> str:
@@ -81,7 +93,13 @@ def list_of(reader: Reader, at_least: int = 1) -> Reader:
     def read(value: Any, name: str) -> list:
         if not isinstance(value, list) or len(value) < at_least:
             raise _misfit(value, name, wanted)
-        return [reader(entry, f"{name}[{number}]") for number, entry in enumerate(value)]
+        entries = []
+        for entry in value:
+            try:
+                entries.append(reader(entry, ""))
+            except Misfit as misfit:
+                raise misfit.within(f"[{len(entries)}]").within(name) from None
+        return entries
 
     return read
 
@@ -103,12 +121,17 @@ def object_of(**fields: Reader) -> Reader:
     def read(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise _misfit(value, name, "an object")
-        prefix = f"{name}." if name else ""
+        changed = {}
         for field, reader in fields.items():
-            if field not in value and not isinstance(reader, Optional):
-                raise Misfit(f"{prefix + field!r} is missing; {_keys(value)}")
-        found = {f: reader(value.get(f), prefix + f) for f, reader in fields.items()}
-        changed = {f: v for f, v in found.items() if f not in value or v is not value[f]}
+            old = value.get(field)
+            try:
+                if field not in value and not isinstance(reader, Optional):
+                    raise Misfit(field, f"is missing; {_keys(value)}")
+                new = reader(old, field)
+            except Misfit as misfit:
+                raise misfit.within(name) from None
+            if new is not old or field not in value:
+                changed[field] = new
         return value | changed if changed else value  # copies of millions of rows take time
 
     return read
@@ -205,7 +228,4 @@ def _short(text: str) -> str:
 
 
 def _misfit(value: Any, name: str, wanted: str) -> Misfit:
-    shown = _short(repr(value))
-    if not name:
-        return Misfit(f"a row is {shown}, wanted {wanted}")
-    return Misfit(f"{name!r} is {shown}, wanted {wanted}")
+    return Misfit(name, f"is {_short(repr(value))}, wanted {wanted}")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_owl2.config.schema import ModelConfig, VisionConfig
 from megatron_owl2.errors import ScoreError, TaskError
-from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation import benchmark, rows, runner
 from megatron_owl2.evaluation.registry import find_benchmarks
 
 TASKS = find_benchmarks()
@@ -178,6 +178,22 @@ def test_answers_outside_popes_rule_are_counted_and_shown(answer, unclear):
     scores = benchmark.score(TASKS["pope"], {1: answer}, {1: pope()})
     assert scores["overall"]["unclear"] == unclear
     assert ('1 answers have no "yes"' in runner.table(scores)) == bool(unclear)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([], r"'a' is \[\], wanted an object"),
+        ({}, "'a.b' is missing; it has no field"),
+        ({"b": 1}, r"'a.b' is 1, wanted a list with an entry"),
+        ({"b": [["x"], [2]]}, r"'a.b\[1\]\[0\]' is 2, wanted a text"),
+    ],
+)
+def test_a_field_is_named_with_what_holds_it(tmp_path, content, reason):
+    file = dump(tmp_path / "rows.json", [{"a": content}])
+    fields = {"a": rows.object_of(b=rows.list_of(rows.list_of(rows.text)))}
+    with pytest.raises(TaskError, match=f"{reason}.* \\(entry 1\\)"):
+        rows.read_rows(file, fields)
 
 
 class Unasked:
