@@ -5,9 +5,11 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation.rows import short
 from megatron_owl2.utils.files import is_hidden
 
 IMAGES = "images"  # folder beside the question file
+_LONGEST = 255  # bytes of a name that file systems take
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _NAME = re.compile(r"(?:COCO_([A-Za-z0-9-]+)_)?(\d+)")
 
@@ -15,8 +17,12 @@ _NAME = re.compile(r"(?:COCO_([A-Za-z0-9-]+)_)?(\d+)")
 def named_image(questions: Path, name: str) -> Path:
     """File in `images/` beside the question file; raises TaskError for a path out of it."""
     path = PurePosixPath(name.replace("\\", "/"))
-    if not name.strip() or "\0" in name or path.is_absolute() or ".." in path.parts:
-        raise TaskError(f"{questions}: {name!r} is no path in {questions.parent / IMAGES}")
+    out_of_it = path.is_absolute() or ".." in path.parts
+    too_long = any(len(part.encode()) > _LONGEST for part in path.parts)
+    if not name.strip() or "\0" in name or out_of_it or too_long:
+        raise TaskError(
+            f"{questions}: {short(repr(name))} is no path in {questions.parent / IMAGES}"
+        )
     return questions.parent / IMAGES / path
 
 

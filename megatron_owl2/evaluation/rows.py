@@ -220,12 +220,13 @@ def _read(path: Path, parse: Callable[[bytes], T]) -> T:
 
 def _keys(content: dict) -> str:
     """What an object has instead of a missing field."""
-    return f"it has {_short(', '.join(map(repr, content)) or 'no field')}"
+    return f"it has {short(', '.join(map(repr, content)) or 'no field')}"
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """The beginning of a text, for a message."""
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _misfit(value: Any, name: str, wanted: str) -> Misfit:
-    return Misfit(name, f"is {_short(repr(value))}, wanted {wanted}")
+    return Misfit(name, f"is {short(repr(value))}, wanted {wanted}")

@@ -11,6 +11,7 @@ from megatron_owl2.evaluation.rows import (
     object_of,
     read_rows,
     rows_by_id,
+    short,
     text,
     words,
 )
@@ -44,7 +45,7 @@ def read_gold(path: Path) -> Gold:
         if roles != ["human", "gpt"]:
             raise TaskError(
                 f"{path}: dialogue {i!r} must be one question and its answer (human, gpt); it is "
-                f"{', '.join(map(repr, roles[:4]))}{', ...' if len(roles) > 4 else ''}"
+                f"{short(', '.join(map(repr, roles)))}"
             )
         question, answer = (message["value"] for message in messages)
         gold[i] = {"question": question, "answers": [answer], "skill": row["skill"]}
