@@ -11,7 +11,7 @@ from megatron_owl2.utils.files import is_hidden
 IMAGES = "images"  # folder beside the question file
 _LONGEST = 255  # bytes of a name that file systems take
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-_NAME = re.compile(r"(?:COCO_([A-Za-z0-9-]+)_)?(\d+)")
+_NAME = re.compile(r"(?:(?:COCO|abstract_v002)_([A-Za-z0-9-]+)_)?(\d+)")
 
 
 def named_image(questions: Path, name: str) -> Path:
@@ -27,7 +27,7 @@ def named_image(questions: Path, name: str) -> Path:
 
 
 class NumberedImages:
-    """Images by number: COCO_<split>_<number>, or the number alone, as COCO itself names them.
+    """Images by number: COCO_<split>_<number>, the abstract scenes of VQA alike, or the number alone.
 
     Anything else in the folder (masks, sidecars, hidden files) is not what is asked about. Raises
     TaskError if the folder is not there.

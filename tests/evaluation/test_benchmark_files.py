@@ -66,7 +66,15 @@ BESIDE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("beside", BESIDE)
-@pytest.mark.parametrize("name", ["COCO_val2014_000000000001.jpg", "000000000001.jpg", "1.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "COCO_val2014_000000000001.jpg",
+        "000000000001.jpg",
+        "1.png",
+        "abstract_v002_val2015_000000000001.png",
+    ],
+)
 def test_the_image_that_a_number_means_is_shown(tmp_path, beside, name):
     write_vqa(tmp_path)
     expected = picture(tmp_path, name)
