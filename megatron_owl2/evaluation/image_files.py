@@ -27,7 +27,7 @@ def named_image(questions: Path, name: str) -> Path:
 
 
 class NumberedImages:
-    """Images by number: COCO_<split>_<number>, the abstract scenes of VQA alike, or the number alone.
+    """Images by number: COCO_<split>_<number>, abstract_v002_<split>_<number> or the number alone.
 
     Anything else in the folder (masks, sidecars, hidden files) is not what is asked about. Raises
     TaskError if the folder is not there.
