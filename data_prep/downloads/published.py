@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.downloads.corpus import Corpus
-from data_prep.formats.common import tables
+from data_prep.formats.common import parquet, tables
+from data_prep.formats.common.encodings import check_text
 from megatron_owl2.errors import PreprocessError
 
 _BATCH = 1 << 16  # rows
@@ -23,7 +24,7 @@ class Published:
     """
 
     def __init__(self, corpus: Corpus, paths: Sequence[Path]):
-        tables.parquet()
+        parquet.library()
         self.corpus = corpus
         self.paths = paths
         self.left_out: Counter[str] = Counter()  # rows that the last pass could not read
@@ -80,7 +81,7 @@ class Published:
 
     def _read(self, path: Path, columns: list[str]) -> Iterator:
         if tables.kind_of(path) == ".parquet":
-            with tables.open_parquet(path) as file:
+            with parquet.open_parquet(path) as file:
                 yield from file.iter_batches(_BATCH, columns=columns)
             return
         from pyarrow import csv
@@ -130,11 +131,11 @@ def _is_utf8(value: bytes | None) -> bool:
 
 def _columns(corpus: Corpus, path: Path) -> Sequence[str]:
     if tables.kind_of(path) == ".parquet":
-        with tables.open_parquet(path) as file:
+        with parquet.open_parquet(path) as file:
             return file.schema_arrow.names
     if tables.kind_of(path) != ".tsv" or not corpus.header:
         raise PreprocessError(f"{path} is not a file of {corpus.name}: {corpus.about}")
-    tables.check_text(path)
+    check_text(path)
     return corpus.header
 
 

@@ -16,7 +16,7 @@ from data_prep.downloads import img2dataset_script as download
 from data_prep.downloads.corpus import Corpus
 from data_prep.downloads.published import Published
 from data_prep.downloads.selection import Selection, judgements
-from data_prep.formats.common import tables
+from data_prep.formats.common import parquet, tables
 from megatron_owl2.data.sampling.keyed_random import combine, splitmix64_array
 from megatron_owl2.errors import PreprocessError
 from megatron_owl2.utils.files import new_directory
@@ -214,7 +214,7 @@ class _Files:
         while table.num_rows:
             if self._writer is None:
                 name = f"urls-{len(self.files):05d}.parquet"
-                self._writer = tables.parquet().ParquetWriter(self._folder / name, table.schema)
+                self._writer = parquet.library().ParquetWriter(self._folder / name, table.schema)
                 self.files.append([name, 0])
             head = table.slice(0, _ROWS_PER_FILE - self.files[-1][1])
             self._writer.write_table(head)

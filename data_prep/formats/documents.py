@@ -7,6 +7,7 @@ from pathlib import Path
 import xxhash
 
 from data_prep.formats.common import tables
+from data_prep.formats.common.encodings import check_text
 from data_prep.formats.common.inputs import refuse_columns, refuse_images, shown
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
@@ -60,7 +61,7 @@ class Documents:
 
 
 def _splits(source: Path, path: Path, options: ReadOptions) -> Iterator[InputSplit]:
-    tables.check_text(path)
+    check_text(path)
     digest, rows = xxhash.xxh3_128(), options.samples_per_split
     with path.open("rb") as file:
         starts, _ = tables.cut_lines(file, rows, digest)

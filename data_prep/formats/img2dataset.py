@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus_files import CorpusFiles, UnreadFile, list_folder, why_unread
-from data_prep.formats.common import tables
+from data_prep.formats.common import parquet, tables
 from data_prep.formats.common.inputs import (
     IMAGE_EXTENSIONS,
     SkipError,
@@ -99,9 +99,9 @@ class Img2dataset:
 def _hold_images(paths: list[Path]) -> bool:
     """Whether the first Parquet file that can be read has a column of images."""
     if paths:
-        tables.parquet()  # without pyarrow no file could be read
+        parquet.library()  # without pyarrow no file could be read
     for path in paths:
-        with suppress(PreprocessError), tables.open_parquet(path) as file:
+        with suppress(PreprocessError), parquet.open_parquet(path) as file:
             return any(name in IMAGE_EXTENSIONS for name in file.schema_arrow.names)
     return False
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus_files import UnreadFile
-from data_prep.formats.common import tables
+from data_prep.formats.common import parquet, tables
 from data_prep.formats.common.inputs import (
     CAPTION_COLUMNS,
     IMAGE_EXTENSIONS,
@@ -20,13 +20,14 @@ from data_prep.formats.common.inputs import (
     shown,
     skipped,
 )
+from data_prep.formats.common.piece import Piece
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError
 
 # Piece, (image, caption) columns, image folder (None: the table holds the images).
-_Payload = tuple[tables.Piece, tuple[str, str], Path | None]
+_Payload = tuple[Piece, tuple[str, str], Path | None]
 _IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "filename", "filepath", "file")
 _IMAGE_ENDINGS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
@@ -65,7 +66,7 @@ class Table:
                     ),
                 )
                 images = options.images
-                if images is not None or not tables.holds_images(path, columns[0]):
+                if images is not None or not _holds_images(path, columns[0]):
                     images = images_folder(source, options)
                 name = f"{tables.name_in(source, path)}-{index:05d}"
                 identity = f"{piece.identity} {columns}"
@@ -108,6 +109,10 @@ def _record(
         source=path.stem,
         metadata=metadata,
     )
+
+
+def _holds_images(path: Path, column: str) -> bool:
+    return tables.kind_of(path) == ".parquet" and parquet.holds_images(path, column)
 
 
 def _image(value: Any, images: Path | None) -> bytes:

@@ -62,6 +62,7 @@ def test_lines_may_end_in_several_ways(images, tmp_path):
         ("t.jsonl", zstandard.compress(b"{}"), "is compressed with zstd; unpack it first"),
         ("t.csv", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS; fetch"),
         ("t.tsv", b"<html>404</html>", "an HTML page, left by a failed download"),
+        ("t.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
         ("t.csv", b"", "is empty"),
         ("t.tsv", b"image\tcaption\r0.jpg\ta\r", "lines end with a carriage return"),
         ("t.jsonl", b'\n[{"image": "0.jpg"}]', "is a JSON list, not JSON lines"),

@@ -6,13 +6,10 @@ captions are full of single ones); CSV does, with newlines inside, and its lines
 carriage return.
 """
 
-import codecs
 import csv
-import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,8 +18,11 @@ import numpy as np
 import xxhash
 
 from data_prep.corpus_files import UnreadFile, find_files, why_unread
-from data_prep.formats.common.compression import compression_of_file, how_to_unpack, why_not_data
+from data_prep.formats.common import parquet
+from data_prep.formats.common.compression import compression_of_file, how_to_unpack
+from data_prep.formats.common.encodings import check_text
 from data_prep.formats.common.inputs import sanitize_name
+from data_prep.formats.common.piece import Piece
 from data_prep.splits import Skipped
 from megatron_owl2.errors import PreprocessError
 from megatron_owl2.utils.json_text import parse_json
@@ -31,33 +31,12 @@ KINDS = (".csv", ".jsonl", ".parquet", ".tsv")
 
 _BOM = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 24
-_PARQUET_ROWS = 128  # read at once; a row may hold an image
 _HEAD_LINES = 100  # of JSON lines, to know the columns
-_HEAD_BYTES = 1 << 16  # of any text, to know its encoding
 _SEPARATORS = {";": "semicolon", "\t": "tab", "|": "bar", ",": "comma"}
 _EMPTY = "empty line"
 _END = "\x1e end of the table \x1e"
 
 csv.field_size_limit(1 << 24)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`rows` rows of a table from row number `first` on, which begins at byte `offset` (text)."""
-
-    path: Path
-    columns: tuple[str, ...]
-    first: int
-    rows: int
-    offset: int
-    identity: str
-
-
-def _zeros_alternate(head: bytes) -> bool:
-    """Whether a text without a byte order mark is in UTF-16 or UTF-32, of mostly Latin letters."""
-    places = [head[first::4] for first in range(4)]
-    shares = [place.count(0) / max(1, len(place)) for place in places]
-    return max(shares) > 0.5 and min(shares) < 0.1
 
 
 def kind_of(path: Path) -> str:
@@ -99,27 +78,6 @@ def name_in(source: Path, path: Path) -> str:
     return sanitize_name(str(inner.with_suffix("")))
 
 
-def check_text(path: Path) -> None:
-    """Check that a file is text in UTF-8 and not compressed; raises PreprocessError."""
-    if kind := compression_of_file(path):
-        raise PreprocessError(how_to_unpack(path, kind))
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    if not head.strip():
-        raise PreprocessError(f"{path} is empty")
-    if reason := why_not_data(head):
-        raise PreprocessError(f"{path} is {reason}")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _zeros_alternate(head):
-        raise PreprocessError(f"{path} is text in UTF-16 or UTF-32; save it in UTF-8")
-    name = kind_of(path)
-    if name != ".csv" and b"\r" in head and b"\n" not in head:
-        raise PreprocessError(f"{path}: lines end with a carriage return; save it with line feeds")
-    if name == ".jsonl" and head.removeprefix(_BOM).lstrip().startswith(b"["):
-        raise PreprocessError(
-            f"{path} is a JSON list, not JSON lines; write each of its objects into a line"
-        )
-
-
 def cut(path: Path, rows: int) -> list[Piece]:
     """Pieces of a table of `rows` rows.
 
@@ -127,7 +85,7 @@ def cut(path: Path, rows: int) -> list[Piece]:
     such a table.
     """
     if kind_of(path) == ".parquet":
-        return _cut_parquet(path, rows)
+        return parquet.cut(path, rows)
     check_text(path)
     with path.open("rb") as file, _csv_errors(path):
         columns, offset = _header(path, file)
@@ -145,7 +103,7 @@ def cut(path: Path, rows: int) -> list[Piece]:
 
 def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Skipped]]:
     """Rows of a piece, with their numbers from 0 in the table; CSV and TSV give texts."""
-    rows = _parquet_rows if kind_of(piece.path) == ".parquet" else _text_rows
+    rows = parquet.read if kind_of(piece.path) == ".parquet" else _text_rows
     yield from enumerate(rows(piece), piece.first)
 
 
@@ -184,36 +142,6 @@ def cut_lines(file: BinaryIO, rows: int, digest) -> tuple[list[int], int]:
         last = block[-1:]
     count += last != b"\n"
     return starts[: -(-count // rows)], count
-
-
-def parquet():
-    """Module pyarrow.parquet; raises PreprocessError if it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise PreprocessError(
-            "Parquet needs pyarrow: pip install 'megatron-owl2[parquet]'"
-        ) from None
-    return pyarrow.parquet
-
-
-def open_parquet(path: Path):
-    """ParquetFile that reads its column chunks piece by piece; raises PreprocessError."""
-    module = parquet()
-    try:
-        return module.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except OSError as error:
-        if error.errno is not None:  # of the disk
-            raise
-        raise PreprocessError(f"{path} is not Parquet, or cut or damaged") from None
-    except _arrow_errors():
-        raise PreprocessError(f"{path} is not Parquet, or cut or damaged") from None
-
-
-def _arrow_errors() -> tuple[type[Exception], ...]:
-    import pyarrow
-
-    return (pyarrow.ArrowException, ValueError, NotImplementedError, UnicodeDecodeError)
 
 
 def _other_separator(columns: Sequence[str]) -> str:
@@ -329,69 +257,3 @@ def _json_row(line: bytes) -> dict[str, Any] | Skipped:
     except ValueError:
         row = None
     return row if isinstance(row, dict) else Skipped("row is not a JSON object", "")
-
-
-def _cut_parquet(path: Path, rows: int) -> list[Piece]:
-    with open_parquet(path) as file:
-        count, columns = file.metadata.num_rows, tuple(_readable(file))
-    with path.open("rb") as file:  # the footer tells where everything lies and its statistics
-        file.seek(-8, 2)
-        (length,) = struct.unpack("<I", file.read(4))
-        file.seek(-8 - length, 2)
-        identity = f"{path.stat().st_size} bytes, footer {xxhash.xxh3_128_hexdigest(file.read())}"
-    return [
-        Piece(path, columns, first, min(rows, count - first), 0, f"{identity} {first}")
-        for first in range(0, count, rows)
-    ]
-
-
-def _parquet_rows(piece: Piece) -> Iterator[dict[str, Any]]:
-    with open_parquet(piece.path) as file:
-        first, groups, skip = 0, [], 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if first < piece.first + piece.rows and piece.first < first + rows:
-                if not groups:
-                    skip = piece.first - first
-                groups.append(group)
-            first += rows
-        batches = file.iter_batches(
-            _PARQUET_ROWS, row_groups=groups, columns=_readable(file), use_threads=False
-        )
-        rows = (row for batch in _from(batches, skip) for row in batch.to_pylist())
-        try:
-            yield from islice(rows, piece.rows)
-        except OSError as error:
-            if error.errno is not None:  # of the disk
-                raise
-            raise PreprocessError(f"{piece.path} is damaged") from None
-        except _arrow_errors():
-            raise PreprocessError(f"{piece.path} is damaged") from None
-
-
-def holds_images(path: Path, column: str) -> bool:
-    """Whether a column of a Parquet file holds images: bytes, or structs with a field `bytes`."""
-    if kind_of(path) != ".parquet":
-        return False
-    import pyarrow.types as types
-
-    with open_parquet(path) as file:
-        kind = file.schema_arrow.field(column).type
-    if types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _readable(file) -> list[str]:
-    """Columns of a Parquet file but those of times, of which Python cannot hold all."""
-    import pyarrow.types as types
-
-    return [field.name for field in file.schema_arrow if not types.is_temporal(field.type)]
-
-
-def _from(batches, skip: int) -> Iterator:
-    """Batches without the first `skip` rows."""
-    for batch in batches:
-        if skip < batch.num_rows:
-            yield batch.slice(skip)
-        skip = max(0, skip - batch.num_rows)
