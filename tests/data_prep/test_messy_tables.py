@@ -57,8 +57,16 @@ def test_lines_may_end_in_several_ways(images, tmp_path):
         ("t.csv", csv_text("\n").encode("utf-16-le"), "is text in UTF-16 or UTF-32"),
         ("t.tsv", csv_text("\n").encode("utf-16-be"), "is text in UTF-16 or UTF-32"),
         ("t.jsonl", b'{"image": 1}'.decode().encode("utf-32-le"), "is text in UTF-16 or UTF-32"),
-        ("t.csv", gzip.compress(b"image,caption\n"), "is compressed with gzip; unpack it first"),
-        ("t.csv.gz", gzip.compress(b"image,caption\n"), "is compressed with gzip; unpack it first"),
+        (
+            "t.csv",
+            gzip.compress(b"image,caption\n", mtime=0),
+            "is compressed with gzip; unpack it first",
+        ),
+        (
+            "t.csv.gz",
+            gzip.compress(b"image,caption\n", mtime=0),
+            "is compressed with gzip; unpack it first",
+        ),
         ("t.jsonl", zstandard.compress(b"{}"), "is compressed with zstd; unpack it first"),
         ("t.csv", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS; fetch"),
         ("t.tsv", b"<html>404</html>", "an HTML page, left by a failed download"),
