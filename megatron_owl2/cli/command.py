@@ -1,6 +1,7 @@
 """Structure of a command line: its parser, its call, and the rule from errors to exit codes."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -53,6 +54,8 @@ class Command:
         parse = parser.parse_intermixed_args if self.intermixed else parser.parse_args
         options = parse(arguments)
         setup_logging()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not print what a file holds
+            sys.stdout.reconfigure(errors="backslashreplace")
         if self.sigterm_interrupts:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -6,6 +6,7 @@ owl2 generate --checkpoint CKPT_OR_HF_DIR --image FILE --prompt "What is this?"
 import argparse
 
 from megatron_owl2.cli.command import Command, is_first_rank
+from megatron_owl2.errors import InferenceError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from megatron_owl2.inference import api
 
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise InferenceError("--prompt is not text in UTF-8") from None
     images = [api.read_image(file) for file in options.image]  # before the seconds of loading
     model = api.load(options.checkpoint, options.precision)
     answer = model.generate(options.prompt, images, max_new_tokens=options.max_new_tokens)

@@ -71,13 +71,14 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:
-        tree = yaml.load(path.read_bytes(), _UniqueKeys)
+        with path.open("rb") as file:
+            tree = yaml.load(file, _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, for example
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         raise ConfigError(f"{path} is empty; it must hold sections with keys")
     if not isinstance(tree, dict):

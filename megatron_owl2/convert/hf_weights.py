@@ -13,7 +13,8 @@ from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.model_card import write_model_card
 from megatron_owl2.convert.partition import shard
 from megatron_owl2.convert.safetensors_io import TensorReader, write_shards
-from megatron_owl2.errors import ConversionError
+from megatron_owl2.data.tokenizer import load_tokenizer
+from megatron_owl2.errors import ConfigError, ConversionError, StorageError
 from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.model.position_tables import IMAGE_POSITIONS
@@ -118,6 +119,11 @@ def export_hf(
     dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in TABLES)
     dtype = dtype or reduce(torch.promote_types, dtypes)
     theirs = _theirs(tensors, layout, model, dtype)
+    if tokenizer is not None:
+        try:
+            load_tokenizer(tokenizer, model.decoder.vocab_size)
+        except (ConfigError, StorageError) as error:
+            raise ConversionError(str(error)) from None
     try:
         with new_directory(Path(output), sum(t.nbytes for t in theirs.values())) as partial:
             write_shards(partial, theirs, max_shard_bytes, progress=progress)

@@ -35,11 +35,11 @@ class Tokenizer:
             )
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
+        except RuntimeError:
             raise ValueError(
-                f"{self.path}: not a SentencePiece model ({error}); Git LFS pointers and "
+                f"{self.path}: not a SentencePiece model; Git LFS pointers and "
                 "tokenizer.json files cannot be used, take the binary tokenizer.model"
-            ) from error
+            ) from None
         found = (self._model.unk_id(), self._model.bos_id(), self._model.eos_id())
         if found != (self.unk_id, self.bos_id, self.eos_id):
             raise ValueError(

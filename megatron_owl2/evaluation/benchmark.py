@@ -89,12 +89,12 @@ def read(
     questions = benchmark.read_questions(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
-    marked = [question.id for question in questions if IMAGE_PLACEHOLDER in question.text]
-    if marked:
-        raise TaskError(
-            f"{path}: the text of question {marked[0]!r} holds {IMAGE_PLACEHOLDER}, which stands "
-            "for images only; take it out"
-        )
+    for tag in (IMAGE_PLACEHOLDER, "<image>"):  # ours and LLaVA's
+        if marked := [question.id for question in questions if tag in question.text]:
+            raise TaskError(
+                f"{path}: the text of question {marked[0]!r} holds {tag}, which stands for images "
+                "only; take it out"
+            )
     # os.path, as no name is too long or too odd for it
     lost = sorted({image for q in questions for image in q.images if not os.path.isfile(image)})
     if lost:

@@ -62,12 +62,19 @@ def evaluate(
     main = torch.distributed.get_rank() == 0
     if main:
         Path(output).mkdir(parents=True, exist_ok=True)
+        (Path(output) / SCORES).unlink(missing_ok=True)  # of the predictions that are replaced
     read_image = _image_reader(loaded.config.vision.image_size, settings)
     generator = Generator(loaded)
     predictions: dict[int | str, str] = {}
     started = time.perf_counter()
     with (
-        open(Path(output) / PREDICTIONS if main else os.devnull, "w", encoding="utf-8") as file,
+        # A path may hold bytes that are no text; escaped they are JSON as well.
+        open(
+            Path(output) / PREDICTIONS if main else os.devnull,
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as file,
         tqdm(total=len(questions), desc=name, unit=" questions", disable=not main) as bar,
     ):
         for first in range(0, len(questions), settings.batch_size):

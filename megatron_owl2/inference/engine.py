@@ -134,6 +134,10 @@ class Generator:
         chosen: list[torch.Tensor] = []
         while True:
             logits = self._next_logits(inputs, visual, caches)[:, :vocab_size]
+            if logits.isnan().any():
+                raise InferenceError(
+                    "the model's logits are not numbers: its weights are damaged, or it diverged"
+                )
             if len(chosen) < min_new_tokens:
                 logits[:, eos] = float("-inf")
             token = logits.argmax(-1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from megatron_owl2.data import pillow_images
 from megatron_owl2.errors import ReportError
 from megatron_owl2.plotting.report import Answer, LossCurves, Scores
 
@@ -60,7 +61,9 @@ def draw(
 @contextmanager
 def canvas(path: Path, title: str, width: float, height: float) -> Iterator:
     """A matplotlib figure of so many inches in the style of all our plots, written to `path` at
-    the end. Raises ReportError if matplotlib is not installed."""
+    the end. Raises ReportError if matplotlib is not installed or `path` does not end in .png."""
+    if path.suffix.lower() != ".png":
+        raise ReportError(f"{path} must end in .png")
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -228,9 +231,10 @@ def _wrapped(text: str) -> list[str]:
 def _enlarged(path: Path) -> Image.Image:
     """The image at the size it is shown in; matplotlib would blur a small one."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        image = Image.fromarray(pillow_images.decode(path.read_bytes()))
     except OSError as error:
+        raise ReportError(f"{path} cannot be shown: {error.strerror}") from None
+    except pillow_images.UnusableImageError as error:
         raise ReportError(f"{path} cannot be shown: {error}") from None
     scale = _PIXELS / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]

@@ -11,6 +11,8 @@ from megatron_owl2.evaluation.benchmark import PREDICTIONS, SCORES
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.utils.json_text import parse_json, parse_json_lines
 
+_MOST_STEPS = 10**12
+
 
 @dataclass
 class SkillScore:
@@ -128,6 +130,8 @@ def read_metrics(run: Path) -> list[dict]:
     rows = _json_lines(path)
     for where, row in rows:
         _check_fields(where, row, {"step": int})
+        if not 0 <= row["step"] <= _MOST_STEPS:
+            raise ReportError(f"{where} is not as it was written: its 'step' is no step")
         for nested, kind in (("validation", list), ("grad_norms", dict), ("rates", dict)):
             if nested in row:
                 _check_fields(where, row, {nested: kind})
@@ -171,7 +175,10 @@ def values_over_steps(
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < math.inf
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def read_answers(evaluations: Sequence[tuple[str, Path]]) -> dict[str, list[Answer]]:

@@ -256,3 +256,39 @@ def test_answers_are_decoded_and_names_are_told(processor):
     assert processor.decode(whole[0], skip_special_tokens=True) == "bal dem"
     assert processor.post_process_image_text_to_text(whole) == ["bal dem", "and no"]
     assert set(processor.model_input_names) == {*COLUMNS, "pixel_values"}
+
+
+def test_arrays_are_images_in_every_container(processor, image):
+    array = np.array(image)
+    wanted = processor(text="<|image|>x", images=image)
+    for images in (array, [array], [[array]]):
+        found = processor(text="<|image|>x", images=images)
+        assert torch.equal(found["pixel_values"], wanted["pixel_values"])
+    assert len(processor(text="<|image|>a<|image|>", images=[array, array])["pixel_values"]) == 2
+    with pytest.raises(ValueError, match="an empty list or None"):
+        processor(text="<|image|>a<|image|>", images=[array, None])
+    with pytest.raises(TypeError, match="do_resize: leave it out; images always get the model's"):
+        processor.image_processor(image, do_resize=False)
+
+
+def test_ids_without_a_piece_have_no_text(processor):
+    """A model may embed more rows than the tokenizer has pieces."""
+    ids = processor.tokenizer("red")["input_ids"]
+    assert processor.batch_decode([[*ids, 350, 5000]], skip_special_tokens=True) == ["red"]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "human", "content": "hi"}, "must be system, user or assistant; found human"),
+        ({"from": "human", "value": "hi"}, "must be system, user or assistant"),
+        ({"role": "user", "content": None}, "must have a 'content'"),
+        ({"role": "user"}, "must have a 'content'"),
+        ({"role": "user", "content": [{"type": "text", "content": "hi"}]}, "'text' with a 'text'"),
+        ({"role": "user", "content": [{"type": "video"}]}, "a part of a content must be"),
+        ({"role": "user", "content": ["hi"]}, "a part of a content must be"),
+    ],
+)
+def test_a_chat_loses_nothing_without_a_word(processor, message, reason):
+    with pytest.raises(Exception, match=reason):
+        processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

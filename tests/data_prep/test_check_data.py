@@ -151,7 +151,8 @@ def test_samples_without_a_part_are_counted_with_what_they_lack(tmp_path):
                 writer.write({"__key__": f"{number}{i}", **part})
     done = run("index_data", tmp_path)
     assert done.returncode == 0, done.stderr
-    first, second, *reasons = done.stdout.splitlines()
+    first, second, *reasons, last = done.stdout.splitlines()
+    assert last == "images were not decoded: tools/check_data.py --decode 1 does that"
     assert first.endswith("20 samples in 2 sound shards")
     assert second.startswith("8 of them cannot be used")
     assert reasons == [

@@ -231,6 +231,29 @@ def test_blind_means_black_uint8_images(fake, tmp_path):
     assert result["max_new_tokens"] == NamesColors.seen[0][2] == 4
 
 
+def test_scores_do_not_outlive_their_predictions(fake, tmp_path):
+    folder = write_vqa(tmp_path / "vqa\udce9")  # a name that is no text
+    questions, gold = benchmark.read(TASKS["vqav2"], folder)
+    arguments = (tmp_path / "out", Settings(), {})
+    runner.evaluate(fake, "vqav2", questions, gold, *arguments)
+    rows = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    assert (
+        "vqa\udce9" in json.loads(rows[0])["images"][0] and (tmp_path / "out/scores.json").exists()
+    )
+    questions[2].images[0].write_bytes(b"no image")
+    with pytest.raises(TaskError, match="the image of question 3"):
+        runner.evaluate(fake, "vqav2", questions, gold, *arguments)
+    assert not (tmp_path / "out/scores.json").exists()
+
+
+@pytest.mark.parametrize("tag", ["<image>", "<|image|>"])
+def test_a_tag_in_a_question_is_no_text(tmp_path, tag):
+    row = {"question_id": 1, "image": "1.jpg", "text": f"{tag}\nis it?", "label": "no"}
+    (tmp_path / "coco_pope_x.json").write_text(json.dumps(row))
+    with pytest.raises(TaskError, match="question 1 holds .*, which stands for images only"):
+        benchmark.read(TASKS["pope"], tmp_path)
+
+
 def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch, capsys):
     data, output = corpus / "eval/seen", tmp_path / "out"
     options = ["--checkpoint", model, "--task", "vqav2", "--data", data, "--output", output]

@@ -218,6 +218,19 @@ def test_a_vocabulary_larger_than_the_tokenizer_is_answered_in_its_pieces(tokeni
     assert isinstance(generator.generate(["what color"], [[]], 12)[0], str)
 
 
+def test_logits_that_are_no_numbers_are_no_answer(tokenizer):
+    model = ModelConfig(
+        vision=VisionConfig(SIZE, 14, 32, 1, 4, 64),
+        abstractor=AbstractorConfig(4, 1, 4, 64),
+        decoder=DecoderConfig(320, 32, 1, 4, 2, 64, max_positions=64),
+    )
+    owl = build(model)
+    with torch.no_grad():
+        owl.output_layer.weight[7, 3] = float("nan")
+    with pytest.raises(InferenceError, match="logits are not numbers"):
+        Generator(LoadedModel(owl, model, tokenizer)).generate(["what"], [[]], 4)
+
+
 def test_mistakes_are_named(loaded):
     generator = Generator(loaded)
     image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)

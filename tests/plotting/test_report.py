@@ -170,3 +170,32 @@ def test_command_line_names_mistakes(outputs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run_tool(monkeypatch, *options) == 2
     assert "pip install 'megatron-owl2[report]'" in capsys.readouterr().err
+
+
+def test_the_report_shows_what_the_model_sees(tmp_path):
+    """Sixteen bits keep the upper ones, transparency is white, damaged metadata no damage."""
+    path = tmp_path / "a.png"
+    for image, shown in (
+        (Image.new("I;16", (8, 8), 128 << 8), (128, 128, 128)),
+        (Image.new("RGBA", (8, 8), (0, 0, 0, 128)), (127, 127, 127)),
+    ):
+        image.save(path)
+        chunk = (1).to_bytes(4, "big") + b"gAMA\0" + bytes(4)  # short, with a wrong checksum
+        data = path.read_bytes()
+        path.write_bytes(data[:33] + chunk + data[33:])
+        assert figure._enlarged(path).getpixel((9, 9)) == shown
+    path.write_bytes(b"<html>")
+    with pytest.raises(ReportError, match="a.png cannot be shown: .* an HTML page"):
+        figure._enlarged(path)
+    with (
+        pytest.raises(ReportError, match="x.foo must end in .png"),
+        figure.canvas(tmp_path / "x.foo", "title", 1, 1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("row", [{"step": 10**400, "loss": 1.0}, {"step": 1, "loss": 10**400}])
+def test_numbers_beyond_all_measure_are_no_curve(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ReportError, match="metrics.jsonl"):
+        report.read_metrics(tmp_path)

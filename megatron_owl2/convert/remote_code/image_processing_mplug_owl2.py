@@ -32,13 +32,18 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.crop_size, self.image_mean, self.image_std = crop_size, image_mean, image_std
 
-    def preprocess(self, images, return_tensors="pt") -> BatchFeature:
+    def preprocess(self, images, return_tensors="pt", **keywords) -> BatchFeature:
         """`pixel_values` fp32 [n, 3, H, W] of one or several images, also in lists of lists.
 
         An image is a PIL image, a uint8 array or tensor [H, W, 3] or [3, H, W], a path, a URL or
         the file in base64. Raises ValueError for arrays of another shape or kind, and for images
-        that training refuses, in the same words.
+        that training refuses, in the same words; TypeError for `keywords`.
         """
+        if keywords:
+            raise TypeError(
+                f"{', '.join(keywords)}: leave it out; images always get the model's own size, "
+                "mean and deviation"
+            )
         size = (self.crop_size["height"], self.crop_size["width"])
         squares = [_squash(_pixels(image), size) for image in _flat(images)]
         if not squares:

@@ -13,10 +13,19 @@ _CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
         {{- content -}}
-    {%- else -%}
+    {%- elif content is iterable and content is not mapping and content -%}
         {%- for part in content -%}
-            {{- '<|image|>' if part['type'] == 'image' else part['text'] -}}
+            {%- if part['type'] == 'image' -%}
+                {{- '<|image|>' -}}
+            {%- elif part['type'] == 'text' and part['text'] is string -%}
+                {{- part['text'] -}}
+            {%- else -%}
+                {{- raise_exception("a part of a content must be of type 'image', or of type "
+                    ~ "'text' with a 'text'; found " ~ part) -}}
+            {%- endif -%}
         {%- endfor -%}
+    {%- else -%}
+        {{- raise_exception("a message must have a 'content': a text or a list of parts") -}}
     {%- endif -%}
 {%- endmacro -%}
 {%- for message in messages -%}
@@ -24,8 +33,11 @@ _CHAT_TEMPLATE = """\
         {{- 'ASSISTANT: ' + text(message['content']) + eos_token -}}
     {%- elif message['role'] == 'user' -%}
         {{- 'USER: ' + text(message['content']) + ' ' -}}
-    {%- else -%}
+    {%- elif message['role'] == 'system' -%}
         {{- text(message['content']) + ' ' -}}
+    {%- else -%}
+        {{- raise_exception("the 'role' of a message must be system, user or assistant; found "
+            ~ message['role']) -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -134,6 +146,6 @@ def _frames(images, placeholders: list[int]) -> list[list]:
             "placeholder for each image"
         )
     frames = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
-    if [] in frames or [None] in frames:
+    if any(not group or any(image is None for image in group) for group in frames):
         raise ValueError("an image is an empty list or None; leave out its placeholder as well")
     return frames

@@ -17,6 +17,10 @@ class MPLUGOwl2Tokenizer(SentencePieceBackend):
         fixed = {"legacy": True, "split_special_tokens": True, "special_tokens_pattern": "bos"}
         super().__init__(vocab_file=vocab_file, **kwargs | fixed)
 
+    def _convert_id_to_token(self, index: int) -> str:
+        """The piece of an id; models may have more rows than pieces, which have no text."""
+        return super()._convert_id_to_token(index) if index < self.sp_model.get_piece_size() else ""
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Text of pieces; special ones are spelled, which SentencePiece would not do."""
         special, parts, run = set(self.all_special_tokens), [], []

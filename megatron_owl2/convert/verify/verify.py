@@ -156,7 +156,7 @@ def write_results(results: dict[str, torch.Tensor], path: str | Path) -> None:
         with replaced_atomically(path) as partial:
             write_safetensors(partial, {n: LazyTensor.of(t) for n, t in results.items()})
     except OSError as error:
-        raise ConversionError(f"{path} cannot be written: {error}") from None
+        raise ConversionError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _processes() -> int:
