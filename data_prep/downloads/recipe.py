@@ -65,6 +65,8 @@ def read_recipe(path: Path) -> Recipe:
         raise PreprocessError(said if str(path) in said else f"{path}: {said}") from None
     _require(len(recipe.sources) > 0, path, "sources", "a section of names with their sources")
     for name, source in recipe.sources.items():
+        folder = name not in ("", "..") and Path(name).name == name
+        _require(folder, path, f"the name {name!r} in sources", "the name of a folder")
         _check_options(path, f"sources.{name}.list.", source.list, LIST_OPTIONS)
         _check_options(path, f"sources.{name}.shards.", source.shards, SHARD_OPTIONS)
         _check_source(path, f"sources.{name}", source)

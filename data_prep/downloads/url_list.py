@@ -6,12 +6,14 @@ Works on columns (a row costs about a microsecond) and keeps one batch of rows i
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.corpus_files import UnreadFile, count_unread, describe_unread
 from data_prep.downloads import img2dataset_script as download
 from data_prep.downloads.corpus import Corpus
 from data_prep.downloads.published import Published
@@ -29,19 +31,22 @@ _BUCKET_BITS = 20
 
 @dataclass(frozen=True)
 class ListReport:
-    """Report on a list: rows read, rows listed, rows left out by reason, columns, and [name, rows]
-    of the files. The names of the fields are the keys of report.json."""
+    """Report on a list: rows read, rows listed, rows left out by reason, columns, [name, rows] of
+    the files, and by reason the files of the corpus that were not read (their number, and
+    examples). The names of the fields are the keys of report.json."""
 
     rows: int
     listed: int
     left_out: dict[str, int]
     columns: list[str]
     files: list[list]
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)  # not in older reports
 
     def __str__(self) -> str:
         lines = [f"listed {self.listed} of {self.rows} rows"]
         for reason, count in sorted(self.left_out.items(), key=lambda item: (-item[1], item[0])):
             lines.append(f"  {count} x {reason}")
+        lines += describe_unread(self.unread)
         return "\n".join(lines)
 
 
@@ -58,7 +63,8 @@ def write_url_list(
     folder of all of them. Raises PreprocessError if it does not have the columns, if no row is
     left, or if `output` was made with other options.
     """
-    published = Published(corpus, tables.files(source)[0])
+    paths, unread = tables.files(source)
+    published = Published(corpus, paths)
     for name in (*selection.min_score, *selection.max_score):
         published.check(name, corpus.scores, "score")
     for name in selection.only:
@@ -74,7 +80,7 @@ def write_url_list(
     if (output / REPORT).exists():
         return _existing(output, arguments), False
     with new_directory(output) as partial:
-        report = _write(published, partial, selection)
+        report = _write(published, partial, selection, unread)
         script = download.script(corpus, report.columns, report.files, selection, options)
         (partial / download.SCRIPT).write_text(script)
         body = {"arguments": arguments} | asdict(report)
@@ -85,7 +91,8 @@ def write_url_list(
 def read_report(folder: Path) -> ListReport:
     """Report of a finished list."""
     body = _read(folder)
-    return ListReport(**{entry.name: body[entry.name] for entry in fields(ListReport)})
+    del body["arguments"]
+    return ListReport(**body)
 
 
 def _read(folder: Path) -> dict:
@@ -94,9 +101,10 @@ def _read(folder: Path) -> dict:
         body = parse_json((folder / REPORT).read_bytes())
     except ValueError:
         body = None
-    names = {"arguments", *(entry.name for entry in fields(ListReport))}
-    if isinstance(body, dict) and body.keys() == names and isinstance(body["arguments"], dict):
-        return body
+    names = {"arguments", "unread", *(entry.name for entry in fields(ListReport))}
+    if isinstance(body, dict) and body.keys() | {"unread"} == names:
+        if all(isinstance(body.get(key, {}), dict) for key in ("arguments", "unread")):
+            return body
     raise PreprocessError(f"{folder / REPORT} is damaged; delete {folder} and start again")
 
 
@@ -112,7 +120,9 @@ def _existing(output: Path, arguments: dict) -> ListReport:
     return read_report(output)
 
 
-def _write(published: Published, folder: Path, selection: Selection) -> ListReport:
+def _write(
+    published: Published, folder: Path, selection: Selection, unread: list[UnreadFile]
+) -> ListReport:
     left_out: Counter[str] = Counter()
     draw = _Draw(selection.seed)
     if selection.sample is not None:
@@ -142,6 +152,7 @@ def _write(published: Published, folder: Path, selection: Selection) -> ListRepo
         {reason: count for reason, count in left_out.items() if count},
         published.columns,
         writer.files,
+        count_unread(unread),
     )
     if not writer.files:
         raise PreprocessError(f"no row of {published.paths[0]} is left: {report}")

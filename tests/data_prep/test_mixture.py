@@ -202,12 +202,17 @@ def changed(path: str, value) -> dict:
     return recipe
 
 
+_COCO = {"target": 1, "format": "coco", "input": "x"}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
         ("sead", 1, "unknown key 'sead'; did you mean 'seed'"),
         ("seed", "x", "'x' of type 'str' could not be converted to Integer (key seed)"),
         ("sources", {}, "sources must be a section"),
+        ("sources", {"": _COCO}, "the name '' in sources must be the name of a folder"),
+        ("sources", {"../x": _COCO}, "the name '../x' in sources must be the name of a folder"),
         (
             "sources.small.taget",
             1,
