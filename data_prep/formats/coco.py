@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from data_prep.formats.common.compression import compression_of_file, how_to_unpack
+from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
     caption,
@@ -49,8 +49,7 @@ class Coco:
         refuse_columns(options)
         if not source.is_file():
             raise PreprocessError(f"{source} is not a file; name the JSON file of the captions")
-        if kind := compression_of_file(source):
-            raise PreprocessError(how_to_unpack(source, kind))
+        check_data(source)
         data = source.read_bytes()
         files, captions = _parse(data, source)
         images = images_folder(source, options)
@@ -67,14 +66,14 @@ class Coco:
             InputSplit(
                 f"{name}-{start // size:05d}",
                 f"{identity} from {start}",
-                (rows[start : start + size], images, source.stem),
+                (rows[start : start + size], images, source),
                 source,
             )
             for start in range(0, len(rows), size)
         ]
         return InputPlan(splits)
 
-    def read(self, payload: tuple[list[_Row], Path, str]) -> Iterator[Record | Skipped]:
+    def read(self, payload: tuple[list[_Row], Path, Path]) -> Iterator[Record | Skipped]:
         """Records of consecutive captions; the key joins the ids of the image and the caption."""
         rows, images, source = payload
         name, image = None, b""
@@ -92,11 +91,12 @@ class Coco:
                     record_key(f"{image_id}_{caption_id}", metadata),
                     image=image,
                     caption=caption(text),
-                    source=source,
+                    source=source.stem,
                     metadata=metadata,
                 )
             except (SkipError, BadSampleError) as error:
-                yield skipped(error, f"image {shown(image_id)}, caption {shown(caption_id)}")
+                where = f"{source.name}, image {shown(image_id)}, caption {shown(caption_id)}"
+                yield skipped(error, where)
 
 
 def _parse(data: bytes, source: Path) -> tuple[dict[Any, str], dict[Any, list]]:
@@ -128,16 +128,22 @@ def _rows(content: Any, source: Path, key: str, fields: tuple[str, ...]) -> Iter
             "annotations"
         )
     for number, row in enumerate(rows):
-        for field in fields:
-            value = row.get(field) if isinstance(row, dict) else None
-            is_id = field in ("id", "image_id")
-            missing = value is None and field != "caption"  # which is the caption's own fate
-            if missing or (is_id and not isinstance(value, int | str)):
-                raise PreprocessError(
-                    f"{source} does not hold COCO captions: {key}[{number}] has no {field} "
-                    f"({shown(value)})"
-                )
+        if fault := _fault(row, fields):
+            raise PreprocessError(f"{source} does not hold COCO captions: {key}[{number}] {fault}")
         yield tuple(row.get(field) for field in fields)
+
+
+def _fault(row: Any, fields: tuple[str, ...]) -> str | None:
+    """What is wrong with an entry, or None."""
+    if not isinstance(row, dict):
+        return f"is not an object ({shown(row)})"
+    for field in fields:
+        value = row.get(field)
+        if value is None and field != "caption":  # which is the caption's own fate
+            return f"has no {field}"
+        if field in ("id", "image_id") and not isinstance(value, int | str):
+            return f"has the {field} {shown(value)}, neither a whole number nor a text"
+    return None
 
 
 def _draw(image_id: Any, found: list) -> list:

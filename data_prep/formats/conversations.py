@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats.common.compression import compression_of_file, how_to_unpack
+from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
     images_folder,
@@ -55,8 +55,7 @@ class Conversations:
             raise PreprocessError(
                 f"{source} is not a file; name the JSON file of the conversations"
             )
-        if kind := compression_of_file(source):
-            raise PreprocessError(how_to_unpack(source, kind))
+        check_data(source)
         data = source.read_bytes()
         entries = _parse(data, source)
         images = options.images
@@ -103,7 +102,10 @@ def _parse(data: bytes, source: Path) -> list[tuple[str, Any]]:
     """Place, for messages, and content of every entry."""
     try:
         if is_json_list(data):
-            return [(f"entry {index}", entry) for index, entry in enumerate(parse_json(data))]
+            entries = [(f"entry {index}", entry) for index, entry in enumerate(parse_json(data))]
+            if not entries:
+                raise PreprocessError(f"{source} holds no conversation: its list is empty")
+            return entries
         entries = []
         for number, line in json_lines(data):
             try:

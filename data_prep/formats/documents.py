@@ -55,6 +55,7 @@ class Documents:
                     yield Skipped("not an object with a text", f"{where}: {shown(row)}")
                     continue
                 try:
+                    text = text.strip("\ufeff")  # byte order marks, which are no part of it
                     yield Record(f"{number:09d}", caption=text, source=source.stem)
                 except BadSampleError as error:
                     yield Skipped(str(error), where)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +52,12 @@ class Table:
             pieces = tables.cut(path, options.samples_per_split)
             if not pieces:
                 unread.append(UnreadFile(path, "table without rows"))
+                continue
+            columns = _columns(path, pieces[0].columns, options)
+            images = options.images
+            if images is not None or not _holds_images(path, columns[0]):
+                images = images_folder(source, options)
             for index, piece in enumerate(pieces):
-                columns = (
-                    tables.find_column(
-                        path, piece.columns, options.image_column, _IMAGE_COLUMNS, "--image-column"
-                    ),
-                    tables.find_column(
-                        path,
-                        piece.columns,
-                        options.caption_column,
-                        CAPTION_COLUMNS,
-                        "--caption-column",
-                    ),
-                )
-                images = options.images
-                if images is not None or not _holds_images(path, columns[0]):
-                    images = images_folder(source, options)
                 name = f"{tables.name_in(source, path)}-{index:05d}"
                 identity = f"{piece.identity} {columns}"
                 splits.append(InputSplit(name, identity, (piece, columns, images), path))
@@ -79,12 +69,21 @@ class Table:
         for number, row in tables.read(piece):
             where = f"{piece.path.name}, row {number}"
             if isinstance(row, Skipped):
-                yield Skipped(row.reason, where)
+                yield Skipped(row.reason, f"{where}: {row.detail}" if row.detail else where)
                 continue
             try:
                 yield _record(number, row, columns, images, piece.path)
             except (SkipError, BadSampleError) as error:
                 yield skipped(error, where)
+
+
+def _columns(path: Path, names: Sequence[str], options: ReadOptions) -> tuple[str, str]:
+    """Columns of the image and of the caption."""
+    find, image, text = tables.find_column, options.image_column, options.caption_column
+    return (
+        find(path, names, image, _IMAGE_COLUMNS, "--image-column"),
+        find(path, names, text, CAPTION_COLUMNS, "--caption-column"),
+    )
 
 
 def _record(
@@ -98,7 +97,7 @@ def _record(
         raise SkipError("row names no image")
     if text is not None and not isinstance(text, str):
         reason = "caption is not a text: name another column with --caption-column"
-        raise SkipError(reason, shown(text))
+        raise SkipError(reason, f"{caption_column} is {shown(text)}")
     metadata = scalars(row, without=columns)
     if tables.kind_of(path) in (".csv", ".tsv"):
         metadata = {name: _typed(value) for name, value in metadata.items() if value != ""}

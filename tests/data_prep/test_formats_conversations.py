@@ -68,7 +68,9 @@ def test_a_broken_line_costs_no_other(tmp_path):
     [
         (b'[{"id": 1}, ', "is not JSON: Expecting"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"", "is not JSON of conversations, neither"),
+        (b"", "is empty"),
+        (b"[]", "holds no conversation: its list is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS; fetch"),
         (b"no JSON\nat all", "is not JSON of conversations, neither"),
         (json.dumps({"data": [HELLO], "version": 1}).encode(), r"one object (data, version)"),
         (gzip.compress(TEXT.encode(), mtime=0), "is compressed with gzip; unpack it first"),
@@ -207,10 +209,13 @@ def test_every_caption_of_coco_has_its_own_fate(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"images": [{"id": 1}]}, "images[0] has no file_name (None)"),
-        ({"images": [{"id": 1, "file_name": "a"}, 7]}, "images[1] has no id (None)"),
-        ({"images": [{"id": [1], "file_name": "a"}]}, "images[0] has no id ([1])"),
-        ({"annotations": [{"id": 1, "caption": "c"}]}, "annotations[0] has no image_id (None)"),
+        ({"images": [{"id": 1}]}, "images[0] has no file_name"),
+        ({"images": [{"id": 1, "file_name": "a"}, 7]}, "images[1] is not an object (7)"),
+        (
+            {"images": [{"id": [1], "file_name": "a"}]},
+            "images[0] has the id [1], neither",
+        ),
+        ({"annotations": [{"id": 1, "caption": "c"}]}, "annotations[0] has no image_id"),
         ({"annotations": None}, "an object with lists of images and annotations"),
         ({"images": 2 * [COCO["images"][0]] + [{"id": 1, "file_name": "x"}]}, "both 1.jpg and x"),
     ],

@@ -16,7 +16,7 @@ from read_corpus import collect, refused, write_images
 from tiny_data import encoded, make_image
 
 from data_prep.formats.registry import FORMATS
-from data_prep.splits import ReadOptions
+from data_prep.splits import ReadOptions, Skipped
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,9 @@ def test_lines_may_end_in_several_ways(images, tmp_path):
         ("t.csv", b'image,caption\n0.jpg,"a 5 inch\n1.jpg,b\n', "the quotes of row 1 do not end"),
         ("t.csv", b'image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,"c\n', "the quotes of row 3 do not end"),
         ("t.csv", b'image,"caption\n0.jpg,a\n', "is not CSV"),
+        ("t.csv", b"\n\nimage,caption\n0.jpg,a\n", "the first line is empty"),
+        ("t.tsv", "image\tcaption\n".encode("utf-16-le") + b"\x2b\x73" * 900, "is text in UTF-16"),
+        ("t.jsonl", b'{\n "image": "0.jpg"\n}\n', "none of its first lines is a JSON object"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_told_with_the_remedy(images, tmp_path, name, data, reason):
@@ -174,6 +177,63 @@ def test_reasons_say_what_was_met(images, tmp_path, name, met):
     assert met in item.reason and "t.parquet, row 0" in item.detail
     if isinstance(name, str):
         assert name.split("\\")[0] in item.detail
+
+
+def test_columns_that_spreadsheets_leave_without_a_name_are_no_fault(images, tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption,,\n0.jpg,a,,\n1.jpg,b,c\n")
+    plan = FORMATS["table"].plan(tmp_path / "t.csv", ReadOptions(images))
+    record, left_out = FORMATS["table"].read(plan.splits[0].payload)
+    assert (record.caption, record.metadata) == ("a", {})
+    assert left_out == Skipped("row has another number of columns", "t.csv, row 1: 3, not 4")
+
+
+def not_utf8(values: list[bytes]) -> pa.Array:
+    return pa.array(values, pa.binary()).view("string")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("times", pa.array([[1], [2**62 + 1]], pa.list_(pa.timestamp("ns")))),
+        ("times", pa.array([{"t": 1}, {"t": 2**62 + 1}], pa.struct([("t", pa.timestamp("ns"))]))),
+        ("note", not_utf8([b"n", b"\xff"])),
+    ],
+)
+def test_a_value_that_python_cannot_hold_costs_no_caption(images, tmp_path, column, value):
+    table = {"image": ["0.jpg", "1.jpg"], "caption": ["a", "b"], column: value}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    records, skipped = collect("table", tmp_path / "t.parquet", images=images)
+    assert [r.caption for r in records] == ["a", "b"] and skipped == {}
+
+
+def test_a_caption_of_parquet_that_is_not_utf8_is_left_out_alone(images, tmp_path):
+    table = {"image": [f"{i}.jpg" for i in range(3)], "caption": not_utf8([b"a", b"\xff", b"c"])}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    records, skipped = collect("table", tmp_path / "t.parquet", images=images)
+    assert [r.caption for r in records] == ["a", "c"]
+    assert skipped == {"caption is not valid Unicode": 1}
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), "dictionary"])
+def test_bytes_of_any_type_are_images(tmp_path, kind):
+    data = [encoded(make_image(i)) for i in range(2)]
+    column = pa.array(data).dictionary_encode() if kind == "dictionary" else pa.array(data, kind)
+    pq.write_table(pa.table({"image": column, "caption": ["a", "b"]}), tmp_path / "t.parquet")
+    records, skipped = collect("table", tmp_path / "t.parquet")
+    assert [r.image for r in records] == data and skipped == {}
+
+
+def test_two_columns_of_one_name_are_refused(images, tmp_path):
+    columns = [pa.array(["0.jpg"]), pa.array(["a"]), pa.array(["b"])]
+    table = pa.Table.from_arrays(columns, ["image", "caption", "caption"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert "the column 'caption' twice" in refused("table", tmp_path / "t.parquet", images=images)
+
+
+def test_documents_begin_without_a_byte_order_mark(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "\ufeff x"}\n{"text": "\ufeff"}\n')
+    records, skipped = collect("documents", tmp_path / "t.jsonl")
+    assert [r.caption for r in records] == [" x"] and skipped == {"caption is empty": 1}
 
 
 def test_documents_are_read_from_files_and_folders(tmp_path):

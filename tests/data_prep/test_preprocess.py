@@ -279,4 +279,5 @@ def test_a_corpus_without_a_usable_sample_is_an_error(tmp_path):
     assert "no sample was kept" in error and "2 x no turns" in error
     assert not (tmp_path / "set/manifest.json").exists()
     write_json(source, [])
-    assert "no sample was kept" in failed(tool(source, "conversations", tmp_path / "other"))
+    error = failed(tool(source, "conversations", tmp_path / "other"))
+    assert f"{source} holds no conversation: its list is empty" in error

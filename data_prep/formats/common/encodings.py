@@ -7,10 +7,17 @@ from data_prep.formats.common.compression import compression_of_file, how_to_unp
 from megatron_owl2.errors import PreprocessError
 
 _HEAD_BYTES = 1 << 16
+# Zeros among the first four bytes in UTF-16 and UTF-32, of either byte order.
+_ZEROS = (
+    [False, True, False, True],
+    [True, False, True, False],
+    [False, True, True, True],
+    [True, True, True, False],
+)
 
 
-def check_text(path: Path) -> None:
-    """Check that a file is text in UTF-8 and not compressed; raises PreprocessError."""
+def check_data(path: Path) -> bytes:
+    """First bytes of a file that holds data and is not compressed; raises PreprocessError."""
     if kind := compression_of_file(path):
         raise PreprocessError(how_to_unpack(path, kind))
     with path.open("rb") as file:
@@ -19,6 +26,12 @@ def check_text(path: Path) -> None:
         raise PreprocessError(f"{path} is empty")
     if reason := why_not_data(head):
         raise PreprocessError(f"{path} is {reason}")
+    return head
+
+
+def check_text(path: Path) -> None:
+    """Check that a file is text in UTF-8 and not compressed; raises PreprocessError."""
+    head = check_data(path)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _zeros_alternate(head):
         raise PreprocessError(f"{path} is text in UTF-16 or UTF-32; save it in UTF-8")
     name = path.suffix.lower()
@@ -31,7 +44,10 @@ def check_text(path: Path) -> None:
 
 
 def _zeros_alternate(head: bytes) -> bool:
-    """Whether a text without a byte order mark is in UTF-16 or UTF-32, of mostly Latin letters."""
+    """Whether a text without a byte order mark is in UTF-16 or UTF-32: it begins with two Latin
+    letters or, after others, is mostly of them."""
+    if [byte == 0 for byte in head[:4]] in _ZEROS:
+        return True
     places = [head[first::4] for first in range(4)]
     shares = [place.count(0) / max(1, len(place)) for place in places]
     return max(shares) > 0.5 and min(shares) < 0.1

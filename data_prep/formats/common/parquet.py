@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from data_prep.formats.common.compression import why_not_data
-from data_prep.formats.common.piece import Piece
+from data_prep.formats.common.piece import Piece, check_names
 from megatron_owl2.errors import PreprocessError
 
 _ROWS = 128  # read at once; a row may hold an image
@@ -56,6 +56,7 @@ def cut(path: Path, rows: int) -> list[Piece]:
     """Pieces of a file of `rows` rows, by its footer alone; raises PreprocessError."""
     with open_parquet(path) as file:
         count, columns = file.metadata.num_rows, tuple(_readable(file))
+    check_names(path, columns)
     with path.open("rb") as file:  # the footer tells where everything lies and its statistics
         file.seek(-8, 2)
         (length,) = struct.unpack("<I", file.read(4))
@@ -81,7 +82,7 @@ def read(piece: Piece) -> Iterator[dict[str, Any]]:
         batches = file.iter_batches(
             _ROWS, row_groups=groups, columns=_readable(file), use_threads=False
         )
-        rows = (row for batch in _from(batches, skip) for row in batch.to_pylist())
+        rows = (row for batch in _from(batches, skip) for row in _rows(batch))
         try:
             yield from islice(rows, piece.rows)
         except OSError as error:
@@ -100,14 +101,43 @@ def holds_images(path: Path, column: str) -> bool:
         kind = file.schema_arrow.field(column).type
     if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    of_bytes = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    return any(is_kind(kind) for is_kind in (*of_bytes, types.is_fixed_size_binary))
 
 
 def _readable(file) -> list[str]:
     """Columns of a Parquet file but those of times, of which Python cannot hold all."""
+    return [field.name for field in file.schema_arrow if not _holds_times(field.type)]
+
+
+def _holds_times(kind) -> bool:
+    """Whether a type is one of times, or has such a one inside."""
     import pyarrow.types as types
 
-    return [field.name for field in file.schema_arrow if not types.is_temporal(field.type)]
+    inner = (kind.field(i).type for i in range(kind.num_fields))
+    return types.is_temporal(kind) or any(map(_holds_times, inner))
+
+
+def _rows(batch) -> list[dict[str, Any]]:
+    """Rows of a batch; bytes of texts that are not UTF-8 become lone surrogates."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = zip(batch.schema.names, map(_values, batch.columns), strict=True)
+        table = dict(columns)
+        return [{name: table[name][i] for name in table} for i in range(batch.num_rows)]
+
+
+def _values(column) -> list:
+    import pyarrow.types as types
+
+    kind = column.type
+    if not (types.is_string(kind) or types.is_large_string(kind)):
+        return column.to_pylist()
+    values = column.cast("binary" if types.is_string(kind) else "large_binary").to_pylist()
+    return [None if v is None else v.decode(errors="surrogateescape") for v in values]
 
 
 def _from(batches, skip: int) -> Iterator:

@@ -7,7 +7,6 @@ carriage return.
 """
 
 import csv
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -22,7 +21,7 @@ from data_prep.formats.common import parquet
 from data_prep.formats.common.compression import compression_of_file, how_to_unpack
 from data_prep.formats.common.encodings import check_text
 from data_prep.formats.common.inputs import sanitize_name
-from data_prep.formats.common.piece import Piece
+from data_prep.formats.common.piece import Piece, check_names
 from data_prep.splits import Skipped
 from megatron_owl2.errors import PreprocessError
 from megatron_owl2.utils.json_text import parse_json
@@ -167,13 +166,19 @@ def _header(path: Path, file: BinaryIO) -> tuple[tuple[str, ...], int]:
     if kind_of(path) == ".jsonl":
         rows = (_json_row(line) for line in islice(file, _HEAD_LINES))
         columns = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+        if not columns:
+            raise PreprocessError(
+                f"{path}: none of its first lines is a JSON object; write every object into one "
+                "line"
+            )
         return tuple(columns), offset
     lines = _lines(path, file)
     columns = tuple(next(_values(path, lines), ()))
+    if not any(columns):
+        raise PreprocessError(f"{path}: the first line is empty; it must name the columns")
     if any("\n" in name or "\r" in name for name in columns):
         raise csv.Error("a name of a column has a line end")
-    if twice := sorted(name for name, count in Counter(columns).items() if count > 1):
-        raise PreprocessError(f"{path} has the column {twice[0]!r} twice; rename one of them")
+    check_names(path, columns)
     return columns, offset + lines.bytes
 
 
@@ -242,7 +247,8 @@ def _text_rows(piece: Piece) -> Iterator[dict[str, Any] | Skipped]:
             elif values in ([], [""]):
                 yield Skipped(_EMPTY, "")
             else:
-                yield Skipped("row has another number of columns", "")
+                met = f"{len(values)}, not {len(piece.columns)}"
+                yield Skipped("row has another number of columns", met)
 
 
 def _tsv_values(line: str) -> list[str]:
