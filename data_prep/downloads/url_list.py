@@ -102,9 +102,10 @@ def _read(folder: Path) -> dict:
     except ValueError:
         body = None
     names = {"arguments", "unread", *(entry.name for entry in fields(ListReport))}
-    if isinstance(body, dict) and body.keys() | {"unread"} == names:
-        if all(isinstance(body.get(key, {}), dict) for key in ("arguments", "unread")):
-            return body
+    if not isinstance(body, dict) or body.keys() | {"unread"} != names:
+        body = {"arguments": None}
+    if all(isinstance(body.get(key, {}), dict) for key in ("arguments", "unread")):
+        return body
     raise PreprocessError(f"{folder / REPORT} is damaged; delete {folder} and start again")
 
 
