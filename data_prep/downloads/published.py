@@ -25,7 +25,7 @@ class Published:
     """
 
     def __init__(self, corpus: Corpus, paths: Sequence[Path]):
-        parquet.library()
+        parquet.import_pyarrow()
         self.corpus = corpus
         self.paths = paths
         self.left_out: Counter[str] = Counter()  # rows that the last pass could not read

@@ -226,7 +226,9 @@ class _Files:
         while table.num_rows:
             if self._writer is None:
                 name = f"urls-{len(self.files):05d}.parquet"
-                self._writer = parquet.library().ParquetWriter(self._folder / name, table.schema)
+                self._writer = parquet.import_pyarrow().ParquetWriter(
+                    self._folder / name, table.schema
+                )
                 self.files.append([name, 0])
             head = table.slice(0, _ROWS_PER_FILE - self.files[-1][1])
             self._writer.write_table(head)

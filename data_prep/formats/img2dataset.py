@@ -99,7 +99,7 @@ class Img2dataset:
 def _hold_images(paths: list[Path]) -> bool:
     """Whether the first Parquet file that can be read has a column of images."""
     if paths:
-        parquet.library()  # without pyarrow no file could be read
+        parquet.import_pyarrow()  # without pyarrow no file could be read
     for path in paths:
         with suppress(PreprocessError), parquet.open_parquet(path) as file:
             return any(name in IMAGE_EXTENSIONS for name in file.schema_arrow.names)

@@ -90,12 +90,13 @@ def _record(key: str, members: dict[str, bytes], caption_column: str | None, pat
     json_name = member_of(members, ("json",), "json")
     row = {} if json_name is None else _row(members[json_name])
     if row.keys() - {"caption", "turns"} == _OURS:
-        reason = why_unusable(key, members)
-        if reason is None:
+        try:
             record = Record.from_members(key, members)
             return replace(record, key=record_key(key, record.metadata))
-        if "turns" in row:
-            raise SkipError(reason)
+        except BadSampleError:
+            if "turns" in row:
+                reason = why_unusable(key, members) or "damaged sample of a shard"
+                raise SkipError(reason) from None
     image_name = member_of(members, IMAGE_EXTENSIONS, "image")
     if image_name is None:
         raise SkipError("no image")

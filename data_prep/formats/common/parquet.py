@@ -15,7 +15,7 @@ from megatron_owl2.errors import PreprocessError
 _ROWS = 128  # read at once; a row may hold an image
 
 
-def library():
+def import_pyarrow():
     """Module pyarrow.parquet; raises PreprocessError if it is not installed."""
     try:
         import pyarrow.parquet
@@ -28,7 +28,7 @@ def library():
 
 def open_parquet(path: Path):
     """ParquetFile that reads its column chunks piece by piece; raises PreprocessError."""
-    module = library()
+    module = import_pyarrow()
     try:
         return module.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except OSError as error:
