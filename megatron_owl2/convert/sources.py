@@ -23,6 +23,7 @@ from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import directories, save_load
+from megatron_owl2.training.checkpoint.index import read_index
 
 # What a run chooses whatever the weights are; max_positions may also be smaller than theirs.
 _FREE = {
@@ -110,7 +111,7 @@ def from_checkpoint(path: str | Path) -> SourceModel:
     config = directories.read_config(directory)
     config.parallel = ParallelConfig()
     tensors = read_checkpoint(directory)
-    if absent := save_load.compare(directory, weight_shapes(config)):
+    if absent := save_load.compare(directory, read_index(directory), weight_shapes(config)):
         made = mapping.constants(config.model)
         tensors |= {name: LazyTensor.of(made[name]) for name in absent}
     return SourceModel(config, tensors)
