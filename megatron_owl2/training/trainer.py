@@ -194,15 +194,15 @@ class Trainer:
     def build_model(self) -> None:
         """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
         config, groups = self.config, self.groups
+        self.resumed_from = directories.latest(self.output)
+        loads = self.resumed_from is not None or config.stage.initial_checkpoint is not None
         torch.manual_seed(config.train.seed + groups.pp.rank())
-        self.context = ParallelContext(config, groups, fuses_gradients=True)
-        self.chunks = build(self.context, config.model, config.parallel.virtual_pipeline)
-        for chunk in self.chunks:
-            chunk.to(setup.device())
+        self.context = ParallelContext(config, groups, fuses_gradients=True, device=setup.device())
+        chunks = config.parallel.virtual_pipeline
+        self.chunks = build(self.context, config.model, chunks, initialize=not loads)
         self.parameters = parameter_groups.freeze(config, self.chunks)
         self.state.stage_fingerprint = parameter_groups.fingerprint(self.parameters)
         _logger.info("%s", parameter_groups.summary(self.parameters, config))
-        self.resumed_from = directories.latest(self.output)
         if self.resumed_from is None:
             self._load_initial_weights()
         self.model = optim.wrap_ddp(self.chunks, overlap=config.parallel.overlap)

@@ -64,21 +64,23 @@ class CheckpointReader:
         """Fill the data of shares that all ranks of `group` have alike and in the same order: each
         is read by one of them, which sends it to the others."""
         # Large ones first, so that none reads much more than another.
-        ordered = sorted(shares, key=lambda share: share.data.numel(), reverse=True)
+        ordered = sorted(shares, key=lambda share: _data(share).numel(), reverse=True)
         self.read(ordered[group.rank() :: group.size()])
-        if group.size() == 1:
-            return
-        with torch.no_grad():
+        if group.size() > 1:
             for number, share in enumerate(ordered):
                 source = torch.distributed.get_global_rank(group, number % group.size())
-                torch.distributed.broadcast(share.data, source, group)
+                torch.distributed.broadcast(_data(share), source, group)
 
 
-def stored_parts(share: ShardedTensor | ShardedTensorFactory) -> Sequence[ShardedTensor]:
+def stored_parts(share: Any) -> Sequence[ShardedTensor]:
     """The parts of a share that are stored one by one, whose data are views of its own: gate and
     up, one behind the other; else the share itself."""
-    parts: Any = share.build() if isinstance(share, ShardedTensorFactory) else [share]
-    return parts
+    return share.build() if isinstance(share, ShardedTensorFactory) else [share]
+
+
+def _data(share: ShardedTensor | ShardedTensorFactory) -> torch.Tensor:
+    assert share.data is not None, "shares of a live model have data"
+    return share.data.detach()
 
 
 class _Planner(DefaultLoadPlanner):
@@ -87,18 +89,19 @@ class _Planner(DefaultLoadPlanner):
     def __init__(self, index: Metadata, parts: Sequence[ShardedTensor]):
         super().__init__()
         self._index = index
-        self._parts = {MetadataIndex(p.key, torch.Size(p.global_offset)): p for p in parts}
+        self._parts = {(part.key, torch.Size(part.global_offset)): part for part in parts}
 
     def create_local_plan(self) -> LoadPlan:
         items = []
-        for place, part in self._parts.items():
-            chunk = ChunkStorageMetadata(place.offset, torch.Size(part.local_shape))
-            stored: Any = self._index.state_dict_metadata[part.key]
-            items += create_read_items_for_chunk_list(part.key, stored, [chunk])
+        for (name, offset), part in self._parts.items():
+            chunk = ChunkStorageMetadata(offset, torch.Size(part.local_shape))
+            stored: Any = self._index.state_dict_metadata[name]
+            items += create_read_items_for_chunk_list(name, stored, [chunk])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self._parts[index].data.detach()
+        assert index.offset is not None, "a read item has the place that it was planned for"
+        return _data(self._parts[index.fqn, index.offset])
 
 
 def _read_common(directory: Path) -> dict:
