@@ -28,6 +28,7 @@ from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 from megatron_owl2.training.data_iterator import DataIterator
+from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.training.metrics import metrics, sample_sheet
 from megatron_owl2.training.metrics.accumulator import without_sources
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
@@ -224,7 +225,7 @@ class Trainer:
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
         state, config = self.state, self.config
-        self.datasets = open_sources(config.data)
+        self.datasets = from_rank_0(partial(open_sources, config.data))
         if self.resumed_from is None:
             state.phases = [phases.first_phase(config.data, self.datasets)]
         else:
@@ -240,7 +241,7 @@ class Trainer:
 
     def _load_checkpoint(self, directory: Path) -> None:
         state, config = self.state, self.config
-        progress = directories.read_progress(directory)
+        progress = from_rank_0(partial(directories.read_progress, directory))
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
                 "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "
