@@ -21,8 +21,9 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model import position_tables
 from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.layer_stack import weights
-from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.model.owl2 import Owl2, build
 from megatron_owl2.training.checkpoint import directories, save_load
+from megatron_owl2.training.checkpoint.index import read_index
 
 # What a run chooses whatever the weights are; max_positions may also be smaller than theirs.
 _FREE = {
@@ -41,7 +42,7 @@ class SourceModel:
 
     def build(self) -> Owl2:
         """The model in memory, cast to the precision of `config`."""
-        model = Owl2(_context(self.config), self.config.model)
+        (model,) = build(_context(self.config), self.config.model, initialize=False)
         with torch.no_grad():
             for name, tensor in weights(model).items():
                 tensor.copy_(self.tensors[name].read())
@@ -110,7 +111,7 @@ def from_checkpoint(path: str | Path) -> SourceModel:
     config = directories.read_config(directory)
     config.parallel = ParallelConfig()
     tensors = read_checkpoint(directory)
-    if absent := save_load.compare(directory, weight_shapes(config)):
+    if absent := save_load.compare(directory, read_index(directory), weight_shapes(config)):
         made = mapping.constants(config.model)
         tensors |= {name: LazyTensor.of(made[name]) for name in absent}
     return SourceModel(config, tensors)

@@ -30,7 +30,7 @@ from megatron_owl2.inference.inputs import DecoderInputs, left_padded
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import KeyValueCache
-from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.model.owl2 import Owl2, build
 from megatron_owl2.training.checkpoint import directories, save_load
 
 
@@ -75,12 +75,13 @@ def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
     config.train.precision = precision
     validate_parallel(config, config.parallel.tensor)
     groups = setup.initialize(config.parallel)
-    model = Owl2(ParallelContext(config, groups), config.model).to(setup.device()).eval()
+    context = ParallelContext(config, groups, device=setup.device())
+    (model,) = build(context, config.model, initialize=False)
     if exported:
         hf.load_hf_weights(path, model)
     else:
         save_load.load_weights(path, [model])
-    return LoadedModel(model, config.model, tokenizer)
+    return LoadedModel(model.eval(), config.model, tokenizer)
 
 
 class Generator:

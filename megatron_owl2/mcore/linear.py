@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
 )
 
-from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.mcore.parallel import ParallelContext, mark_tensor_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ class ColumnLinear(ColumnParallelLinear):
             disable_grad_reduce=spec.share_input,
             tp_group=context.groups.tp,
         )
+        mark_tensor_parallel(self.weight, dim=0, stride=spec.stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)[0]
@@ -74,6 +75,7 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=context.groups.tp,
         )
+        mark_tensor_parallel(self.weight, dim=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x)[0]
@@ -101,6 +103,7 @@ class VocabEmbedding(VocabParallelEmbedding):
             config=context.replicated,
             tp_group=context.groups.tp,
         )
+        mark_tensor_parallel(self.weight, dim=0)
 
 
 def normal_init(std: float, padding: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:

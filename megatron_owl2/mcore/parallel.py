@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from typing import TypeVar
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,6 +19,8 @@ from megatron_owl2.config.fp8 import FP8_RECIPES
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore import context_parallel
 from megatron_owl2.mcore.setup import on_cpu
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def layers_per_stage(config: RunConfig) -> list[int]:
@@ -45,15 +48,22 @@ class ParallelContext:
     take the copy `replicated`. `fuses_gradients` has the GEMMs of weight gradients add to the
     buffers of the optimizer, where the backend or apex has the kernel for it; not under full
     recomputation, where a linear gets its weight back without the marks that tell the gradient
-    buffers of it (saved-tensor hooks return plain tensors), which end in an assertion.
+    buffers of it (saved-tensor hooks return plain tensors), which end in an assertion. Layers
+    are moved to `device` one by one as they are built, or stay where they are made.
     """
 
     def __init__(
-        self, config: RunConfig, groups: ProcessGroupCollection, *, fuses_gradients: bool = False
+        self,
+        config: RunConfig,
+        groups: ProcessGroupCollection,
+        *,
+        fuses_gradients: bool = False,
+        device: torch.device | None = None,
     ):
         decoder, parallel = config.model.decoder, config.parallel
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
         self.groups = groups
+        self.device = device
         self.dtype = dtype
         self.recompute = parallel.recompute
         self.backend = config.kernels.backend
@@ -98,6 +108,10 @@ class ParallelContext:
         )
         self.replicated = copy.copy(self.transformer)
         self.replicated.sequence_parallel = False
+
+    def place(self, module: Module) -> Module:
+        """The module, moved to `device` if there is one."""
+        return module if self.device is None else module.to(self.device)
 
     def layer_range(self, chunk: int) -> tuple[int, int, int]:
         """Pipeline stage that model chunk `chunk` of this rank is, and its first and last + 1
@@ -172,12 +186,15 @@ class ParallelContext:
             parameter.sequence_parallel = self.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def mark_tensor_parallel(parameter: torch.nn.Parameter, *, dim: int) -> None:
-    """Mark a parameter as split along `dim` over the tensor-parallel ranks, as megatron-core
-    does."""
+def mark_tensor_parallel(
+    parameter: torch.nn.Parameter | None, *, dim: int, stride: int = 1
+) -> None:
+    """Mark a parameter as split along `dim` over the tensor-parallel ranks, as megatron-core does
+    where it gives it values; it is `stride` equal blocks, each of which is split."""
+    assert parameter is not None, "these linears have weights of their own"
     for name, value in (
         ("tensor_model_parallel", True),
         ("partition_dim", dim),
-        ("partition_stride", 1),
+        ("partition_stride", stride),
     ):
         setattr(parameter, name, value)

@@ -55,7 +55,7 @@ class LayerStack(nn.Module):
         super().__init__()
         self.activation_checkpoint = ActivationCheckpoint(context, "full", checkpoint)
         for number in range(first, last):
-            self.add_module(str(number), build(number))
+            self.add_module(str(number), context.place(build(number)))
 
     def __iter__(self) -> Iterator[nn.Module]:
         return self.children()

@@ -1,5 +1,7 @@
 """mPLUG-Owl2 model (paper, figure 2): ViT, abstractor, visual tokens among the words, decoder."""
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -7,6 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.mcore.initialization import without_initial_values
 from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, VocabEmbedding
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.abstractor import Abstractor
@@ -148,9 +151,15 @@ class Owl2(MegatronModule):
         return self.context.split_sequence(merged)
 
 
-def build(context: ParallelContext, model: ModelConfig, chunks: int) -> list[Owl2]:
-    """This rank's model chunks, in the order of their layers."""
-    return [Owl2(context, model, chunk) for chunk in range(chunks)]
+def build(
+    context: ParallelContext, model: ModelConfig, chunks: int = 1, *, initialize: bool = True
+) -> list[Owl2]:
+    """This rank's model chunks, in the order of their layers, on the device of `context`.
+
+    Unless `initialize`, weights hold no values until a checkpoint is loaded; tables and constants
+    hold theirs."""
+    with nullcontext() if initialize else without_initial_values(context):
+        return [context.place(Owl2(context, model, chunk)) for chunk in range(chunks)]
 
 
 class RMSNorm(nn.Module):

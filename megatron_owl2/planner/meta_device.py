@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch.library import _scoped_library
-from torch.overrides import TorchFunctionMode
+
+from megatron_owl2.mcore.initialization import SkipInitialization
 
 META = torch.device("meta")
 
@@ -13,18 +14,8 @@ META = torch.device("meta")
 @contextmanager
 def build_on_meta_device() -> Iterator[None]:
     """Context in which new modules have no storage and skip the initialisation of their weights."""
-    with META, _SkipInitialization():
+    with META, SkipInitialization():
         yield
-
-
-class _SkipInitialization(TorchFunctionMode):
-    """Function mode in which the functions of torch.nn.init do nothing."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 @contextmanager

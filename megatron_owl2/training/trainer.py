@@ -27,6 +27,7 @@ from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 from megatron_owl2.training.data_iterator import DataIterator
+from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.training.garbage_collection import GarbageCollection
 from megatron_owl2.training.metrics import metrics, sample_sheet
 from megatron_owl2.training.metrics.accumulator import without_sources
@@ -204,15 +205,15 @@ class Trainer:
     def build_model(self) -> None:
         """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
         config, groups = self.config, self.groups
+        self.resumed_from = directories.latest(self.output)
+        loads = self.resumed_from is not None or config.stage.initial_checkpoint is not None
         torch.manual_seed(config.train.seed + groups.pp.rank())
-        self.context = ParallelContext(config, groups, fuses_gradients=True)
-        self.chunks = build(self.context, config.model, config.parallel.virtual_pipeline)
-        for chunk in self.chunks:
-            chunk.to(setup.device())
+        self.context = ParallelContext(config, groups, fuses_gradients=True, device=setup.device())
+        chunks = config.parallel.virtual_pipeline
+        self.chunks = build(self.context, config.model, chunks, initialize=not loads)
         self.parameters = parameter_groups.freeze(config, self.chunks)
         self.state.stage_fingerprint = parameter_groups.fingerprint(self.parameters)
         _logger.info("%s", parameter_groups.summary(self.parameters, config))
-        self.resumed_from = directories.latest(self.output)
         if self.resumed_from is None:
             self._load_initial_weights()
         self.model = optim.wrap_ddp(self.chunks, overlap=config.parallel.overlap)
@@ -234,7 +235,7 @@ class Trainer:
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
         state, config = self.state, self.config
-        self.datasets = open_sources(config.data)
+        self.datasets = from_rank_0(partial(open_sources, config.data))
         if self.resumed_from is None:
             state.phases = [phases.first_phase(config.data, self.datasets)]
         else:
@@ -250,7 +251,7 @@ class Trainer:
 
     def _load_checkpoint(self, directory: Path) -> None:
         state, config = self.state, self.config
-        progress = directories.read_progress(directory)
+        progress = from_rank_0(partial(directories.read_progress, directory))
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
                 "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "

@@ -16,6 +16,7 @@ from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.validation_dataset import ValidationDataset
 from megatron_owl2.errors import DataError
 from megatron_owl2.mcore import setup
+from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.training.metrics.accumulator import mean_losses
 from megatron_owl2.training.step import SUMS, evaluate
 
@@ -42,9 +43,11 @@ class Validator:
         parallel = config.parallel
         self._named: set[tuple[str, int]] = set()  # bad samples that were logged
         self._model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+        paths = config.validation.sources if config.validation.interval else []
+        datasets = from_rank_0(lambda: [open_dataset(p, config.data.storage) for p in paths])
         self._sources = [
             ValidationDataset(
-                open_dataset(path, config.data.storage),
+                dataset,
                 config.validation.samples,
                 tokenizer=tokenizer,
                 tokens_per_image=config.model.tokens_per_image,
@@ -52,7 +55,7 @@ class Validator:
                 image_size=config.model.vision.image_size,
                 decode_images=decode_images,
             )
-            for path in (config.validation.sources if config.validation.interval else ())
+            for dataset in datasets
         ]
 
     def due(self, step: int) -> bool:

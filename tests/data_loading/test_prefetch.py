@@ -46,6 +46,8 @@ def test_batches_over_http_are_those_of_the_folder(folder, server, tmp_path, ran
     # Two epochs, and every block crossed the wire once for all processes of the node.
     blocks = [r for name in range(4) for r in server.ranges(f"shard-{name:06d}.tar")]
     assert len(blocks) == 4
+    asked = [name for method, name, _ in server.requests if method == "HEAD"]
+    assert sorted(asked) == [f"shard-{name:06d}.tar" for name in range(4)]
 
 
 def test_a_server_that_misbehaves_costs_retries_and_no_sample(folder, server, tmp_path):

@@ -72,6 +72,31 @@ def test_weights_optimizer_and_rates_are_bitwise_the_same(whole, reloaded, paral
         assert group["lr"] == pytest.approx(rates_of_one(rates)["lr"] * group["lr_mult"], rel=1e-12)
 
 
+def test_what_ranks_have_alike_is_read_once_for_all_of_them(whole, reloaded):
+    """Four data-parallel ranks have all weights each, and each moment once between them."""
+    source = whole[1] / "checkpoints" / SAVED
+    index = read_index(source)
+    ranks = json.loads((reloaded / "1x1.reads.json").read_text())
+    sent_by_rank_0 = [".metadata", "common.pt", "metadata.json"]
+    assert [[name for name in sent_by_rank_0 if name in rank["files"]] for rank in ranks] == [
+        sent_by_rank_0,
+        [],
+        [],
+        [],
+    ]
+    assert all(ranks[0]["files"].count(name) == 1 for name in sent_by_rank_0[:2])
+
+    weights = {
+        (place.relative_path, place.offset): place.length
+        for key, place in index.storage_data.items()
+        if not key.fqn.startswith("optimizer.")
+    }
+    read = [[weights[*t] for t in rank["tensors"] if tuple(t) in weights] for rank in ranks]
+    assert sorted(sum(read, [])) == sorted(weights.values())
+    even = sum(weights.values()) / len(ranks)
+    assert max(map(sum, read)) < 1.2 * even and min(map(sum, read)) > 0.8 * even
+
+
 def test_main_parameters_outlive_a_change_of_precision(whole, tmp_path):
     """In fp32 they are the weights themselves, which the checkpoint has in bf16 too."""
     config, _ = whole

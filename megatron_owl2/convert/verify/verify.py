@@ -30,7 +30,7 @@ from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model.owl2 import Owl2
+from megatron_owl2.model.owl2 import Owl2, build
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.step import forward_backward
@@ -100,7 +100,8 @@ class Verification:
         """This rank's pipeline stage and tensor-parallel shards of the model."""
         parallel = self.config.parallel
         groups = setup.initialize(parallel)
-        model = Owl2(ParallelContext(self.config, groups), self.config.model).to(setup.device())
+        context = ParallelContext(self.config, groups, device=setup.device())
+        (model,) = build(context, self.config.model, initialize=False)
         save_load.load_weights(self.directory, [model])
         return model
 

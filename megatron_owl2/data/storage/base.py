@@ -97,8 +97,11 @@ class Storage:
         raise NotImplementedError
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Bytes of a file. A remote storage with a cache asks once for all processes of a node."""
         raise NotImplementedError
+
+    def forget_size(self, name: str) -> None:
+        """Forget a cached size, which may be that of an older file."""
 
     def read(
         self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None

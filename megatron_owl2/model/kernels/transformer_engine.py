@@ -66,6 +66,8 @@ def _config(context: ParallelContext, spec: LinearSpec) -> TransformerConfig:
     optimizer's buffers by themselves; only local linears need apex's kernel for it."""
     config = copy.copy(context.transformer if spec.sequence_parallel else context.replicated)
     config.gradient_accumulation_fusion = context.fuses_gradients
+    # Values are drawn on the CPU; without any, weights are made on the GPU.
+    config.use_cpu_initialization = config.perform_initialization
     return config
 
 

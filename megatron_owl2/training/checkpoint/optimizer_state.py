@@ -9,7 +9,6 @@ checkpoint can be read under any parallel configuration.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -17,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import ChainedOptimizer, distrib_optimizer
 
 from megatron_owl2.mcore import setup
+from megatron_owl2.training.checkpoint.reader import stored_parts
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -52,9 +52,7 @@ def _blocks(
     """The numbers [n] of a rank's flattened share of a parameter, from `start` on, as blocks of the
     whole parameter."""
     numbers, begin = numbers.detach(), 0
-    # Gate and up are two parts, one behind the other.
-    parts: Any = share.build() if isinstance(share, ShardedTensorFactory) else [share]
-    for part in parts:
+    for part in stored_parts(share):
         end = begin + math.prod(part.local_shape)
         place, stop = max(start, begin), min(start + len(numbers), end)
         for offset, shape in blocks(part.local_shape, place - begin, stop - begin):
@@ -101,11 +99,6 @@ def _within(shape: Sequence[int], index: int, start: int, stop: int):
         yield (index, *offset), (1, *size)
 
 
-def _read_in_place(self, state_dict) -> None:
-    """In place of DistributedOptimizer's `load_parameter_state_from_fully_reshardable`: the blocks
-    were views, so reading them has set the optimizer's own numbers."""
-
-
 def _optimizer_state(self):
     """DistributedOptimizer's own `state_dict`, less its assertion that something trains on this
     rank; the step is that of the ranks that train. All ranks call it together."""
@@ -125,7 +118,6 @@ def install() -> None:
     optimizer = distrib_optimizer.DistributedOptimizer
     optimizer.state_dict = _optimizer_state
     optimizer.sharded_param_state_fully_reshardable = _sharded_state
-    optimizer.load_parameter_state_from_fully_reshardable = _read_in_place
 
 
 def allocate_optimizer_state(optimizer: ChainedOptimizer) -> None:
@@ -143,7 +135,8 @@ def allocate_optimizer_state(optimizer: ChainedOptimizer) -> None:
 
 
 def load_optimizer_state(optimizer: ChainedOptimizer, state: dict) -> None:
-    """`optimizer.load_state_dict`, with what the AdamW at hand needs beyond it.
+    """`optimizer.load_state_dict` of what is not sharded, with what the AdamW at hand needs beyond
+    it; the blocks were views, so reading them has set the optimizer's own numbers.
 
     The settings of a group become those in the checkpoint, where another AdamW (torch's, apex's or
     Transformer Engine's) has not all that this one asks for. And torch's must count its steps per

@@ -12,11 +12,9 @@ import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer
@@ -26,7 +24,7 @@ from megatron.core.utils import (
     make_sharded_tensor_for_checkpoint,
     make_tp_sharded_tensor_for_checkpoint,
 )
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.errors import CheckpointError
@@ -35,16 +33,12 @@ from megatron_owl2.model.layer_stack import weights as weights_of
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.checkpoint.async_writer import Writing, raise_on_all_ranks
-from megatron_owl2.training.checkpoint.index import (
-    read_index,
-    stored_optimizer,
-    stored_weights,
-    unreadable,
-)
+from megatron_owl2.training.checkpoint.index import read_index, stored_optimizer, stored_weights
 from megatron_owl2.training.checkpoint.optimizer_state import (
     allocate_optimizer_state,
     load_optimizer_state,
 )
+from megatron_owl2.training.checkpoint.reader import CheckpointReader
 from megatron_owl2.utils.files import rename_durably
 
 _VOCABULARY = ("embedding.weight", "output_layer.weight")
@@ -119,13 +113,13 @@ def _hidden(directory: Path, ending: str) -> Path:
 def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
     """Fill the model from a checkpoint, whatever parallel configuration it was saved under.
 
-    Strict, but for the position tables that older checkpoints lack.
+    Each weight is read once for all ranks that have the same share of it. Strict, but for the
+    position tables that older checkpoints lack.
 
     Raises CheckpointError listing every missing, unexpected or misshapen weight.
     """
-    directory = directories.resolve(directory)
-    weights = _stored_weights(directory, chunks)
-    _fill(chunks, _load(directory, {"model": weights})["model"])
+    reader = CheckpointReader(directories.resolve(directory))
+    _read_weights(reader, chunks, _stored_weights(reader, chunks))
 
 
 def load_training(
@@ -140,45 +134,25 @@ def load_training(
     have changed; what trains, and the factors on the rate, must be the same
     (`parameter_groups.fingerprint`). Raises CheckpointError listing what is missing, unexpected or
     misshapen."""
-    directory = directories.resolve(directory)
-    weights = _stored_weights(directory, chunks)
+    reader = CheckpointReader(directories.resolve(directory))
+    weights = _stored_weights(reader, chunks)
     allocate_optimizer_state(optimizer)
     state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
-    _compare_optimizer(directory, state)
-    _fill(chunks, _load(directory, {"model": weights})["model"])
+    shares = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
+    _compare_optimizer(reader, shares)
+    _read_weights(reader, chunks, weights)
     # Only now: in fp32 these are the same numbers, of which the file may have weights in bf16.
-    loaded = _load(directory, {"optimizer": state})
+    reader.read(shares)
     configured = ("max_lr", "min_lr", "betas", "eps")  # the decay is the schedule's
     settings = [{key: group[key] for key in configured} for group in optimizer.param_groups]
-    load_optimizer_state(optimizer, loaded["optimizer"])
+    load_optimizer_state(optimizer, reader.common["optimizer"])
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
-    scheduler.load_state_dict(loaded["scheduler"])
+    scheduler.load_state_dict(reader.common["scheduler"])
 
 
-def _fill(chunks: Sequence[Owl2], loaded: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in _weights(chunks):
-            if name in loaded:
-                tensor.copy_(loaded[name])
-
-
-def _load(directory: Path, template: dict) -> Any:
-    """Read what `template` names; all ranks together.
-
-    What a rank reads alone may raise RuntimeError where it is damaged; together with others that is
-    a rank that is lost, and goes on as what it is.
-    """
-    alone = (OSError, RuntimeError, ValueError, EOFError, UnpicklingError)
-    try:
-        dist_checkpointing.load_common_state_dict(str(directory))
-    except alone as error:
-        raise unreadable(directory, error) from error
-    try:
-        # What there is has been compared with the template already, without asking all ranks.
-        return dist_checkpointing.load(template, str(directory), validate_access_integrity=False)
-    except (OSError, CheckpointException, ValueError) as error:
-        raise unreadable(directory, error) from error
+def _read_weights(reader: CheckpointReader, chunks: Sequence[Owl2], weights: dict) -> None:
+    reader.read_replicated(weights.values(), chunks[0].context.groups.dp_cp)
 
 
 def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
@@ -202,48 +176,41 @@ def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | Sharded
 
 
 def _stored_weights(
-    directory: Path, chunks: Sequence[Owl2]
+    reader: CheckpointReader, chunks: Sequence[Owl2]
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """The local weights, once the model's are held against the checkpoint's, on all ranks alike;
     without the position tables that an older checkpoint lacks."""
     pipeline = chunks[0].context.groups.pp  # between them they have the whole model
     shares: list[Any] = [None] * pipeline.size()
     torch.distributed.all_gather_object(shares, global_shapes(chunks), group=pipeline)
-    absent: list[set[str]] = [set()]
-    with raise_on_all_ranks(
-        directory
-    ):  # one rank asks for all files, of which there may be thousands
-        if torch.distributed.get_rank() == 0:
-            wanted = {name: shape for share in shares for name, shape in share.items()}
-            absent = [compare(directory, wanted)]
-    torch.distributed.broadcast_object_list(absent)
-    return {n: share for n, share in sharded_weights(chunks).items() if n not in absent[0]}
+    wanted = {name: shape for share in shares for name, shape in share.items()}
+    absent = compare(reader.directory, reader.index, wanted)
+    return {name: share for name, share in sharded_weights(chunks).items() if name not in absent}
 
 
-def _compare_optimizer(directory: Path, template: dict) -> None:
+def _compare_optimizer(reader: CheckpointReader, shares: Sequence[ShardedTensor]) -> None:
     """Hold the names of the optimizer's tensors against the checkpoint's, on all ranks alike."""
     main = torch.distributed.get_rank() == 0
-    names = {entry.key for entry in nested_values(template) if isinstance(entry, ShardedTensor)}
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.gather_object(names, shares if main else None)
-    with raise_on_all_ranks(directory):
+    names: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.gather_object({share.key for share in shares}, names if main else None)
+    with raise_on_all_ranks(reader.directory):
         if main:
-            wanted, stored = set().union(*shares), stored_optimizer(read_index(directory)).keys()
+            wanted, stored = set().union(*names), stored_optimizer(reader.index).keys()
             _refuse(
-                directory,
+                reader.directory,
                 [f"missing: {name}" for name in sorted(wanted - stored)]
                 + [f"unexpected: {name}" for name in sorted(stored - wanted)],
                 "optimizer",
             )
 
 
-def compare(directory: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
-    """Raise CheckpointError unless the checkpoint has exactly the weights `wanted`; the message
-    lists every missing, unexpected and misshapen one.
+def compare(directory: Path, index: Metadata, wanted: dict[str, tuple[int, ...]]) -> set[str]:
+    """Raise CheckpointError unless the checkpoint of this index has exactly the weights `wanted`;
+    the message lists every missing, unexpected and misshapen one.
 
     Returns the names of the position tables that it lacks, as older checkpoints do.
     """
-    stored = {n: tuple(t.size) for n, t in stored_weights(read_index(directory)).items()}
+    stored = {n: tuple(t.size) for n, t in stored_weights(index).items()}
     absent: set[str] = set(position_tables.NAMES) & wanted.keys() - stored.keys()
     missing = sorted(wanted.keys() - stored.keys() - absent)
     problems = [f"missing: {n} {wanted[n]}" for n in missing]
