@@ -50,7 +50,7 @@ class TransformerEngineKernels:
         other = self._config.fp8 and self._config.fp8_recipe != "delayed"
         return get_fp8_context(self._config, number) if other else nullcontext()
 
-    def checkpoint(self, function, *inputs):
+    def checkpoint(self, function, *inputs, use_reentrant=False):
         """function(*inputs) again in the backward pass, with the scales of the first time.
 
         Every layer that is computed again leaves an FP8 context of its own, so delayed scaling
@@ -58,7 +58,7 @@ class TransformerEngineKernels:
         What that adds to the histories are zeros, which move no scale, but so the 1,024 maxima
         reach back 1,024 / (layers of the rank + 1) micro-batches.
         """
-        return te.checkpoint(function, *inputs, use_reentrant=False)
+        return te.checkpoint(function, *inputs, use_reentrant=use_reentrant)
 
 
 def _config(context: ParallelContext, spec: LinearSpec) -> TransformerConfig:
