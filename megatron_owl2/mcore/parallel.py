@@ -76,6 +76,7 @@ class ParallelContext:
             batch_p2p_comm=not interleaved,
             context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence,
+            tp_comm_overlap=parallel.tensor_overlap,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,

@@ -66,6 +66,8 @@ def _config(context: ParallelContext, spec: LinearSpec) -> TransformerConfig:
     optimizer's buffers by themselves; only local linears need apex's kernel for it."""
     config = copy.copy(context.transformer if spec.sequence_parallel else context.replicated)
     config.gradient_accumulation_fusion = context.fuses_gradients
+    if spec.user_buffer is None:
+        config.tp_comm_overlap = False
     return config
 
 
@@ -82,6 +84,7 @@ class ColumnLinear(TEColumnParallelLinear):
             bias=spec.bias,
             skip_bias_add=False,
             is_expert=False,
+            tp_comm_buffer_name=spec.user_buffer,
             tp_group=context.groups.tp,
             stride=spec.stride,
         )
@@ -108,6 +111,7 @@ class RowLinear(TERowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=False,
             is_expert=False,
+            tp_comm_buffer_name=spec.user_buffer,
             tp_group=context.groups.tp,
         )
 
