@@ -74,6 +74,8 @@ class ParallelContext:
             # With two ranks a batch of sends would mix those to the next and to the previous rank.
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
+            batch_p2p_sync=False,  # a way around a fault of old versions of torch
+            deallocate_pipeline_outputs=True,  # of a sent tensor only its graph is used again
             context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence,
             tp_comm_overlap=parallel.tensor_overlap,
