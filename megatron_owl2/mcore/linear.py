@@ -5,6 +5,7 @@ A linear takes [..., in] and returns [..., out]; megatron-core's own return a bi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -25,6 +26,7 @@ class LinearSpec:
     and is read by other linears too. `stride`: the weight is so many equal blocks, each split over
     the ranks (2 for gate and up). `padding`: so many of the `outputs`, the last, are of no use;
     their weights start at zero. The last three are for column linears, `padding` for the one here.
+    `user_buffer`: its name in Transformer Engine, which `parallel.tensor_overlap` needs.
     """
 
     inputs: int
@@ -35,6 +37,7 @@ class LinearSpec:
     share_input: bool = False
     stride: int = 1
     padding: int = 0
+    user_buffer: Literal["proj", "fc1", "fc2"] | None = None
 
     def __post_init__(self):
         if self.share_input and self.sequence_parallel:

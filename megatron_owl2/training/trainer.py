@@ -21,6 +21,7 @@ from megatron_owl2.data.tokenizer import load_tokenizer
 from megatron_owl2.errors import CheckpointError, ConfigError, DivergedError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.kernels.user_buffers import user_buffers
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import fault_tolerance, parameter_groups
 from megatron_owl2.training import optimizer as optim
@@ -209,6 +210,7 @@ class Trainer:
         loads = self.resumed_from is not None or config.stage.initial_checkpoint is not None
         torch.manual_seed(config.train.seed + groups.pp.rank())
         self.context = ParallelContext(config, groups, fuses_gradients=True, device=setup.device())
+        self._closing.enter_context(user_buffers(config, self.context))
         chunks = config.parallel.virtual_pipeline
         self.chunks = build(self.context, config.model, chunks, initialize=not loads)
         self.parameters = parameter_groups.freeze(config, self.chunks)
