@@ -43,7 +43,14 @@ _ATTENTION = {
 _WRITE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_full", "fill_", "zero_"}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # Operations that launch more than one kernel on a GPU.
-_KERNELS = {"index_copy": 2, "index_fill": 2, "slice_backward": 2, "native_layer_norm_backward": 2}
+_KERNELS = {
+    "index_copy": 2,
+    "index_fill": 2,
+    "slice_backward": 2,
+    "native_layer_norm_backward": 2,
+    "split_qkv": 2,
+    "split_qkv_backward": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,10 @@ class _Call:
             return _bytes(read) + _bytes(out) + row * len(read[1])
         if name == "slice_backward":  # zeros, then the rows
             return _bytes(out) + 2 * _bytes(read)
+        if name == "split_qkv":  # all rows, then those of vision over again
+            return _bytes(read) + _bytes(out) + _bytes(read[1:2])
+        if name == "split_qkv_backward":  # likewise, and zeros for them
+            return _bytes(read) + _bytes(out) + 2 * _bytes(out[1:])
         return _bytes(read) + _bytes(out)
 
     def _is_view(self) -> bool:

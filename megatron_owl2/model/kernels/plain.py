@@ -24,10 +24,23 @@ class PlainElementwise:
     def rms_norm(self, x: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
         return weight * rms_normalize(x, eps)
 
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate(query, rotary), rotate(key, rotary)
+    def split_qkv(
+        self,
+        qkv: torch.Tensor,
+        kv_vision: torch.Tensor | None,
+        vision_token_index: torch.Tensor,
+        rotary: Rotary,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # One split, because its backward pass is one concatenation; slices would each be padded.
+        query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+        if kv_vision is not None:
+            key, value = (
+                text.index_copy(0, vision_token_index, vision)
+                for text, vision in zip((key, value), kv_vision.split(1, dim=2), strict=True)
+            )
+        whole = *rotary[0].shape[:2], -1, qkv.shape[-1]
+        query, key, value = (part.reshape(whole) for part in (query, key, value))
+        return rotate(query, rotary), rotate(key, rotary), value
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         return swiglu(*gate_up.chunk(2, dim=-1))
