@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_owl2.mcore.setup import setup
+from megatron_owl2.mcore.setup import on_cpu, setup
 
+if on_cpu():  # Triton reads it when it is imported, which megatron.core may do
+    os.environ["TRITON_INTERPRET"] = "1"
 setup()
 
 # Tests that start themselves in ranks of torchrun find what lies in helpers/, too.

@@ -66,6 +66,7 @@ class ParallelContext:
         self.dtype = dtype
         self.recompute = parallel.recompute
         self.backend = config.kernels.backend
+        self.elementwise = config.kernels.elementwise
         self.fp8_recipe = recipe = FP8_RECIPES.get(config.kernels.fp8)  # None: no FP8
         local_fusion = fuses_gradients and fused_gradients_found()
         te_fusion = fuses_gradients and self.backend == "transformer_engine"

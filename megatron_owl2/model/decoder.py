@@ -7,7 +7,8 @@ from megatron_owl2.config.schema import DecoderConfig, ModelConfig
 from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels import Kernels, build_kernels
-from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack, swiglu
+from megatron_owl2.model.kernels.elementwise import build_elementwise
+from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 
@@ -102,16 +103,11 @@ class ModalityAttention(nn.Module):
         self.linear_proj = kernels.RowLinear(context, spec)
 
     def forward(self, x, modality, rotary, attention_mask, cache):
-        query, key, value = self.qkv(x, modality)
-        if cache is None:
-            mixed = self.activation_checkpoint(self._mix, query, key, value, rotary, attention_mask)
-        else:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-            mixed = self.core(query, *cache.extend(key, value), attention_mask)
+        query, key, value = self.qkv(x, modality, rotary)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mixed = self.activation_checkpoint(self.core, query, key, value, attention_mask)
         return self.linear_proj(mixed)
-
-    def _mix(self, query, key, value, rotary, attention_mask):
-        return self.core(rotate(query, rotary), rotate(key, rotary), value, attention_mask)
 
 
 class GatedMLP(nn.Module):
@@ -120,6 +116,7 @@ class GatedMLP(nn.Module):
     def __init__(self, context: ParallelContext, kernels: Kernels, model: ModelConfig):
         super().__init__()
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
+        self.elementwise = build_elementwise(context)
         size, ffn = model.decoder.hidden_size, model.decoder.ffn_size
         options = {"init_std": model.init_std, "sequence_parallel": True}
         gate_up = LinearSpec(inputs=size, outputs=2 * ffn, stride=2, user_buffer="fc1", **options)
@@ -128,9 +125,8 @@ class GatedMLP(nn.Module):
         self.linear_fc2 = kernels.RowLinear(context, down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(
-            self.activation_checkpoint(swiglu, *self.linear_fc1(x).chunk(2, dim=-1))
-        )
+        gate_up = self.linear_fc1(x)
+        return self.linear_fc2(self.activation_checkpoint(self.elementwise.swiglu, gate_up))
 
 
 def rotary_tables(
@@ -141,11 +137,5 @@ def rotary_tables(
     exponents = torch.arange(0, size, 2, device=position_ids.device).float() / size
     angles = position_ids.t().unsqueeze(-1).float() / config.rope_theta**exponents
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
+    angles = angles.contiguous()
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn queries or keys [s, b, heads, d] by their positions."""
-    cos, sin = rotary
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-high, low], dim=-1) * sin

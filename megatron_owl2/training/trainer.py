@@ -5,6 +5,7 @@ import math
 import os
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
