@@ -15,6 +15,7 @@ from processes import killed_by_errors, run_ranks, single_threaded, torchrun, wa
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.sampling import phases
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
@@ -134,6 +135,7 @@ def batches(config: RunConfig, micro_batch_size: int, **options) -> Iterator[Bat
         tokenizer=Tokenizer(config.data.tokenizer),
         tokens_per_image=config.model.tokens_per_image,
         image_size=config.model.vision.image_size,
+        row_alignment=row_alignment(config),
         micro_batch_size=micro_batch_size,
         **(one | options),
     )

@@ -225,6 +225,7 @@ def test_work_is_counted_by_what_the_samples_hold(runs):
             load["images"] += has_image
             load["vision_tokens"] += has_image * config.model.tokens_per_image
             load["tokens"] += length
+            load["targets"] += int(batch.loss_mask[row].sum())
             load["pairs"] += sum(range(length + 1))
     run = runs.of("everything", "one process")
     operations = sum(training_flops(config.model, Load(**load), set(gradients(run))).values())

@@ -87,7 +87,7 @@ def full_batch(config: RunConfig) -> Batch:
         labels[: positions[-1]], modality[positions] = -100, 1
         pixels = torch.from_numpy(chance.integers(0, 256, (3, size, size), np.uint8))
         samples.append(Sample(tokens, labels, modality, length, False, pixels, sample_index))
-    return collate(samples, size)
+    return collate(samples, size, row_alignment=length)
 
 
 class Step:
@@ -117,7 +117,8 @@ class Step:
         rows, length = self.batch.tokens.shape
         images = len(self.batch.image)
         vision = images * self.config.model.tokens_per_image
-        load = Load(images, rows * length, vision, rows * length * (length + 1) // 2)
+        targets, pairs = int(self.batch.loss_mask.sum()), rows * length * (length + 1) // 2
+        load = Load(images, rows * length, vision, targets, pairs)
         return sum(training_flops(self.config.model, load, self.trained).values())
 
     def run(self, mark: Callable[[], None]) -> None:
