@@ -251,10 +251,10 @@ def build_loader(
     Rank r of R gets the samples s with s % R == r in increasing order: if R divides the global
     batch size, every global batch holds the same samples for any R. Batches do not depend on
     `config.workers` (0: no worker processes), and are as long as their longest row and
-    `row_alignment` ask (row_length.py). Workers have `taken_at_once` batches ready. `limit_samples` ends after that many samples of all
-    ranks together. `bad_sample_log` is the file that gets one JSON line for every unusable sample
-    of a batch that was handed out. Raises ConfigError for an impossible mixture and ValueError for
-    a rank or limit that does not fit."""
+    `row_alignment` ask (row_length.py). Workers have `taken_at_once` batches ready.
+    `limit_samples` ends after that many samples of all ranks together. `bad_sample_log` is the file
+    that gets one JSON line for every unusable sample of a batch that was handed out. Raises
+    ConfigError for an impossible mixture and ValueError for a rank or limit that does not fit."""
     dataset = TrainingDataset(
         config,
         datasets,

@@ -23,7 +23,6 @@ class DataIterator(Iterator[Batch]):
         loader: BatchLoader,
         device: torch.device,
         consistency: SampleConsistencyCheck,
-        *,
         context_parallel: tuple[int, int] = (0, 1),
         group: int = 1,
     ):

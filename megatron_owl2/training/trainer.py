@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from megatron_owl2.config.load import save_config
+from megatron_owl2.config.machine import warn_of_slow_settings
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate import validate
 from megatron_owl2.data import bad_samples
@@ -190,19 +191,8 @@ class Trainer:
         self.rank = torch.distributed.get_rank()
         self.main = self.rank == 0
         _logger.info("%s", setup.describe_ranks())
-        if self.main and not setup.on_cpu():
-            self._warn_of_slow_context_parallelism()
+        warn_of_slow_settings(config)
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
-
-    def _warn_of_slow_context_parallelism(self) -> None:
-        """Local attention takes all keys and a mask there, so no flash kernel and twice the work."""
-        context = self.config.parallel.context
-        if context > 1 and self.config.kernels.backend == "local":
-            _logger.warning(
-                "parallel.context=%d is slow with kernels.backend=local, where every rank attends "
-                "to the keys of all others; use kernels.backend=transformer_engine",
-                context,
-            )
 
     def build_model(self) -> None:
         """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
@@ -279,8 +269,8 @@ class Trainer:
         per_rank = config.train.global_batch_size // groups.dp.size()
         self.micro_batches = per_rank // config.train.micro_batch_size
         decode_images = self.chunks[0].pre_process
-        # Pipeline stages exchange tensors of one shape in a step. To tell each other the shapes
-        # would wait for the device at every exchange; all know them who read the step first.
+        # Pipeline stages exchange tensors of one shape: to tell each other other shapes would wait
+        # for the device at every exchange. So a step's rows are read first, and made equally long.
         group = self.micro_batches if groups.pp.size() > 1 else 1
         loader = build_loader(
             config.data,
@@ -298,13 +288,9 @@ class Trainer:
             bad_sample_log=bad_samples.path_of(self.output, self.rank) if first else None,
             taken_at_once=group,
         )
-        self.batches = DataIterator(
-            loader,
-            setup.device(),
-            SampleConsistencyCheck(model_group_on_host(groups, self.patience)),
-            context_parallel=(groups.cp.rank(), groups.cp.size()),
-            group=group,
-        )
+        consistency = SampleConsistencyCheck(model_group_on_host(groups, self.patience))
+        share = groups.cp.rank(), groups.cp.size()
+        self.batches = DataIterator(loader, setup.device(), consistency, share, group)
         self._closing.callback(self.batches.close)
         self.validator = Validator(config, groups, self.tokenizer, decode_images=decode_images)
         self._closing.callback(self.validator.close)
