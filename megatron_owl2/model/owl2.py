@@ -93,11 +93,11 @@ class Owl2(MegatronModule):
         x = self.hidden_states(x, modality, rows, position_ids)
         if not self.post_process:
             return x
-        logits = self.head(x, target_index)
-        if labels is None or target_index is None:
-            return self.gather_logits(logits).transpose(0, 1)
+        if labels is None:
+            return self.gather_logits(self.head(x)).transpose(0, 1)
+        assert target_index is not None, "labels come with the index of those that are targets"
         targets = labels.t().flatten().index_select(0, target_index)
-        return vocab_parallel_cross_entropy(logits, targets)
+        return vocab_parallel_cross_entropy(self.head(x, target_index), targets)
 
     def hidden_states(
         self,

@@ -1,6 +1,8 @@
 """Ranks of one model that read different samples stop, and name each other."""
 
+import faults
 import pytest
+import tiny_run
 import torch
 import torch.multiprocessing
 from streams import config, loader
@@ -50,3 +52,17 @@ def test_a_damaged_copy_of_the_data_is_noticed(tmp_path, damaged):
         ) in said[first - 1]
     else:
         assert not any(said)
+
+
+def test_a_run_ends_before_it_computes_rows_of_other_lengths(tmp_path):
+    """Substitutes for what is damaged are longer or shorter; collectives would not fit."""
+    done = tiny_run.train(
+        tiny_run.make(tmp_path),
+        tmp_path / "run",
+        *("parallel.tensor=2", "parallel.sequence=true", "data.max_bad_fraction=1"),
+        processes=2,
+        fault=faults.images_of_rank_1_are_damaged,
+    )
+    assert done.returncode != 0 and not tiny_run.rows(tmp_path / "run")
+    for rank in (0, 1):
+        assert f"error: rank {rank}: the ranks [0, 1] of one model did not read" in done.stderr
