@@ -4,8 +4,8 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +31,7 @@ from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 from megatron_owl2.training.data_iterator import DataIterator
+from megatron_owl2.training.garbage_collection import GarbageCollection
 from megatron_owl2.training.metrics import metrics, sample_sheet
 from megatron_owl2.training.metrics.accumulator import without_sources
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
@@ -39,7 +40,7 @@ from megatron_owl2.training.profiling import Profiler, Timers
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
-from megatron_owl2.training.step import forward_backward, optimizer_step
+from megatron_owl2.training.step import forward_backward, gradient_norm, update
 from megatron_owl2.training.validation import Validator
 from megatron_owl2.utils.logs import log_failures_after
 
@@ -74,6 +75,7 @@ class Trainer:
             self.resume()
             self.build_data()
             self.build_observers()
+            self.garbage = self._closing.enter_context(GarbageCollection())
             while self.state.step < self.config.train.steps and not self.signal:
                 self.train_step()
             self.checkpoints.wait()
@@ -90,7 +92,9 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.forward_backward()
-        self.signal = self.stop.reduce(setup.device())
+        received = self.stop.reduce(setup.device())
+        norm = self.gradient_norm()
+        self.signal = int(received)  # the device has come past it, so this waits for nothing
         ending = state.step == config.train.steps or self.signal != 0
         saving = ending or state.step % config.train.save_interval == 0
         # A run that a signal ends has no time for it.
@@ -98,7 +102,8 @@ class Trainer:
         # Checkpoints carry full counts, so a row comes before each.
         logging_due = saving or validating or state.step % config.train.log_interval == 0
         self.scheduler.step(1)
-        norm, norms = self.apply_gradients(measure_groups=logging_due)
+        norms = self.grad_norms.measure() if logging_due else {}
+        self.apply_gradients(norm)
         state.consumed_samples += config.train.global_batch_size
         self.metrics.add(sums, self.batches.take_counts(), self.timers.backward.take())
         self.checkpoints.poll()
@@ -110,31 +115,37 @@ class Trainer:
             self.draw_samples()
         if saving:
             self.save()
+        self.garbage.collect(state.step)
         self.profiler.end_step()
 
     def forward_backward(self) -> torch.Tensor:
         """The micro-batches of a step: gradients into the buffers, this rank's SUMS."""
         return forward_backward(self.config, self.model, self.batches, self.micro_batches)
 
-    def apply_gradients(self, *, measure_groups: bool) -> tuple[float, dict[str, float]]:
-        """Clip and apply the gradients; returns their norm, and norms by group if wanted.
+    def gradient_norm(self) -> float:
+        """The norm of the gradients of this step, all ranks together."""
+        with self.profiler.span("gradient norm"):
+            return gradient_norm(self.optimizer)
+
+    def apply_gradients(self, norm: float) -> None:
+        """Clip and apply the gradients, unless their norm says that they are bad.
 
         Raises DivergedError, on all ranks, after the save under way is complete.
         """
         state, size = self.state, self.config.train.global_batch_size
         samples = range(state.consumed_samples, state.consumed_samples + size)
-        should_apply = partial(self.spike_guard.should_apply, state.step, samples)
-        groups = self.grad_norms if measure_groups else None
-        with self.profiler.span("optimizer"):
+        try:
+            applied = self.spike_guard.should_apply(state.step, samples, norm)
+        except DivergedError as error:
+            self.watchdog.begin("the last save")  # the run can go on from what is being saved
             try:
-                return optimizer_step(self.optimizer, should_apply, groups)
-            except DivergedError as error:
-                self.watchdog.begin("the last save")  # the run can go on from what is being saved
-                try:
-                    self.checkpoints.wait()
-                except CheckpointError as failure:
-                    raise error from failure
-                raise
+                self.checkpoints.wait()
+            except CheckpointError as failure:
+                raise error from failure
+            raise
+        if applied:
+            with self.profiler.span("optimizer"):
+                update(self.optimizer, norm)
 
     def validate(self) -> list[dict]:
         """The losses on the validation sources; their time does not count as training's."""
@@ -269,8 +280,8 @@ class Trainer:
         per_rank = config.train.global_batch_size // groups.dp.size()
         self.micro_batches = per_rank // config.train.micro_batch_size
         decode_images = self.chunks[0].pre_process
-        # Pipeline stages exchange tensors of one shape: to tell each other other shapes would wait
-        # for the device at every exchange. So a step's rows are read first, and made equally long.
+        # Pipeline stages exchange tensors of one shape: to tell each other others would wait for the
+        # device at every exchange. So a step is read before it begins, and made equally long.
         group = self.micro_batches if groups.pp.size() > 1 else 1
         loader = build_loader(
             config.data,
@@ -306,11 +317,11 @@ class Trainer:
         # One rank of every pipeline stage shows all there is to see.
         first_of_stage = groups.tp.rank() == groups.cp.rank() == groups.dp.rank() == 0
         self.profiler = Profiler(config.watch, output, records=first_of_stage)
-        self._closing.push(self._close_profiler)
+        self._at_end(lambda error: self.profiler.close())
         self.timers = self.context.transformer.timers = Timers(self.profiler)
         self.grad_norms = GradNormsByGroup(self.model, self.optimizer, config.model.decoder)
         self.wandb = WandbLogger(config, writes=self.main)
-        self._closing.push(self._close_wandb)
+        self._at_end(lambda error: self.wandb.close(failed=error is not None))
         self.metrics = metrics.Metrics(
             config,
             setup.device(),
@@ -323,17 +334,15 @@ class Trainer:
         )
         self.checkpoints = CheckpointManager(output, config.train)
 
-    def _close_wandb(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with log_failures_after(error):
-            self.wandb.close(failed=error is not None)
+    def _at_end(self, close: Callable[[BaseException | None], None]) -> None:
+        """Have `close` called at the end, with the error of the run if there is one; a failure of
+        its own is only logged then."""
 
-    def _close_profiler(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with log_failures_after(error):
-            self.profiler.close()
+        def leave(kind: object, error: BaseException | None, traceback: object) -> None:
+            with log_failures_after(error):
+                close(error)
+
+        self._closing.push(leave)
 
     def __enter__(self) -> "Trainer":
         return self
