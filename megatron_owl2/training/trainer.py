@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -280,8 +279,7 @@ class Trainer:
         per_rank = config.train.global_batch_size // groups.dp.size()
         self.micro_batches = per_rank // config.train.micro_batch_size
         decode_images = self.chunks[0].pre_process
-        # Pipeline stages exchange tensors of one shape: to tell each other others would wait for the
-        # device at every exchange. So a step is read before it begins, and made equally long.
+        # Pipeline stages exchange tensors of one shape; asking for it would wait for the device.
         group = self.micro_batches if groups.pp.size() > 1 else 1
         loader = build_loader(
             config.data,
@@ -317,11 +315,11 @@ class Trainer:
         # One rank of every pipeline stage shows all there is to see.
         first_of_stage = groups.tp.rank() == groups.cp.rank() == groups.dp.rank() == 0
         self.profiler = Profiler(config.watch, output, records=first_of_stage)
-        self._at_end(lambda error: self.profiler.close())
+        self._closing.push(self._close_profiler)
         self.timers = self.context.transformer.timers = Timers(self.profiler)
         self.grad_norms = GradNormsByGroup(self.model, self.optimizer, config.model.decoder)
         self.wandb = WandbLogger(config, writes=self.main)
-        self._at_end(lambda error: self.wandb.close(failed=error is not None))
+        self._closing.push(self._close_wandb)
         self.metrics = metrics.Metrics(
             config,
             setup.device(),
@@ -334,15 +332,17 @@ class Trainer:
         )
         self.checkpoints = CheckpointManager(output, config.train)
 
-    def _at_end(self, close: Callable[[BaseException | None], None]) -> None:
-        """Have `close` called at the end, with the error of the run if there is one; a failure of
-        its own is only logged then."""
+    def _close_wandb(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with log_failures_after(error):
+            self.wandb.close(failed=error is not None)
 
-        def leave(kind: object, error: BaseException | None, traceback: object) -> None:
-            with log_failures_after(error):
-                close(error)
-
-        self._closing.push(leave)
+    def _close_profiler(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with log_failures_after(error):
+            self.profiler.close()
 
     def __enter__(self) -> "Trainer":
         return self
