@@ -1,6 +1,7 @@
 """Checks of the machine: GPUs, libraries, files."""
 
 import importlib.util
+import logging
 import os
 import re
 import socket
@@ -10,6 +11,8 @@ from megatron_owl2.config.fp8 import FP8_RECIPES
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.errors import ConfigError, MachineError
+
+_logger = logging.getLogger(__name__)
 
 
 def check_machine(config: RunConfig) -> None:
@@ -30,6 +33,21 @@ def check_machine(config: RunConfig) -> None:
             importlib.util.find_spec("triton") is not None,
             "kernels.elementwise=fused needs Triton, which torch for GPUs brings, and it is not "
             "installed; use kernels.elementwise=auto",
+        )
+
+
+def warn_of_slow_settings(config: RunConfig) -> None:
+    """Warnings of what works on a GPU, and slowly; in the log of rank 0."""
+    import torch
+
+    context, on_gpu = config.parallel.context, torch.cuda.is_available()
+    first = os.environ.get("RANK", "0") == "0"
+    if context > 1 and config.kernels.backend == "local" and on_gpu and first:
+        # All keys under a mask: no flash kernel, and twice the work.
+        _logger.warning(
+            "parallel.context=%d is slow with kernels.backend=local, where every rank attends to "
+            "the keys of all others; use kernels.backend=transformer_engine",
+            context,
         )
 
 

@@ -66,3 +66,14 @@ def vision_token_index(modality: "torch.Tensor") -> "torch.Tensor":
     """
     row, position = (modality == VISION).nonzero(as_tuple=True)
     return position * len(modality) + row
+
+
+def target_index(labels: "torch.Tensor") -> "torch.Tensor":
+    """Rows that have a target in sequence-first hidden states flattened to [s * b, h].
+
+    From labels [b, s] to int64 [n]: position * b + row, in increasing order. Without any target it
+    is row 0, whose label the loss skips: the output layer takes part in every backward pass.
+    """
+    flat = labels.t().flatten()
+    rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+    return rows if len(rows) else rows.new_zeros(1)

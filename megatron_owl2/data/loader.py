@@ -79,6 +79,7 @@ class BatchLoader:
         batches: MicroBatchSampler,
         config: DataConfig,
         bad_sample_log: Path | None,
+        taken_at_once: int = 1,
     ):
         self.samples_per_epoch = dataset.order.samples_per_epoch
         self.restarts = 0  # of the workers, over all iterations
@@ -86,6 +87,7 @@ class BatchLoader:
         self._batches = batches
         self._config = config
         self._bad_sample_log = bad_sample_log
+        self._prefetch = max(config.prefetch, -(-taken_at_once // max(config.workers, 1)))
 
     def __iter__(self) -> Generator[Batch, None, None]:
         config = self._config
@@ -158,7 +160,7 @@ class BatchLoader:
             batch_size=None,
             sampler=batches,
             num_workers=workers,
-            prefetch_factor=self._config.prefetch if workers else None,
+            prefetch_factor=self._prefetch if workers else None,
             timeout=_LOOK if workers else 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the global random state belongs to the model
@@ -232,6 +234,7 @@ def build_loader(
     tokenizer: Tokenizer,
     tokens_per_image: int,
     image_size: int,
+    row_alignment: int,
     micro_batch_size: int,
     start_sample: int,
     data_parallel_rank: int,
@@ -239,6 +242,7 @@ def build_loader(
     decode_images: bool = True,
     bad_sample_log: str | Path | None = None,
     limit_samples: int | None = None,
+    taken_at_once: int = 1,
 ) -> BatchLoader:
     """The batches of one data-parallel rank from global sample index `start_sample` on, in a phase.
 
@@ -246,12 +250,20 @@ def build_loader(
 
     Rank r of R gets the samples s with s % R == r in increasing order: if R divides the global
     batch size, every global batch holds the same samples for any R. Batches do not depend on
-    `config.workers` (0: no worker processes). `limit_samples` ends after that many samples of all
-    ranks together. `bad_sample_log` is the file that gets one JSON line for every unusable sample
-    of a batch that was handed out. Raises ConfigError for an impossible mixture and ValueError for
-    a rank or limit that does not fit."""
+    `config.workers` (0: no worker processes), and are as long as their longest row and
+    `row_alignment` ask (row_length.py). Workers have `taken_at_once` batches ready.
+    `limit_samples` ends after that many samples of all ranks together. `bad_sample_log` is the file
+    that gets one JSON line for every unusable sample of a batch that was handed out. Raises
+    ConfigError for an impossible mixture and ValueError for a rank or limit that does not fit."""
     dataset = TrainingDataset(
-        config, datasets, phase, tokenizer, tokens_per_image, image_size, decode_images
+        config,
+        datasets,
+        phase,
+        tokenizer,
+        tokens_per_image,
+        image_size,
+        row_alignment,
+        decode_images,
     )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = working_set(datasets, dataset.order, data_parallel_size, on_node) / 2**30
@@ -266,5 +278,9 @@ def build_loader(
         start_sample, data_parallel_rank, data_parallel_size, micro_batch_size, limit_samples
     )
     return BatchLoader(
-        dataset, batches, config, None if bad_sample_log is None else Path(bad_sample_log)
+        dataset,
+        batches,
+        config,
+        None if bad_sample_log is None else Path(bad_sample_log),
+        taken_at_once,
     )

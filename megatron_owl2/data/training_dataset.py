@@ -31,7 +31,8 @@ _AUGMENT = 16  # keeps the crops' keys apart from the order's
 class TrainingDataset(Dataset):
     """Map-style dataset from lists of global sample indices to batches; holds no position.
 
-    `phase` says where the order of these data sets starts. With `decode_images=False` images are
+    `phase` says where the order of these data sets starts; batches are as long as their longest row
+    and `row_alignment` ask (row_length.py). With `decode_images=False` images are
     decoded and thrown away: a rank that needs no pixels must substitute exactly what the ranks with
     pixels substitute, and only decoding tells. Raises ConfigError for an impossible mixture.
     """
@@ -44,6 +45,7 @@ class TrainingDataset(Dataset):
         tokenizer: Tokenizer,
         tokens_per_image: int,
         image_size: int,
+        row_alignment: int,
         decode_images: bool = True,
     ):
         self.datasets = datasets
@@ -57,7 +59,7 @@ class TrainingDataset(Dataset):
         self._config = config
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
-        self._image_size = image_size
+        self._image_size, self._row_alignment = image_size, row_alignment
         self._decode_images = decode_images
         self._prefetcher = Prefetcher(self.datasets, self.order)
 
@@ -67,7 +69,8 @@ class TrainingDataset(Dataset):
         bad: list[BadSample] = []
         measured = defaultdict(float, read_retries=-self._retries())
         samples = [self.sample(sample_index, bad, measured) for sample_index in sample_indices]
-        batch = collate(samples, self._image_size if self._decode_images else 0)
+        image_size = self._image_size if self._decode_images else 0
+        batch = collate(samples, image_size, self._row_alignment)
         measured["read_retries"] += self._retries()
         batch.bad_samples, batch.measurements = bad, measured
         return batch

@@ -20,7 +20,8 @@ class ValidationDataset(Dataset):
 
     It holds `samples` samples spread evenly over a data set, or all of it for 0. A number from
     `len(self)` on is an empty row without targets, which fills a batch up. A sample that cannot be
-    used is an empty row too, listed among the batch's `bad_samples`. With `decode_images=False`
+    used is an empty row too, listed among the batch's `bad_samples`. Batches are as long as their
+    longest row and `row_alignment` ask. With `decode_images=False`
     images are decoded and thrown away, so that all ranks of a model find the same samples bad.
     """
 
@@ -33,13 +34,14 @@ class ValidationDataset(Dataset):
         tokens_per_image: int,
         sequence_length: int,
         image_size: int,
+        row_alignment: int,
         decode_images: bool = True,
     ):
         self.dataset = dataset
         self._count = min(samples, len(dataset)) if samples else len(dataset)
         self._tokenizer, self._tokens_per_image = tokenizer, tokens_per_image
         self._sequence_length, self._image_size = sequence_length, image_size
-        self._decode_images = decode_images
+        self._row_alignment, self._decode_images = row_alignment, decode_images
 
     def __len__(self) -> int:
         return self._count
@@ -48,7 +50,8 @@ class ValidationDataset(Dataset):
         """The batch of these samples; raises ShardError and StorageError as reading does."""
         bad: list[BadSample] = []
         samples = [self._sample(number, bad) for number in numbers]
-        batch = collate(samples, self._image_size if self._decode_images else 0)
+        image_size = self._image_size if self._decode_images else 0
+        batch = collate(samples, image_size, self._row_alignment)
         batch.bad_samples = bad
         return batch
 

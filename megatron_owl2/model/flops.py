@@ -16,12 +16,14 @@ from megatron_owl2.model.parts import FLOPS_GROUPS, STACKS, part_of
 class Load:
     """Content of some samples, without padding.
 
-    `pairs`: queries and the keys each of them sees in the decoder, n (n + 1) / 2 for n tokens.
+    `targets`: tokens that the loss asks the output layer for. `pairs`: queries and the keys each of
+    them sees in the decoder, n (n + 1) / 2 for n tokens.
     """
 
     images: int
     tokens: int  # of text and of vision
     vision_tokens: int
+    targets: int
     pairs: int
 
 
@@ -106,7 +108,7 @@ def _products(model: ModelConfig, load: Load) -> Iterator[_Product]:
             ("mlp.linear_fc2", width * decoder.ffn_size),
         ):
             yield _Product(f"{prefix}.{name}.weight", numel, load.tokens)
-    yield _Product("output_layer.weight", width * decoder.padded_vocab_size, load.tokens)
+    yield _Product("output_layer.weight", width * decoder.padded_vocab_size, load.targets)
 
 
 def _attention(model: ModelConfig, load: Load) -> Iterator[tuple[str, int, int]]:

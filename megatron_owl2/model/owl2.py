@@ -53,7 +53,7 @@ class Owl2(MegatronModule):
                 inputs=size,
                 outputs=rows,
                 init_std=model.init_std,
-                sequence_parallel=True,
+                share_input=True,  # `head` brings it, before it chooses rows
                 padding=padding,
             )
             self.output_layer = ColumnLinear(context, spec)
@@ -76,16 +76,18 @@ class Owl2(MegatronModule):
         modality: torch.Tensor,
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
+        target_index: torch.Tensor | None = None,
         local_vision_token_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A micro-batch, as `data.batch.Batch` has it, through this chunk.
 
         tokens, modality, position_ids, labels int64 [b, s]; image uint8 or normalised float [n, 3,
-        H, W]; vision_token_index int64 [images in the text * tokens per image]. Images beyond those
-        that own rows take part in the backward pass with zero gradient. Under context parallelism
-        all but tokens, image and vision_token_index are this rank's share (`Batch.local_to`).
-        Returns hidden states [s, b, h] on all but the last pipeline stage; there the loss per token
-        fp32 [b, s], or without labels the logits [b, s, vocab]."""
+        H, W]; vision_token_index int64 [images in the text * tokens per image], target_index int64
+        [n], given with labels. Images beyond those that own rows take part in the backward pass
+        with zero gradient. Under context parallelism all but tokens, image and vision_token_index
+        are this rank's share (`Batch.local_to`). Returns hidden states [s, b, h] on all but the
+        last pipeline stage; there the losses of the rows in target_index, fp32 [n], or without
+        labels the logits of all rows [b, s, vocab]."""
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:
@@ -95,11 +97,12 @@ class Owl2(MegatronModule):
         x = self.hidden_states(x, modality, rows, position_ids)
         if not self.post_process:
             return x
-        logits = self.head(x)
         if labels is None:
-            return self.gather_logits(logits).transpose(0, 1)
-        tp = self.context.groups.tp
-        return self.elementwise.cross_entropy(logits, labels.t().contiguous(), tp).t()
+            return self.gather_logits(self.head(x)).transpose(0, 1)
+        assert target_index is not None, "labels come with the index of those that are targets"
+        targets = labels.t().flatten().index_select(0, target_index)
+        logits = self.head(x, target_index)
+        return self.elementwise.cross_entropy(logits, targets, self.context.groups.tp)
 
     def hidden_states(
         self,
@@ -119,11 +122,14 @@ class Owl2(MegatronModule):
         split = Modality.of(modality, vision_token_index, self.context)
         return self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
 
-    def head(self, x: torch.Tensor) -> torch.Tensor:
+    def head(self, x: torch.Tensor, target_index: torch.Tensor | None = None) -> torch.Tensor:
         """Final norm and output layer: hidden states [s, b, h] to this rank's logits [s, b, padded
-        vocab/tp], which `gather_logits` makes whole. Those of padding are -inf, so that a loss does
-        not see them."""
-        logits = self.output_layer(self.final_norm(x))
+        vocab/tp], or [n, padded vocab/tp] of the n rows in target_index, which `gather_logits`
+        makes whole. Those of padding are -inf, so that a loss does not see them."""
+        x = self.context.copy_to_tensor_parallel(self.final_norm(x))
+        if target_index is not None:
+            x = x.flatten(0, 1).index_select(0, target_index)
+        logits = self.output_layer(x)
         used = self.model.decoder.vocab_size - self.context.groups.tp.rank() * logits.shape[-1]
         if used < logits.shape[-1]:
             logits[..., max(used, 0) :] = float("-inf")

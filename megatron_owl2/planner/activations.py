@@ -266,7 +266,8 @@ def _cost(
 
 
 def example_batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, ...]:
-    """The arguments of `Owl2.forward` for `rows` rows with an image each, all zeros."""
+    """The arguments of `Owl2.forward` for `rows` rows with an image each, all zeros; all that is
+    not the image is a target."""
     length, size = config.data.sequence_length, config.model.vision.image_size
     context, vision = config.parallel.context, rows * config.model.tokens_per_image
     share = [torch.zeros(rows, length // context, dtype=torch.int64) for _ in range(3)]
@@ -275,7 +276,8 @@ def example_batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, ...]:
         torch.zeros(rows, 3, size, size, dtype=torch.uint8),
         torch.zeros(vision, dtype=torch.int64),
         *share,  # modality, positions, labels
-        # The zig-zag order gives every rank its share of the vision tokens, more or less.
+        # The zig-zag order gives every rank its share of targets and vision, more or less.
+        torch.zeros(-(-(rows * length - vision) // context), dtype=torch.int64),
         torch.zeros(-(-vision // context), dtype=torch.int64),
     )
 

@@ -55,11 +55,13 @@ class RunCosts:
 
 
 def full_load(config: RunConfig, samples: int, tokens: int | None = None) -> flops.Load:
-    """Samples with an image each, of `tokens` tokens; without it as long as they may be."""
+    """Samples with an image each, of `tokens` tokens; without it as long as they may be. All that
+    is not the image is learnt, as of a caption."""
     length = config.data.sequence_length if tokens is None else tokens
     return flops.Load(
         images=samples,
         tokens=samples * length,
         vision_tokens=samples * config.model.tokens_per_image,
+        targets=samples * (length - config.model.tokens_per_image),
         pairs=samples * length * (length + 1) // 2,
     )

@@ -1,10 +1,9 @@
-"""Verification that the ranks of one model-parallel group trained on the same samples.
+"""Verification that the ranks of one model train on the same samples.
 
 Every rank reads for itself. A copy of the data that is damaged on one node would make that rank
-substitute other samples than its peers, which nothing else would notice.
+substitute other samples than its peers, which nothing else would notice, or which would end in
+collectives of different sizes.
 """
-
-from collections.abc import Sequence
 
 import torch
 from xxhash import xxh3_64_intdigest
@@ -14,34 +13,35 @@ from megatron_owl2.errors import DataError
 
 
 class SampleConsistencyCheck:
-    """Digest of the keys of all micro-batches, compared over the ranks that share one model.
+    """Digest of the keys and lengths of all micro-batches, compared over the ranks of one model.
 
-    These are the ranks reached by going through the `groups` one after the other.
+    `group` is that of `mcore.host_group`, or None where every rank has a model of its own.
     """
 
-    def __init__(self, groups: Sequence[torch.distributed.ProcessGroup], device: torch.device):
-        self._groups = [group for group in groups if group.size() > 1]
-        self._device = device
+    def __init__(self, group: torch.distributed.ProcessGroup | None):
+        self._group = group
         self._digest = 0
+        self._newest: list[int] = []
 
     def add(self, batch: Batch) -> None:
         """Take note of a micro-batch."""
-        identity = f"{self._digest} {batch.sample_indices.tolist()} {batch.keys}"
+        self._newest = batch.sample_indices.tolist()
+        identity = f"{self._digest} {self._newest} {batch.keys} {batch.lengths.tolist()}"
         digest = xxh3_64_intdigest(identity.encode())
         self._digest = digest >> 2  # fits a signed integer, negated too
 
-    def verify(self, step: int) -> None:
-        """Compare since the start; all ranks together. Raises DataError if a rank differs."""
-        if not self._groups:
+    def verify(self) -> None:
+        """Compare since the start; all ranks of the model together, and before anything is computed
+        of the newest micro-batch. Raises DataError if a rank differs."""
+        if self._group is None:
             return
-        pair = torch.tensor([self._digest, -self._digest], device=self._device)
-        for group in self._groups:
-            torch.distributed.all_reduce(pair, torch.distributed.ReduceOp.MAX, group=group)
+        pair = torch.tensor([self._digest, -self._digest])
+        torch.distributed.all_reduce(pair, torch.distributed.ReduceOp.MAX, group=self._group)
         largest, negated_least = pair.tolist()
         if largest != -negated_least:
-            ranks = [torch.distributed.get_process_group_ranks(group) for group in self._groups]
+            ranks = torch.distributed.get_process_group_ranks(self._group)
             raise DataError(
-                f"the ranks {' and '.join(map(str, ranks))} of one model did not read the same "
-                f"samples up to step {step}: a copy of the data or a cache is damaged on one of "
-                "their nodes; run tools/check_data.py there"
+                f"the ranks {ranks} of one model did not read the same samples, up to sample "
+                f"{self._newest[-1]}: a copy of the data or a cache is damaged on one of their "
+                "nodes; run tools/check_data.py there"
             )

@@ -50,6 +50,8 @@ def _run_schedule(
     *,
     forward_only: bool,
 ) -> torch.Tensor:
+    first = next(batches)  # under pipeline parallelism all are as long, as the schedules ask
+    batches = itertools.chain([first], batches)
     # Every chunk of a virtual pipeline asks for every micro-batch.
     iterators = list(itertools.tee(batches, len(chunks))) if len(chunks) > 1 else batches
     results = get_forward_backward_func()(
@@ -57,7 +59,7 @@ def _run_schedule(
         data_iterator=iterators,
         model=list(chunks),
         num_microbatches=micro_batches,
-        seq_length=config.data.sequence_length,
+        seq_length=first.length,
         micro_batch_size=config.train.micro_batch_size,
         forward_only=forward_only,
     )
@@ -97,24 +99,28 @@ def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
         batch.modality,
         batch.position_ids,
         batch.labels,
+        batch.target_index,
         batch.local_vision_token_index,
     )
     return output, partial(_summed_loss, batch)
 
 
 def _summed_loss(batch: Batch, losses: torch.Tensor):
-    """Sum over the targets; megatron-core divides the gradients once by the global number."""
-    masked = losses * batch.loss_mask
+    """Sum of the losses [n] of target_index; megatron-core divides the gradients once by the global
+    number of targets."""
+    mask = batch.loss_mask.t().flatten().index_select(0, batch.target_index)
+    masked = losses * mask
     rows = len(batch.tokens)
-    with_image = torch.zeros(rows, 1, device=losses.device)
+    with_image = torch.zeros(rows, device=losses.device)
     with_image[batch.vision_token_index % rows] = 1.0
-    targets = batch.loss_mask.sum()
+    with_image = with_image.index_select(0, batch.target_index % rows)
+    targets = mask.sum()
     sums = torch.stack(
         [
             masked.sum(),
             targets,
             (masked * with_image).sum(),
-            (batch.loss_mask * with_image).sum(),
+            (mask * with_image).sum(),
         ]
     )
     return masked.sum(), targets.int(), {"sums": sums.detach().double()}

@@ -12,15 +12,18 @@ from types import TracebackType
 import torch
 
 from megatron_owl2.config.load import save_config
+from megatron_owl2.config.machine import warn_of_slow_settings
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate import validate
 from megatron_owl2.data import bad_samples
 from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.sampling import phases
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import load_tokenizer
 from megatron_owl2.errors import CheckpointError, ConfigError, DivergedError
 from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.host_group import model_group_on_host
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels.user_buffers import user_buffers
 from megatron_owl2.model.owl2 import build
@@ -161,7 +164,6 @@ class Trainer:
 
     def log(self, norm: float, norms: dict[str, float], validation: list[dict] | None) -> None:
         """Write the row of the interval that ends here."""
-        self.consistency.verify(self.state.step)
         self.metrics.write(
             self.state.step,
             grad_norm=norm,
@@ -197,11 +199,12 @@ class Trainer:
         """Join the process groups; reads the tokenizer, so that a wrong one is refused first."""
         config = self.config
         # A rank that hangs is for the watchdog to show, before those that wait for it give up.
-        patience = max(30, math.ceil(config.health.step_timeout / 60) + 5)
-        self.groups = setup.initialize(config.parallel, timeout_minutes=patience)
+        self.patience = max(30, math.ceil(config.health.step_timeout / 60) + 5)  # minutes
+        self.groups = setup.initialize(config.parallel, timeout_minutes=self.patience)
         self.rank = torch.distributed.get_rank()
         self.main = self.rank == 0
         _logger.info("%s", setup.describe_ranks())
+        warn_of_slow_settings(config)
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
 
     def build_model(self) -> None:
@@ -280,6 +283,8 @@ class Trainer:
         per_rank = config.train.global_batch_size // groups.dp.size()
         self.micro_batches = per_rank // config.train.micro_batch_size
         decode_images = self.chunks[0].pre_process
+        # Pipeline stages exchange tensors of one shape; asking for it would wait for the device.
+        group = self.micro_batches if groups.pp.size() > 1 else 1
         loader = build_loader(
             config.data,
             self.datasets,
@@ -287,16 +292,18 @@ class Trainer:
             tokenizer=self.tokenizer,
             tokens_per_image=config.model.tokens_per_image,
             image_size=config.model.vision.image_size,
+            row_alignment=row_alignment(config),
             micro_batch_size=config.train.micro_batch_size,
             start_sample=self.state.consumed_samples,
             data_parallel_rank=groups.dp.rank(),
             data_parallel_size=groups.dp.size(),
             decode_images=decode_images,
             bad_sample_log=bad_samples.path_of(self.output, self.rank) if first else None,
+            taken_at_once=group,
         )
-        self.consistency = SampleConsistencyCheck([groups.mp, groups.cp], setup.device())
+        consistency = SampleConsistencyCheck(model_group_on_host(groups, self.patience))
         share = groups.cp.rank(), groups.cp.size()
-        self.batches = DataIterator(loader, setup.device(), self.consistency, share)
+        self.batches = DataIterator(loader, setup.device(), consistency, share, group)
         self._closing.callback(self.batches.close)
         self.validator = Validator(config, groups, self.tokenizer, decode_images=decode_images)
         self._closing.callback(self.validator.close)

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.shards.dataset import open_dataset
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.validation_dataset import ValidationDataset
@@ -41,6 +42,9 @@ class Validator:
     ):
         self._config, self._groups = config, groups
         parallel = config.parallel
+        # Pipeline stages exchange tensors of one shape, and all micro-batches are one schedule.
+        one_shape = config.data.sequence_length if parallel.pipeline > 1 else None
+        alignment = one_shape or row_alignment(config)
         self._named: set[tuple[str, int]] = set()  # bad samples that were logged
         self._model_ranks = parallel.tensor * parallel.pipeline * parallel.context
         paths = config.validation.sources if config.validation.interval else []
@@ -53,6 +57,7 @@ class Validator:
                 tokens_per_image=config.model.tokens_per_image,
                 sequence_length=config.data.sequence_length,
                 image_size=config.model.vision.image_size,
+                row_alignment=alignment,
                 decode_images=decode_images,
             )
             for dataset in datasets

@@ -7,7 +7,7 @@ import tiny_run
 import torch
 
 from megatron_owl2.config.load import load_config, save_config
-from megatron_owl2.config.machine import check_machine
+from megatron_owl2.config.machine import check_machine, warn_of_slow_settings
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate import validate
 from megatron_owl2.config.validate_model import validate_model
@@ -170,6 +170,16 @@ def test_nsys_without_a_gpu(run_yaml):
     config = load_config(run_yaml, ["watch.profiler=nsys"])
     with pytest.raises(ConfigError, match="nsys needs a GPU, .*; use watch.profiler=torch"):
         check_machine(config)
+
+
+def test_local_context_parallelism_on_a_gpu_is_warned_of(run_yaml, monkeypatch, caplog):
+    te, context = "kernels.backend=transformer_engine", "parallel.context=2"
+    for overrides, on_gpu in (([], True), ([context], False), ([context, te], True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda seen=on_gpu: seen)
+        warn_of_slow_settings(load_config(run_yaml, overrides))
+    assert not caplog.records
+    warn_of_slow_settings(load_config(run_yaml, [context]))
+    assert te in caplog.text
 
 
 def test_validation_on_data_that_is_there(run_yaml, tmp_path):

@@ -200,12 +200,12 @@ def test_a_random_start_is_the_same_whatever_the_multiple():
 
 
 def test_operations_count_the_rows_that_are_computed():
-    load = Load(tokens=10, vision_tokens=5, pairs=55, images=1)
+    load = Load(tokens=10, vision_tokens=5, targets=4, pairs=55, images=1)
     plain, padded = (
         sum(training_flops(small_model(multiple), load, {"output_layer.weight"}).values())
         for multiple in (1, 16)
     )
-    assert padded - plain == 6 * 11 * 32 * 10  # forward, and both gradients
+    assert padded - plain == 6 * 11 * 32 * 4  # forward, and both gradients
 
 
 def test_a_split_that_does_not_fit_names_the_multiple():

@@ -157,7 +157,7 @@ def batch_of(*records: Record, image_size: int = 4):
         if record.image is not None:
             sample.image = torch.full((3, 4, 4), sample_index, dtype=torch.uint8)
         samples.append(sample)
-    return samples, collate(samples, image_size)
+    return samples, collate(samples, image_size, row_alignment=64)
 
 
 def test_batch_puts_every_image_row_where_it_belongs():

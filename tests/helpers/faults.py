@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
 )
 from torch.distributed.checkpoint import filesystem
 
+from megatron_owl2.data.training_dataset import TrainingDataset
 from megatron_owl2.data.validation_dataset import ValidationDataset
 from megatron_owl2.errors import BadSampleError
 from megatron_owl2.train import main
@@ -154,6 +155,16 @@ def rank_1_is_slow() -> None:
 
     SampleConsistencyCheck.add = slow_add
     step._summed_loss = lambda batch, losses: summed_loss(batch, Slow.apply(losses))
+
+
+def images_of_rank_1_are_damaged() -> None:
+    """All images of its copy of the training data are damaged."""
+
+    def damaged(self, data, sample_index):
+        raise BadSampleError("image cannot be decoded")
+
+    if RANK == "1":
+        TrainingDataset._image = damaged
 
 
 def validation_images_of_rank_1_are_damaged() -> None:

@@ -48,6 +48,7 @@ def loader(
         tokenizer=tokenizer or LetterTokenizer(),
         tokens_per_image=ROWS,
         image_size=SIZE,
+        row_alignment=data.sequence_length,
         micro_batch_size=micro,
         start_sample=start,
         data_parallel_rank=rank,

@@ -14,7 +14,8 @@ from processes import killed_by_errors, run_ranks, single_threaded, torchrun, wa
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.loader import BatchLoader, build_loader
+from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.sampling import phases
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
@@ -123,11 +124,12 @@ def interrupt(
     return subprocess.CompletedProcess(run.args, run.returncode, out)
 
 
-def batches(config: RunConfig, micro_batch_size: int, **options) -> Iterator[Batch]:
-    """What a data-parallel rank reads, the only one by default; `options` are build_loader's."""
+def loader(config: RunConfig, micro_batch_size: int, **options) -> BatchLoader:
+    """Of a data-parallel rank, the only one by default; `options` are build_loader's."""
     datasets = open_sources(config.data)
     one = {"start_sample": 0, "data_parallel_rank": 0, "data_parallel_size": 1}
-    loader = build_loader(
+    one["row_alignment"] = row_alignment(config)
+    return build_loader(
         config.data,
         datasets,
         phases.first_phase(config.data, datasets),
@@ -137,7 +139,11 @@ def batches(config: RunConfig, micro_batch_size: int, **options) -> Iterator[Bat
         micro_batch_size=micro_batch_size,
         **(one | options),
     )
-    return iter(loader)
+
+
+def batches(config: RunConfig, micro_batch_size: int, **options) -> Iterator[Batch]:
+    """What a data-parallel rank reads; see `loader`."""
+    return iter(loader(config, micro_batch_size, **options))
 
 
 def rows(output: Path) -> list[dict]:

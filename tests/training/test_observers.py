@@ -203,7 +203,7 @@ def test_an_image_shows_pixels_and_text_of_its_rows(tmp_path):
     for number, sample in enumerate(samples):
         sample.key, sample.sample_index = f"key{number}", number
     samples[0].image = torch.tensor([200, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
-    batch = collate(samples[::-1], 28)
+    batch = collate(samples[::-1], 28, row_alignment=48)
     text, question = (sample_sheet._words(batch, row, tokenizer) for row in (0, 1))
     green = sample_sheet._TARGET
     assert [word for word, color in question if color == green] == ["1</s>", "yes</s>"]

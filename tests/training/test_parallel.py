@@ -19,7 +19,7 @@ from megatron_owl2.training.checkpoint import directories
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 3
+STEPS, LENGTH = 3, 64
 TP, PP, CP, SP = (
     "parallel.tensor=2",
     "parallel.pipeline=2",
@@ -88,6 +88,7 @@ class Runs:
             "optimizer.lr=1e-3",
             "optimizer.min_lr=1e-3",
             "optimizer.clip_grad=0",
+            f"data.sequence_length={LENGTH}",
         ]
         self._launched = {}
 
@@ -225,6 +226,7 @@ def test_work_is_counted_by_what_the_samples_hold(runs):
             load["images"] += has_image
             load["vision_tokens"] += has_image * config.model.tokens_per_image
             load["tokens"] += length
+            load["targets"] += int(batch.loss_mask[row].sum())
             load["pairs"] += sum(range(length + 1))
     run = runs.of("everything", "one process")
     operations = sum(training_flops(config.model, Load(**load), set(gradients(run))).values())
@@ -245,6 +247,15 @@ def test_micro_batches_without_images_are_first_and_last_and_between(runs):
         patterns += [kinds[first : first + 4] for first in range(0, 4 * STEPS, 4)]
     assert any(p[0] == "t" for p in patterns) and any(p[-1] == "t" for p in patterns)
     assert any("t" in p[1:-1] for p in patterns)
+
+
+def test_micro_batches_of_a_step_differ_in_length(runs):
+    """So that the proof covers it that pipeline stages agree on one length in a step, and that it
+    is none of the configuration."""
+    config = load_config(runs.config, [f"data.sequence_length={LENGTH}"])
+    found = [batch.length for batch in tiny_run.batches(config, 2, limit_samples=8 * STEPS)]
+    steps = [found[first : first + 4] for first in range(0, len(found), 4)]
+    assert any(len(set(step)) > 1 for step in steps) and max(found) < LENGTH, steps
 
 
 def test_bf16_is_close_to_fp32(runs):

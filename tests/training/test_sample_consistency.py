@@ -1,6 +1,8 @@
 """Ranks of one model that read different samples stop, and name each other."""
 
+import faults
 import pytest
+import tiny_run
 import torch
 import torch.multiprocessing
 from streams import config, loader
@@ -15,12 +17,12 @@ pytestmark = pytest.mark.distributed
 def read(rank: int, folders: list[str], store: str, found: str) -> None:
     """One of two ranks; what `verify` said after every step goes into a file."""
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    consistency = SampleConsistencyCheck([torch.distributed.group.WORLD], torch.device("cpu"))
+    consistency = SampleConsistencyCheck(torch.distributed.group.WORLD)
     said = []
-    for step, batch in enumerate(loader(config(folders[rank], weights=(1,)), limit_samples=40), 1):
+    for batch in loader(config(folders[rank], weights=(1,)), limit_samples=40):
         consistency.add(batch)
         try:
-            consistency.verify(step)
+            consistency.verify()
             said.append("")
         except DataError as error:
             said.append(str(error))
@@ -45,8 +47,22 @@ def test_a_damaged_copy_of_the_data_is_noticed(tmp_path, damaged):
         first = next(step for step, text in enumerate(said, 1) if text)
         assert all(said[first - 1 :]) and not any(said[: first - 1])
         assert (
-            f"ranks [0, 1] of one model did not read the same samples up to step {first}"
-            in (said[first - 1])
-        )
+            "ranks [0, 1] of one model did not read the same samples, up to sample "
+            f"{4 * first - 1}:"
+        ) in said[first - 1]
     else:
         assert not any(said)
+
+
+def test_a_run_ends_before_it_computes_rows_of_other_lengths(tmp_path):
+    """Substitutes for what is damaged are longer or shorter; collectives would not fit."""
+    done = tiny_run.train(
+        tiny_run.make(tmp_path),
+        tmp_path / "run",
+        *("parallel.tensor=2", "parallel.sequence=true", "data.max_bad_fraction=1"),
+        processes=2,
+        fault=faults.images_of_rank_1_are_damaged,
+    )
+    assert done.returncode != 0 and not tiny_run.rows(tmp_path / "run")
+    for rank in (0, 1):
+        assert f"error: rank {rank}: the ranks [0, 1] of one model did not read" in done.stderr

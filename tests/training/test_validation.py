@@ -82,6 +82,7 @@ def test_it_is_the_mean_loss_per_target_of_the_model_after_the_step(runs):
         tokens_per_image=config.model.tokens_per_image,
         sequence_length=config.data.sequence_length,
         image_size=config.model.vision.image_size,
+        row_alignment=1,
     )
     losses, targets = {True: 0.0, False: 0.0}, {True: 0, False: 0}
     for number in range(len(source)):
@@ -180,6 +181,7 @@ def test_samples_are_spread_over_the_source(tmp_path):
             tokens_per_image=5,
             sequence_length=48,
             image_size=28,
+            row_alignment=1,
             decode_images=False,
         )
         return [source[[number]].keys[0] for number in range(len(source))]

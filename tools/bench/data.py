@@ -200,6 +200,7 @@ def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, size: int
         tokenizer=tokenizer,
         tokens_per_image=65,
         image_size=size,
+        row_alignment=config.sequence_length,
         micro_batch_size=BATCH,
         start_sample=0,
         data_parallel_rank=0,

@@ -92,7 +92,7 @@ def full_batch(config: RunConfig, seed: int = 0) -> Batch:
         labels[: positions[-1]], modality[positions] = -100, 1
         pixels = torch.from_numpy(chance.integers(0, 256, (3, size, size), np.uint8))
         samples.append(Sample(tokens, labels, modality, length, False, pixels, sample_index))
-    batch = collate(samples, size)
+    batch = collate(samples, size, row_alignment=length)
     return batch if setup.on_cpu() else batch.pin_memory()
 
 
@@ -125,7 +125,9 @@ class Step:
         rows, length = self.config.train.global_batch_size, self.config.data.sequence_length
         images = sum(len(batch.image) for batch in self.batches)
         vision = images * self.config.model.tokens_per_image
-        load = Load(images, rows * length, vision, rows * length * (length + 1) // 2)
+        targets = sum(int(batch.loss_mask.sum()) for batch in self.batches)
+        pairs = rows * length * (length + 1) // 2
+        load = Load(images, rows * length, vision, targets, pairs)
         return sum(training_flops(self.config.model, load, self.trained).values())
 
     def run(self, mark: Callable[[], None]) -> None:

@@ -26,7 +26,7 @@ from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.partition import unshard
 from megatron_owl2.convert.safetensors_io import write_safetensors
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID, target_index
 from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
@@ -124,14 +124,13 @@ class Verification:
         batch = _batch(inputs, expanded, config).to(setup.device())
 
         results = {}
-        logits = _forward(config, self.model, batch, None)
+        logits = _forward(config, self.model, batch, with_labels=False)
         if logits is not None:
             results["logits"] = logits[:, :length]
         if "labels" in inputs:
-            losses = _forward(config, self.model, batch, batch.labels)
+            losses = _forward(config, self.model, batch, with_labels=True)
             if losses is not None:
-                mean = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
-                results["loss"] = mean.reshape(1)
+                results["loss"] = losses.mean().reshape(1)
         if gradients:
             self._wrapped.zero_grad_buffer()
             forward_backward(config, [self._wrapped], iter([batch]), 1)
@@ -257,6 +256,7 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
         position_ids=expanded.position_ids,
         image=images[order],
         vision_token_index=expanded.vision_token_index,
+        target_index=target_index(expanded.labels),
         lengths=expanded.lengths,
         sample_indices=torch.arange(len(expanded.tokens)),
         sources=torch.zeros(len(expanded.tokens), dtype=torch.int64),
@@ -265,13 +265,15 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
 
 
 def _forward(
-    config: RunConfig, model: Owl2, batch: Batch, labels: torch.Tensor | None
+    config: RunConfig, model: Owl2, batch: Batch, *, with_labels: bool
 ) -> torch.Tensor | None:
-    """Logits, or with labels the losses, on the last pipeline stage; None before it."""
+    """Logits, or with labels the losses of the targets, on the last pipeline stage; None before."""
 
     def step(batches, model):
         b = next(batches)
-        output = model(b.tokens, b.image, b.vision_token_index, b.modality, b.position_ids, labels)
+        labelled = (b.labels, b.target_index) if with_labels else ()
+        given = b.tokens, b.image, b.vision_token_index, b.modality, b.position_ids
+        output = model(*given, *labelled)
         return output, lambda output, non_loss_data: output
 
     with torch.no_grad():

@@ -29,6 +29,7 @@ def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
         f"{row['samples_per_second']:,.0f} samples/s",
         f"{row['tokens_per_second']:,.0f} tokens/s",
         *([f"MFU {row['mfu']:.1%}"] if row["mfu"] is not None else []),
+        f"padding {row['padding_share']:.0%}",
         f"data wait {row['data_wait_share']:.0%}",
     ]
     counted = [metric.name for metric in LOADER_METRICS if metric.over_run]

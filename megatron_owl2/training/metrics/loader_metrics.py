@@ -14,12 +14,14 @@ from megatron_owl2.data.batch import Batch
 class Interval:
     """An interval of training between two rows of metrics.jsonl.
 
-    `reads`: samples read, by every rank for itself; `ranks`: of the whole job.
+    `reads`: samples read, by every rank for itself; `ranks`: of the whole job; `tokens`: those that
+    are not padding.
     """
 
     seconds: float
     reads: int
     ranks: int
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,14 @@ def _measured(name: str) -> Callable[[Batch], float]:
 
 LOADER_METRICS = (
     LoaderMetric("tokens", lambda batch: int(batch.lengths.sum()), reported_as="tokens_per_second"),
+    # What the decoder computes for the tokens, padding included.
+    LoaderMetric(
+        "positions",
+        lambda batch: batch.tokens.numel(),
+        reported_as="padding_share",
+        report=lambda total, interval: 1 - interval.tokens / total,
+    ),
+    LoaderMetric("target_tokens", lambda batch: int(batch.loss_mask.sum())),
     LoaderMetric("vision_tokens", lambda batch: len(batch.vision_token_index)),
     # Queries and the keys each of them sees, n (n + 1) / 2 for n tokens.
     LoaderMetric("pairs", lambda batch: int((batch.lengths * (batch.lengths + 1) // 2).sum())),

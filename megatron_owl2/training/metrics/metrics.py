@@ -96,7 +96,8 @@ class Metrics:
         self._interval_started, self._step = now, step
         slowest = self._stragglers.slowest(waited, computed)
         samples = steps * self._config.train.global_batch_size
-        interval = Interval(seconds, samples * self._model_ranks, self._ranks)
+        reads = samples * self._model_ranks
+        interval = Interval(seconds, reads, self._ranks, tokens=totals["tokens"])
         row = {
             "step": step,
             **mean_losses(totals),
@@ -146,6 +147,7 @@ class Metrics:
             images=round(images),
             tokens=round(totals["tokens"]),
             vision_tokens=round(totals["vision_tokens"]),
+            targets=round(totals["target_tokens"]),
             pairs=round(totals["pairs"]),
         )
         operations = sum(training_flops(self._config.model, load, self._trained).values())
