@@ -2,8 +2,8 @@
 
     python tools/bench/startup.py --layers 8
 
-Each way is a process of its own: seconds of a processor, and how far its memory grew. The model is that of the
-7B recipe with fewer layers and a narrower decoder.
+Each way is a process of its own: seconds of a processor, and how far its memory grew. The model is
+that of the 7B recipe with fewer layers and a narrower decoder.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from megatron_owl2.mcore import setup
 
 
 def measure(layers: int, hidden_size: int, initialize: bool) -> dict[str, float]:
-    """Seconds of one processor, MiB of main memory and parameters of a model built in this process."""
+    """Seconds of a processor, MiB of main memory and parameters of a model that is built here."""
     groups = setup.initialize((config := RunConfig()).parallel)
     from megatron_owl2.mcore.parallel import ParallelContext
     from megatron_owl2.model.owl2 import build
