@@ -10,7 +10,7 @@ from megatron_owl2.mcore.parallel import ParallelContext
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Function mode in which the functions of torch.nn.init do nothing, nor torch.randn."""
+    """Function mode in which torch.nn.init does nothing and torch.randn draws nothing."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
