@@ -25,7 +25,7 @@ from megatron_owl2.model.owl2 import build  # noqa: E402
 from megatron_owl2.training import optimizer as optim  # noqa: E402
 from megatron_owl2.training import parameter_groups  # noqa: E402
 from megatron_owl2.training.checkpoint import save_load  # noqa: E402
-from megatron_owl2.training.step import forward_backward, optimizer_step  # noqa: E402
+from megatron_owl2.training.step import forward_backward, gradient_norm, update  # noqa: E402
 
 RUN, FOLDER = map(Path, sys.argv[1:])
 BF16 = ["train.precision=bf16", "train.micro_batch_size=1"]
@@ -65,7 +65,7 @@ class Model:
     def step(self) -> None:
         self.gradients()
         self.scheduler.step(1)
-        optimizer_step(self.optimizer, lambda norm: True)
+        update(self.optimizer, gradient_norm(self.optimizer))
         optim.sync_params(self.wrapped)
 
 
