@@ -36,7 +36,7 @@ if not setup.on_cpu():
 SIZES = {"hidden_size": 16, "num_heads": 4, "ffn_size": 20}
 
 
-def run_config(elementwise: str, precision: str = "fp32", **parallel) -> RunConfig:
+def run_config(elementwise: str, **parallel) -> RunConfig:
     vision = VisionConfig(image_size=28, num_layers=1, **SIZES)
     abstractor = AbstractorConfig(num_queries=2, num_layers=1, num_heads=4, ffn_size=20)
     # Of 30 rows of the vocabulary three are no word's.
@@ -45,7 +45,7 @@ def run_config(elementwise: str, precision: str = "fp32", **parallel) -> RunConf
         model=ModelConfig(vision=vision, abstractor=abstractor, decoder=decoder, init_std=0.1),
         parallel=ParallelConfig(**parallel),
         kernels=KernelConfig(elementwise=elementwise),
-        train=TrainConfig(precision=precision),
+        train=TrainConfig(precision="fp32"),
     )
 
 
@@ -85,13 +85,9 @@ def assert_same(config: RunConfig, tolerance: float) -> int:
     return len(ours)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_loss_and_gradients_are_those_of_torch_under_recomputation(recompute):
     assert assert_same(run_config("fused", recompute=recompute), 1e-5) > 60
-
-
-def test_loss_and_gradients_in_bf16_are_near():
-    assert_same(run_config("fused", precision="bf16"), 0.1)
 
 
 def test_loss_and_gradients_are_those_of_torch_under_tensor_and_sequence_parallelism():
