@@ -24,4 +24,5 @@ def model_group_on_host(
     own, _ = torch.distributed.new_subgroups_by_enumeration(
         ranks.tolist(), timedelta(minutes=timeout_minutes), backend="gloo"
     )
+    assert not isinstance(own, int), "every rank is in one of them"
     return own
