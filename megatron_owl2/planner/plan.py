@@ -23,8 +23,9 @@ class Plan:
     """The plan of one run; lists go by pipeline rank.
 
     `model_flops` is of one step over all GPUs, by part; `again_flops` what recomputation adds.
-    `days` is at `machine.mfu` of the peak under any parallel configuration; `candidates` are
-    the fastest of the `valid` parallel configurations that fit.
+    `days` is at `machine.mfu` of the peak under any parallel configuration; `by_recompute` is the
+    config with every kind of recomputation; `candidates` are the fastest of the `valid` parallel
+    configurations that fit.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class Plan:
     again_flops: float
     tokens: int
     time: StepTime
+    by_recompute: dict[str, Candidate]
     candidates: list[Candidate]
     valid: int
 
@@ -49,6 +51,14 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory[self.fullest].total <= self.machine.usable
+
+    @property
+    def remedy(self) -> str | None:
+        """Overrides with which a config fits that does not: the least recomputation that is
+        enough, else the fastest parallel configuration; None if there are none."""
+        kinds = self.by_recompute.values()
+        fitting = [c for c in kinds if c.memory.total <= self.machine.usable] or self.candidates
+        return search.overrides(fitting[0].config, self.config) if fitting else None
 
     def mfu(self, time: StepTime) -> float:
         """Model FLOPs per second of a step over the peak of all GPUs."""
@@ -71,17 +81,24 @@ class Plan:
             shown["total"] = rank.total
         del tree["candidates"]
         tree["layouts"] = [  # the name that readers of the JSON know
-            {
-                "overrides": search.overrides(candidate.config, self.config),
-                "memory": dataclasses.asdict(candidate.memory) | {"total": candidate.memory.total},
-                "time": dataclasses.asdict(candidate.time) | {"total": candidate.time.total},
-                "mfu": self.mfu(candidate.time),
-            }
-            for candidate in self.candidates
+            {"overrides": search.overrides(c.config, self.config), **self._candidate_json(c)}
+            for c in self.candidates
         ]
+        tree["by_recompute"] = {
+            kind: {"fits": c.memory.total <= self.machine.usable, **self._candidate_json(c)}
+            for kind, c in self.by_recompute.items()
+        }
         tree["time"] |= {"total": self.time.total}
         tree["mfu"] = self.mfu(self.time)
         return tree
+
+    def _candidate_json(self, candidate: Candidate) -> dict:
+        memory, time = candidate.memory, candidate.time
+        return {
+            "memory": dataclasses.asdict(memory) | {"total": memory.total},
+            "time": dataclasses.asdict(time) | {"total": time.total},
+            "mfu": self.mfu(time),
+        }
 
 
 def plan_run(
@@ -119,6 +136,7 @@ def plan_run(
         again_flops=sum(again.values()),
         tokens=length if tokens is None else tokens,
         time=timing.step_time(run, machine, costs),
+        by_recompute=search.by_recompute(run, machine, costs),
         candidates=candidates,
         valid=valid,
     )
