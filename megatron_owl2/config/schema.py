@@ -15,6 +15,7 @@ ModalitySplit = Literal["input_norm", "key_value", "mlp_norm"]
 MODALITY_SPLIT: tuple[ModalitySplit, ...] = get_args(ModalitySplit)
 Recompute = Literal["none", "selective", "full"]
 Backend = Literal["local", "transformer_engine"]
+Elementwise = Literal["auto", "plain", "fused"]
 Precision = Literal["fp32", "bf16"]
 
 # Beyond every model: more is a mistake, which otherwise shows after minutes or in lost memory.
@@ -122,10 +123,14 @@ class ParallelConfig:
 
 @dataclass
 class KernelConfig:
-    """Kernels of the decoder's layers; ViT and abstractor stay on torch in `train.precision`."""
+    """Kernels of the decoder's layers; the GEMMs and attention of ViT and abstractor stay on torch
+    in `train.precision`."""
 
     backend: Backend = "local"  # local: torch and megatron-core's own linears
     fp8: FP8 = "none"  # recipe of the linears' GEMMs, of transformer_engine only
+    # Norms, rotary positions, activations and the loss: by torch or by Triton kernels; auto takes
+    # these on a GPU.
+    elementwise: Elementwise = "auto"
 
 
 @dataclass

@@ -24,7 +24,8 @@ class LinearSpec:
     splits sequences. `share_input`: the input comes from `ParallelContext.copy_to_tensor_parallel`
     and is read by other linears too. `stride`: the weight is so many equal blocks, each split over
     the ranks (2 for gate and up). `padding`: so many of the `outputs`, the last, are of no use;
-    their weights start at zero. The last three are for column linears, `padding` for the one here.
+    their weights start at zero. `skip_bias`: the bias is for who reads the output to add. The last
+    four are for column linears, `padding` and `skip_bias` for the one here.
     """
 
     inputs: int
@@ -35,6 +36,7 @@ class LinearSpec:
     share_input: bool = False
     stride: int = 1
     padding: int = 0
+    skip_bias: bool = False
 
     def __post_init__(self):
         if self.share_input and self.sequence_parallel:
@@ -52,6 +54,7 @@ class ColumnLinear(ColumnParallelLinear):
             init_method=normal_init(spec.init_std, spec.padding),
             bias=spec.bias,
             stride=spec.stride,
+            skip_bias_add=spec.skip_bias,
             disable_grad_reduce=spec.share_input,
             tp_group=context.groups.tp,
         )

@@ -57,6 +57,7 @@ class ParallelContext:
         self.dtype = dtype
         self.recompute = parallel.recompute
         self.backend = config.kernels.backend
+        self.elementwise = config.kernels.elementwise
         self.fp8_recipe = recipe = FP8_RECIPES.get(config.kernels.fp8)  # None: no FP8
         self.fuses_gradients = fuses_gradients and parallel.recompute != "full"
         self._layers = layers_per_stage(config)

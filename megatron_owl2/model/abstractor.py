@@ -16,7 +16,8 @@ from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, RowLinear
 from megatron_owl2.mcore.parallel import ParallelContext, mark_tensor_parallel
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack, swiglu
+from megatron_owl2.model.kernels.plain import swiglu
+from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
 from megatron_owl2.model.position_tables import image_positions, query_positions
 
 OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatever its config says

@@ -7,7 +7,8 @@ from megatron_owl2.config.schema import DecoderConfig, ModelConfig
 from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels import Kernels, build_kernels
-from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack, swiglu
+from megatron_owl2.model.kernels.elementwise import build_elementwise
+from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 
@@ -90,6 +91,7 @@ class ModalityAttention(nn.Module):
         super().__init__()
         size = model.decoder.hidden_size
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
+        self.elementwise = build_elementwise(context)
         self.qkv = ModalityQKV(context, kernels, model.decoder, model.init_std)
         self.core = kernels.attention(context, number)
         spec = LinearSpec(
@@ -102,12 +104,12 @@ class ModalityAttention(nn.Module):
         if cache is None:
             mixed = self.activation_checkpoint(self._mix, query, key, value, rotary, attention_mask)
         else:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+            query, key = self.elementwise.rotate(query, key, rotary)
             mixed = self.core(query, *cache.extend(key, value), attention_mask)
         return self.linear_proj(mixed)
 
     def _mix(self, query, key, value, rotary, attention_mask):
-        return self.core(rotate(query, rotary), rotate(key, rotary), value, attention_mask)
+        return self.core(*self.elementwise.rotate(query, key, rotary), value, attention_mask)
 
 
 class GatedMLP(nn.Module):
@@ -116,6 +118,7 @@ class GatedMLP(nn.Module):
     def __init__(self, context: ParallelContext, kernels: Kernels, model: ModelConfig):
         super().__init__()
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
+        self.elementwise = build_elementwise(context)
         size, ffn = model.decoder.hidden_size, model.decoder.ffn_size
         options = {"init_std": model.init_std, "sequence_parallel": True}
         gate_up = LinearSpec(inputs=size, outputs=2 * ffn, stride=2, **options)
@@ -125,9 +128,8 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(
-            self.activation_checkpoint(swiglu, *self.linear_fc1(x).chunk(2, dim=-1))
-        )
+        gate_up = self.linear_fc1(x)
+        return self.linear_fc2(self.activation_checkpoint(self.elementwise.swiglu, gate_up))
 
 
 def rotary_tables(
@@ -138,11 +140,5 @@ def rotary_tables(
     exponents = torch.arange(0, size, 2, device=position_ids.device).float() / size
     angles = position_ids.t().unsqueeze(-1).float() / config.rope_theta**exponents
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
+    angles = angles.contiguous()
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn queries or keys [s, b, heads, d] by their positions."""
-    cos, sin = rotary
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-high, low], dim=-1) * sin

@@ -1,4 +1,4 @@
-"""Layer stacks with activation checkpointing, and SwiGLU.
+"""Layer stacks with activation checkpointing.
 
 Layers carry their numbers in the whole model on every pipeline stage.
 """
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils import checkpoint as torch_checkpoint
 
 from megatron_owl2.mcore.parallel import ParallelContext
@@ -67,11 +66,6 @@ class LayerStack(nn.Module):
     def forward(self, layer: nn.Module, *inputs: Any) -> Any:
         """layer(*inputs) of one of the layers, checkpointed under `parallel.recompute=full`."""
         return self.activation_checkpoint(layer, *inputs)
-
-
-def swiglu(gates: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """silu(gates) * values, elementwise, of decoder and abstractor (Shazeer, 2020)."""
-    return F.silu(gates) * values
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

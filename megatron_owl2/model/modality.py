@@ -23,6 +23,7 @@ from megatron_owl2.config.schema import DecoderConfig
 from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels import Kernels
+from megatron_owl2.model.kernels.elementwise import build_elementwise
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Modality:
         cls, modality: torch.Tensor, vision_token_index: torch.Tensor, context: ParallelContext
     ) -> "Modality":
         """From a batch's `modality` [b, s] and `vision_token_index` [n]."""
-        is_vision = modality.bool().t().unsqueeze(-1)
+        is_vision = modality.bool().t().contiguous().unsqueeze(-1)
         return cls(context.sequence_slice(is_vision), vision_token_index)
 
 
@@ -60,60 +61,16 @@ class ModalityNorm(nn.Module):
 
     def __init__(self, context: ParallelContext, hidden_size: int, eps: float, *, split: bool):
         super().__init__()
+        self.elementwise = build_elementwise(context)
         self.eps = eps
         self.weight_text = nn.Parameter(torch.ones(hidden_size, dtype=context.dtype))
         self.weight_vision = nn.Parameter(torch.ones_like(self.weight_text)) if split else None
         context.mark_sequence_parallel(*self.parameters())
 
     def forward(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
-        return _Norm.apply(x, modality.is_vision, self.eps, self.weight_text, self.weight_vision)
-
-
-class _Norm(torch.autograd.Function):
-    """The formula of ModalityNorm, which keeps nothing but x for its backward pass.
-
-    Autograd would keep the normalised x and the chosen weights too, each of x's size.
-    """
-
-    @staticmethod
-    def forward(ctx, x, is_vision, eps, text, vision):
-        ctx.save_for_backward(x, is_vision, text, vision)
-        ctx.eps = eps
-        return _weight(is_vision, text, vision) * rms_normalize(x, eps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, is_vision, text, vision = ctx.saved_tensors
-        renormalize = _renormalize_fused if x.is_cuda else _renormalize
-        normed, grad_x = renormalize(x, grad * _weight(is_vision, text, vision), ctx.eps)
-        rows = (grad.float() * normed).flatten(0, -2)
-        if vision is None:
-            return grad_x, None, None, rows.sum(0).to(text.dtype), None
-        # A product instead of row lists: no row may be of this rank or of this modality.
-        kinds = torch.stack([~is_vision, is_vision]).flatten(1).to(rows.dtype)
-        return grad_x, None, None, *(kinds @ rows).to(text.dtype)
-
-
-def _weight(is_vision, text, vision):
-    return text if vision is None else torch.where(is_vision, vision, text)
-
-
-def _renormalize(x, grad, eps):
-    """The normalised x once more, and the gradient to x from the gradient to it."""
-    normed, grad = x.float(), grad.float()
-    inverse_rms = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
-    normed = normed * inverse_rms
-    along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
-    grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(inverse_rms)
-    return normed.to(x.dtype), grad_x.to(x.dtype)
-
-
-def _renormalize_fused(x, grad, eps):
-    """The same by kernels of torch, fused on a GPU and slower than the formula on a CPU."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        normed = rms_normalize(x, eps)
-    return normed.detach(), torch.autograd.grad(normed, x, grad)[0]
+        return self.elementwise.modality_norm(
+            x, modality.is_vision, self.eps, self.weight_text, self.weight_vision
+        )
 
 
 class ModalityQKV(nn.Module):
@@ -181,8 +138,3 @@ class ModalityQKV(nn.Module):
         padded = F.pad(x, (0, 0, 0, missing)) if missing else x
         projected = linear(padded)[: len(x)]
         return projected.view(len(x), self.groups, 2, self.head_size)
-
-
-def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, computed in fp32, in x's dtype."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps)

@@ -2,7 +2,6 @@
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
@@ -11,7 +10,8 @@ from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, VocabEmbedding
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.decoder import Decoder, KeyValueCache
-from megatron_owl2.model.modality import Modality, rms_normalize
+from megatron_owl2.model.kernels.elementwise import build_elementwise
+from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.vision import VisionModel
 
 
@@ -30,6 +30,7 @@ class Owl2(MegatronModule):
     def __init__(self, context: ParallelContext, model: ModelConfig, chunk: int = 0):
         super().__init__(context.transformer)
         self.context, self.model, self.vp_stage = context, model, chunk
+        self.elementwise = build_elementwise(context)
         pipeline_stage, first, last = context.layer_range(chunk)
         self.pre_process = pipeline_stage == 0
         self.post_process = pipeline_stage == context.num_pipeline_stages - 1
@@ -94,7 +95,8 @@ class Owl2(MegatronModule):
         logits = self.head(x)
         if labels is None:
             return self.gather_logits(logits).transpose(0, 1)
-        return vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t()
+        tp = self.context.groups.tp
+        return self.elementwise.cross_entropy(logits, labels.t().contiguous(), tp).t()
 
     def hidden_states(
         self,
@@ -158,9 +160,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, context: ParallelContext, size: int, eps: float):
         super().__init__()
+        self.elementwise = build_elementwise(context)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size, dtype=context.dtype))
         context.mark_sequence_parallel(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * rms_normalize(x, self.eps)
+        return self.elementwise.rms_norm(x, self.eps, self.weight)

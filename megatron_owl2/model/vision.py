@@ -7,6 +7,7 @@ from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, RowLinear
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.attention import attend
+from megatron_owl2.model.kernels.elementwise import build_elementwise
 from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
 
 
@@ -54,15 +55,19 @@ class VisionLayer(nn.Module):
         self.head_size = size // config.num_heads
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
 
-        def spec(inputs: int, outputs: int) -> LinearSpec:
-            return LinearSpec(inputs=inputs, outputs=outputs, bias=True, init_std=model.init_std)
+        self.elementwise = build_elementwise(context)
+
+        def spec(inputs: int, outputs: int, **options: bool) -> LinearSpec:
+            return LinearSpec(
+                inputs=inputs, outputs=outputs, bias=True, init_std=model.init_std, **options
+            )
 
         self.input_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=context.dtype)
         # Rows grouped by head (its query, key, value), as the official checkpoint has them.
         self.linear_qkv = ColumnLinear(context, spec(size, 3 * size))
         self.linear_proj = RowLinear(context, spec(size, size))
         self.pre_mlp_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=context.dtype)
-        self.linear_fc1 = ColumnLinear(context, spec(size, config.ffn_size))
+        self.linear_fc1 = ColumnLinear(context, spec(size, config.ffn_size, skip_bias=True))
         self.linear_fc2 = RowLinear(context, spec(config.ffn_size, size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -70,9 +75,6 @@ class VisionLayer(nn.Module):
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_size)).unbind(3)
         x = x + self.linear_proj(self.activation_checkpoint(attend, query, key, value))
         wide = self.linear_fc1(self.pre_mlp_layernorm(x))
-        return x + self.linear_fc2(self.activation_checkpoint(quick_gelu, wide))
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), CLIP's activation."""
-    return x * torch.sigmoid(1.702 * x)
+        bias = self.linear_fc1.bias
+        gated = self.activation_checkpoint(self.elementwise.quick_gelu, wide, bias)
+        return x + self.linear_fc2(gated)

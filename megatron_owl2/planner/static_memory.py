@@ -64,8 +64,9 @@ class StaticMemory:
 
 
 def with_local_kernels(config: RunConfig) -> RunConfig:
-    """The same run with torch's kernels, which have the same parameters and run everywhere."""
-    return replace(config, kernels=KernelConfig())
+    """The same run with torch's GEMMs and attention, which have the same parameters and run
+    everywhere."""
+    return replace(config, kernels=KernelConfig(elementwise=config.kernels.elementwise))
 
 
 def model_weights(config: RunConfig) -> list[Weight]:

@@ -23,9 +23,8 @@ from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model import modality
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
-from megatron_owl2.model.kernels import build_kernels
+from megatron_owl2.model.kernels import build_kernels, plain
 from megatron_owl2.model.kernels.local import LocalKernels
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
@@ -164,7 +163,7 @@ def test_norm_in_bf16_rounds_where_llama_rounds(split):
 def test_backward_by_formula_and_by_fused_kernels_agree():
     torch.manual_seed(0)
     x, grad = torch.randn(2, 20, 3, 64)
-    close(modality._renormalize_fused(x, grad, EPS), modality._renormalize(x, grad, EPS))
+    close(plain._renormalize_fused(x, grad, EPS), plain._renormalize(x, grad, EPS))
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -35,8 +35,9 @@ from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.attention import attend
-from megatron_owl2.model.decoder import DecoderLayer, rotary_tables, rotate
+from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
 from megatron_owl2.model.kernels import build_kernels
+from megatron_owl2.model.kernels.plain import rotate
 from megatron_owl2.model.modality import Modality
 
 PRECISION: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16"}
