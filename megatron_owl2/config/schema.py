@@ -114,6 +114,9 @@ class ParallelConfig:
     # Sequence parallelism: between the tensor-parallel linears of the decoder, activations are
     # split along the sequence over the tensor-parallel ranks.
     sequence: bool = False
+    # Communication of tensor-parallel linears in pieces within their GEMMs, through user buffers of
+    # kernels.backend=transformer_engine; needs sequence. Not run on a GPU.
+    tensor_overlap: bool = False
     # Decoder layers of every pipeline stage (pipeline x virtual_pipeline numbers); [] is evenly.
     layers: list[int] = field(default_factory=list)
     # Activation recomputation in the backward pass: of attention and gates, or of whole layers.

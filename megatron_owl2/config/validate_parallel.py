@@ -44,6 +44,11 @@ def validate_parallel(config: RunConfig, world_size: int) -> None:
         "parallel.sequence splits activations over the tensor-parallel ranks; it needs "
         "parallel.tensor > 1",
     )
+    require(
+        not parallel.tensor_overlap or parallel.sequence,
+        "parallel.tensor_overlap overlaps the communication of sequence parallelism; set "
+        "parallel.sequence=true, or parallel.tensor_overlap=false",
+    )
     length = config.data.sequence_length
     require(
         cp == 1 or length % (2 * cp) == 0,
@@ -113,6 +118,11 @@ def _check_kernels(config: RunConfig) -> None:
             "kernels.backend=local",
         )
     require(
+        not config.parallel.tensor_overlap or kernels.backend == "transformer_engine",
+        "parallel.tensor_overlap needs the GEMMs of kernels.backend=transformer_engine; set it, or "
+        "parallel.tensor_overlap=false",
+    )
+    require(
         kernels.fp8 == "none" or kernels.backend == "transformer_engine",
         f"kernels.fp8={kernels.fp8} needs kernels.backend=transformer_engine; with the "
         f"{kernels.backend} one the run would be in bf16",
@@ -127,6 +137,13 @@ def _check_fp8(config: RunConfig, recipe: FP8Recipe) -> None:
     tp, head = parallel.tensor, decoder.hidden_size // decoder.num_heads
     multiple = recipe.gemm_row_alignment
     gathered = recipe.gathered_row_alignment if parallel.sequence else multiple
+    if parallel.tensor_overlap:
+        require(
+            recipe.overlapped_row_alignment is not None,
+            f"parallel.tensor_overlap does not take kernels.fp8={recipe.name}, whose scales user "
+            "buffers do not carry; set parallel.tensor_overlap=false",
+        )
+        gathered = recipe.overlapped_row_alignment
     shards = parallel.context * (tp if parallel.sequence else 1)
     rows = config.data.sequence_length * config.train.micro_batch_size
     where = f"kernels.fp8={recipe.name}"

@@ -5,6 +5,7 @@ A linear takes [..., in] and returns [..., out]; megatron-core's own return a bi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -25,7 +26,8 @@ class LinearSpec:
     and is read by other linears too. `stride`: the weight is so many equal blocks, each split over
     the ranks (2 for gate and up). `padding`: so many of the `outputs`, the last, are of no use;
     their weights start at zero. `skip_bias`: the bias is for who reads the output to add. The last
-    four are for column linears, `padding` and `skip_bias` for the one here.
+    four are for column linears, `padding` and `skip_bias` for the one here. `user_buffer`: its name
+    in Transformer Engine, which `parallel.tensor_overlap` needs.
     """
 
     inputs: int
@@ -37,6 +39,7 @@ class LinearSpec:
     stride: int = 1
     padding: int = 0
     skip_bias: bool = False
+    user_buffer: Literal["proj", "fc1", "fc2"] | None = None
 
     def __post_init__(self):
         if self.share_input and self.sequence_parallel:

@@ -42,10 +42,9 @@ class ParallelContext:
 
     `transformer` is the TransformerConfig of the decoder, which the pipeline schedules and the
     gradient buffers read; ViT and abstractor run without sequence parallelism, so their linears
-    take the copy `replicated`. `fuses_gradients` has the GEMMs of weight gradients add to the
-    buffers of the optimizer, where the backend or apex has the kernel for it; not under full
-    recomputation, where a linear gets its weight back without the marks that tell the gradient
-    buffers of it (saved-tensor hooks return plain tensors), which end in an assertion.
+    take the copy `replicated`. `fuses_gradients` asks that the GEMMs of weight gradients add to the
+    buffers of the optimizer, and as an attribute says whether some do: Transformer Engine's by
+    themselves, local linears where apex's kernel is there.
     """
 
     def __init__(
@@ -59,7 +58,9 @@ class ParallelContext:
         self.backend = config.kernels.backend
         self.elementwise = config.kernels.elementwise
         self.fp8_recipe = recipe = FP8_RECIPES.get(config.kernels.fp8)  # None: no FP8
-        self.fuses_gradients = fuses_gradients and parallel.recompute != "full"
+        local_fusion = fuses_gradients and fused_gradients_found()
+        te_fusion = fuses_gradients and self.backend == "transformer_engine"
+        self.fuses_gradients = local_fusion or te_fusion
         self._layers = layers_per_stage(config)
         interleaved = parallel.virtual_pipeline > 1
         self.transformer = TransformerConfig(
@@ -76,6 +77,7 @@ class ParallelContext:
             batch_p2p_comm=not interleaved,
             context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence,
+            tp_comm_overlap=parallel.tensor_overlap,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,
@@ -85,7 +87,7 @@ class ParallelContext:
             fp8_amax_compute_algo="max",  # one quiet micro-batch must not narrow the range
             use_cpu_initialization=True,  # the same weights for every tensor-parallel size
             calculate_per_token_loss=True,  # micro-batches differ in their number of targets
-            gradient_accumulation_fusion=self.fuses_gradients and fused_gradients_found(),
+            gradient_accumulation_fusion=local_fusion,
             bias_activation_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,

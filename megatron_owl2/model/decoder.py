@@ -95,7 +95,11 @@ class ModalityAttention(nn.Module):
         self.qkv = ModalityQKV(context, kernels, model.decoder, model.init_std)
         self.core = kernels.attention(context, number)
         spec = LinearSpec(
-            inputs=size, outputs=size, init_std=model.init_std, sequence_parallel=True
+            inputs=size,
+            outputs=size,
+            init_std=model.init_std,
+            sequence_parallel=True,
+            user_buffer="proj",
         )
         self.linear_proj = kernels.RowLinear(context, spec)
 
@@ -121,11 +125,10 @@ class GatedMLP(nn.Module):
         self.elementwise = build_elementwise(context)
         size, ffn = model.decoder.hidden_size, model.decoder.ffn_size
         options = {"init_std": model.init_std, "sequence_parallel": True}
-        gate_up = LinearSpec(inputs=size, outputs=2 * ffn, stride=2, **options)
+        gate_up = LinearSpec(inputs=size, outputs=2 * ffn, stride=2, user_buffer="fc1", **options)
         self.linear_fc1 = kernels.ColumnLinear(context, gate_up)
-        self.linear_fc2 = kernels.RowLinear(
-            context, LinearSpec(inputs=ffn, outputs=size, **options)
-        )
+        down = LinearSpec(inputs=ffn, outputs=size, user_buffer="fc2", **options)
+        self.linear_fc2 = kernels.RowLinear(context, down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self.linear_fc1(x)

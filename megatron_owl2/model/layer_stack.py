@@ -13,11 +13,11 @@ from torch.utils import checkpoint as torch_checkpoint
 from megatron_owl2.mcore.parallel import ParallelContext
 
 
-def checkpoint(function: Callable, *inputs: Any) -> Any:
+def checkpoint(function: Callable, *inputs: Any, use_reentrant: bool = False) -> Any:
     """function(*inputs), computed again in the backward pass; no random state is kept, for nothing
     draws random numbers."""
     return torch_checkpoint.checkpoint(
-        function, *inputs, use_reentrant=False, preserve_rng_state=False
+        function, *inputs, use_reentrant=use_reentrant, preserve_rng_state=False
     )
 
 
@@ -27,17 +27,36 @@ class ActivationCheckpoint:
     `kind` is the `parallel.recompute` that asks for it: "full" for whole layers, "selective" for
     what is large and cheap (attention and gates). The inputs of each micro-batch are captured by
     the call, so any number may be in flight. `checkpoint` is the kernels' way to do it.
+
+    Layers whose GEMMs add weight gradients to the optimizer's buffers are checkpointed reentrantly:
+    without, saved-tensor hooks hand a GEMM its weight as a plain tensor, which has lost the marks
+    that tell the buffers of it. Reentrant checkpointing sees gradients of tensors among the
+    arguments only, and needs one that asks for a gradient.
     """
 
     def __init__(self, context: ParallelContext, kind: str, checkpoint: Callable = checkpoint):
         self.active = context.recompute == kind
+        # What "selective" computes again has no weights.
+        self._keeps_weights = kind == "full" and context.fuses_gradients
         self._checkpoint = checkpoint
 
-    def __call__(self, function: Callable, *inputs: Any) -> Any:
-        """function(*inputs), checkpointed where a backward pass will follow."""
-        if self.active and torch.is_grad_enabled():
+    def __call__(self, function: Any, *inputs: Any) -> Any:
+        """function(*inputs), checkpointed where a backward pass will follow; whole layers are
+        modules."""
+        if not (self.active and torch.is_grad_enabled()):
+            return function(*inputs)
+        if not self._keeps_weights:
             return self._checkpoint(function, *inputs)
-        return function(*inputs)
+        if not any(map(_asks, inputs)) and any(map(_asks, function.parameters())):
+            # The first layer above frozen parameters: a gradient that nobody reads brings the
+            # backward pass here.
+            inputs = (inputs[0].detach().requires_grad_(), *inputs[1:])
+        return self._checkpoint(function, *inputs, use_reentrant=any(map(_asks, inputs)))
+
+
+def _asks(value: Any) -> bool:
+    """Whether an argument or parameter is a tensor that asks for a gradient."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 class LayerStack(nn.Module):

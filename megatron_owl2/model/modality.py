@@ -130,11 +130,10 @@ class ModalityQKV(nn.Module):
     def _project_vision(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Vision rows [n, h] to their keys and values [n, groups, 2, d].
 
-        FP8 GEMMs take rows in multiples, and not none; rows of zeros fill up and leave no gradient.
+        FP8 GEMMs take rows in multiples, and not every library a GEMM of no rows, as a micro-batch
+        of text has; rows of zeros fill up and leave no gradient.
         """
-        missing = -len(x) % self.gemm_row_alignment
-        if self.gemm_row_alignment > 1 and len(x) == 0:
-            missing = self.gemm_row_alignment
+        missing = -len(x) % self.gemm_row_alignment if len(x) else self.gemm_row_alignment
         padded = F.pad(x, (0, 0, 0, missing)) if missing else x
         projected = linear(padded)[: len(x)]
         return projected.view(len(x), self.groups, 2, self.head_size)

@@ -98,6 +98,7 @@ def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
             virtual_pipeline=vp,
             context=cp,
             sequence=tp > 1,
+            tensor_overlap=config.parallel.tensor_overlap and tp > 1,
             layers=[],
             recompute=recompute,
         )
@@ -122,6 +123,7 @@ def _settings(config: RunConfig) -> dict[str, int | str]:
     return {
         "parallel.tensor": parallel.tensor,
         "parallel.sequence": str(parallel.sequence).lower(),
+        "parallel.tensor_overlap": str(parallel.tensor_overlap).lower(),
         "parallel.pipeline": parallel.pipeline,
         "parallel.virtual_pipeline": parallel.virtual_pipeline,
         "parallel.context": parallel.context,

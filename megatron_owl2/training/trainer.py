@@ -22,6 +22,7 @@ from megatron_owl2.data.tokenizer import load_tokenizer
 from megatron_owl2.errors import CheckpointError, ConfigError, DivergedError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.kernels.user_buffers import user_buffers
 from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import fault_tolerance, parameter_groups
 from megatron_owl2.training import optimizer as optim
@@ -196,6 +197,7 @@ class Trainer:
         config, groups = self.config, self.groups
         torch.manual_seed(config.train.seed + groups.pp.rank())
         self.context = ParallelContext(config, groups, fuses_gradients=True)
+        self._closing.enter_context(user_buffers(config, self.context))
         self.chunks = build(self.context, config.model, config.parallel.virtual_pipeline)
         for chunk in self.chunks:
             chunk.to(setup.device())

@@ -66,10 +66,18 @@ def gradients(run, overrides, *, fused):
 @pytest.mark.parametrize("overlap", ["true", "false"])
 def test_the_gradients_are_the_same(run, kernel, recompute, stage, overlap):
     options = [f"parallel.recompute={recompute}", stage, f"parallel.overlap={overlap}"]
+    same_gradients(run, kernel, options)
+
+
+@pytest.mark.parametrize("part", ["vision_model", "abstractor", "decoder"])
+def test_layers_above_frozen_parameters_have_their_gradients(run, kernel, part):
+    same_gradients(run, kernel, ["parallel.recompute=full", f"stage.trainable=['{part}.layers.*']"])
+
+
+def same_gradients(run, kernel, options):
     expected = gradients(run, options, fused=False)
     assert not kernel
     found = gradients(run, options, fused=True)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
-    # Weights lose what marks them on the way through whole layers that are computed again.
-    assert bool(kernel) == (recompute != "full")
+    assert kernel

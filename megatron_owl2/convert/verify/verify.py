@@ -40,6 +40,7 @@ _ONE_PROCESS = [
     "parallel.tensor=1",
     "parallel.pipeline=1",
     "parallel.sequence=false",
+    "parallel.tensor_overlap=false",
     "parallel.recompute=none",
     "parallel.layers=[]",
     "parallel.virtual_pipeline=1",

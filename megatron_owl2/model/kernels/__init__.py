@@ -42,8 +42,9 @@ class Kernels(Protocol):
         """FP8 context of a pass through layer `number`."""
         ...
 
-    def checkpoint(self, function: Callable, *inputs: Any) -> Any:
-        """function(*inputs), computed again in the backward pass with the same scales."""
+    def checkpoint(self, function: Callable, *inputs: Any, use_reentrant: bool = False) -> Any:
+        """function(*inputs), computed again in the backward pass with the same scales;
+        `use_reentrant` as in torch.utils.checkpoint."""
         ...
 
 

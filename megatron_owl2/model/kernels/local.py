@@ -30,8 +30,8 @@ class LocalKernels:
     def layer_fp8_context(self, number: int) -> AbstractContextManager:
         return nullcontext()
 
-    def checkpoint(self, function: Callable, *inputs: Any) -> Any:
-        return checkpoint(function, *inputs)
+    def checkpoint(self, function: Callable, *inputs: Any, use_reentrant: bool = False) -> Any:
+        return checkpoint(function, *inputs, use_reentrant=use_reentrant)
 
 
 class Attention(nn.Module):

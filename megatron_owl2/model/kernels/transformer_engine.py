@@ -50,7 +50,7 @@ class TransformerEngineKernels:
         other = self._config.fp8 and self._config.fp8_recipe != "delayed"
         return get_fp8_context(self._config, number) if other else nullcontext()
 
-    def checkpoint(self, function, *inputs):
+    def checkpoint(self, function, *inputs, use_reentrant=False):
         """function(*inputs) again in the backward pass, with the scales of the first time.
 
         Every layer that is computed again leaves an FP8 context of its own, so delayed scaling
@@ -58,7 +58,7 @@ class TransformerEngineKernels:
         What that adds to the histories are zeros, which move no scale, but so the 1,024 maxima
         reach back 1,024 / (layers of the rank + 1) micro-batches.
         """
-        return te.checkpoint(function, *inputs, use_reentrant=False)
+        return te.checkpoint(function, *inputs, use_reentrant=use_reentrant)
 
 
 def _config(context: ParallelContext, spec: LinearSpec) -> TransformerConfig:
@@ -66,6 +66,8 @@ def _config(context: ParallelContext, spec: LinearSpec) -> TransformerConfig:
     optimizer's buffers by themselves; only local linears need apex's kernel for it."""
     config = copy.copy(context.transformer if spec.sequence_parallel else context.replicated)
     config.gradient_accumulation_fusion = context.fuses_gradients
+    if spec.user_buffer is None:
+        config.tp_comm_overlap = False
     return config
 
 
@@ -82,6 +84,7 @@ class ColumnLinear(TEColumnParallelLinear):
             bias=spec.bias,
             skip_bias_add=False,
             is_expert=False,
+            tp_comm_buffer_name=spec.user_buffer,
             tp_group=context.groups.tp,
             stride=spec.stride,
         )
@@ -108,6 +111,7 @@ class RowLinear(TERowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=False,
             is_expert=False,
+            tp_comm_buffer_name=spec.user_buffer,
             tp_group=context.groups.tp,
         )
 

@@ -1,0 +1,50 @@
+"""User buffers of Transformer Engine: communication of tensor parallelism within the GEMMs.
+
+With `parallel.tensor_overlap` a GEMM is cut into pieces, and each piece is sent while the next is
+computed (module/base.py and module/linear.py of Transformer Engine):
+
+* `linear_proj`, `linear_fc2`: the reduce-scatter of the output, the all-gather of its gradient;
+* `linear_fc1`: the all-gather of the input.
+
+Beside GEMMs, through NCCL and with the switch or without: the second all-gather of the input of
+`linear_fc1` and the reduce-scatter of its gradient, in the backward pass. Alone: the all-gather of
+the input that the projections to queries, keys and values share, and the reduce-scatter of its
+gradient, which are ours (`ParallelContext.copy_to_tensor_parallel`).
+
+Not run on a GPU.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.mcore.parallel import ParallelContext
+
+
+@contextmanager
+def user_buffers(config: RunConfig, context: ParallelContext) -> Iterator[None]:
+    """The buffers of the run, with `parallel.tensor_overlap`; all ranks enter and leave together.
+
+    Transformer Engine keeps them for the process: 12 of [rows of a micro-batch, hidden_size], in
+    bf16 or in bytes for FP8. Their shape is that of every micro-batch.
+    """
+    if not config.parallel.tensor_overlap:
+        yield
+        return
+    from transformer_engine.pytorch.module import base  # pyright: ignore[reportMissingImports]
+
+    rows = config.data.sequence_length // config.parallel.context * config.train.micro_batch_size
+    modes = base.UserBufferQuantizationMode
+    base.initialize_ub(
+        shape=[rows, config.model.decoder.hidden_size],
+        tp_size=context.tensor_parallel_size,
+        quantization_modes=[modes.FP8 if context.fp8_recipe else modes.NONE],
+        dtype=context.dtype,
+        bootstrap_backend=torch.distributed.get_backend(),
+    )
+    try:
+        yield
+    finally:
+        base.destroy_ub()
