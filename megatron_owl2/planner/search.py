@@ -12,8 +12,9 @@ from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import memory, timing
 from megatron_owl2.planner.costs import RunCosts
+from megatron_owl2.planner.machine import Machine
 from megatron_owl2.planner.memory import RankMemory
-from megatron_owl2.planner.timing import Machine, StepTime
+from megatron_owl2.planner.timing import StepTime
 
 RECOMPUTE = get_args(Recompute)  # from the fastest to the one that keeps least
 

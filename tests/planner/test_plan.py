@@ -14,8 +14,8 @@ from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import memory, plan, report, search, timing, traffic
 from megatron_owl2.planner.costs import RunCosts
+from megatron_owl2.planner.machine import Machine
 from megatron_owl2.planner.static_memory import static_memory
-from megatron_owl2.planner.timing import Machine
 
 pytestmark = pytest.mark.slow
 
