@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     setup()
     from megatron_owl2.config.load import load_config
     from megatron_owl2.planner import plan, report
-    from megatron_owl2.planner.timing import Machine
+    from megatron_owl2.planner.machine import Machine
 
     gc.freeze()  # the collector need not look at all of torch again and again
 

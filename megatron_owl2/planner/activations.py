@@ -24,7 +24,7 @@ from megatron_owl2.planner.fake_process_groups import fake_process_groups
 from megatron_owl2.planner.live_memory import LiveMemory, Moment
 from megatron_owl2.planner.meta_device import (
     build_on_meta_device,
-    flash_attention_on_meta_device,
+    run_on_meta_device,
 )
 from megatron_owl2.planner.static_memory import Weight, with_local_kernels
 from megatron_owl2.training import parameter_groups
@@ -165,7 +165,7 @@ def measure_activations(
         found = []
         for count in rows:
             parallel_state.get_global_memory_buffer().buffer.clear()
-            with flash_attention_on_meta_device(), LiveMemory(built, groups) as live:
+            with run_on_meta_device(), LiveMemory(built, groups) as live:
                 found.append(_run(built, small, count, live, received=received))
         return found
 

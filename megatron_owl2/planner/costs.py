@@ -1,26 +1,56 @@
 """Costs of one run under any parallel configuration, each computed once."""
 
+from collections import Counter
+from dataclasses import replace
+
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.model import flops
 from megatron_owl2.model.parts import FLOPS_GROUPS
 from megatron_owl2.planner.activations import ActivationCosts
+from megatron_owl2.planner.elementwise import ElementwiseTraffic
 from megatron_owl2.planner.static_memory import StaticMemory, model_weights, static_memory
 
 
 class RunCosts:
-    """Weights, memory and FLOPs of one run on `world_size` GPUs.
+    """Weights, memory, FLOPs and traffic of one run on `world_size` GPUs.
 
-    The configs that its methods take differ from the given one in nothing but `parallel` and the
-    micro-batch, so that the search for parallel configurations computes nothing twice.
+    Memory is that of full rows; all else is of rows of `mean_length` positions, which is
+    `data.sequence_length` unless micro-batches are cut to their longest row; `tokens` of these are
+    not padding, all of them without it. The configs
+    that its methods take differ from the given one in nothing but `parallel` and the micro-batch,
+    so that the search for parallel configurations computes nothing twice.
     """
 
-    def __init__(self, config: RunConfig, world_size: int):
+    def __init__(
+        self,
+        config: RunConfig,
+        world_size: int,
+        *,
+        tokens: int | None = None,
+        mean_length: int | None = None,
+    ):
         self.world_size = world_size
+        self.mean_length = mean_length or config.data.sequence_length
+        self.padded_share = 1 - (tokens or self.mean_length) / self.mean_length
         self.weights = model_weights(config)
         self.trained = frozenset(weight.name for weight in self.weights if weight.trained)
         self.activations = ActivationCosts(self.weights)
+        full = self.mean_length == config.data.sequence_length
+        self._shorter_activations = self.activations if full else ActivationCosts(self.weights)
+        self.elementwise = ElementwiseTraffic()
         self._static: dict[tuple, list[StaticMemory]] = {}
-        self._flops: dict[tuple, tuple[dict[str, float], dict[str, float]]] = {}
+        self._flops: dict[tuple, tuple[dict[str, float], ...]] = {}
+
+    def shortened(self, config: RunConfig) -> RunConfig:
+        """The config with rows of `mean_length`, rounded up to what its ranks can share."""
+        parallel, full = config.parallel, config.data.sequence_length
+        multiple = 2 * parallel.tensor * parallel.context
+        length = min(full, -(-self.mean_length // multiple) * multiple)
+        return replace(config, data=replace(config.data, sequence_length=length))
+
+    def sent(self, config: RunConfig, pipeline_stage: int) -> Counter[str]:
+        """Bytes that a rank sends in both passes of a micro-batch, by group."""
+        return self._shorter_activations(self.shortened(config), pipeline_stage).sent
 
     def static_memory(self, config: RunConfig) -> list[StaticMemory]:
         """Static memory of the ranks of every pipeline rank, from the first step to the last."""
@@ -30,17 +60,17 @@ class RunCosts:
             self._static[key] = static_memory(config, self.world_size, self.weights)
         return self._static[key]
 
-    def micro_batch_flops(self, config: RunConfig) -> tuple[dict[str, float], dict[str, float]]:
-        """FLOPs of a micro-batch forward and backward, with what is computed again, by
-        FLOPS_GROUPS. Padding counts like tokens."""
+    def micro_batch_flops(self, config: RunConfig) -> tuple[dict[str, float], ...]:
+        """FLOPs of a micro-batch forward, backward and of what is computed again, by FLOPS_GROUPS.
+        Padding counts like tokens."""
         rows, recompute = config.train.micro_batch_size, config.parallel.recompute
         if (rows, recompute) not in self._flops:
-            load = full_load(config, rows)
+            load = full_load(config, rows, self.mean_length)
             forward = flops.training_flops(config.model, load, set())
             both = flops.training_flops(config.model, load, self.trained)
             again = flops.forward_again(config.model, load, self.trained, recompute)
-            backward = {g: both[g] - forward[g] + again[g] for g in FLOPS_GROUPS}
-            self._flops[rows, recompute] = forward, backward
+            backward = {g: both[g] - forward[g] for g in FLOPS_GROUPS}
+            self._flops[rows, recompute] = forward, backward, again
         return self._flops[rows, recompute]
 
     def micro_batches(self, config: RunConfig) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.planner import schedule
 from megatron_owl2.planner.costs import RunCosts
-from megatron_owl2.planner.static_memory import BYTES, StaticMemory
+from megatron_owl2.planner.static_memory import StaticMemory, optimizer_share
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,5 @@ def per_pipeline_rank(config: RunConfig, costs: RunCosts) -> list[RankMemory]:
         tasks = schedule.order(rank, parallel.pipeline, parallel.virtual_pipeline, rounds)
         peak = schedule.peak_memory(tasks, [c.kept for c in chunks], [c.working for c in chunks])
         peak += max(chunk.shared for chunk in chunks)
-        moments = held.optimizer // (12 if BYTES[config.train.precision] == 2 else 8) * 4
-        found.append(RankMemory(held, peak, moments))
+        found.append(RankMemory(held, peak, 4 * optimizer_share(config, held)))
     return found

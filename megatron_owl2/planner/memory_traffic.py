@@ -28,7 +28,7 @@ from megatron_owl2.planner.live_memory import LiveMemory
 from megatron_owl2.planner.meta_device import (
     META,
     build_on_meta_device,
-    flash_attention_on_meta_device,
+    run_on_meta_device,
 )
 from megatron_owl2.planner.static_memory import with_local_kernels
 from megatron_owl2.training import parameter_groups
@@ -100,7 +100,7 @@ def layer_traffic(config: RunConfig) -> dict[str, LayerTraffic]:
             built = Owl2(context, small.model)
         for name, parameter in built.named_parameters():
             parameter.requires_grad = parameter_groups.is_trainable(name, small.stage)
-        with flash_attention_on_meta_device(), _torch_norm_on_meta_device():
+        with run_on_meta_device(), _torch_norm_on_meta_device():
             return {
                 name: _measure(built, context, function, inputs)
                 for name, (function, inputs) in _passes(built, context, small).items()

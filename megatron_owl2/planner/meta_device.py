@@ -19,14 +19,21 @@ def build_on_meta_device() -> Iterator[None]:
 
 
 @contextmanager
-def flash_attention_on_meta_device() -> Iterator[None]:
-    """Context in which attention on the meta device is flash attention.
+def run_on_meta_device() -> Iterator[None]:
+    """Context in which passes on the meta device are those of a GPU, and no GPU is touched.
 
-    torch itself would choose the plain formula there, which keeps all scores.
+    megatron-core gathers into tensors on the current CUDA device, which is the meta device here,
+    whatever GPUs torch sees. Attention is flash attention; torch itself would choose the plain
+    formula there, which keeps all scores.
     """
-    with _scoped_library("aten", "IMPL") as library:
-        library.impl("scaled_dot_product_attention", _flash_attention, "AutogradMeta")
-        yield
+    current_device = torch.cuda.current_device
+    torch.cuda.current_device = lambda: META  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with _scoped_library("aten", "IMPL") as library:
+            library.impl("scaled_dot_product_attention", _flash_attention, "AutogradMeta")
+            yield
+    finally:
+        torch.cuda.current_device = current_device
 
 
 def _flash_attention(

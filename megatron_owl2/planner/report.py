@@ -8,12 +8,12 @@ _GIB = 2**30
 
 def text(plan: Plan) -> str:
     """The whole plan, for a terminal 100 characters wide."""
-    sections = (_head, _memory, _work, _traffic, _candidates, _notes)
+    sections = (_head, _memory, _work, _traffic, _recompute, _candidates, _notes)
     return "\n\n".join("\n".join(section(plan)) for section in sections)
 
 
 def verdict(plan: Plan) -> str:
-    """One line on whether the config itself fits, and by how much."""
+    """One line on whether the config itself fits, by how much, and else what to set."""
     rank, machine = plan.fullest, plan.machine
     need = plan.memory[rank].total / _GIB
     have = machine.usable / _GIB
@@ -21,7 +21,8 @@ def verdict(plan: Plan) -> str:
     sizes = f"{need:.1f} GiB{where} of {machine.memory_gib:g} - {machine.reserve_gib:g} GiB reserve"
     if plan.fits:
         return f"this configuration fits: {sizes}, {have - need:.1f} GiB are left"
-    return f"this configuration does NOT fit: {sizes}, {need - have:.1f} GiB are missing"
+    remedy = f"; set {plan.remedy}" if plan.remedy else ""
+    return f"this configuration does NOT fit: {sizes}, {need - have:.1f} GiB are missing{remedy}"
 
 
 def _head(plan: Plan) -> list[str]:
@@ -94,6 +95,21 @@ def _traffic(plan: Plan) -> list[str]:
     for number, rank in enumerate(plan.traffic):
         sizes = (getattr(rank, name) for name in columns)
         lines.append(f"{number:>4}" + "".join(f"{size / 1e9:>13.2f}" for size in sizes))
+    return lines
+
+
+def _recompute(plan: Plan) -> list[str]:
+    usable, own = plan.machine.usable, plan.config.parallel.recompute
+    lines = [
+        "this configuration by parallel.recompute, the first that fits is the fastest",
+        f"{'recompute':<10}{'GiB':>6}{'fits':>6}{'step s':>8}{'MFU':>6}",
+    ]
+    for kind, candidate in plan.by_recompute.items():
+        need, time = candidate.memory.total, candidate.time
+        lines.append(
+            f"{kind:<10}{need / _GIB:>6.1f}{'yes' if need <= usable else 'no':>6}"
+            f"{time.total:>8.2g}{plan.mfu(time):>6.0%}" + "  (as the config has it)" * (kind == own)
+        )
     return lines
 
 

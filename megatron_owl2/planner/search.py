@@ -3,16 +3,20 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import get_args
 
 from tqdm import tqdm
 
-from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.schema import Recompute, RunConfig
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.planner import memory, timing
 from megatron_owl2.planner.costs import RunCosts
+from megatron_owl2.planner.machine import Machine
 from megatron_owl2.planner.memory import RankMemory
-from megatron_owl2.planner.timing import Machine, StepTime
+from megatron_owl2.planner.timing import StepTime
+
+RECOMPUTE = get_args(Recompute)  # from the fastest to the one that keeps least
 
 _SHORTEST = 2048  # positions of a sequence that are worth a context-parallel rank
 _DEEPEST = 16  # pipeline ranks that are tried
@@ -21,7 +25,7 @@ _WIDEST = 64  # rows of a micro-batch that are tried
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parallel configuration that fits: the config with it, its fullest rank, its step time."""
+    """A parallel configuration: the config with it, its fullest rank, its step time."""
 
     config: RunConfig
     memory: RankMemory
@@ -62,6 +66,19 @@ def ranked(
     return sorted(best.values(), key=lambda c: c.time.total)[:count], len(valid)
 
 
+def by_recompute(config: RunConfig, machine: Machine, costs: RunCosts) -> dict[str, Candidate]:
+    """The config as it is but for `parallel.recompute`, by every value that this can have."""
+    found = {}
+    for recompute in RECOMPUTE:
+        changed = replace(config, parallel=replace(config.parallel, recompute=recompute))
+        found[recompute] = Candidate(
+            changed,
+            max(memory.per_pipeline_rank(changed, costs), key=lambda rank: rank.total),
+            timing.step_time(changed, machine, costs),
+        )
+    return found
+
+
 def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
     """Every valid parallel configuration in powers of two; tensor parallelism stays in a node."""
     layers, length = config.model.decoder.num_layers, config.data.sequence_length
@@ -70,7 +87,7 @@ def candidates(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
         _powers(min(_DEEPEST, layers, machine.gpus)),
         _powers(layers),
         _powers(max(1, length // _SHORTEST)),
-        ("none", "selective", "full"),
+        RECOMPUTE,
         _powers(min(_WIDEST, config.train.global_batch_size)),
     ):
         if machine.gpus % (tp * pp * cp) or (pp == 1 and vp > 1) or pp * vp > layers:

@@ -65,8 +65,10 @@ class StaticMemory:
 
 def with_local_kernels(config: RunConfig) -> RunConfig:
     """The same run with torch's GEMMs and attention, which have the same parameters and run
-    everywhere."""
-    return replace(config, kernels=KernelConfig(elementwise=config.kernels.elementwise))
+    everywhere, and with the elementwise kernels that a GPU would have."""
+    chosen = config.kernels.elementwise
+    kernels = KernelConfig(elementwise="fused" if chosen == "auto" else chosen)
+    return replace(config, kernels=kernels)
 
 
 def model_weights(config: RunConfig) -> list[Weight]:
@@ -105,8 +107,6 @@ def static_memory(
     """The static memory of every pipeline rank."""
     parallel, size = config.parallel, BYTES[config.train.precision]
     shards = world_size // (parallel.tensor * parallel.pipeline)  # data x context ranks
-    # The optimizer works on fp32 weights of its own beside two moments, unless they are fp32.
-    state = 12 if size == 2 else 8
     # A byte as it is and one transposed, which not every GPU and recipe need (module/linear.py).
     copied = 0 if config.kernels.fp8 == "none" else 2
     by_stage = weights_by_pipeline_stage(config, weights)
@@ -127,12 +127,23 @@ def static_memory(
             StaticMemory(
                 parameters=(frozen + buffer) * size,
                 gradients=buffer * 4,
-                optimizer=int(own.max()) * state,
+                optimizer=int(own.max()) * _state_bytes(config),
                 copies=copies,
                 buffer=buffer,
             )
         )
     return found
+
+
+def optimizer_share(config: RunConfig, held: StaticMemory) -> int:
+    """The number of parameters that a rank with this static memory has the optimizer's state of."""
+    return held.optimizer // _state_bytes(config)
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """Bytes of the optimizer for a parameter: two fp32 moments, and an fp32 weight unless the
+    model's own is that."""
+    return 12 if BYTES[config.train.precision] == 2 else 8
 
 
 def check_sharding(config: RunConfig, world_size: int, weights: Sequence[Weight]) -> str:

@@ -33,7 +33,7 @@ def per_pipeline_rank(config: RunConfig, costs: RunCosts) -> list[RankTraffic]:
     found = []
     for rank, held in enumerate(costs.static_memory(config)):
         own = range(rank, num_stages, parallel.pipeline)
-        sent = [costs.activations(config, pipeline_stage).sent for pipeline_stage in own]
+        sent = [costs.sent(config, pipeline_stage) for pipeline_stage in own]
         # The first pipeline stage has none before it, the last none after it.
         states = sum((n < num_stages - 1) + (n > 0) for n in own)
         parameter_bytes = held.buffer * BYTES[config.train.precision]
@@ -41,7 +41,7 @@ def per_pipeline_rank(config: RunConfig, costs: RunCosts) -> list[RankTraffic]:
             RankTraffic(
                 tensor=sum(s["tensor"] for s in sent) * count,
                 context=sum(s["context"] for s in sent) * count,
-                pipeline=states * hidden_state_bytes(config) * count,
+                pipeline=states * hidden_state_bytes(costs.shortened(config)) * count,
                 gradients=held.buffer * 4 * (shards - 1) // shards,
                 parameters=parameter_bytes * (shards - 1) // shards,
             )

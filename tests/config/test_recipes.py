@@ -32,9 +32,9 @@ TABLE_15 = {  # key: pre-training, instruction tuning
     "train.steps": (42500, 4800),
     "train.global_batch_size": (8192, 256),
     "train.precision": ("bf16", "bf16"),
-    "parallel.tensor": (1, 2),
+    "parallel.tensor": (1, 1),
     "parallel.pipeline": (1, 1),
-    "parallel.recompute": ("full", "full"),
+    "parallel.recompute": ("none", "none"),
 }
 VARIANTS = {  # file: what it changes, and in which stages it is used
     "no_modality_split_pretrain": ("model.decoder.modality_split", [], ["pretrain"]),

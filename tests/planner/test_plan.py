@@ -12,15 +12,16 @@ from paths import ROOT
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.errors import ConfigError
-from megatron_owl2.planner import plan, report, search, timing, traffic
+from megatron_owl2.planner import memory, plan, report, search, timing, traffic
 from megatron_owl2.planner.costs import RunCosts
+from megatron_owl2.planner.machine import Machine
 from megatron_owl2.planner.static_memory import static_memory
-from megatron_owl2.planner.timing import Machine
 
 pytestmark = pytest.mark.slow
 
 FINETUNE = ROOT / "examples" / "7b" / "finetune.yaml"
 TINY = ROOT / "examples" / "tiny" / "pretrain.yaml"
+TENSOR_2 = ["parallel.tensor=2", "parallel.sequence=true"]
 SMALLER = ["train.micro_batch_size=16", "train.precision=bf16"]
 
 
@@ -136,6 +137,44 @@ def test_no_candidate_that_fits_is_faster_than_the_first(tiny_plan):
     assert min(times) >= tiny_plan.candidates[0].time.total * (1 - 1e-9)
 
 
+def test_recomputation_is_proposed_only_where_memory_asks_for_it(tiny_plan):
+    found = tiny_plan.by_recompute
+    assert list(found) == ["none", "selective", "full"]
+    memory = [candidate.memory.total for candidate in found.values()]
+    times = [candidate.time.total for candidate in found.values()]
+    assert memory == sorted(memory, reverse=True) and times == sorted(times)
+    assert found["none"].memory.total == max(rank.total for rank in tiny_plan.memory)
+    assert all(c.config.parallel.recompute == "none" for c in tiny_plan.candidates)
+    tree = tiny_plan.to_json()["by_recompute"]
+    assert [kind["fits"] for kind in tree.values()] == [True] * 3
+
+
+def test_a_config_that_does_not_fit_is_told_what_to_set():
+    options = ["train.micro_batch_size=32", "train.precision=bf16", "parallel.tensor=1"]
+    whole = plan.plan_run(load_config(TINY, options), Machine(gpus=1, memory_gib=80), count=1)
+    none, selective, full = (kind.memory.total for kind in whole.by_recompute.values())
+    assert none > selective > full
+    for gib, remedy in ((selective, "selective"), (full, "full")):
+        small = replace(whole, machine=Machine(gpus=1, memory_gib=gib / 2**30, reserve_gib=0))
+        assert not small.fits and small.remedy == f"parallel.recompute={remedy}"
+        assert f"are missing; set {small.remedy}" in report.verdict(small)
+    machine = Machine(gpus=1, memory_gib=(full - 1) / 2**30, reserve_gib=0)
+    smaller = plan.plan_run(whole.config, machine, count=1)
+    changed = load_config(TINY, [*options, *smaller.remedy.split()])
+    assert changed.train.micro_batch_size < 32
+    assert plan.plan_run(changed, machine, count=1).fits
+    assert replace(small, candidates=[], machine=Machine(1, 1)).remedy is None
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "gib"), [("pretrain", 64, 41), ("finetune", 8, 68.2)])
+def test_the_recipes_fit_80_gib_without_recomputation(recipe, gpus, gib):
+    config = load_config(FINETUNE.parent / f"{recipe}.yaml")
+    costs = RunCosts(config, gpus)
+    (need,) = (rank.total for rank in memory.per_pipeline_rank(config, costs))
+    assert config.parallel.recompute == "none" and need / 2**30 == pytest.approx(gib, abs=0.1)
+    assert need <= Machine(gpus=gpus, memory_gib=80).usable
+
+
 def test_json_and_words_say_the_same(tiny_plan):
     tree = json.loads(json.dumps(tiny_plan.to_json()))
     assert len(tree["layouts"]) == len(tiny_plan.candidates)
@@ -153,9 +192,8 @@ def test_days_follow_from_flops_and_steps(tiny_plan):
 
 
 def test_traffic_of_gradients_parameters_and_stages():
-    config = load_config(
-        FINETUNE, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.recompute=none"]
-    )
+    pipeline = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+    config = load_config(FINETUNE, [*TENSOR_2, *pipeline])
     costs = RunCosts(config, 64)
     sent = traffic.per_pipeline_rank(config, costs)
     held = static_memory(config, 64, costs.weights)
@@ -170,7 +208,7 @@ def test_traffic_of_gradients_parameters_and_stages():
 
 def test_time_knows_bubble_overlap_and_recomputation():
     machine = Machine(gpus=64, memory_gib=80)
-    config = load_config(FINETUNE, ["parallel.recompute=none"])
+    config = load_config(FINETUNE, TENSOR_2)
     costs = RunCosts(config, machine.gpus)
 
     def time(**parallel):

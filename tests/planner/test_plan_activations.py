@@ -187,7 +187,7 @@ def test_passes_on_the_meta_device_are_those_on_tensors_that_claim_to_be_on_a_cp
     found = activations.measure_activations(config, (1, 2), received=received)
     fake = FakeTensorMode()
     monkeypatch.setattr(activations, "build_on_meta_device", lambda: fake)
-    monkeypatch.setattr(activations, "flash_attention_on_meta_device", lambda: fake)
+    monkeypatch.setattr(activations, "run_on_meta_device", lambda: fake)
     monkeypatch.setattr(activations, "LiveMemory", FakeLiveMemory)
     assert activations.measure_activations(config, (1, 2), received=received) == found
 
