@@ -45,6 +45,7 @@ from megatron_owl2.training.checkpoint.optimizer_state import (
     allocate_optimizer_state,
     load_optimizer_state,
 )
+from megatron_owl2.training.checkpoint.staging import Staging
 from megatron_owl2.utils.files import rename_durably
 
 _VOCABULARY = ("embedding.weight", "output_layer.weight")
@@ -57,6 +58,7 @@ class Save:
     Made by all ranks together; from then on the model may change, for what is written are copies.
     `chunks` are this rank's parts of the model. The tokenizer is copied from
     `config.data.tokenizer`. Without optimizer and scheduler the checkpoint holds weights only.
+    The copies are made in `staging`, or in memory that is freed when they are written.
     Raises CheckpointIOError on all ranks if the disk refuses one.
     """
 
@@ -69,6 +71,7 @@ class Save:
         optimizer: ChainedOptimizer | None = None,
         scheduler: OptimizerParamScheduler | None = None,
         progress: dict | None = None,
+        staging: Staging | None = None,
     ):
         self.directory = Path(directory)
         self._partial = _hidden(self.directory, "partial")
@@ -82,7 +85,7 @@ class Save:
         if optimizer is not None and scheduler is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
             state["scheduler"] = scheduler.state_dict()
-        self._writing = Writing(state, self._partial)
+        self._writing = Writing(state, self._partial, staging or Staging())
         with raise_on_all_ranks(self.directory):
             if self._main:
                 directories.write_companions(self._partial, config, progress or {})
@@ -164,21 +167,26 @@ def _fill(chunks: Sequence[Owl2], loaded: dict[str, torch.Tensor]) -> None:
 
 
 def _load(directory: Path, template: dict) -> Any:
-    """Read what `template` names; all ranks together.
+    """Read what `template` names; all ranks together, though from megatron-core 0.18 on each reads
+    alone, so that an error on one has to be made one of all.
 
     What a rank reads alone may raise RuntimeError where it is damaged; together with others that is
     a rank that is lost, and goes on as what it is.
     """
     alone = (OSError, RuntimeError, ValueError, EOFError, UnpicklingError)
-    try:
-        dist_checkpointing.load_common_state_dict(str(directory))
-    except alone as error:
-        raise unreadable(directory, error) from error
-    try:
-        # What there is has been compared with the template already, without asking all ranks.
-        return dist_checkpointing.load(template, str(directory), validate_access_integrity=False)
-    except (OSError, CheckpointException, ValueError) as error:
-        raise unreadable(directory, error) from error
+    with raise_on_all_ranks(directory):
+        try:
+            dist_checkpointing.load_common_state_dict(str(directory))
+        except alone as error:
+            raise unreadable(directory, error) from error
+    with raise_on_all_ranks(directory):
+        try:
+            # What there is has been compared with the template already, without asking all ranks.
+            return dist_checkpointing.load(
+                template, str(directory), validate_access_integrity=False
+            )
+        except (OSError, CheckpointException, ValueError) as error:
+            raise unreadable(directory, error) from error
 
 
 def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
