@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,6 @@ def setup() -> None:
     for name in _KNOWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     _import_megatron_core()
-    _refuse_old_resiliency_ext()
     setup.done = True
 
 
@@ -76,27 +76,26 @@ def _import_megatron_core() -> None:
     if unseen:
         sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType]  # as if not installed
     try:
-        importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.dist_checkpointing")
+    except (AttributeError, AssertionError):
+        _name_old_resiliency_ext()
+        raise
     finally:
         if unseen:
             del sys.modules["wandb"]
 
 
-def _refuse_old_resiliency_ext() -> None:
-    """Raise ConfigError for a nvidia-resiliency-ext that megatron-core's checkpoints crash with,
-    which from 0.18 on import it where it is there (dist_checkpointing/strategies/nvrx.py)."""
-    import megatron.core
-
-    try:
+def _name_old_resiliency_ext() -> None:
+    """Raise ConfigError for a nvidia-resiliency-ext that megatron-core fails to import beside; from
+    0.18 on it asks for 0.6.0 where there is one (dist_checkpointing/strategies/nvrx.py)."""
+    with suppress(metadata.PackageNotFoundError):
         found = metadata.version("nvidia-resiliency-ext")
-    except metadata.PackageNotFoundError:
-        return
-    if Version(megatron.core.__version__) >= Version("0.18") and Version(found) < Version("0.6"):
-        raise ConfigError(
-            f"nvidia-resiliency-ext {found} is too old for megatron-core "
-            f"{megatron.core.__version__}: pip uninstall nvidia-resiliency-ext, which is not needed "
-            "here, or install 0.6.0 or newer"
-        )
+        if Version(found) < Version("0.6"):
+            raise ConfigError(
+                f"nvidia-resiliency-ext {found} is too old for this megatron-core, which fails to "
+                "import beside it: pip uninstall nvidia-resiliency-ext, which is not needed here, "
+                "or install 0.6.0 or newer"
+            )
 
 
 @functools.cache  # the stand-in answers some of the questions that torch asks CUDA

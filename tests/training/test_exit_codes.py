@@ -156,6 +156,7 @@ def test_a_driver_that_does_not_run_is_no_matter_of_the_configuration(monkeypatc
         check_machine(RunConfig())
 
 
+@pytest.mark.versions  # from 0.18 on every rank reads alone
 def test_a_device_that_fails_while_a_checkpoint_is_read_is_no_damage_of_it(saved):
     config, run = saved
     ends = two_ranks(

@@ -20,7 +20,7 @@ from megatron_owl2.mcore import setup
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# What tells the groups of the optimizer apart in a checkpoint: nothing that a resumed run may change.
+# What tells the groups of the optimizer apart in a checkpoint, which a resumed run may not change.
 # megatron-core 0.19 takes the rates and the decay too, and refuses a checkpoint that has others.
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
