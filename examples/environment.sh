@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by examples/quickstart.sh and tests/run.sh: makes .venv with the tested packages, once.
 # Afterwards $ROOT is the project's directory and $VENV/bin holds python, torchrun and pytest.
-# PYTHON names the interpreter to build .venv from (default: python3.11, else python3).
+# PYTHON names the interpreter to build .venv from (default: python3.11, else the next that works).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
@@ -11,34 +11,54 @@ fail() {
     exit 1
 }
 
-install_torch() {
-    local version
-    version=$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")
-    if [ "$(uname -s)" != Linux ]; then
-        "$VENV/bin/pip" install "torch==$version"
-    else # PyPI's Linux wheel brings gigabytes of CUDA; the CPU wheel has its own version and index
-        "$VENV/bin/pip" install "torch==$version+cpu" 2>/dev/null ||
-            "$VENV/bin/pip" install "torch==$version" --index-url https://download.pytorch.org/whl/cpu
+find_python() { # shims of pyenv may be there and not run
+    local python
+    for python in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+    fail "no Python of 3.11 or newer found as ${PYTHON:-python3}; install one or set PYTHON"
+}
+
+constraints_of() { # the versions that were tested with this interpreter
+    if "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+        echo "$ROOT/constraints-3.12.txt"
+    else
+        echo "$ROOT/constraints.txt"
     fi
 }
 
+install_torch() {
+    local version
+    version=$(sed -n 's/^torch==//p' "$1")
+    # PyPI's Linux wheel brings gigabytes of CUDA; the CPU wheel has its own version and index.
+    if [ "$(uname -s)" = Linux ]; then
+        "$VENV/bin/pip" install "torch==$version+cpu" 2>/dev/null ||
+            "$VENV/bin/pip" install "torch==$version" \
+                --index-url https://download.pytorch.org/whl/cpu && return
+        echo "== no wheel of torch for the CPU alone: the usual one brings gigabytes of CUDA"
+    fi
+    "$VENV/bin/pip" install "torch==$version"
+}
+
 make_environment() {
-    local python wanted
-    wanted=$(cat "$ROOT/constraints.txt" "$ROOT/setup.cfg" | cksum)
+    local python constraints wanted
+    python=$VENV/bin/python
+    [ -x "$VENV/bin/pip" ] || python=$(find_python) || exit 1
+    constraints=$(constraints_of "$python")
+    wanted=$(cat "$constraints" "$ROOT/setup.cfg" | cksum)
     if [ -f "$VENV/.complete" ] && [ "$(cat "$VENV/.complete")" = "$wanted" ]; then
         return
     fi
-    python=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
-    [ -n "$python" ] || fail "no python3.11 found; install it or set PYTHON"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$python is older than 3.11; set PYTHON to a newer one"
     "$python" -c 'import ensurepip' 2>/dev/null ||
         fail "$python cannot make virtual environments; on Debian: apt-get install python3-venv"
     echo "== installing the tested packages into $VENV (once, a few minutes)"
     [ -x "$VENV/bin/pip" ] || "$python" -m venv --clear "$VENV"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
-    install_torch || fail "torch could not be installed; see the message above"
-    "$VENV/bin/pip" install --constraint "$ROOT/constraints.txt" --editable "${ROOT}[report,test]" ||
+    install_torch "$constraints" || fail "torch could not be installed; see the message above"
+    "$VENV/bin/pip" install --constraint "$constraints" --editable "${ROOT}[report,test]" ||
         fail "the packages could not be installed; see the message above"
     echo "$wanted" >"$VENV/.complete"
 }

@@ -1,6 +1,6 @@
 """Stand-in for CUDA on machines without a GPU.
 
-megatron-core 0.16 allocates on the current CUDA device, keeps CUDA streams and random states, and
+megatron-core allocates on the current CUDA device, keeps CUDA streams and random states, and
 compares tensor types with CUDA names. `apply()` answers those calls with the CPU, so that the
 same training code runs over gloo (mcore/setup.py calls it where there is no GPU).
 """

@@ -6,35 +6,47 @@ megatron.core, and `initialize` calls it for everybody else.
 
 import functools
 import importlib
+import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from datetime import timedelta
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 
 from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import cpu
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-# What megatron-core 0.16 says of itself under newer versions of torch is nothing users can mend.
+# What megatron-core says of itself and under newer versions of torch is nothing users can mend.
 _KNOWN_WARNINGS = (
     "full scope is deprecated",
+    "absl.logging is not installed",
+    "MimoModelConfig is experimental",
+    "invalid escape sequence",
+    "The argument order of load has been changed",
+    "torch.distributed is disabled",
     "Apex is not installed",
     "The following imports from `dynamic_context.py`",
     "The .grad attribute of a Tensor that is not a leaf",
     "TypedStorage is deprecated",
 )
+_KNOWN_LOGGERS = ("megatron.core.dist_checkpointing", "megatron.core.distributed")
 
 
 def setup() -> None:
     """Prepare this process for megatron-core and import it, once; later calls do nothing.
 
     Without a GPU the CPU stands in for CUDA (mcore/cpu.py). Called before megatron.core is
-    imported it also saves the seconds that its compiled helpers take to set up.
+    imported it also saves the seconds that its compiled helpers take to set up. Raises ConfigError
+    where another package makes megatron-core fail.
     """
     if getattr(setup, "done", False):
         return
@@ -45,9 +57,12 @@ def setup() -> None:
         cpu.apply(compiled_already="megatron.core" in sys.modules)
         # Kernels that only exist for GPUs are not missed.
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nor is CUDA
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for name in _KNOWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Convolutions of a run in fp32 are fp32, as on a CPU; cuDNN would round their inputs to TF32.
     torch.backends.cudnn.allow_tf32 = False
     _import_megatron_core()
@@ -63,10 +78,26 @@ def _import_megatron_core() -> None:
     if unseen:
         sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType]  # as if not installed
     try:
-        importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.dist_checkpointing")
+    except (AttributeError, AssertionError):
+        _name_old_resiliency_ext()
+        raise
     finally:
         if unseen:
             del sys.modules["wandb"]
+
+
+def _name_old_resiliency_ext() -> None:
+    """Raise ConfigError for a nvidia-resiliency-ext that megatron-core fails to import beside; from
+    0.18 on it asks for 0.6.0 where there is one (dist_checkpointing/strategies/nvrx.py)."""
+    with suppress(metadata.PackageNotFoundError):
+        found = metadata.version("nvidia-resiliency-ext")
+        if Version(found) < Version("0.6"):
+            raise ConfigError(
+                f"nvidia-resiliency-ext {found} is too old for this megatron-core, which fails to "
+                "import beside it: pip uninstall nvidia-resiliency-ext, which is not needed here, "
+                "or install 0.6.0 or newer"
+            )
 
 
 @functools.cache  # the stand-in answers some of the questions that torch asks CUDA

@@ -14,9 +14,6 @@ from collections.abc import Callable
 
 import prepared  # noqa: F401
 import torch
-from megatron.core.dist_checkpointing.strategies.common import (
-    TorchCommonSaveStrategy,
-)
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
 )
@@ -53,8 +50,13 @@ def share_of_rank_1_is_too_large() -> None:
 
 
 def no_space_for_what_is_common() -> None:
+    save = torch.save
+
+    def refuse(state, file):
+        return _refuse() if "common.pt" in str(file) else save(state, file)
+
     if RANK == "0":
-        TorchCommonSaveStrategy.save_common = _refuse
+        torch.save = refuse
 
 
 def no_space_for_the_index() -> None:
@@ -83,6 +85,10 @@ def device_of_rank_1_fails_while_it_reads() -> None:
 
     if RANK == "1":
         filesystem.FileSystemReader.read_data = broken
+
+
+def torch_is_built_for_the_cpu() -> None:
+    torch.version.cuda = None
 
 
 def rank_1_sees_files_late() -> None:

@@ -1,16 +1,23 @@
 """Set-up of a process for megatron-core."""
 
+import importlib
 import subprocess
 import sys
 
+import megatron.core
 import pytest
 import torch
+from packaging.version import Version
+from paths import EXAMPLES
+
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
 
 pytestmark = pytest.mark.slow
 
 WITHOUT_WANDB = """
 import sys
-from megatron_owl2.mcore.setup import setup
+from megatron_owl2.mcore import setup
 setup()
 import megatron_owl2.training.trainer
 assert "megatron.core" in sys.modules and "wandb" not in sys.modules
@@ -20,15 +27,21 @@ assert wandb.__version__
 WITH_WANDB = """
 import sys, types
 sys.modules["wandb"] = there = types.ModuleType("wandb")
-from megatron_owl2.mcore.setup import setup
+from megatron_owl2.mcore import setup
 setup()
 assert "megatron.core" in sys.modules and sys.modules["wandb"] is there
 """
 INSIDE_A_DEVICE = """
 import torch
-from megatron_owl2.mcore.setup import setup
+from megatron_owl2.mcore import setup
 with torch.device("meta"):
     setup()
+"""
+
+TRAIN = f"""
+from megatron_owl2.train import main
+config = {str(EXAMPLES / "tiny/pretrain.yaml")!r}
+sys.exit(main(["--config", config]))
 """
 
 
@@ -47,3 +60,42 @@ def test_wandb_is_not_imported_and_not_hidden(program):
 def test_inside_a_device_it_is_refused():
     done = run(INSIDE_A_DEVICE)
     assert done.returncode != 0 and "before entering torch.device" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("0.4.1", ConfigError), ("0.6.0", AttributeError)]
+)
+def test_a_package_that_megatron_core_crashes_with_is_named(
+    tmp_path, monkeypatch, version, refused
+):
+    description = tmp_path / f"nvidia_resiliency_ext-{version}.dist-info" / "METADATA"
+    description.parent.mkdir()
+    description.write_text(f"Name: nvidia-resiliency-ext\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def crashing(name):
+        raise AttributeError("module 'nvidia_resiliency_ext' has no attribute '__version__'")
+
+    monkeypatch.setattr(importlib, "import_module", crashing)
+    with pytest.raises(refused) as error:
+        setup._import_megatron_core()
+    assert ("resiliency-ext 0.4.1 is too old" in str(error.value)) == (version == "0.4.1")
+
+
+@pytest.mark.versions
+@pytest.mark.skipif(Version(megatron.core.__version__) < Version("0.18"), reason="not looked for")
+def test_megatron_core_does_crash_with_it(tmp_path):
+    """One that has the modules and is of no version, as 0.4.1 is."""
+    package = tmp_path / "nvidia_resiliency_ext"
+    modules = "core", "cached_metadata_filesystem_reader", "filesystem_async", "state_dict_saver"
+    folder = package / "checkpointing" / "async_ckpt"
+    folder.mkdir(parents=True)
+    for name in modules:
+        (folder / f"{name}.py").touch()
+    description = tmp_path / "nvidia_resiliency_ext-0.4.1.dist-info" / "METADATA"
+    description.parent.mkdir()
+    description.write_text("Name: nvidia-resiliency-ext\nVersion: 0.4.1\n")
+    done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + TRAIN)
+    assert done.returncode == 2, done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "nvidia-resiliency-ext 0.4.1 is too old" in line and "pip uninstall" in line

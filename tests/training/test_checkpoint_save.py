@@ -103,19 +103,20 @@ from megatron_owl2.config.schema import ParallelConfig
 from megatron_owl2.mcore import setup
 setup.setup()
 from megatron_owl2.training.checkpoint import async_writer
+from megatron_owl2.training.checkpoint.staging import Staging
 from megatron.core.utils import make_sharded_tensor_for_checkpoint as share
 groups = setup.initialize(ParallelConfig())
 where = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
-async_writer._Common.save_common = lambda *arguments: None
 save, count, pause = torch.save, int(sys.argv[1]), float(sys.argv[2])
 go_on = threading.Event()
-def slow(*arguments, **options):
-    go_on.wait(pause)
-    save(*arguments, **options)
+def slow(data, file):
+    if isinstance(data, torch.Tensor):
+        go_on.wait(pause)
+    save(data, file)
 torch.save = slow
 tensors = {str(n): torch.full((3,), float(n)) for n in range(count)}
 state = {name: share(tensor, name, **where) for name, tensor in tensors.items()}
-writing = async_writer.Writing(state, Path(sys.argv[3]))
+writing = async_writer.Writing(state, Path(sys.argv[3]), Staging())
 """
 
 

@@ -28,6 +28,7 @@ def optimizer(tmp_path):
     setup.shutdown()
 
 
+@pytest.mark.versions
 def test_settings_that_only_this_one_has_stay(optimizer):
     (part,) = optimizer.chained_optimizers
     optimizer_state.allocate_optimizer_state(optimizer)
@@ -42,6 +43,25 @@ def test_settings_that_only_this_one_has_stay(optimizer):
     steps = [state["step"] for state in part.optimizer.state.values()]
     assert steps and all(step == 7 for step in steps)
     assert len({id(step) for step in steps}) == len(steps)
+
+
+@pytest.mark.versions
+def test_a_group_is_found_though_its_rates_and_decay_have_changed(optimizer):
+    """megatron-core 0.19 by itself tells groups apart by them and raises KeyError."""
+    optimizer_state.allocate_optimizer_state(optimizer)
+    stored = optimizer.state_dict()
+    factors = [group["lr_mult"] for group in optimizer.param_groups]
+    assert len(set(factors)) >= 3
+    for number, group in enumerate(stored["optimizer"]["param_groups"]):
+        for key in ("max_lr", "min_lr", "start_wd", "end_wd"):
+            if key in group:
+                group[key] = 7.0
+        group["eps"] = 1e-3 * number
+    stored["optimizer"]["param_groups"].reverse()
+    optimizer_state.load_optimizer_state(optimizer, stored)
+    assert [group["lr_mult"] for group in optimizer.param_groups] == factors
+    found = [group["eps"] for group in optimizer.param_groups]
+    assert found == [1e-3 * number for number in range(len(factors))], "each has its own again"
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())

@@ -6,6 +6,7 @@ that is killed. A thread needs nothing of that: writing lets the interpreter run
 its process. What a rank cannot write is an error on all ranks.
 """
 
+import inspect
 import io
 import os
 import queue
@@ -16,15 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.base import (
-    StrategyAction,
-    register_default_strategy,
-)
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -33,8 +29,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_owl2.errors import CheckpointError, CheckpointIOError
 from megatron_owl2.mcore import setup
 from megatron_owl2.training.checkpoint.index import first_failure
+from megatron_owl2.training.checkpoint.staging import Staging
 
 _FORMAT = ("torch_dist", 1)
+_FILES = 2  # of each rank, a thread each
 
 
 @contextmanager
@@ -78,27 +76,29 @@ class Writing:
     """A state dict of megatron-core's sharded tensors on its way into `folder`.
 
     Made by all ranks together. From then on the state may change: what is written are copies of
-    it as it was. Raises CheckpointIOError on all ranks if one cannot begin.
+    it as it was, in `staging`, which no other save may use until this one has ended. Raises
+    CheckpointIOError on all ranks if one cannot begin.
     """
 
-    def __init__(self, state: dict, folder: Path):
-        install()
+    def __init__(self, state: dict, folder: Path, staging: Staging):
+        # Nothing is written by another process, so results need no queue in one, which takes
+        # seconds to start and outlives a rank that is killed.
+        filesystem_async._results_queue = queue.Queue()
         self._folder = folder
-        self._plan = _Plan(*_FORMAT)
-        dist_checkpointing.save(
-            state,
-            str(folder),
-            self._plan,
-            async_sharded_save=True,
-            validate_access_integrity=False,  # the plan is validated by torch, on one rank
-        )
+        # The plan is validated by torch, on one rank.
+        sharded, common = save_preprocess(state, validate_access_integrity=False)
+        with raise_on_all_ranks(folder):
+            if torch.distributed.get_rank() == 0:
+                torch.save(common, folder / "common.pt")
+        self._plan = _Plan(*_FORMAT, thread_count=_FILES)
+        self._plan.async_save(sharded, folder, **_OWN_THREADS)
         self._results: list[WriteResult] = []
         self._failures: list[BaseException] = []
         self._threads = [
             threading.Thread(target=self._write, args=file, name="checkpoint")
-            for file in _copied(self._plan.writer.write_buckets)
+            for file in _copied(self._plan.writer.write_buckets, staging)
         ]
-        self._plan.writer.write_buckets = None  # the threads let go what they have written
+        self._plan.writer.write_buckets = None  # it would hold the tensors themselves
         for thread in self._threads:
             thread.start()
 
@@ -127,7 +127,7 @@ class Writing:
                 save_config(CheckpointingConfig(*_FORMAT), str(self._folder))
 
     def _write(self, path: str, name: str, items: deque) -> None:
-        """Write one file; every copy is let go once it is written."""
+        """Write one file."""
         try:
             with open(path, "wb") as stream:
                 while items:
@@ -148,41 +148,24 @@ class Writing:
             self._failures.append(error)
 
 
-def _copied(buckets: list | None) -> list[tuple[str, str, deque]]:
-    """Path, name and (item, data) of every file of this rank; the data are in main memory and
-    nobody else's."""
-    files = [
-        (path, name, deque([*objects, *((item, _copy(tensor)) for item, tensor in tensors)]))
-        for path, name, (objects, tensors) in buckets or []
+def _copied(buckets: list | None, staging: Staging) -> list[tuple[str, str, deque]]:
+    """Path, name and (item, data) of every file of this rank; the data are nobody else's."""
+    buckets = buckets or []
+    copies = iter(staging.copy([tensor for *_, (_, pairs) in buckets for _, tensor in pairs]))
+    return [
+        (path, name, deque([*objects, *((item, next(copies)) for item, _ in pairs)]))
+        for path, name, (objects, pairs) in buckets
     ]
-    torch.cuda.synchronize()
-    return files
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if setup.on_cpu() else tensor.to("cpu", non_blocking=True)
 
 
 class _Plan(TorchDistSaveShardedStrategy):
     """megatron-core's plan of which rank writes what; `writer` and `metadata` are what it made."""
 
-    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret, *_) -> AsyncRequest:
         self.writer, self.metadata, _ = save_state_dict_ret
         return AsyncRequest(None, (), [])
 
 
-class _Common(TorchCommonSaveStrategy):
-    """Writing of what is not sharded, by rank 0 in the midst of the planning, where a failure must
-    not leave the other ranks waiting."""
-
-    def save_common(self, common_state_dict, checkpoint_dir) -> None:
-        with raise_on_all_ranks(Path(checkpoint_dir)):
-            super().save_common(common_state_dict, checkpoint_dir)
-
-
-def install() -> None:
-    """Have megatron-core write what is not sharded, and collect results, as this module does."""
-    # Nothing is written by another process, so results need no queue in one, which takes seconds
-    # to start and outlives a rank that is killed.
-    filesystem_async._results_queue = queue.Queue()
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _Common("torch", 1))
+# From 0.17 on megatron-core would plan with nvidia-resiliency-ext where it is not told otherwise.
+_ASKED = inspect.signature(_Plan.async_save).parameters
+_OWN_THREADS = {"async_strategy": "mcore"} if "async_strategy" in _ASKED else {}

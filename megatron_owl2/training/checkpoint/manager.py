@@ -15,6 +15,7 @@ from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.checkpoint.async_writer import raise_on_all_ranks
 from megatron_owl2.training.checkpoint.save_load import Save
+from megatron_owl2.training.checkpoint.staging import Staging
 from megatron_owl2.utils.files import sync
 
 _logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class CheckpointManager:
         self._main = torch.distributed.get_rank() == 0
         self._step = 0
         self._under_way: Save | None = None
+        self._staging = Staging()
 
     def save(self, step: int, chunks: Sequence[Owl2], config: RunConfig, **state) -> None:
         """Begin to save what `Save` takes, once the save before is complete. With
@@ -44,7 +46,8 @@ class CheckpointManager:
         with raise_on_all_ranks(directory):
             if self._main:
                 self._remove_leftovers()
-        self._step, self._under_way = step, Save(directory, chunks, config, **state)
+        self._step = step
+        self._under_way = Save(directory, chunks, config, staging=self._staging, **state)
         if not self._config.async_save:
             self.wait()
 

@@ -1,4 +1,4 @@
-"""Sharded state of the distributed optimizer, in place of megatron-core 0.16's own way.
+"""Sharded state of the distributed optimizer, in place of megatron-core's own way.
 
 Its own way gathers the whole state of the model on every rank, for each save anew. Here a rank
 writes and reads what it holds, a run of the numbers of each flattened parameter, as blocks of the
@@ -19,6 +19,10 @@ from megatron_owl2.mcore import setup
 from megatron_owl2.training.checkpoint.reader import stored_parts
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# What tells the groups of the optimizer apart in a checkpoint, which a resumed run may not change.
+# megatron-core 0.19 takes the rates and the decay too, and refuses a checkpoint that has others.
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def _sharded_state(self, model_sharded_state_dict, is_loading=False, metadata=None):
@@ -118,6 +122,7 @@ def install() -> None:
     optimizer = distrib_optimizer.DistributedOptimizer
     optimizer.state_dict = _optimizer_state
     optimizer.sharded_param_state_fully_reshardable = _sharded_state
+    distrib_optimizer.param_group_identifier_keys = _GROUP_KEYS
 
 
 def allocate_optimizer_state(optimizer: ChainedOptimizer) -> None:

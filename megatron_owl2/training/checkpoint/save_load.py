@@ -39,6 +39,7 @@ from megatron_owl2.training.checkpoint.optimizer_state import (
     load_optimizer_state,
 )
 from megatron_owl2.training.checkpoint.reader import CheckpointReader
+from megatron_owl2.training.checkpoint.staging import Staging
 from megatron_owl2.utils.files import rename_durably
 
 _VOCABULARY = ("embedding.weight", "output_layer.weight")
@@ -51,6 +52,7 @@ class Save:
     Made by all ranks together; from then on the model may change, for what is written are copies.
     `chunks` are this rank's parts of the model. The tokenizer is copied from
     `config.data.tokenizer`. Without optimizer and scheduler the checkpoint holds weights only.
+    The copies are made in `staging`, or in memory that is freed when they are written.
     Raises CheckpointIOError on all ranks if the disk refuses one.
     """
 
@@ -63,6 +65,7 @@ class Save:
         optimizer: ChainedOptimizer | None = None,
         scheduler: OptimizerParamScheduler | None = None,
         progress: dict | None = None,
+        staging: Staging | None = None,
     ):
         self.directory = Path(directory)
         self._partial = _hidden(self.directory, "partial")
@@ -76,7 +79,7 @@ class Save:
         if optimizer is not None and scheduler is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_METADATA)
             state["scheduler"] = scheduler.state_dict()
-        self._writing = Writing(state, self._partial)
+        self._writing = Writing(state, self._partial, staging or Staging())
         with raise_on_all_ranks(self.directory):
             if self._main:
                 directories.write_companions(self._partial, config, progress or {})
