@@ -120,10 +120,9 @@ class TrainingDataset(Dataset):
         return int(own) + self._prefetcher.retries
 
     def _image(self, data: bytes, sample_index: int) -> torch.Tensor:
-        image = images.decode(data)
         if not self._decode_images:
+            images.check(data)
             return torch.empty(3, 0, 0, dtype=torch.uint8)
-        if not self._config.augment:
-            return images.resize_square(image, self._image_size)
-        random = KeyedRandom(self._config.seed, _AUGMENT, sample_index)
-        return images.augment(image, self._image_size, random)
+        config = self._config
+        random = KeyedRandom(config.seed, _AUGMENT, sample_index) if config.augment else None
+        return images.load_square(data, self._image_size, random, config.scaled_decoding)

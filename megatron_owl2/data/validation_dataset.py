@@ -76,10 +76,10 @@ class ValidationDataset(Dataset):
         return sample
 
     def _image(self, data: bytes) -> torch.Tensor:
-        image = images.decode(data)
         if not self._decode_images:
+            images.check(data)
             return torch.empty(3, 0, 0, dtype=torch.uint8)
-        return images.resize_square(image, self._image_size)
+        return images.load_square(data, self._image_size)
 
     def _empty(self) -> Sample:
         length = self._sequence_length
