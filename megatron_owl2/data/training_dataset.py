@@ -32,8 +32,8 @@ class TrainingDataset(Dataset):
     """Map-style dataset from lists of global sample indices to batches; holds no position.
 
     `phase` says where the order of these data sets starts. With `decode_images=False` images are
-    decoded and thrown away: a rank that needs no pixels must substitute exactly what the ranks with
-    pixels substitute, and only decoding tells. Raises ConfigError for an impossible mixture.
+    only checked: a rank that needs no pixels must substitute exactly what the ranks with pixels
+    substitute. Raises ConfigError for an impossible mixture.
     """
 
     def __init__(

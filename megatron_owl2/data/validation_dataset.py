@@ -21,7 +21,7 @@ class ValidationDataset(Dataset):
     It holds `samples` samples spread evenly over a data set, or all of it for 0. A number from
     `len(self)` on is an empty row without targets, which fills a batch up. A sample that cannot be
     used is an empty row too, listed among the batch's `bad_samples`. With `decode_images=False`
-    images are decoded and thrown away, so that all ranks of a model find the same samples bad.
+    images are only checked, so that all ranks of a model find the same samples bad.
     """
 
     def __init__(
