@@ -172,6 +172,8 @@ class DataConfig:
     stall_timeout: float = number(1800.0, positive=True)
     seed: int = number(1234, at_least=0)
     augment: bool = False  # random resized crop and flip; plain resize otherwise
+    # Decoding of JPEGs at 1/2, 1/4 or 1/8 where that still covers the crop; never in validation.
+    scaled_decoding: bool = False
     max_bad_fraction: float = number(0.01, at_least=0, at_most=1)
     max_bad_in_a_row: int = number(100, at_least=1)
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -16,6 +16,9 @@ from megatron_owl2.data.pillow_images import UnusableImageError
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.errors import BadSampleError
 
+Crop = tuple[int, int, int, int]  # top, left, height, width in pixels
+_FACTORS = 8, 4, 2  # by which libjpeg-turbo divides the sides of a JPEG at less cost
+
 
 def decode(data: bytes) -> torch.Tensor:
     """An image as RGB, uint8 [3, H, W].
@@ -26,11 +29,37 @@ def decode(data: bytes) -> torch.Tensor:
     else that is damaged (strictly: Pillow accepts a JPEG whose body is noise), of an unknown
     format, of 32-bit numbers, or above MAX_PIXELS, MAX_SIDE or MAX_SCANS.
     """
-    try:
-        pixels = (jpeg if kind(data) == "JPEG" else pillow_images).decode(data)
-    except UnusableImageError as error:
-        raise BadSampleError(str(error)) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return _decode(data, 1)
+
+
+def check(data: bytes) -> None:
+    """Raise BadSampleError for the images for which decode raises it, with the same message.
+
+    That takes decoding, but at the smallest scale a JPEG costs two thirds.
+    """
+    _decode(data, _FACTORS[0])
+
+
+def load_square(
+    data: bytes, size: int, random: KeyedRandom | None = None, scaled: bool = False
+) -> torch.Tensor:
+    """An image file as uint8 [3, size, size]: all of it, or augmented where `random` is given.
+
+    `scaled` decodes a JPEG that has more pixels than needed at the smallest scale, of 1/2, 1/4 and
+    1/8, at which the crop still has `size` rows and columns; the crop's edges are rounded to whole
+    pixels there. The same is drawn from `random` with it and without it, and BadSampleError is
+    raised, as by decode, for the same images.
+    """
+    shape = _jpeg_shape(data) if scaled else None
+    if shape is None:
+        image = decode(data)
+        crop = _draw(image.shape[1], image.shape[2], random)
+    else:
+        crop = _draw(*shape, random)
+        factor, reduced = reduce_crop(crop, size)
+        image = _decode(data, factor)
+        crop = crop if image.shape[1:] == shape else reduced
+    return _show(image, crop, size, random)
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
@@ -85,13 +114,10 @@ def augment(image: torch.Tensor, size: int, random: KeyedRandom) -> torch.Tensor
 
     uint8 [3, H, W] to [3, size, size]; the paper's stage-1 augmentation, after BLIP-2.
     """
-    top, left, height, width = random_crop(image.shape[1], image.shape[2], random)
-    flip = random.uniform() < 0.5
-    cropped = resize_square(image[:, top : top + height, left : left + width], size)
-    return cropped.flip(-1) if flip else cropped
+    return _show(image, random_crop(image.shape[1], image.shape[2], random), size, random)
 
 
-def random_crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int, int, int]:
+def random_crop(height: int, width: int, random: KeyedRandom) -> Crop:
     """Top, left, height, width of a random crop."""
     for _ in range(10):
         area = height * width * random.uniform(0.5, 1.0)
@@ -106,3 +132,50 @@ def random_crop(height: int, width: int, random: KeyedRandom) -> tuple[int, int,
     crop_width = min(width, max(1, round(height * 4 / 3)))
     crop_height = min(height, max(1, round(width * 4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def reduce_crop(crop: Crop, size: int) -> tuple[int, Crop]:
+    """The greatest factor, of 1, 2, 4 and 8, by which a crop can be divided and still have `size`
+    rows and columns, and the crop divided by it.
+
+    Each edge is rounded by itself, halves to even, so that crops are neither moved nor stretched on
+    average.
+    """
+    top, left, height, width = crop
+    for factor in _FACTORS:
+        low, high = round(top / factor), round((top + height) / factor)
+        near, far = round(left / factor), round((left + width) / factor)
+        if min(high - low, far - near) >= size:
+            return factor, (low, near, high - low, far - near)
+    return 1, crop
+
+
+def _decode(data: bytes, factor: int) -> torch.Tensor:
+    """An image, the sides of a JPEG divided by `factor` and rounded up."""
+    try:
+        pixels = jpeg.decode(data, factor) if kind(data) == "JPEG" else pillow_images.decode(data)
+    except UnusableImageError as error:
+        raise BadSampleError(str(error)) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG; None for other files, and damaged ones, of which decode tells."""
+    if kind(data) != "JPEG":
+        return None
+    try:
+        width, height = jpeg.size(data)
+    except UnusableImageError:
+        return None
+    return height, width
+
+
+def _draw(height: int, width: int, random: KeyedRandom | None) -> Crop:
+    return (0, 0, height, width) if random is None else random_crop(height, width, random)
+
+
+def _show(image: torch.Tensor, crop: Crop, size: int, random: KeyedRandom | None) -> torch.Tensor:
+    """The crop as uint8 [3, size, size]; flipped with p = 0.5 where `random` is given."""
+    top, left, height, width = crop
+    square = resize_square(image[:, top : top + height, left : left + width], size)
+    return square.flip(-1) if random is not None and random.uniform() < 0.5 else square

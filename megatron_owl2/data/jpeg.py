@@ -2,6 +2,7 @@
 none from a scan that is damaged or short, which Pillow fills with noise or grey."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -16,14 +17,15 @@ _DAMAGE = "its JPEG data are damaged or cut short"
 T = TypeVar("T")
 
 
-def decode(data: bytes) -> np.ndarray:
-    """A JPEG as RGB, uint8 [H, W, 3].
+def decode(data: bytes, factor: int = 1) -> np.ndarray:
+    """A JPEG as RGB, uint8 [H, W, 3], or [ceil(H / factor), ceil(W / factor), 3] for 2, 4 or 8.
 
-    A file without its end marker is short. Raises UnusableImageError, also above MAX_SCANS. What
-    TurboJPEG refuses for its subsampling is left to Pillow, whose only damage is a short file.
+    A file without its end marker is short. Raises UnusableImageError, also above MAX_SCANS, for
+    the same files with every factor: all of the scans is read. What TurboJPEG refuses for its
+    subsampling is left to Pillow, whose only damage is a short file, and keeps its size.
     """
     try:
-        return _strictly(data, _decode)
+        return _strictly(data, partial(_decode, factor=factor))
     except UnusableImageError:
         raise
     except _UnknownSubsampling:
@@ -67,12 +69,15 @@ def _header(data: bytes) -> tuple:
         raise _UnknownSubsampling if "subsampling" in str(error) else error from None
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes, factor: int) -> np.ndarray:
     height, width, colours, _ = _header(data)
     check_size(int(width), int(height))
     if has_many_scans(data):
         raise UnusableImageError(f"JPEG of more than {MAX_SCANS} scans")
+    # libjpeg-turbo takes the smallest of its scales, n / 8, at which no side is shorter than this.
+    sides = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
     if colours not in ("CMYK", "YCCK"):
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    inks = 255 - simplejpeg.decode_jpeg(data, "CMYK", strict=True)
-    return np.array(Image.frombytes("CMYK", (width, height), inks.tobytes()).convert("RGB"))
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True, **sides)
+    inks = 255 - simplejpeg.decode_jpeg(data, "CMYK", strict=True, **sides)
+    size = inks.shape[1], inks.shape[0]
+    return np.array(Image.frombytes("CMYK", size, inks.tobytes()).convert("RGB"))

@@ -32,9 +32,9 @@ class TrainingDataset(Dataset):
     """Map-style dataset from lists of global sample indices to batches; holds no position.
 
     `phase` says where the order of these data sets starts; batches are as long as their longest row
-    and `row_alignment` ask (row_length.py). With `decode_images=False` images are
-    decoded and thrown away: a rank that needs no pixels must substitute exactly what the ranks with
-    pixels substitute, and only decoding tells. Raises ConfigError for an impossible mixture.
+    and `row_alignment` ask (row_length.py). With `decode_images=False` images are only checked: a
+    rank that needs no pixels must substitute exactly what the ranks with pixels substitute. Raises
+    ConfigError for an impossible mixture.
     """
 
     def __init__(
@@ -123,10 +123,9 @@ class TrainingDataset(Dataset):
         return int(own) + self._prefetcher.retries
 
     def _image(self, data: bytes, sample_index: int) -> torch.Tensor:
-        image = images.decode(data)
         if not self._decode_images:
+            images.check(data)
             return torch.empty(3, 0, 0, dtype=torch.uint8)
-        if not self._config.augment:
-            return images.resize_square(image, self._image_size)
-        random = KeyedRandom(self._config.seed, _AUGMENT, sample_index)
-        return images.augment(image, self._image_size, random)
+        config = self._config
+        random = KeyedRandom(config.seed, _AUGMENT, sample_index) if config.augment else None
+        return images.load_square(data, self._image_size, random, config.scaled_decoding)

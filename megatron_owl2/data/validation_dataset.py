@@ -21,8 +21,8 @@ class ValidationDataset(Dataset):
     It holds `samples` samples spread evenly over a data set, or all of it for 0. A number from
     `len(self)` on is an empty row without targets, which fills a batch up. A sample that cannot be
     used is an empty row too, listed among the batch's `bad_samples`. Batches are as long as their
-    longest row and `row_alignment` ask. With `decode_images=False`
-    images are decoded and thrown away, so that all ranks of a model find the same samples bad.
+    longest row and `row_alignment` ask. With `decode_images=False` images are only checked, so that
+    all ranks of a model find the same samples bad.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class ValidationDataset(Dataset):
         return sample
 
     def _image(self, data: bytes) -> torch.Tensor:
-        image = images.decode(data)
         if not self._decode_images:
+            images.check(data)
             return torch.empty(3, 0, 0, dtype=torch.uint8)
-        return images.resize_square(image, self._image_size)
+        return images.load_square(data, self._image_size)
 
     def _empty(self) -> Sample:
         length = self._sequence_length

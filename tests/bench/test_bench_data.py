@@ -24,12 +24,17 @@ def test_every_contest_is_measured(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    reading = ("read, 224 pixels", "read, 448 pixels")
+    reading = [f"read {what} pixels" for what in ("512 x 384, 224", "512 x 384, 448")]
+    reading.append("read 1280 x 960, 224 pixels")
     for contest in (*reading, "write", "index, webdataset's", "index, plain"):
         assert len(figures[contest]) >= 2
         for contender, seconds in figures[contest].items():
             assert len(seconds) == 1 and 0 < seconds[0] < 1
             assert f"| {contest} | {contender} |" in done.stdout
+    changed, resampled = (figures["scaled_decoding"][what] for what in ("all", "resampling"))
+    assert 0 < resampled["mean"] < changed["mean"] < 3 and abs(changed["bias"]) < 0.1
+    assert abs(figures["scaled_decoding"]["centres"]["mean"]) < 0.2
+    assert done.stdout.count("x webdataset + Pillow") == 3
     assert figures["memory"]["samples"] == 96 and len(figures["memory"]["worker_megabytes"]) == 3
     assert "a worker over 96 samples: " in done.stdout
     assert figures["order"]["samples"] == 400_000_000

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,10 +12,14 @@ from paths import TOOLS
 
 
 def load(path: str) -> ModuleType:
-    """The module of a file below tools/."""
+    """The module of a file below tools/, which may import those beside it."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, TOOLS / path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str((TOOLS / path).parent))  # as Python does for a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.path[0]
     return module
 
 

@@ -2,9 +2,10 @@
 
 Makes shards of random images in DIRECTORY and measures, in interleaved rounds on one thread,
 
-* reading: this project's stream (order, checksums, tokens and labels included), webdataset with
-  Pillow, and webdataset with the same fast decoder; all end in uint8 batches of random crops, of
-  224 pixels as in pre-training and of 448 as in tuning,
+* reading: this project's stream (order, checksums, tokens and labels included) without and with
+  data.scaled_decoding, webdataset with Pillow, and webdataset with the same fast decoder; all end in
+  uint8 batches of random crops, of 224 pixels as in pre-training and of 448 as in tuning,
+* what scaled decoding changes of pixels,
 * writing: ShardWriter with index and checksums against webdataset.ShardWriter,
 * indexing shards as webdataset writes them by default (jpg, txt, json and PAX headers), and plain
   ones; checksums of every sample included, against a scan of the headers with tarfile,
@@ -15,7 +16,6 @@ Ratios are medians over the rounds of processor time per sample; figures hold fo
 """
 
 import argparse
-import io
 import json
 import shutil
 import statistics
@@ -23,34 +23,40 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import psutil
-import sentencepiece
 import torch
 import webdataset
-from PIL import Image
+from reading import (
+    BATCH,
+    make_records,
+    make_tokenizer,
+    open_ours,
+    pillow_crop,
+    read_ours,
+    read_webdataset,
+    scaled_differences,
+)
 
 from data_prep.index import index_shard
-from megatron_owl2.config.schema import DataConfig, SourceConfig
 from megatron_owl2.data import images
-from megatron_owl2.data.loader import build_loader
-from megatron_owl2.data.sampling.keyed_random import KeyedRandom
-from megatron_owl2.data.sampling.phases import first_phase
-from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.shards.manifest import write_manifest
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.shards.writer import ShardWriter
 from megatron_owl2.data.tokenizer import Tokenizer
 
-BATCH, SHARD, SIZES = 32, 500, (224, 448)
-OURS, PILLOW, FAST = "this project", "webdataset + Pillow", "webdataset + fast decoder"
-READING = {size: f"read, {size} pixels" for size in SIZES}
+SHARD = 500
+OURS, SCALED = "this project", "this project, scaled decoding"
+PILLOW, FAST = "webdataset + Pillow", "webdataset + fast decoder"
+SMALL, LARGE = (512, 384), (1280, 960)  # pixels of the images
+READING = {
+    (image, size): f"read {image[0]} x {image[1]}, {size} pixels"
+    for image, size in ((SMALL, 224), (SMALL, 448), (LARGE, 224))
+}
 CONTESTS = (*READING.values(), "write", "index, webdataset's", "index, plain")
-WORDS = ["a", "the", "owl", "on", "red", "blue", "tree", "sky", "two", "big", "small", "photo"]
 ORDER = """
 import json, sys, time
 from megatron_owl2.data.shards.dataset import ShardedDataset
@@ -109,21 +115,55 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
     figures = {}
     if memory:  # first: what others leave of memory counts as a worker's once it writes there
         figures["memory"] = worker_memory(folder, tokenizer, memory)
-    records = list(make_records(samples, 512, 384))
-    with ShardWriter(folder / "shards", SHARD) as writer:
-        for record in records:
-            writer.write(record)
-    urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
-    foreign = write_foreign(folder / "foreign", records)
-    fast = webdataset.handle_extension("jpg", images.decode)
+    records = {
+        SMALL: list(make_records(samples, *SMALL)),
+        LARGE: list(make_records(max(BATCH, samples // 8), *LARGE)),
+    }
+    for image, group in records.items():
+        with ShardWriter(folder / str(image[0]), SHARD) as writer:
+            for record in group:
+                writer.write(record)
+    figures |= {
+        "image_bytes": [statistics.mean(len(r.image) for r in group) for group in records.values()],
+        "samples": samples,
+        "versions": {"torch": torch.__version__, "webdataset": webdataset.__version__},
+        "scaled_decoding": scaled_differences(records[LARGE][:200], 224),
+    }
     contenders = {
-        READING[size]: {
-            OURS: partial(read_ours, folder / "shards", tokenizer, samples, size),
-            PILLOW: partial(read_webdataset, urls, "pilrgb", pillow_crop, size),
-            FAST: partial(read_webdataset, urls, fast, images.augment, size),
-        }
-        for size in SIZES
-    } | {
+        what: (len(records[image]), reading_contenders(folder, tokenizer, image, size, records))
+        for (image, size), what in READING.items()
+    }
+    contenders |= {
+        what: (samples, runs) for what, runs in shard_contenders(folder, records[SMALL]).items()
+    }
+    for what, (count, runs) in contenders.items():
+        figures[what] = processor_seconds(what, runs, count, rounds, folder / "w")
+    write_synthetic_manifest(folder / "synthetic")
+    command = [sys.executable, "-c", ORDER, folder / "synthetic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures["order"] = json.loads(done.stdout)
+    return figures
+
+
+def reading_contenders(
+    folder: Path, tokenizer: Tokenizer, image: tuple[int, int], size: int, records: dict
+) -> dict[str, Callable[[], object]]:
+    shards, count = folder / str(image[0]), len(records[image])
+    urls = sorted(str(path) for path in shards.glob("*.tar"))
+    fast = webdataset.handle_extension("jpg", images.decode)
+    return {
+        OURS: partial(read_ours, shards, tokenizer, count, size),
+        SCALED: partial(read_ours, shards, tokenizer, count, size, scaled=True),
+        PILLOW: partial(read_webdataset, urls, "pilrgb", pillow_crop, size),
+        FAST: partial(read_webdataset, urls, fast, images.augment, size),
+    }
+
+
+def shard_contenders(folder: Path, records: list[Record]) -> dict[str, dict[str, Callable]]:
+    """Contenders in writing and indexing."""
+    foreign = write_foreign(folder / "foreign", records)
+    urls = sorted(str(path) for path in (folder / str(SMALL[0])).glob("*.tar"))
+    return {
         "write": {
             OURS: lambda: write_ours(folder / "w", records),
             "webdataset.ShardWriter": lambda: write_webdataset(folder / "w", records),
@@ -134,110 +174,23 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
         "index, webdataset's": index_contenders(foreign),
         "index, plain": index_contenders(urls),
     }
-    figures |= {
-        "image_bytes": statistics.mean(len(record.image) for record in records),
-        "samples": samples,
-        "versions": {"torch": torch.__version__, "webdataset": webdataset.__version__},
-    }
-    for what, runs in contenders.items():
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(rounds + 1):  # the first warms up
-            for name, run in runs.items():
-                print(f"{what}, round {number}: {name} ...", file=sys.stderr)
-                shutil.rmtree(folder / "w", ignore_errors=True)
-                (folder / "w").mkdir()
-                start = time.process_time()
-                run()
-                if number:
-                    seconds[name].append((time.process_time() - start) / samples)
-        figures[what] = seconds
-    write_synthetic_manifest(folder / "synthetic")
-    command = [sys.executable, "-c", ORDER, folder / "synthetic"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    figures["order"] = json.loads(done.stdout)
-    return figures
 
 
-def make_records(count: int, width: int, height: int) -> Iterator[Record]:
-    """Images like photographs in size as JPEG and in smoothness: coloured noise and edges."""
-    chance = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
-    frequency[0, 0] = np.inf
-    for index in range(count):
-        noise = np.fft.rfft2(chance.standard_normal((4, height, width))) / frequency**1.4
-        grey, *colour = np.fft.irfft2(noise, s=(height, width))
-        image = 128 + 40 * grey / grey.std() + 8 * np.stack(colour) / np.std(colour)
-        top, left = chance.integers(0, height // 2), chance.integers(0, width // 2)
-        image[:, top : top + height // 3, left : left + width // 3] += 60
-        pixels = image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-        caption = " ".join(chance.choice(WORDS, 12))
-        yield Record(f"{index:09d}", image=buffer.getvalue(), caption=caption, source="bench")
-
-
-def make_tokenizer(folder: Path) -> Tokenizer:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS * 20),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return Tokenizer(folder / "tokenizer.model")
-
-
-def open_ours(shards: Path, tokenizer: Tokenizer, samples: int | None, size: int, workers: int):
-    config = DataConfig(
-        sources=[SourceConfig(str(shards))], workers=workers, augment=True, sequence_length=128
-    )
-    datasets = open_sources(config)
-    return build_loader(
-        config,
-        datasets,
-        first_phase(config, datasets),
-        tokenizer=tokenizer,
-        tokens_per_image=65,
-        image_size=size,
-        row_alignment=config.sequence_length,
-        micro_batch_size=BATCH,
-        start_sample=0,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        limit_samples=None if samples is None else samples // BATCH * BATCH,
-    )
-
-
-def read_ours(shards: Path, tokenizer: Tokenizer, samples: int, size: int) -> None:
-    for batch in open_ours(shards, tokenizer, samples, size, workers=0):
-        assert batch.image.shape == (BATCH, 3, size, size)
-
-
-def read_webdataset(
-    urls: list[str],
-    decoder: str | Callable,
-    crop: Callable[..., torch.Tensor],
-    size: int,
-) -> None:
-    """The pipeline of webdataset's manual: shards, a shuffle buffer, decoders, batches."""
-    chance = KeyedRandom(1)
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode(decoder)
-    pairs = data.to_tuple("jpg", "json").map_tuple(
-        lambda image: crop(image, size, chance), lambda text: text["caption"]
-    )
-    for stacked, _ in pairs.batched(BATCH, partial=False):
-        assert stacked.shape == (BATCH, 3, size, size)
-
-
-def pillow_crop(image: Image.Image, size: int, chance: KeyedRandom) -> torch.Tensor:
-    """Random resized crop and flip, all in Pillow, as torchvision does it."""
-    top, left, height, width = images.random_crop(image.height, image.width, chance)
-    box = (left, top, left + width, top + height)
-    image = image.resize((size, size), Image.BICUBIC, box=box)
-    if chance.uniform() < 0.5:
-        image = image.transpose(Image.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def processor_seconds(
+    what: str, runs: dict[str, Callable[[], object]], count: int, rounds: int, scratch: Path
+) -> dict[str, list[float]]:
+    """Processor seconds of each of `count` samples, for every contender in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):  # the first warms up
+        for name, run in runs.items():
+            print(f"{what}, round {number}: {name} ...", file=sys.stderr)
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            start = time.process_time()
+            run()
+            if number:
+                seconds[name].append((time.process_time() - start) / count)
+    return seconds
 
 
 def write_ours(folder: Path, records: list[Record]) -> None:
@@ -294,7 +247,7 @@ def worker_memory(folder: Path, tokenizer: Tokenizer, samples: int) -> dict:
         for record in make_records(min(samples, 20_000), 96, 72):
             writer.write(record)
     before = {child.pid for child in psutil.Process().children()}
-    batches = iter(open_ours(folder / "small", tokenizer, None, SIZES[0], workers=1))
+    batches = iter(open_ours(folder / "small", tokenizer, None, 224, workers=1))
     next(batches)
     (worker,) = [c for c in psutil.Process().children() if c.pid not in before]
     points: list[float] = []
@@ -316,8 +269,10 @@ def memory_steps(samples: int) -> list[int]:
 
 def table(figures: dict) -> str:
     """The figures in Markdown."""
+    sizes = zip((SMALL, LARGE), figures["image_bytes"], strict=True)
     lines = [
-        f"{figures['samples']:,} images of 512 x 384, {figures['image_bytes'] / 1e3:.1f} kB; "
+        f"{figures['samples']:,} images; "
+        + "".join(f"{w} x {h}: {size / 1e3:.1f} kB; " for (w, h), size in sizes)
         + ", ".join(f"{name} {version}" for name, version in figures["versions"].items()),
         "",
         "| | contender | us per sample | samples/s on one core | times as long as this project |",
@@ -331,6 +286,7 @@ def table(figures: dict) -> str:
             lines.append(
                 f"| {what} | {name} | {median * 1e6:.0f} | {1 / median:,.0f} | {ratio:.2f} |"
             )
+    lines += ["", *scaled_lines(figures)]
     order = figures["order"]
     lines += [
         "",
@@ -348,6 +304,32 @@ def table(figures: dict) -> str:
             f"in the second (medians), {min(points):.0f} to {max(points):.0f} MB in all"
         )
     return "\n".join(lines)
+
+
+def scaled_lines(figures: dict) -> list[str]:
+    """What scaled decoding gains over webdataset with Pillow, and what it changes."""
+    lines = []
+    for what in READING.values():
+        rounds = {name: figures[what][name] for name in (PILLOW, OURS, SCALED)}
+        exact, scaled = (
+            statistics.median(a / b for a, b in zip(rounds[PILLOW], rounds[name], strict=True))
+            for name in (OURS, SCALED)
+        )
+        lines.append(f"{what}: {exact:.2f} x webdataset + Pillow, {scaled:.2f} x with scaling")
+    found = figures["scaled_decoding"]
+    for what, words in (("all", "as a whole"), ("resampling", "but for the crops' edges")):
+        values = found[what]
+        lines.append(
+            f"scaled decoding {words}: pixels differ by {values['mean']:.2f} of 255 on average, "
+            f"99 % by at most {values['percentile_99']:.0f}, all by at most {values['max']:.0f}; "
+            f"brightness by {values['bias']:+.4f}"
+        )
+    centres = found["centres"]
+    lines.append(
+        f"crops' centres move by {centres['mean']:+.3f} pixels of the image on average, by "
+        f"{centres['rms']:.2f} root mean square"
+    )
+    return lines
 
 
 if __name__ == "__main__":
