@@ -244,12 +244,12 @@ def build_loader(
 
     `datasets` are those of `config.sources` (open_sources).
 
-    Rank r of R gets the samples s with s % R == r in increasing order: if R divides the global
-    batch size, every global batch holds the same samples for any R. Batches do not depend on
-    `config.workers` (0: no worker processes). `limit_samples` ends after that many samples of all
-    ranks together. `bad_sample_log` is the file that gets one JSON line for every unusable sample
-    of a batch that was handed out. Raises ConfigError for an impossible mixture and ValueError for
-    a rank or limit that does not fit."""
+    Each of R ranks gets the samples s of one s % R (ShuffleOrder.residue) in increasing order: if R
+    divides the global batch size, every global batch holds the same samples for any R. Batches do
+    not depend on `config.workers` (0: no worker processes). `limit_samples` ends after that many
+    samples of all ranks together. `bad_sample_log` is the file that gets one JSON line for every
+    unusable sample of a batch that was handed out. Raises ConfigError for an impossible mixture and
+    ValueError for a rank or limit that does not fit."""
     dataset = TrainingDataset(
         config, datasets, phase, tokenizer, tokens_per_image, image_size, decode_images
     )
@@ -262,8 +262,9 @@ def build_loader(
             config.storage.cache_gib,
             needed,
         )
+    residue = dataset.order.residue(data_parallel_rank, data_parallel_size)
     batches = MicroBatchSampler(
-        start_sample, data_parallel_rank, data_parallel_size, micro_batch_size, limit_samples
+        start_sample, residue, data_parallel_size, micro_batch_size, limit_samples
     )
     return BatchLoader(
         dataset, batches, config, None if bad_sample_log is None else Path(bad_sample_log)
