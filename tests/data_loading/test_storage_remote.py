@@ -48,6 +48,26 @@ def test_whole_files_sizes_and_ranges(server):
     assert storage.counters["retries"] == 0
 
 
+def test_a_node_asks_for_the_size_of_a_file_once(server, tmp_path):
+    def heads():
+        return [request for request in server.requests if request[0] == "HEAD"]
+
+    threads = [threading.Thread(target=opened(server, tmp_path).size, args=["a.tar"]) for _ in "12"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert opened(server, tmp_path).size("a.tar") == len(DATA) and len(heads()) == 1
+    (server.folder / "a.tar").write_bytes(DATA[:-1])
+    storage = opened(server, tmp_path)
+    assert storage.size("a.tar") == len(DATA)
+    assert storage.size("a.tar", fresh=True) == len(DATA) - 1
+    assert opened(server, tmp_path).size("a.tar") == len(DATA) - 1 and len(heads()) == 2
+    (cached,) = (tmp_path / "cache").glob("*/a.tar.size/*")
+    cached.write_bytes(bytes(20))  # as a crash of the node may leave it
+    assert opened(server, tmp_path).size("a.tar") == len(DATA) - 1 and len(heads()) == 3
+
+
 def test_without_a_cache_only_the_bytes_themselves_travel(server):
     storage = opened(server)
     storage.prefetch("a.tar", *EXTENT)
