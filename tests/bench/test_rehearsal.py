@@ -78,7 +78,7 @@ def test_a_rehearsal_counts_what_the_order_says(rehearsal, tmp_path, capfd):
 
     figures, plot = tmp_path / "figures.json", tmp_path / "plot.png"
     options = [*SCALE, "--errors", 0, "--stragglers", 0, "--json", figures, "--plot", plot]
-    options += ["--scenarios", "baseline", "slow store", "node replaced", "cache 1/4"]
+    options += ["--scenarios", "baseline", "slow store", "nodes replaced", "cache 1/4"]
     done = tool.load("bench/rehearsal.py").main([*map(str, options)])
     assert done == 0 and plot.stat().st_size > 10_000
     found = json.loads(figures.read_text())
@@ -99,7 +99,7 @@ def test_a_rehearsal_counts_what_the_order_says(rehearsal, tmp_path, capfd):
     assert baseline["retries"] == 0 and 0 < baseline["waits"][0] < slow["waits"][0]
     assert sum(baseline["waits"][1:]) == pytest.approx(0, abs=1e-9)
     # What is in the cache of one of two nodes is not fetched again.
-    assert 0 < found["scenarios"]["node replaced"]["requests"]["block"] < fetched
+    assert 0 < found["scenarios"]["nodes replaced"]["requests"]["block"] < fetched
     tight = found["scenarios"]["cache 1/4"]
     assert tight["requests"]["block"] > fetched and tight["cached_bytes"] <= found["working_set"]
     assert "65,536 different ones: each once" in capfd.readouterr().out

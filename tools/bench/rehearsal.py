@@ -6,7 +6,7 @@ the contents of shards, computing and decoding. Of the nodes, which differ in wh
 `--simulated-nodes` run in full, and each loads the store like the number of nodes it stands for.
 
 * order: every sample once, by a bitmap over all samples; global batches, over all ranks,
-* scenarios: a cold start and two shuffle blocks, a slow store, a node that was replaced, other
+* scenarios: a cold start and two shuffle blocks, a slow store, nodes that were replaced, other
   numbers of nodes, caches smaller than the working set,
 * start: what all ranks read before the first step, each for itself and with one reader.
 
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--stragglers", 1e-3, "share of requests that start late"),
         ("--straggler-seconds", 10.0, "by so much"),
         ("--weights", 16.0, "GB of weights in a checkpoint"),
-        ("--trained", 4.0, "GB of them that are trained"),
+        ("--trained", 16.0, "GB of them that are trained"),
         ("--tensors", 1200, "tensors of a checkpoint's weights"),
         ("--interconnect", 50.0, "bandwidth of a node to other nodes, GB/s"),
         ("--epoch-share", 1.0, "share of an epoch that is held against the bitmap"),

@@ -82,7 +82,7 @@ def working_set(
         return 0
     size = sum(row["bytes"] for dataset in remote for row in dataset.shards)
     block = size / sum(map(len, remote)) * BLOCK_SIZE
-    streams = order.streams_of_node(ranks, ranks_on_node)
+    streams = max(order.streams_of_nodes(ranks, ranks_on_node))
     return round(min(size, streams * 2 * (SHUFFLE_BLOCK_SIZE // BLOCK_SIZE + 1) * block))
 
 

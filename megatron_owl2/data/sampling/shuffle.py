@@ -100,12 +100,12 @@ class ShuffleOrder:
         neighbours = ranks // distinct
         return rank % neighbours * distinct + rank // neighbours
 
-    def streams_of_node(self, ranks: int, ranks_on_node: int) -> int:
-        """The most streams that a node reads, whose ranks are neighbours."""
+    def streams_of_nodes(self, ranks: int, ranks_per_node: int) -> list[int]:
+        """The number of streams that the ranks of each node read."""
         distinct = math.gcd(ranks, self.streams)
-        nodes = (range(ranks)[n : n + ranks_on_node] for n in range(0, ranks, ranks_on_node))
-        shares = max(len({self.residue(r, ranks) % distinct for r in node}) for node in nodes)
-        return shares * self.streams // distinct
+        shares = [self.residue(rank, ranks) % distinct for rank in range(ranks)]
+        nodes = (shares[n : n + ranks_per_node] for n in range(0, ranks, ranks_per_node))
+        return [len(set(node)) * self.streams // distinct for node in nodes]
 
     def shuffle_block(self, sample_index: int) -> tuple[int, int, int]:
         """(epoch, stream, number) of the shuffle block that a sample index is drawn from."""

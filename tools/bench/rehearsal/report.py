@@ -116,11 +116,11 @@ def streams_table(cluster: Cluster, dataset: ShardedDataset, order: ShuffleOrder
     numbers = {1, cluster.nodes // 4, cluster.nodes // 2, cluster.nodes - 3, cluster.nodes}
     for nodes in sorted(number for number in numbers if number > 0):
         ranks, on_node = nodes * cluster.ranks_per_node, cluster.ranks_per_node
-        streams = order.streams_of_node(ranks, on_node)
-        copies = nodes * streams / order.streams
+        streams = order.streams_of_nodes(ranks, on_node)
+        copies = sum(streams) / order.streams
         needed = working_set([dataset], order, ranks, on_node) / _GB
         cells = f"{copies:.2f}", f"{copies * ends:.2f}", f"{needed:.2f}"
-        rows.append([str(nodes), f"{ranks:,}", str(streams), *cells])
+        rows.append([str(nodes), f"{ranks:,}", str(max(streams)), *cells])
     return table(columns, rows)
 
 

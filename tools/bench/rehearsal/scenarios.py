@@ -19,7 +19,8 @@ _RESTART_STEPS = 20  # before a node is replaced, and after
 
 @dataclass(frozen=True)
 class Scenario:
-    """One simulation; `replaced` is a second start, of which the first node's cache is empty."""
+    """One simulation; `replaced` is a second start, of which the first simulated node's cache
+    is empty, and so those of the nodes it stands for."""
 
     name: str
     cluster: Cluster
@@ -64,7 +65,7 @@ def scenarios(cluster: Cluster, model: StoreModel, steps: int, needed: int) -> l
     found = [
         Scenario("baseline", cluster, model, steps),
         Scenario("slow store", cluster, slow, steps),
-        Scenario("node replaced", cluster, model, _RESTART_STEPS, replaced=True),
+        Scenario("nodes replaced", cluster, model, _RESTART_STEPS, replaced=True),
         Scenario("half the nodes", half, model, steps // 2),
         Scenario("3 nodes fewer", fewer, model, max(1, steps // 5)),
     ]

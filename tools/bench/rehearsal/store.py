@@ -79,12 +79,14 @@ class Store:
         self.bytes: Counter[str] = Counter()
         self.timeline: Counter[tuple[str, int]] = Counter()  # (requests or bytes, second)
 
-    def count(self, kind: str, size: int) -> None:
+    def count_request(self, kind: str) -> None:
         self.requests[kind] += 1
+        self.timeline["requests", int(self.simulation.monotonic())] += 1
+
+    def count_bytes(self, kind: str, size: int) -> None:
+        """Count a whole answer, when it has come."""
         self.bytes[kind] += size
-        second = int(self.simulation.monotonic())
-        self.timeline["requests", second] += 1
-        self.timeline["bytes", second] += size
+        self.timeline["bytes", int(self.simulation.monotonic())] += size
 
 
 class Node:
@@ -111,7 +113,7 @@ class Node:
     def request(self, kind: str, size: int) -> None:
         """A request of `size` bytes: returns when it is answered, raises what a client raises."""
         store, model, chance = self.store, self.store.model, self.store.random
-        store.count(kind, size)
+        store.count_request(kind)
         latency = model.latency * math.exp(0.5 * chance.gauss(0, 1))
         if chance.random() < model.straggler_rate:
             latency += model.straggler_seconds
@@ -123,6 +125,7 @@ class Node:
             raise OSError("503 Service Unavailable")
         if size:
             self._transfer(size, timeout - latency)
+            store.count_bytes(kind, size)
 
     def _transfer(self, size: int, timeout: float) -> None:
         simulation, task = self.simulation, self.simulation.current
