@@ -109,6 +109,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         compute_seconds=options.compute_seconds,
         decode_seconds=options.decode_ms / 1e3,
         cache_bytes=round(options.cache_gib * 2**30),
+        timeout=options.timeout,
         simulated_nodes=min(options.simulated_nodes, options.nodes),
     )
 
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--compute-seconds", 2.1, "seconds of a micro-batch"),
         ("--decode-ms", 1.5, "processor time of a sample in a worker"),
         ("--cache-gib", 50.0, "data.storage.cache_gib"),
+        ("--timeout", 60.0, "data.storage.timeout"),
         ("--store-gbs", 50.0, "bandwidth of the store and of the file system, GB/s"),
         ("--node-gbs", 3.125, "bandwidth of a node to it, GB/s"),
         ("--connection-mbs", 100.0, "bandwidth of one request, MB/s"),

@@ -29,6 +29,7 @@ class Cluster:
     compute_seconds: float  # of one micro-batch
     decode_seconds: float  # of one sample, in a worker
     cache_bytes: int
+    timeout: float  # of a request, in seconds
     simulated_nodes: int
 
     @property
@@ -123,7 +124,8 @@ class Loading:
         cluster, weight = self.cluster, self.cluster.nodes / len(caches)
         with self.simulation as simulation:
             store = Store(simulation, self._model, weight, self._seed)
-            nodes = [Node(store, c, cluster.cache_bytes, self._shards) for c in caches]
+            settings = cluster.cache_bytes, self._shards, cluster.timeout
+            nodes = [Node(store, cache, *settings) for cache in caches]
             ranks = [
                 _Rank(cluster, self, rank, node)
                 for number, node in enumerate(nodes)

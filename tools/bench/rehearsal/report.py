@@ -15,7 +15,7 @@ from rehearsal.startup import Reading
 from rehearsal.store import StoreModel
 
 _MB, _GB = 1e6, 1e9
-_COLORS = ("#2b6cb0", "#ed8936", "#805ad5", "#319795", "#c0262d", "#0f7b3e", "#7b8794")
+_COLOR = "#2b6cb0"
 _COLUMNS = (
     "scenario",
     "first batch s",
@@ -82,21 +82,18 @@ def as_json(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 
 def draw(path: Path, title: str, outcomes: dict[str, Outcome]) -> None:
-    """Store traffic and the waits of the steps over time; raises ReportError as `canvas` does."""
-    with canvas(path, title, 11, 6) as figure:
-        above, below = figure.subplots(2, 1)
-        for number, (name, outcome) in enumerate(outcomes.items()):
-            color = _COLORS[number % len(_COLORS)]
-            traffic = [value / 1e9 for value in per_ten_seconds(outcome, "bytes")]
-            above.step([10 * i for i in range(len(traffic))], traffic, color=color, label=name)
-            below.plot(range(1, len(outcome.waits) + 1), outcome.waits, color=color, label=name)
-        above.set_yscale("symlog", linthresh=0.1)
-        above.set_ylabel("GB/s from the store")
-        above.set_xlabel("seconds")
-        above.legend(frameon=False, fontsize=8, ncols=2)
-        below.set_yscale("symlog", linthresh=0.1)
-        below.set_ylabel("seconds waited")
-        below.set_xlabel("step")
+    """Traffic of the store over time, a row for each scenario; raises ReportError as `canvas`."""
+    with canvas(path, title, 11, 1 + 1.1 * len(outcomes)) as figure:
+        axes = figure.subplots(len(outcomes), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (name, outcome) in zip(axes, outcomes.items(), strict=True):
+            traffic = [value / _GB for value in per_ten_seconds(outcome, "bytes")]
+            edges = [10 * i for i in range(len(traffic) + 1)]
+            axis.stairs(traffic, edges, color=_COLOR, fill=True)
+            axis.set_ylim(0, 1.25 * max(traffic) or 1)
+            axis.set_ylabel("GB/s")
+            text = f"{name}: first batch after {outcome.waits[0]:.1f} s, then waiting "
+            axis.set_title(f"{text}{outcome.waiting_share:.2%}", loc="left", fontsize=9)
+        axes[-1].set_xlabel("seconds since the start; bytes from the store, averaged over 10 s")
 
 
 def streams_table(cluster: Cluster, dataset: ShardedDataset, order: ShuffleOrder) -> str:

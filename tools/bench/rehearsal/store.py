@@ -92,11 +92,14 @@ class Store:
 class Node:
     """Node with a network link and a cache folder."""
 
-    def __init__(self, store: Store, cache: str, cache_bytes: int, shards: Shards):
+    def __init__(
+        self, store: Store, cache: str, cache_bytes: int, shards: Shards, timeout: float = 60.0
+    ):
         self.store, self.shards = store, shards
         self.simulation = store.simulation
         # The cache sees files of a 4096th of their size; the limit is scaled with them.
-        self.options = StorageOptions(cache=cache, cache_bytes=max(1, cache_bytes // _SCALE))
+        limit = max(1, cache_bytes // _SCALE)
+        self.options = StorageOptions(cache=cache, cache_bytes=limit, timeout=timeout)
         self.link = Link(
             self.simulation, store.model.node_bandwidth, store.model.connection_bandwidth
         )
