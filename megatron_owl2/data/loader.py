@@ -248,10 +248,10 @@ def build_loader(
 
     `datasets` are those of `config.sources` (open_sources).
 
-    Rank r of R gets the samples s with s % R == r in increasing order: if R divides the global
-    batch size, every global batch holds the same samples for any R. Batches do not depend on
-    `config.workers` (0: no worker processes), and are as long as their longest row and
-    `row_alignment` ask (row_length.py). Workers have `taken_at_once` batches ready.
+    Each of R ranks gets the samples s of one s % R (ShuffleOrder.residue) in increasing order: if R
+    divides the global batch size, every global batch holds the same samples for any R. Batches do
+    not depend on `config.workers` (0: no worker processes), and are as long as their longest row
+    and `row_alignment` ask (row_length.py). Workers have `taken_at_once` batches ready.
     `limit_samples` ends after that many samples of all ranks together. `bad_sample_log` is the file
     that gets one JSON line for every unusable sample of a batch that was handed out. Raises
     ConfigError for an impossible mixture and ValueError for a rank or limit that does not fit."""
@@ -274,8 +274,9 @@ def build_loader(
             config.storage.cache_gib,
             needed,
         )
+    residue = dataset.order.residue(data_parallel_rank, data_parallel_size)
     batches = MicroBatchSampler(
-        start_sample, data_parallel_rank, data_parallel_size, micro_batch_size, limit_samples
+        start_sample, residue, data_parallel_size, micro_batch_size, limit_samples
     )
     return BatchLoader(
         dataset,

@@ -141,3 +141,16 @@ def test_looking_ahead_ends_with_the_loader(server, tmp_path):
     assert threads() > before
     batches.close()
     wait_until(lambda: threads() <= before)
+
+
+def test_a_shard_that_was_replaced_is_not_held_against_the_size_in_the_cache(folder, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(folder, old)
+    write(new, pairs("q", 400), samples_per_shard=80)
+    with HttpServer(old) as server:
+        data = over(server, tmp_path / "cache")
+        rows_of(loader(data, micro=20, limit_samples=400))
+        shutil.rmtree(old)
+        shutil.copytree(new, old)
+        found = rows_of(loader(data, micro=20, limit_samples=400))
+    assert found == rows_of(loader(config(new, weights=(1,)), micro=20, limit_samples=400))

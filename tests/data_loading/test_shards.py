@@ -32,6 +32,15 @@ def everything(dataset: ShardedDataset) -> list[Record]:
     return [dataset.read(s, i) for s, size in enumerate(dataset.sizes) for i in range(size)]
 
 
+def test_a_reopened_data_set_shares_the_manifest_and_nothing_else(folder):
+    dataset = ShardedDataset(folder)
+    dataset.read(0, 0)
+    other = dataset.reopened()
+    assert other.shards is dataset.shards and other.storage is not dataset.storage
+    assert other.storage.counters["reads"] == 0 < dataset.storage.counters["reads"]
+    assert everything(other) == RECORDS
+
+
 def test_reads_back_what_was_written(folder):
     dataset = ShardedDataset(folder)
     assert dataset.sizes == [10, 10, 5] and len(dataset) == 25

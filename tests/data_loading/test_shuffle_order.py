@@ -201,3 +201,37 @@ def test_shuffle_blocks_say_which_blocks_they_read_and_which_shuffle_block_is_ne
     ]
     read = {order.sample_at(s)[1:] for s in sample_indices if order.shuffle_block(s) == here}
     assert {(s, sample - sample % block) for s, sample in read} == blocks
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4, 12, 16, 24, 1000])
+@pytest.mark.parametrize("on_node", [1, 4, 8])
+def test_ranks_that_share_streams_are_neighbours(ranks, on_node):
+    order = ShuffleOrder([[4096]], [1], seed=1, streams=8, block=16, shuffle_block=64)
+    residues = [order.residue(rank, ranks) for rank in range(ranks)]
+    assert sorted(residues) == list(range(ranks))
+    read = [{s % 8 for s in range(r, r + 8 * ranks, ranks)} for r in residues]
+    # What one rank shares with any other it shares with those around it.
+    for mine in set(map(frozenset, read)):
+        sharing = [rank for rank in range(ranks) if read[rank] & mine]
+        assert sharing == list(range(sharing[0], sharing[-1] + 1))
+    nodes = [set().union(*read[n : n + on_node]) for n in range(0, ranks, on_node)]
+    assert order.streams_of_nodes(ranks, on_node) == [len(node) for node in nodes]
+    if 8 % ranks == 0:
+        assert residues == list(range(ranks)), "an order that older runs know"
+
+
+@settings(max_examples=30)
+@given(shards=sizes, seed=st.integers(0, 2**32), sample_index=st.integers(0, 1000), **small)
+def test_a_whole_shuffle_block_is_its_samples_in_their_order(
+    shards, seed, sample_index, streams, block, shuffle_block
+):
+    order = ShuffleOrder([shards, shards], [1, 2], seed, streams, block, shuffle_block)
+    identity = order.shuffle_block(sample_index)
+    first, length = sample_index, 0
+    while first >= order.streams and order.shuffle_block(first - order.streams) == identity:
+        first -= order.streams
+    parts = order.shuffle_block_samples(sample_index)
+    for found in zip(*(part.tolist() for part in parts), strict=True):
+        assert order.sample_at(first + length * order.streams) == found
+        length += 1
+    assert order.next_shuffle_block(first) >= first + (length - 1) * order.streams

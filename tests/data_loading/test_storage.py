@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from processes import open_below
 
-from megatron_owl2.data.storage import LocalStorage, StorageOptions, base, local, open_storage
+from megatron_owl2.data.storage import LocalStorage, StorageOptions, local, open_storage
 from megatron_owl2.errors import StorageError, StorageMissing
 
 QUICK = StorageOptions(backoff=0.001, attempts=4)
@@ -95,7 +95,7 @@ def test_the_wait_doubles_up_to_a_limit_with_jitter_that_leaves_other_random_sta
     folder, monkeypatch
 ):
     delays = []
-    monkeypatch.setattr(base.time, "sleep", delays.append)
+    monkeypatch.setattr(time, "sleep", delays.append)
     failing_pread(monkeypatch, errno.EIO, times=10**9)
     states = random.getstate(), np.random.get_state()[1].tobytes()
     options = StorageOptions(backoff=0.5, attempts=10)
@@ -125,7 +125,7 @@ def test_a_missing_file_is_told_apart_and_tried_only_a_little(folder):
 
 def test_a_file_that_blinks_is_found(folder, monkeypatch):
     storage = open_storage(folder, StorageOptions(backoff=0.4))
-    monkeypatch.setattr(base.time, "sleep", lambda s: (folder / "b.tar").write_bytes(b"here"))
+    monkeypatch.setattr(time, "sleep", lambda s: (folder / "b.tar").write_bytes(b"here"))
     assert storage.read("b.tar", 0, 4) == b"here"
 
 

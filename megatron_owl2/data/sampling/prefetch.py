@@ -4,13 +4,10 @@ The order is known, so when a stream enters a shuffle block, the blocks that thi
 one read are queued. Only storage behind a network needs it.
 """
 
-import copy
-import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from queue import SimpleQueue
-from threading import Thread
+from typing import Any
 
 from megatron_owl2.data.sampling.shuffle import BLOCK_SIZE, SHUFFLE_BLOCK_SIZE, ShuffleOrder
 from megatron_owl2.data.shards.dataset import ShardedDataset
@@ -30,7 +27,8 @@ class Prefetcher:
         self._datasets, self._order = datasets, order
         self._remote = [not isinstance(d.storage, LocalStorage) for d in datasets]
         self._shuffle_blocks: dict[int, tuple[int, int]] = {}  # by stream: epoch and number
-        self._queue: SimpleQueue = SimpleQueue()
+        self._runtime = datasets[0].storage.runtime
+        self._queue: Any = None
         self._copies: list[ShardedDataset] = []
         self._process = 0
 
@@ -61,10 +59,10 @@ class Prefetcher:
         self._process = 0
 
     def _start(self) -> None:
-        self._process, self._shuffle_blocks, self._queue = os.getpid(), {}, SimpleQueue()
-        self._copies = [copy.deepcopy(dataset) for dataset in self._datasets]
-        work = (self._queue, self._copies)
-        Thread(target=_fetch, args=work, name="prefetch", daemon=True).start()
+        self._process, self._shuffle_blocks = os.getpid(), {}
+        self._queue = self._runtime.queue()
+        self._copies = [dataset.reopened() for dataset in self._datasets]
+        self._runtime.start_thread("prefetch", _fetch, self._queue, self._copies)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {
@@ -84,12 +82,11 @@ def working_set(
         return 0
     size = sum(row["bytes"] for dataset in remote for row in dataset.shards)
     block = size / sum(map(len, remote)) * BLOCK_SIZE
-    of_a_rank = order.streams // math.gcd(order.streams, ranks)
-    streams = min(order.streams, of_a_rank * min(ranks, ranks_on_node))
+    streams = max(order.streams_of_nodes(ranks, ranks_on_node))
     return round(min(size, streams * 2 * (SHUFFLE_BLOCK_SIZE // BLOCK_SIZE + 1) * block))
 
 
-def _fetch(queue: SimpleQueue, datasets: Sequence[ShardedDataset]) -> None:
+def _fetch(queue: Any, datasets: Sequence[ShardedDataset]) -> None:
     while (block := queue.get()) is not None:
         source, shard, sample = block
         with suppress(StorageError, ShardError):

@@ -1,7 +1,7 @@
 """Shuffled order of training samples over all data sets, without an index in memory or on disk.
 
 The order maps a global sample index to (data set, shard, sample) as a pure function of the seed, so
-the sample index is the only state: data-parallel rank r of R takes the indices s with s % R == r,
+the sample index is the only state: each of R data-parallel ranks takes the indices s of one s % R,
 and resuming, another number of ranks or workers and skipping ahead are all one integer.
 
 Every shard is cut into blocks of neighbouring samples. In epoch e the blocks are permuted; the
@@ -10,6 +10,7 @@ inside of shuffle blocks. Neighbouring indices belong to different streams, and 
 blocks at a time.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,6 +89,24 @@ class ShuffleOrder:
             index = (index + 1 + key % (place.length - 1)) % place.length
         return self._sample(place.epoch, place.start + int(self._shuffled(place)[index]))
 
+    def residue(self, rank: int, ranks: int) -> int:
+        """The r with which data-parallel rank `rank` of `ranks` takes the indices s % ranks == r.
+
+        Ranks that share streams are neighbours, mostly on one node, which then fetches a block once
+        for all of them. Where `ranks` divides the number of streams no rank shares, and r is
+        `rank`.
+        """
+        distinct = math.gcd(ranks, self.streams)
+        neighbours = ranks // distinct
+        return rank % neighbours * distinct + rank // neighbours
+
+    def streams_of_nodes(self, ranks: int, ranks_per_node: int) -> list[int]:
+        """The number of streams that the ranks of each node read."""
+        distinct = math.gcd(ranks, self.streams)
+        shares = [self.residue(rank, ranks) % distinct for rank in range(ranks)]
+        nodes = (shares[n : n + ranks_per_node] for n in range(0, ranks, ranks_per_node))
+        return [len(set(node)) * self.streams // distinct for node in nodes]
+
     def shuffle_block(self, sample_index: int) -> tuple[int, int, int]:
         """(epoch, stream, number) of the shuffle block that a sample index is drawn from."""
         place = self._place(sample_index)
@@ -99,6 +118,22 @@ class ShuffleOrder:
         if place.last:
             return (place.epoch + 1) * self.samples_per_epoch + place.stream
         return sample_index + (place.length - place.index) * self.streams
+
+    def shuffle_block_samples(self, sample_index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(data set, shard, sample), int64 [n] each, of all indices of the shuffle block of one,
+        in their order: what `sample_at` gives, one after the other and slower."""
+        place = self._place(sample_index)
+        blocks, ends = self._permuted(place.epoch)
+        positions = place.start + self._shuffled(place).astype(np.int64)
+        first, last = ends.searchsorted([place.start, place.start + place.length - 1], side="right")
+        number = first + ends[first : last + 1].searchsorted(positions, side="right")
+        block = blocks[number]
+        offset = positions - (ends[number] - self._count[block])
+        return (
+            self._dataset[block].astype(np.int64),
+            self._shard[block].astype(np.int64),
+            self._start[block] + offset,
+        )
 
     def blocks(self, sample_index: int) -> list[tuple[int, int, int]]:
         """(data set, shard, a sample) of every block that the shuffle block of an index reads."""

@@ -1,6 +1,7 @@
 """Sharded dataset with random access to its samples, wherever the shards lie."""
 
 import bisect
+import copy
 import itertools
 import operator
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from megatron_owl2.data.shards.manifest import MANIFEST, parse_manifest
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.shards.tar import unpack_sample
 from megatron_owl2.data.shards.writer import INDEX, SUMS, checksum, load_index
-from megatron_owl2.data.storage import StorageOptions, open_storage
+from megatron_owl2.data.storage import Storage, StorageOptions, open_storage
 from megatron_owl2.errors import BadSampleError, ShardError, StorageMissing
 
 _MAX_BLOCKS = 4096  # whose part of the index is kept: 4 kB each
@@ -39,15 +40,21 @@ class ShardedDataset:
     """Random-access dataset of the records in a folder of shards, or behind a URL that fsspec
     knows.
 
-    `dataset[index]` counts over all shards, `read` takes shard and place.
+    `dataset[index]` counts over all shards, `read` takes shard and place. `storage` reads it in
+    place of what `location` and `options` say.
 
     Raises ShardError if the manifest is missing or damaged, StorageError if it cannot be read.
     Safe to copy into forked workers.
     """
 
-    def __init__(self, location: str, options: StorageOptions | None = None):
+    def __init__(
+        self,
+        location: str,
+        options: StorageOptions | None = None,
+        storage: Storage | None = None,
+    ):
         self.location = str(location)
-        self.storage = open_storage(self.location, options or StorageOptions())
+        self.storage = storage or open_storage(self.location, options or StorageOptions())
         manifest = self._read_manifest()
         self.fingerprint: str = manifest["fingerprint"]
         self.shards: list[dict] = manifest["shards"]
@@ -102,6 +109,14 @@ class ShardedDataset:
         number = sample_index - block.first
         return int(block.offsets[number]), int(block.offsets[number + 1])
 
+    def reopened(self, storage: Storage | None = None) -> "ShardedDataset":
+        """The same data set for another thread: the manifest, of thousands of rows, is shared, all
+        else its own, such as a copy of the storage, or `storage` in its place."""
+        other = copy.copy(self)
+        other.storage = storage or copy.deepcopy(self.storage)
+        other._blocks, other._checked = OrderedDict(), set()
+        return other
+
     def close(self) -> None:
         """Close every file; reading opens them again."""
         self.storage.close()
@@ -149,8 +164,7 @@ class ShardedDataset:
         row = self.shards[shard_index]
         size = self.storage.size(row["name"])
         if size != row["bytes"]:
-            self.storage.forget_size(row["name"])
-            size = self.storage.size(row["name"])
+            size = self.storage.size(row["name"], fresh=True)
         if size != row["bytes"]:
             raise ShardError(
                 f"{self._path(shard_index)} has {size} bytes, its manifest says {row['bytes']}: "

@@ -4,11 +4,11 @@ import errno
 import os
 import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from megatron_owl2.data.storage.runtime import Runtime
 from megatron_owl2.errors import StorageError, StorageMissing
 
 MAX_BACKOFF = 30.0  # seconds between two attempts
@@ -87,21 +87,19 @@ class Storage:
     fetches the same range already, so it ends after at most thrice `options.patience`.
     """
 
-    def __init__(self, location: str, options: StorageOptions):
+    def __init__(self, location: str, options: StorageOptions, runtime: Runtime | None = None):
         self.location = location
         self.options = options
+        self.runtime = runtime or Runtime()
         self._processes: dict[int, Process] = {}
 
     def read_file(self, name: str) -> bytes:
         """A whole small file, such as a manifest or an index."""
         raise NotImplementedError
 
-    def size(self, name: str) -> int:
-        """Bytes of a file. A remote storage with a cache asks once for all processes of a node."""
+    def size(self, name: str, *, fresh: bool = False) -> int:
+        """Bytes of a file; `fresh` asks past the cache, which may hold that of an older file."""
         raise NotImplementedError
-
-    def forget_size(self, name: str) -> None:
-        """Forget a cached size, which may be that of an older file."""
 
     def read(
         self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None
@@ -127,7 +125,7 @@ class Storage:
         return self._here().counters
 
     def __getstate__(self) -> dict:
-        return {"location": self.location, "options": self.options}
+        return {"location": self.location, "options": self.options, "runtime": self.runtime}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -151,7 +149,7 @@ class Storage:
 
     def _persist(self, name: str, what: str, attempt: Callable[[], _T]) -> _T:
         """The result of `attempt`, called again while that may help; StorageError then."""
-        here, began, number = self._here(), time.monotonic(), 0
+        here, began, number = self._here(), self.runtime.monotonic(), 0
         check_name(self.location, name)
         while True:
             number += 1
@@ -165,7 +163,7 @@ class Storage:
                     raise self._failure(name, what, number, began, error) from error
             here.add(retries=1)
             # Its own generator: a retry must not move the random state that training depends on.
-            time.sleep(self.options.delay(number) * here.random.uniform(0.5, 1.0))
+            self.runtime.sleep(self.options.delay(number) * here.random.uniform(0.5, 1.0))
 
     def _failure(self, name, what, attempts, began, error: Exception) -> StorageError:
         missing = self._is_missing(error)
@@ -177,7 +175,7 @@ class Storage:
             advice = "check the disk, network or server behind it, or give it more attempts or time"
         return (StorageMissing if missing else StorageError)(
             f"{self.location}/{name}: {what} cannot be read; "
-            f"{attempts} attempts in {time.monotonic() - began:.1f} s, the last: "
+            f"{attempts} attempts in {self.runtime.monotonic() - began:.1f} s, the last: "
             f"{type(error).__name__}: {error}; {advice}"
         )
 

@@ -12,11 +12,12 @@ import fcntl
 import hashlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-_POLL = 0.005  # seconds between two looks at a lock
+from megatron_owl2.data.storage.runtime import Runtime
+
+_POLL, _SLOWEST_POLL = 0.005, 0.1  # seconds between the first two looks at a lock, and later
 _KEEP = 0.9  # of the allowed bytes stays after an eviction, so that not every fetch needs one
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _RANGE = re.compile(r"\d+-\d+(\.part)?")
@@ -34,8 +35,9 @@ class RangeCache:
     notice. Contents are not proof against a crash of the node: whoever reads checks, and drops.
     """
 
-    def __init__(self, folder: str, location: str, max_bytes: int):
+    def __init__(self, folder: str, location: str, max_bytes: int, runtime: Runtime | None = None):
         self._folder = folder
+        self._runtime = runtime or Runtime()
         self._home = os.path.join(folder, hashlib.sha256(location.encode()).hexdigest()[:32])
         self._max_bytes = max_bytes
         self._swept_by = 0  # the process that looked for leftovers
@@ -80,10 +82,10 @@ class RangeCache:
         """
         path = self._path(name, extent)
         part = path + ".part"
-        deadline = time.monotonic() + patience
+        deadline = self._runtime.monotonic() + patience
         with self._errors():
             self._remove_leftovers(deadline)
-            file = _claim(path, part, deadline)
+            file = self._claim(path, part, deadline)
         if file is None:
             return None
         try:
@@ -92,7 +94,8 @@ class RangeCache:
             data = fetch()
             with self._errors():
                 _write(file, data)
-                with self._usage(time.monotonic() + patience):  # a sweep sees every file once
+                deadline = self._runtime.monotonic() + patience
+                with self._usage(deadline):  # a sweep sees every file once
                     os.rename(part, path)
             return data
         finally:
@@ -139,11 +142,42 @@ class RangeCache:
         """The locked file of the sum of all sizes; who holds it may sweep and reserve."""
         file = os.open(os.path.join(self._folder, ".usage"), os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            pause = _POLL
             while not _lock(file):
-                _wait(deadline)
+                pause = self._wait(deadline, pause)
             yield file
         finally:
             _release(file)
+
+    def _claim(self, path: str, part: str, deadline: float) -> int | None:
+        """The new, empty, locked part of a range, or None as soon as the range is there."""
+        pause = _POLL
+        while True:
+            if os.path.exists(path):
+                return None
+            os.makedirs(os.path.dirname(part), exist_ok=True)
+            try:
+                file = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # a sweep removed the empty folder
+                continue
+            if not _lock(file):
+                os.close(file)
+                pause = self._wait(deadline, pause)
+            elif not _is_still(file, part):  # its owner finished or gave up in between
+                _release(file)
+            elif os.path.exists(path):
+                _abandon(file, part)
+            else:
+                os.ftruncate(file, 0)
+                return file
+
+    def _wait(self, deadline: float, pause: float) -> float:
+        """Sleep for `pause` seconds; the next pause, longer, for hundreds of threads of a node may
+        wait for one fetch."""
+        if self._runtime.monotonic() > deadline:
+            raise TimeoutError("another process holds its lock for too long")
+        self._runtime.sleep(pause)
+        return min(1.5 * pause, _SLOWEST_POLL)
 
     def _sweep(self, target: float) -> int:
         """Remove abandoned parts, then the least recently read ranges until at most `target` bytes
@@ -168,28 +202,6 @@ class RangeCache:
             with suppress(OSError):  # only empty ones go
                 os.rmdir(folder)
         return total
-
-
-def _claim(path: str, part: str, deadline: float) -> int | None:
-    """The new, empty, locked part of a range, or None as soon as the range is there."""
-    while True:
-        if os.path.exists(path):
-            return None
-        os.makedirs(os.path.dirname(part), exist_ok=True)
-        try:
-            file = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # a sweep removed the empty folder
-            continue
-        if not _lock(file):
-            os.close(file)
-            _wait(deadline)
-        elif not _is_still(file, part):  # its owner finished or gave up in between
-            _release(file)
-        elif os.path.exists(path):
-            _abandon(file, part)
-        else:
-            os.ftruncate(file, 0)
-            return file
 
 
 def _abandon(file: int, part: str) -> None:
@@ -229,12 +241,6 @@ def _lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _wait(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise TimeoutError("another process holds its lock for too long")
-    time.sleep(_POLL)
 
 
 def _is_still(file: int, path: str) -> bool:

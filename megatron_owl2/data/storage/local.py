@@ -1,11 +1,11 @@
 """Shards of a local or shared file system."""
 
 import os
-import time
 from collections import OrderedDict
 from contextlib import suppress
 
 from megatron_owl2.data.storage.base import ShortReadError, Storage, StorageOptions
+from megatron_owl2.data.storage.runtime import Runtime
 
 MAX_OPEN = 128  # descriptors of a LocalStorage
 
@@ -17,8 +17,8 @@ class LocalStorage(Storage):
     hard NFS mount whose server is gone) blocks the reader: no time limit reaches into the kernel.
     """
 
-    def __init__(self, location: str, options: StorageOptions):
-        super().__init__(location, options)
+    def __init__(self, location: str, options: StorageOptions, runtime: Runtime | None = None):
+        super().__init__(location, options, runtime)
         self._files: OrderedDict[str, _Descriptor] = OrderedDict()
 
     def read_file(self, name: str) -> bytes:
@@ -28,13 +28,13 @@ class LocalStorage(Storage):
 
         return self._persist(name, "the file", attempt)
 
-    def size(self, name: str) -> int:
+    def size(self, name: str, *, fresh: bool = False) -> int:
         return self._persist(name, "its size", lambda: os.stat(self._path(name)).st_size)
 
     def read(
         self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None
     ) -> bytes:
-        began = time.perf_counter()
+        began = self.runtime.monotonic()
         here = self._here()
         try:
             with here.lock:
@@ -44,12 +44,12 @@ class LocalStorage(Storage):
         except (KeyError, OSError):
             data = b""
         if len(data) == stop - start:
-            here.add_read(len(data), 1, time.perf_counter() - began)
+            here.add_read(len(data), 1, self.runtime.monotonic() - began)
             return data
         data = self._persist(
             name, f"bytes {start} to {stop}", lambda: self._read(name, start, stop)
         )
-        here.add_read(len(data), 0, time.perf_counter() - began)
+        here.add_read(len(data), 0, self.runtime.monotonic() - began)
         return data
 
     def _read(self, name: str, start: int, stop: int) -> bytes:

@@ -1,9 +1,6 @@
 """Storage behind a network: range requests through fsspec, a cache on the node, prefetching."""
 
 import os
-import queue
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +19,14 @@ from megatron_owl2.data.storage.base import (
     check_name,
 )
 from megatron_owl2.data.storage.cache import CacheError, RangeCache
+from megatron_owl2.data.storage.runtime import Runtime
 from megatron_owl2.errors import StorageError
 
+_SIZE = ".size"  # behind the name of a file, where the cache keeps its size
 CACHE_PAUSE = 60.0  # seconds without new ranges after the cache disk was full or broken
-_SIZE, _DIGITS = ".size", 20  # entry of the cache that holds how large a file is
-_Fetch = Callable[[int, int], bytes]
 _LASTING_STATUS = {401, 403, 404, 405, 410, 416}  # HTTP answers that will be the same again
+
+_Fetch = Callable[[int, int], bytes]  # the bytes from one offset to another
 
 # One client, with its connections, per process, protocol and time limit. Never emptied: closing a
 # client that a forked child inherited takes the parent's sockets out of the epoll set they share.
@@ -47,8 +46,8 @@ class RemoteStorage(Storage):
     nothing. Raises StorageError if the client of the protocol is unknown or not installed.
     """
 
-    def __init__(self, location: str, options: StorageOptions):
-        super().__init__(location, options)
+    def __init__(self, location: str, options: StorageOptions, runtime: Runtime | None = None):
+        super().__init__(location, options, runtime)
         self._protocol = location.split("://")[0]
         try:
             fsspec.get_filesystem_class(self._protocol)
@@ -59,30 +58,46 @@ class RemoteStorage(Storage):
             ) from error
         self._cache = None
         if options.cache:
-            self._cache = RangeCache(options.cache, location, options.cache_bytes)
+            self._cache = RangeCache(options.cache, location, options.cache_bytes, self.runtime)
 
     def read_file(self, name: str) -> bytes:
         data = self._persist(name, "the file", lambda: self._request("_cat_file", name))
         self._here().add(bytes_fetched=len(data))
         return data
 
-    def size(self, name: str) -> int:
-        entry, extent = name + _SIZE, (0, _DIGITS)
-        text = self._cached(entry, *extent, extent, lambda *_: self._ask_size(name))
-        if not text.isdigit():  # what lies in a cache may have been damaged there
-            self.forget_size(name)
-            text = self._ask_size(name)
-        return int(text)
+    def size(self, name: str, *, fresh: bool = False) -> int:
+        def fetch(start: int, stop: int) -> bytes:
+            size = self._persist(name, "its size", lambda: self._request("_info", name))["size"]
+            if size is None:
+                raise StorageError(f"{self.location}/{name}: the server does not tell its size")
+            return b"%020d" % size
 
-    def forget_size(self, name: str) -> None:
-        self.drop(name + _SIZE, 0, _DIGITS)
+        # Cached like a range: a data set has thousands of shards, a node dozens of processes.
+        file, extent = name + _SIZE, (0, 20)
+        data = None
+        if self._cache is not None and not fresh:
+            data = self._cache.read(file, extent, *extent)
+        if data is None or not data.isdigit():  # a crash of the node may have damaged it
+            self.drop(file, *extent)
+            data = self._read_and_keep(file, *extent, extent, fetch)
+        return int(data)
 
     def read(
         self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None
     ) -> bytes:
-        began = time.perf_counter()
-        data = self._cached(name, start, stop, extent or (start, stop), partial(self._fetch, name))
-        self._here().add_read(len(data), 0, time.perf_counter() - began)
+        check_name(self.location, name)
+        began = self.runtime.monotonic()
+        here = self._here()
+        data = None
+        if self._cache is not None:
+            data = self._cache.read(name, extent or (start, stop), start, stop)
+        if data is not None:
+            here.add(cache_hits=1)
+        else:
+            here.add(cache_misses=1)
+            fetch = partial(self._fetch, name)
+            data = self._read_and_keep(name, start, stop, extent or (start, stop), fetch)
+        here.add_read(len(data), 0, self.runtime.monotonic() - began)
         return data
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
@@ -97,24 +112,14 @@ class RemoteStorage(Storage):
     def close(self) -> None:
         self._here().stop_prefetching()
 
-    def _cached(
+    def _read_and_keep(
         self, name: str, start: int, stop: int, extent: tuple[int, int], fetch: _Fetch
     ) -> bytes:
-        """The bytes from `start` to `stop`, of an extent of the cache where there is one; `fetch`
-        brings those of a range."""
-        check_name(self.location, name)
-        data = None
-        if self._cache is not None:
-            data = self._cache.read(name, extent, start, stop)
-        if data is not None:
-            self._here().add(cache_hits=1)
-            return data
-        self._here().add(cache_misses=1)
         cache = self._usable_cache()
         for _ in range(2):
             if cache is None:
                 break
-            data = self._fill(name, *extent, fetch)
+            data = self._keep(name, extent, fetch)
             if data is not None:
                 return data[start - extent[0] : stop - extent[0]]
             # Another process or thread brought it; where the cache is tight it may be gone again.
@@ -123,20 +128,21 @@ class RemoteStorage(Storage):
                 return data
         return fetch(start, stop)
 
-    def _fill(self, name: str, start: int, stop: int, fetch: _Fetch | None = None) -> bytes | None:
+    def _fill(self, name: str, start: int, stop: int) -> None:
+        self._keep(name, (start, stop), partial(self._fetch, name))
+
+    def _keep(self, name: str, extent: tuple[int, int], fetch: _Fetch) -> bytes | None:
         """The extent if this call fetched it, now cached; None if it did not."""
         check_name(self.location, name)
         cache = self._usable_cache()
         if cache is None:
             return None
-        here, fetch = self._here(), fetch or partial(self._fetch, name)
+        here = self._here()
         try:
-            return cache.fill(
-                name, (start, stop), lambda: fetch(start, stop), self.options.patience
-            )
+            return cache.fill(name, extent, lambda: fetch(*extent), self.options.patience)
         except CacheError as error:
             here.add(cache_failures=1)
-            here.cache_resumes = time.monotonic() + CACHE_PAUSE
+            here.cache_resumes = self.runtime.monotonic() + CACHE_PAUSE
             if not here.warned:
                 here.warned = True
                 warnings.warn(f"{error}; {self.location} is read without it", stacklevel=2)
@@ -144,7 +150,7 @@ class RemoteStorage(Storage):
 
     def _usable_cache(self) -> RangeCache | None:
         """The cache, unless it could not take a range a moment ago."""
-        return self._cache if time.monotonic() >= self._here().cache_resumes else None
+        return self._cache if self.runtime.monotonic() >= self._here().cache_resumes else None
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         def attempt() -> bytes:
@@ -156,12 +162,6 @@ class RemoteStorage(Storage):
         data = self._persist(name, f"bytes {start} to {stop}", attempt)
         self._here().add(bytes_fetched=len(data))
         return data
-
-    def _ask_size(self, name: str) -> bytes:
-        size = self._persist(name, "its size", lambda: self._request("_info", name))["size"]
-        if size is None:
-            raise StorageError(f"{self.location}/{name}: the server does not tell its size")
-        return b"%0*d" % (_DIGITS, size)
 
     def _request(self, method: str, name: str, **arguments) -> Any:
         """One attempt within the time limit, through fsspec's event loop."""
@@ -188,7 +188,7 @@ class RemoteStorage(Storage):
         return super()._is_missing(error) or getattr(error, "status", 0) == 404
 
     def _new_process(self) -> "_RemoteProcess":
-        return _RemoteProcess()
+        return _RemoteProcess(self.runtime)
 
     def _here(self) -> "_RemoteProcess":
         here = super()._here()
@@ -200,11 +200,12 @@ class _RemoteProcess(Process):
     """Process state with the prefetching threads, daemons: a hanging server cannot hold up the
     exit."""
 
-    def __init__(self):
+    def __init__(self, runtime: Runtime):
         super().__init__()
         self.cache_resumes = 0.0
         self.warned = False
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._runtime = runtime
+        self._jobs: Any = runtime.queue()
         self._pending: set[tuple[str, int, int]] = set()
         self._threads = 0
 
@@ -218,18 +219,16 @@ class _RemoteProcess(Process):
             self._jobs.put(job)
             jobs = self._jobs
         if starts:
-            threading.Thread(
-                target=self._work, args=(jobs, fill), name="look-ahead", daemon=True
-            ).start()
+            self._runtime.start_thread("look-ahead", self._work, jobs, fill)
 
     def stop_prefetching(self) -> None:
         """Forget what waits; the threads end after what they do."""
         with self.lock:
             for _ in range(self._threads):
                 self._jobs.put(None)
-            self._jobs, self._threads, self._pending = queue.SimpleQueue(), 0, set()
+            self._jobs, self._threads, self._pending = self._runtime.queue(), 0, set()
 
-    def _work(self, jobs: queue.SimpleQueue, fill) -> None:
+    def _work(self, jobs: Any, fill) -> None:
         while (job := jobs.get()) is not None:
             if jobs is not self._jobs:
                 continue
