@@ -3,8 +3,8 @@
 Makes shards of random images in DIRECTORY and measures, in interleaved rounds on one thread,
 
 * reading: this project's stream (order, checksums, tokens and labels included) without and with
-  data.scaled_decoding, webdataset with Pillow, and webdataset with the same fast decoder; all end in
-  uint8 batches of random crops, of 224 pixels as in pre-training and of 448 as in tuning,
+  data.scaled_decoding, webdataset with Pillow, and webdataset with the same fast decoder; all end
+  in uint8 batches of random crops, of 224 pixels as in pre-training and of 448 as in tuning,
 * what scaled decoding changes of pixels,
 * writing: ShardWriter with index and checksums against webdataset.ShardWriter,
 * indexing shards as webdataset writes them by default (jpg, txt, json and PAX headers), and plain
