@@ -21,6 +21,11 @@ def test_every_recipe_loads_and_fits_its_ranks(name):
         validate_parallel(config, config.parallel.tensor * config.parallel.pipeline)
 
 
+def test_only_stage_1_decodes_large_images_at_a_smaller_scale():
+    stages = (load_config(EXAMPLES / f"7b/{name}.yaml").data for name in ("pretrain", "finetune"))
+    assert [stage.scaled_decoding for stage in stages] == [True, False]
+
+
 def test_the_7b_model_has_the_released_tensors_and_counts():
     config = load_config(EXAMPLES / "7b/finetune.yaml", ["parallel.tensor=1"])
     config.parallel.sequence = False
