@@ -17,9 +17,11 @@ def row_alignment(config: RunConfig) -> int:
 
     Context parallelism cuts rows into 2 pieces per rank and sequence parallelism these over the
     tensor-parallel ranks; FP8 GEMMs take the rows of a rank in multiples
-    (config/validate_parallel.py). A run that needs one shape has `data.sequence_length` here.
+    (config/validate_parallel.py). User buffers have one shape, that of `data.sequence_length`.
     """
     parallel = config.parallel
+    if parallel.tensor_overlap:
+        return config.data.sequence_length
     shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
     alignment = math.lcm(TILE, shards)
     if parallel.context > 1:

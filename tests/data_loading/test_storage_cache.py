@@ -16,6 +16,7 @@ from processes import wait_until
 
 from megatron_owl2.data.storage import StorageOptions, open_storage
 from megatron_owl2.data.storage.cache import RangeCache
+from megatron_owl2.data.storage.runtime import Runtime
 from megatron_owl2.errors import StorageError
 
 pytestmark = pytest.mark.slow
@@ -368,3 +369,31 @@ def test_a_child_forked_under_a_lock_does_not_keep_it(cache):
         for child in locked:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def test_processes_that_start_together_look_for_leftovers_once(cache, monkeypatch):
+    sweeps, waiting = [], set()
+    sweep = RangeCache._sweep
+    monkeypatch.setattr(RangeCache, "_sweep", lambda self, to: sweeps.append(to) or sweep(self, to))
+
+    class Watched(Runtime):
+        def sleep(self, seconds):
+            waiting.add(threading.get_ident())
+            super().sleep(seconds)
+
+    def start(number):
+        own = RangeCache(str(cache), "x", 10**6, Watched())
+        own.fill("a.tar", (number, number + 1), lambda: b"x", patience=60)
+
+    cache.mkdir()
+    threads = [threading.Thread(target=start, args=[number]) for number in range(8)]
+    with open(cache / ".usage", "w") as usage:
+        fcntl.flock(usage, fcntl.LOCK_EX)
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(waiting) == 8)
+    for thread in threads:
+        thread.join()
+    assert len(sweeps) == 1 and (cache / ".usage").read_bytes() == b"8\n"
+    start(9)  # later, when there may be leftovers again
+    assert len(sweeps) == 2

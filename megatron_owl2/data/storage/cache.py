@@ -4,7 +4,8 @@
 While it is fetched it is `<start>-<stop>.part`, locked by the process that fetches it; the kernel
 drops the lock of a killed process, so a part without a lock is nobody's and is removed or taken
 over. A part has its full size from the start: the disk is full before a fetch, never in the middle,
-and `<cache>/.usage`, the sum of all sizes, is never too small.
+and `<cache>/.usage`, the sum of all sizes, is never too small; `<cache>/.swept` says when, in
+nanoseconds, the last search for what killed processes left began.
 """
 
 import errno
@@ -12,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -114,7 +116,7 @@ class RangeCache:
     def _reserve(self, file: int, size: int, deadline: float) -> None:
         """Give an empty part its size, after evicting what is in the way."""
         with self._usage(deadline) as usage:
-            total = _read_total(usage)
+            total = _read_number(usage)
             if total is None or total + size > self._max_bytes:
                 total = self._sweep(self._max_bytes * _KEEP - size)
             if total + size > self._max_bytes:
@@ -126,25 +128,38 @@ class RangeCache:
                     raise
                 total = self._sweep(total * _KEEP - size)  # the disk is smaller than the cache
                 os.posix_fallocate(file, 0, size)
-            _write_total(usage, total + size)
+            _write_number(usage, total + size)
 
     def _remove_leftovers(self, deadline: float) -> None:
-        """Once in every process: what killed processes left counts as used, so it must go."""
+        """Once in every process: what killed processes left counts as used, so it must go.
+
+        A node starts dozens of processes at once, and a full cache has thousands of files: a sweep
+        that began after this process asked is as good as its own.
+        """
         if self._swept_by == os.getpid():
             return
         os.makedirs(self._folder, exist_ok=True)
-        with self._usage(deadline) as usage:
-            _write_total(usage, self._sweep(self._max_bytes))
+        asked = time.time_ns()
+        with self._usage(deadline) as usage, self._opened(".swept") as swept:
+            if (_read_number(swept) or 0) <= asked:
+                began = time.time_ns()
+                _write_number(usage, self._sweep(self._max_bytes))
+                _write_number(swept, began)
         self._swept_by = os.getpid()
 
     @contextmanager
     def _usage(self, deadline: float) -> Iterator[int]:
         """The locked file of the sum of all sizes; who holds it may sweep and reserve."""
-        file = os.open(os.path.join(self._folder, ".usage"), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with self._opened(".usage") as file:
             pause = _POLL
             while not _lock(file):
                 pause = self._wait(deadline, pause)
+            yield file
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        file = os.open(os.path.join(self._folder, name), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
             yield file
         finally:
             _release(file)
@@ -258,14 +273,14 @@ def _write(file: int, data: bytes) -> None:
         rest, position = rest[written:], position + written
 
 
-def _read_total(usage: int) -> int | None:
-    text = os.pread(usage, 32, 0)
+def _read_number(file: int) -> int | None:
+    text = os.pread(file, 32, 0)
     return int(text) if re.fullmatch(rb"\d+\n", text) else None
 
 
-def _write_total(usage: int, total: int) -> None:
-    os.ftruncate(usage, 0)
-    os.pwrite(usage, b"%d\n" % total, 0)
+def _write_number(file: int, number: int) -> None:
+    os.ftruncate(file, 0)
+    os.pwrite(file, b"%d\n" % number, 0)
 
 
 def _folders(cache: str) -> Iterator[str]:
