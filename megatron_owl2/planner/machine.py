@@ -12,8 +12,8 @@ class Machine:
     `fp8_speedup` is how much faster the decoder's GEMMs are in FP8, casts included;
     `overlap_efficiency` the share of tensor-parallel communication that `parallel.tensor_overlap`
     hides. `intra_node` and `inter_node` are GB/s that a GPU sends at to GPUs of its node and,
-    through its network card, of other nodes. `reserve_gib` of the memory is for CUDA, NCCL and what the allocator cannot use.
-    `mfu` is the share of the peak that `Plan.days` takes for granted, and nothing else.
+    through its network card, of other nodes. `reserve_gib` of the memory is for CUDA, NCCL and what
+    the allocator cannot use. `mfu` is the share of the peak that `Plan.days` takes for granted, and nothing else.
     """
 
     gpus: int
@@ -46,8 +46,8 @@ class Machine:
     def sending(self, size: float, extent: int, stride: int = 1) -> float:
         """Seconds in which every rank of a group sends `size` bytes around a ring.
 
-        The group is every `stride`-th of `extent` ranks in a row. Rings of NCCL leave a node through
-        the network cards of all GPUs that it has there.
+        The group is every `stride`-th of `extent` ranks in a row. NCCL's rings leave a node through
+        the network cards of all GPUs that the group has there.
         """
         if extent <= self.gpus_per_node:
             return size / (1e9 * self.intra_node)
