@@ -13,7 +13,8 @@ class Machine:
     `overlap_efficiency` the share of tensor-parallel communication that `parallel.tensor_overlap`
     hides. `intra_node` and `inter_node` are GB/s that a GPU sends at to GPUs of its node and,
     through its network card, of other nodes. `reserve_gib` of the memory is for CUDA, NCCL and what
-    the allocator cannot use. `mfu` is the share of the peak that `Plan.days` takes for granted, and nothing else.
+    the allocator cannot use. `mfu` is the share of the peak that `Plan.days` takes for granted, and
+    nothing else.
     """
 
     gpus: int
