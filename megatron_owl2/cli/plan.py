@@ -32,13 +32,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mfu",
         type=positive,
         default=0.4,
-        help="share of the peak that a GPU reaches (default %(default)s)",
+        help="share of the peak for the days at a given MFU; no other time follows from it "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--peak-tflops",
         type=positive,
         default=989.0,
         help="of a GPU in bf16 (default %(default)s, an H100)",
+    )
+    parser.add_argument(
+        "--gemm-efficiency",
+        type=positive,
+        default=0.66,
+        help="share of the peak that GEMMs and attention reach (default %(default)s)",
+    )
+    parser.add_argument(
+        "--fp8-speedup",
+        type=positive,
+        default=1.6,
+        help="of the decoder's GEMMs, casts included (default %(default)s)",
+    )
+    parser.add_argument(
+        "--hbm",
+        type=positive,
+        default=3350.0,
+        metavar="GB/S",
+        help="of a GPU's memory (default %(default)s, an H100)",
+    )
+    parser.add_argument(
+        "--hbm-efficiency",
+        type=positive,
+        default=0.84,
+        help="share of it that elementwise kernels reach (default %(default)s)",
     )
     parser.add_argument(
         "--intra-node",
@@ -52,13 +78,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=40.0,
         metavar="GB/S",
-        help="a GPU sends at to other nodes (default %(default)s)",
+        help="a GPU's network card sends at to other nodes (default %(default)s)",
+    )
+    parser.add_argument(
+        "--overlap-efficiency",
+        type=positive,
+        default=0.75,
+        help="share of tensor-parallel communication that parallel.tensor_overlap hides "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--tokens-per-sample",
         type=count,
         metavar="N",
-        help="that are not padding, with the image's (default: full sequences)",
+        help="that are not padding, with the image's (default: full rows)",
+    )
+    parser.add_argument(
+        "--mean-length",
+        type=count,
+        metavar="N",
+        help="positions of a row as it is computed, padding included (default: "
+        "data.sequence_length)",
     )
     parser.add_argument("--json", metavar="FILE", help="the whole plan, in bytes and seconds")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -82,11 +122,18 @@ def run(options: argparse.Namespace) -> int:
         reserve_gib=options.reserve,
         peak_tflops=options.peak_tflops,
         mfu=options.mfu,
+        gemm_efficiency=options.gemm_efficiency,
+        fp8_speedup=options.fp8_speedup,
+        hbm=options.hbm,
+        hbm_efficiency=options.hbm_efficiency,
         intra_node=options.intra_node,
         inter_node=options.inter_node,
+        overlap_efficiency=options.overlap_efficiency,
     )
     config = load_config(options.config, options.overrides)
-    found = plan.plan_run(config, machine, tokens=options.tokens_per_sample)
+    found = plan.plan_run(
+        config, machine, tokens=options.tokens_per_sample, mean_length=options.mean_length
+    )
     if options.json:
         Path(options.json).write_text(json.dumps(found.to_json(), indent=1) + "\n")
     print(report.text(found))

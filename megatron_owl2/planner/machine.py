@@ -47,8 +47,8 @@ class Machine:
     def sending(self, size: float, extent: int, stride: int = 1) -> float:
         """Seconds in which every rank of a group sends `size` bytes around a ring.
 
-        The group is every `stride`-th of `extent` ranks in a row. Rings of NCCL leave a node
-        through the network cards of all GPUs that it has there.
+        The group is every `stride`-th of `extent` ranks in a row. NCCL's rings leave a node through
+        the network cards of all GPUs that the group has there.
         """
         if extent <= self.gpus_per_node:
             return size / (1e9 * self.intra_node)

@@ -5,10 +5,21 @@ from megatron_owl2.planner.plan import Plan
 
 _GIB = 2**30
 
+_CAUSES = {  # of StepTime: in words, and the setting that changes it most
+    "gemm": ("GEMMs and attention", "kernels.fp8"),
+    "elementwise": ("elementwise operations", "kernels.elementwise"),
+    "recompute": ("recomputation of both", "parallel.recompute"),
+    "accumulate": ("gradients added to their buffers", "kernels.backend"),
+    "layers": ("communication of layers", "parallel.tensor, tensor_overlap"),
+    "bubble": ("pipeline bubble", "parallel.virtual_pipeline"),
+    "data": ("gradients and parameters sent", "parallel.overlap"),
+    "update": ("update of the parameters", "kernels.backend"),
+}
+
 
 def text(plan: Plan) -> str:
     """The whole plan, for a terminal 100 characters wide."""
-    sections = (_head, _memory, _work, _traffic, _recompute, _candidates, _notes)
+    sections = (_head, _memory, _work, _time, _traffic, _recompute, _candidates, _notes)
     return "\n\n".join("\n".join(section(plan)) for section in sections)
 
 
@@ -66,20 +77,42 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _work(plan: Plan) -> list[str]:
-    total, time, machine = sum(plan.model_flops.values()), plan.time, plan.machine
+    total, machine = sum(plan.model_flops.values()), plan.machine
     parts = ", ".join(f"{name} {n / total:.0%}" for name, n in plan.model_flops.items())
-    days = time.total * plan.config.train.steps / 86400
     return [
         f"model FLOPs of a step: {total:.3g} ({parts}),",
         f"an image and {plan.tokens:,} tokens a sample; recomputation adds "
         f"{plan.again_flops / total:.0%}",
         f"at {machine.mfu:.0%} MFU of {machine.peak_tflops:g} TFLOP/s: {_span(plan.days)}",
-        f"where a GPU reaches that share while it computes, a step takes {time.total:.2g} s,",
-        f"{_span(days)} at {plan.mfu(time):.0%} MFU: computing {time.compute:.2g} s, traffic of "
-        f"layers {time.layers:.2g} s,",
-        f"pipeline bubble {time.bubble:.2g} s ({time.bubble_share:.0%}), gradients and parameters "
-        f"{time.data:.2g} s",
     ]
+
+
+def _time(plan: Plan) -> list[str]:
+    time = plan.time
+    lines = [
+        "time of a step by cause (on paper; not measured on a GPU)",
+        f"{'cause':<34}{'s':>8}{'share':>7}  set by",
+    ]
+    for name, (cause, setting) in _CAUSES.items():
+        seconds = getattr(time, name)
+        lines.append(f"{cause:<34}{seconds:>8.3f}{seconds / time.total:>7.0%}  {setting}".rstrip())
+    days = time.total * plan.config.train.steps / 86400
+    return [
+        *lines,
+        f"{'step':<34}{time.total:>8.3f}{'':>7}  {plan.mfu(time):.0%} MFU, {_span(days)} in all",
+        f"{'of it on padding':<34}{time.padding:>8.3f}{time.padding / time.total:>7.0%}  "
+        f"{plan.tokens:,} of {plan.mean_length:,} positions are tokens",
+        _dominant(plan),
+    ]
+
+
+def _dominant(plan: Plan) -> str:
+    """What costs most beside the GEMMs of the model, and what next."""
+    (first, most), (second, next_most), *_ = plan.time.overheads.items()
+    names = {name: cause for name, (cause, _) in _CAUSES.items()} | {"padding": "padding"}
+    share, next_share = most / plan.time.total, next_most / plan.time.total
+    found = f"what dominates beside the GEMMs: {names[first]} ({share:.0%})"
+    return f"{found}, then {names[second]} ({next_share:.0%})" if next_share >= 0.01 else found
 
 
 def _span(days: float) -> str:
@@ -148,9 +181,13 @@ def _notes(plan: Plan) -> list[str]:
         "Parameters, gradients and optimizer states are exact. Activations come from running the",
         "model without storage on torch's kernels with flash attention, an image in every sample.",
         "'update' is what torch's AdamW works with when no activations are there, a fused one not.",
-        f"Times assume {machine.intra_node:g} GB/s a GPU in a node of {machine.gpus_per_node}, "
-        f"{machine.inter_node:g} GB/s between nodes,",
-        "and GEMMs that are as fast for few rows as for many: they rank configurations, no more.",
+        f"Times assume {machine.gemm_efficiency:.0%} of {machine.peak_tflops:g} TFLOP/s for "
+        f"GEMMs of any size (x {machine.fp8_speedup:g} in FP8), {machine.hbm_efficiency:.0%} of",
+        f"{machine.hbm:g} GB/s for elementwise kernels, whose bytes are counted, "
+        f"{machine.intra_node:g} GB/s a GPU in a node of",
+        f"{machine.gpus_per_node} and {machine.inter_node:g} through its network card; "
+        f"parallel.tensor_overlap hides {machine.overlap_efficiency:.0%}. Launches of kernels,",
+        "data and checkpoints are not in them.",
     ]
     if backend != "local":
         lines += [

@@ -4,6 +4,7 @@ from megatron_owl2.config.schema import (
     AbstractorConfig,
     DataConfig,
     DecoderConfig,
+    KernelConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
@@ -45,4 +46,5 @@ def run_config(
         stage=StageConfig(trainable=list(trainable)),
         train=TrainConfig(precision=precision, micro_batch_size=rows),
         parallel=ParallelConfig(**by),
+        kernels=KernelConfig(elementwise="plain"),  # a CPU's, wherever it is planned
     )

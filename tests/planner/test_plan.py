@@ -12,16 +12,19 @@ from paths import ROOT
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.errors import ConfigError
+from megatron_owl2.model.flops import training_flops
 from megatron_owl2.planner import memory, plan, report, search, timing, traffic
-from megatron_owl2.planner.costs import RunCosts
+from megatron_owl2.planner.costs import RunCosts, full_load
 from megatron_owl2.planner.machine import Machine
 from megatron_owl2.planner.static_memory import static_memory
 
 pytestmark = pytest.mark.slow
 
 FINETUNE = ROOT / "examples" / "7b" / "finetune.yaml"
+PRETRAIN = ROOT / "examples" / "7b" / "pretrain.yaml"
 TINY = ROOT / "examples" / "tiny" / "pretrain.yaml"
 TENSOR_2 = ["parallel.tensor=2", "parallel.sequence=true"]
+PLAIN, FUSED = "kernels.elementwise=plain", "kernels.elementwise=fused"
 SMALLER = ["train.micro_batch_size=16", "train.precision=bf16"]
 
 
@@ -140,9 +143,8 @@ def test_no_candidate_that_fits_is_faster_than_the_first(tiny_plan):
 def test_recomputation_is_proposed_only_where_memory_asks_for_it(tiny_plan):
     found = tiny_plan.by_recompute
     assert list(found) == ["none", "selective", "full"]
-    memory = [candidate.memory.total for candidate in found.values()]
     times = [candidate.time.total for candidate in found.values()]
-    assert memory == sorted(memory, reverse=True) and times == sorted(times)
+    assert times == sorted(times) and times[0] < times[-1]
     assert found["none"].memory.total == max(rank.total for rank in tiny_plan.memory)
     assert all(c.config.parallel.recompute == "none" for c in tiny_plan.candidates)
     tree = tiny_plan.to_json()["by_recompute"]
@@ -150,7 +152,7 @@ def test_recomputation_is_proposed_only_where_memory_asks_for_it(tiny_plan):
 
 
 def test_a_config_that_does_not_fit_is_told_what_to_set():
-    options = ["train.micro_batch_size=32", "train.precision=bf16", "parallel.tensor=1"]
+    options = ["train.micro_batch_size=32", "train.precision=bf16", "parallel.tensor=1", PLAIN]
     whole = plan.plan_run(load_config(TINY, options), Machine(gpus=1, memory_gib=80), count=1)
     none, selective, full = (kind.memory.total for kind in whole.by_recompute.values())
     assert none > selective > full
@@ -168,7 +170,7 @@ def test_a_config_that_does_not_fit_is_told_what_to_set():
 
 @pytest.mark.parametrize(("recipe", "gpus", "gib"), [("pretrain", 64, 41), ("finetune", 8, 68.2)])
 def test_the_recipes_fit_80_gib_without_recomputation(recipe, gpus, gib):
-    config = load_config(FINETUNE.parent / f"{recipe}.yaml")
+    config = load_config(FINETUNE.parent / f"{recipe}.yaml", [PLAIN])
     costs = RunCosts(config, gpus)
     (need,) = (rank.total for rank in memory.per_pipeline_rank(config, costs))
     assert config.parallel.recompute == "none" and need / 2**30 == pytest.approx(gib, abs=0.1)
@@ -189,6 +191,53 @@ def test_days_follow_from_flops_and_steps(tiny_plan):
     total = sum(tiny_plan.model_flops.values())
     rate = 8 * 989e12 * 0.4
     assert tiny_plan.days == pytest.approx(total * tiny_plan.config.train.steps / rate / 86400)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seconds", "mfu"),
+    [
+        ([PLAIN, "parallel.recompute=full"], 3.4, 0.29),
+        ([PLAIN], 2.45, 0.39),
+        ([FUSED], 2.1, 0.46),
+        ([PLAIN, *TENSOR_2], 3.0, 0.32),
+    ],
+)
+def test_times_of_stage_1_on_64_gpus_are_those_of_an_estimate_by_hand(overrides, seconds, mfu):
+    """GEMMs at 650 TFLOP/s, bytes by hand at 2.8 TB/s: made apart from this code, to 15-20 %."""
+    config = load_config(PRETRAIN, overrides)
+    machine = Machine(gpus=64, memory_gib=80)
+    costs = RunCosts(config, machine.gpus)
+    time = timing.step_time(config, machine, costs)
+    load = full_load(config, config.train.global_batch_size)
+    flops = sum(training_flops(config.model, load, costs.trained).values())
+    assert time.total == pytest.approx(seconds, rel=0.18)
+    assert flops / time.total / 64 / 989e12 == pytest.approx(mfu, rel=0.22)
+
+
+def test_short_rows_take_less_time_and_padding_is_told_apart():
+    config = load_config(TINY, SMALLER)
+    machine = Machine(gpus=2, memory_gib=8)
+    full = timing.step_time(config, machine, RunCosts(config, 2))
+    costs = RunCosts(config, 2, tokens=18, mean_length=24)
+    short = timing.step_time(config, machine, costs)
+    assert full.padding == 0 < short.padding < (short.gemm + short.elementwise) / 4
+    assert short.gemm < full.gemm and short.elementwise < full.elementwise
+    assert costs.activations(config, 0).kept == RunCosts(config, 2).activations(config, 0).kept
+    with pytest.raises(ConfigError, match="rows of 37 positions"):
+        plan.plan_run(config, machine, mean_length=37)
+
+
+def test_causes_add_up_and_the_largest_is_named(tiny_plan):
+    time = tiny_plan.time
+    tree = tiny_plan.to_json()["time"]
+    causes = ("gemm", "elementwise", "recompute", "accumulate")
+    assert tree["compute"] == pytest.approx(sum(tree[name] for name in causes))
+    others = ("layers", "bubble", "data", "update")
+    assert tree["total"] == pytest.approx(tree["compute"] + sum(tree[name] for name in others))
+    slow = replace(time, recompute=10 * time.total)
+    words = report.text(replace(tiny_plan, time=slow))
+    assert "what dominates beside the GEMMs: recomputation of both" in words
+    assert "not measured on a GPU" in words
 
 
 def test_traffic_of_gradients_parameters_and_stages():
@@ -216,14 +265,20 @@ def test_time_knows_bubble_overlap_and_recomputation():
         return timing.step_time(changed, machine, costs)
 
     plain, again = time(), time(recompute="full")
-    assert plain.bubble == 0
-    assert again.compute / plain.compute == pytest.approx(1.33, abs=0.01)
+    assert plain.bubble == plain.recompute == 0
+    # A third of the GEMMs, and a forward pass of what is elementwise.
+    assert 1 / 3 < again.recompute / plain.gemm < 0.42
+    assert (again.gemm, again.elementwise) == (plain.gemm, plain.elementwise)
+    overlapped = time(tensor_overlap=True)
+    assert overlapped.layers / plain.layers == pytest.approx(1 - machine.overlap_efficiency)
     assert time(overlap=False).data > plain.data
     pipelined, interleaved = time(pipeline=4), time(pipeline=4, virtual_pipeline=4)
     assert 0 < interleaved.bubble < pipelined.bubble
-    # Gradients that leave the node travel more slowly than those in it.
+    # Rings that leave a node share the network cards of the GPUs that they have there.
     assert machine.sending(1e9, 8) == pytest.approx(1 / 300)
-    assert machine.sending(1e9, 16) == pytest.approx(1 / 40)
+    assert machine.sending(1e9, 16) == pytest.approx(1 / 300)  # of 8 cards
+    assert machine.sending(1e9, 16, 2) == pytest.approx(1 / 160)
+    assert machine.sending(1e9, 16, 8) == machine.sending(1e9, 16, 16) == pytest.approx(1 / 40)
 
 
 def test_transformer_engine_is_planned_on_a_laptop_and_says_so():
