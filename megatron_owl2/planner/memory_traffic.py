@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import rotary_tables
+from megatron_owl2.model.kernels import plain
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
@@ -286,11 +287,19 @@ class _TorchNorm(torch.autograd.Function):
 
 @contextmanager
 def _torch_norm_on_meta_device() -> Iterator[None]:
-    """Context in which RMSNorm without a weight is one kernel each way on the meta device."""
+    """Context in which RMSNorm without a weight is one kernel each way on the meta device, and the
+    plain norm's backward pass the one of a GPU."""
 
     def norm(x, normalized_shape, weight=None, eps=None):
         return _TorchNorm.apply(x)
 
     with _scoped_library("aten", "IMPL") as library:
         library.impl("rms_norm", norm, "AutogradMeta")
-        yield
+        formula, plain.renormalize_by_formula = (
+            plain.renormalize_by_formula,
+            plain.renormalize_fused,
+        )
+        try:
+            yield
+        finally:
+            plain.renormalize_by_formula = formula

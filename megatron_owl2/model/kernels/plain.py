@@ -91,7 +91,7 @@ class _ModalityNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, is_vision, text, vision = ctx.saved_tensors
-        renormalize = _renormalize if x.device.type == "cpu" else _renormalize_fused
+        renormalize = renormalize_fused if x.is_cuda else renormalize_by_formula
         normed, grad_x = renormalize(x, grad * _weight(is_vision, text, vision), ctx.eps)
         rows = (grad.float() * normed).flatten(0, -2)
         if vision is None:
@@ -105,7 +105,7 @@ def _weight(is_vision, text, vision):
     return text if vision is None else torch.where(is_vision, vision, text)
 
 
-def _renormalize(x, grad, eps):
+def renormalize_by_formula(x, grad, eps):
     """The normalised x once more, and the gradient to x from the gradient to it."""
     normed, grad = x.float(), grad.float()
     inverse_rms = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
@@ -115,7 +115,7 @@ def _renormalize(x, grad, eps):
     return normed.to(x.dtype), grad_x.to(x.dtype)
 
 
-def _renormalize_fused(x, grad, eps):
+def renormalize_fused(x, grad, eps):
     """The same by kernels of torch, fused on a GPU and slower than the formula on a CPU."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
