@@ -70,7 +70,9 @@ def test_a_run_by_fused_adamw_goes_on_bit_for_bit(alone):
 
 @pytest.mark.distributed
 def test_tensor_parallel_steps_are_those_of_the_local_kernels(tmp_path):
-    results = run(tmp_path, 2)
+    found = run(tmp_path, 2)
+    results, refused = found["steps"], found["refused"]
+    assert "UB_SKIPMC=1" in refused and "parallel.tensor_overlap=false" in refused
     assert [(r["recompute"], r["overlap"]) for r in results] == [
         ("none", False), ("none", True), ("full", False), ("full", True),
     ]  # fmt: skip
