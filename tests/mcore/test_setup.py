@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import megatron.core
 import pytest
@@ -41,7 +42,7 @@ with torch.device("meta"):
 TRAIN = f"""
 from megatron_owl2.train import main
 config = {str(EXAMPLES / "tiny/pretrain.yaml")!r}
-sys.exit(main(["--config", config]))
+sys.exit(main(["--config", config, "parallel.tensor=1", "train.output=run"]))
 """
 
 
@@ -62,15 +63,20 @@ def test_inside_a_device_it_is_refused():
     assert done.returncode != 0 and "before entering torch.device" in done.stderr
 
 
+def describe_extension(folder: Path, version: str) -> None:
+    """Make it look installed as far as its version goes."""
+    description = folder / f"nvidia_resiliency_ext-{version}.dist-info" / "METADATA"
+    description.parent.mkdir()
+    description.write_text(f"Name: nvidia-resiliency-ext\nVersion: {version}\n")
+
+
 @pytest.mark.parametrize(
     ("version", "refused"), [("0.4.1", ConfigError), ("0.6.0", AttributeError)]
 )
 def test_a_package_that_megatron_core_crashes_with_is_named(
     tmp_path, monkeypatch, version, refused
 ):
-    description = tmp_path / f"nvidia_resiliency_ext-{version}.dist-info" / "METADATA"
-    description.parent.mkdir()
-    description.write_text(f"Name: nvidia-resiliency-ext\nVersion: {version}\n")
+    describe_extension(tmp_path, version)
     monkeypatch.syspath_prepend(tmp_path)
 
     def crashing(name):
@@ -92,9 +98,7 @@ def test_megatron_core_does_crash_with_it(tmp_path):
     folder.mkdir(parents=True)
     for name in modules:
         (folder / f"{name}.py").touch()
-    description = tmp_path / "nvidia_resiliency_ext-0.4.1.dist-info" / "METADATA"
-    description.parent.mkdir()
-    description.write_text("Name: nvidia-resiliency-ext\nVersion: 0.4.1\n")
+    describe_extension(tmp_path, "0.4.1")
     done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + TRAIN)
     assert done.returncode == 2, done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -86,6 +87,7 @@ class Writing:
         filesystem_async._results_queue = queue.Queue()
         self._folder = folder
         # The plan is validated by torch, on one rank.
+        sharded: Any
         sharded, common = save_preprocess(state, validate_access_integrity=False)
         with raise_on_all_ranks(folder):
             if torch.distributed.get_rank() == 0:

@@ -8,6 +8,7 @@ same from save to save, pinned once.
 import mmap
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ class _PinnedMemory:
         if setup.on_cpu():
             return
         start = torch.frombuffer(self.data, dtype=torch.uint8).data_ptr()
-        runtime = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()  # annotated as None, which it never is
         torch.cuda.check_error(runtime.cudaHostRegister(start, size, 0))
         weakref.finalize(self, runtime.cudaHostUnregister, start).atexit = False
 
