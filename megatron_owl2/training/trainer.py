@@ -5,7 +5,6 @@ import math
 import os
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -211,12 +210,12 @@ class Trainer:
         """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
         config, groups = self.config, self.groups
         self.resumed_from = directories.latest(self.output)
-        loads = self.resumed_from is not None or config.stage.initial_checkpoint is not None
+        loads = bool(self.resumed_from or config.stage.initial_checkpoint)
         torch.manual_seed(config.train.seed + groups.pp.rank())
         self.context = ParallelContext(config, groups, fuses_gradients=True, device=setup.device())
         self._closing.enter_context(user_buffers(config, self.context))
-        chunks = config.parallel.virtual_pipeline
-        self.chunks = build(self.context, config.model, chunks, initialize=not loads)
+        count = config.parallel.virtual_pipeline
+        self.chunks = build(self.context, config.model, count, initialize=not loads)
         self.parameters = parameter_groups.freeze(config, self.chunks)
         self.state.stage_fingerprint = parameter_groups.fingerprint(self.parameters)
         _logger.info("%s", parameter_groups.summary(self.parameters, config))
@@ -241,7 +240,7 @@ class Trainer:
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
         state, config = self.state, self.config
-        self.datasets = from_rank_0(partial(open_sources, config.data))
+        self.datasets = from_rank_0(lambda: open_sources(config.data))
         if self.resumed_from is None:
             state.phases = [phases.first_phase(config.data, self.datasets)]
         else:
@@ -257,7 +256,7 @@ class Trainer:
 
     def _load_checkpoint(self, directory: Path) -> None:
         state, config = self.state, self.config
-        progress = from_rank_0(partial(directories.read_progress, directory))
+        progress = from_rank_0(lambda: directories.read_progress(directory))
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
                 "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "
@@ -266,10 +265,8 @@ class Trainer:
             )
         state.step, state.consumed_samples = progress["step"], progress["slots"]
         state.counts, state.health = progress["counts"], progress["health"]
-        recorded, where = progress["phases"], str(directory)
-        state.phases = phases.resume(
-            recorded, config.data, self.datasets, state.consumed_samples, where
-        )
+        recorded, consumed = progress["phases"], state.consumed_samples
+        state.phases = phases.resume(recorded, config.data, self.datasets, consumed, str(directory))
         if len(state.phases) > len(recorded):
             state.counts = without_sources(state.counts)
         save_load.load_training(directory, self.chunks, self.optimizer, self.scheduler)

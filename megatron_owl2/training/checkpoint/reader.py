@@ -72,10 +72,11 @@ class CheckpointReader:
                 torch.distributed.broadcast(_data(share), source, group)
 
 
-def stored_parts(share: Any) -> Sequence[ShardedTensor]:
-    """The parts of a share that are stored one by one, whose data are views of its own: gate and
-    up, one behind the other; else the share itself."""
-    return share.build() if isinstance(share, ShardedTensorFactory) else [share]
+def stored_parts(share: ShardedTensor | ShardedTensorFactory) -> Sequence[Any]:
+    """The ShardedTensors of a share that are stored one by one, whose data are views of its own:
+    gate and up, one behind the other; else the share itself."""
+    parts: Any = share.build() if isinstance(share, ShardedTensorFactory) else [share]
+    return parts
 
 
 def _data(share: ShardedTensor | ShardedTensorFactory) -> torch.Tensor:
