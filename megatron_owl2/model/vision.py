@@ -54,12 +54,15 @@ class VisionLayer(nn.Module):
         size = config.hidden_size
         self.head_size = size // config.num_heads
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
-
         self.elementwise = build_elementwise(context)
 
-        def spec(inputs: int, outputs: int, **options: bool) -> LinearSpec:
+        def spec(inputs: int, outputs: int, *, skip_bias: bool = False) -> LinearSpec:
             return LinearSpec(
-                inputs=inputs, outputs=outputs, bias=True, init_std=model.init_std, **options
+                inputs=inputs,
+                outputs=outputs,
+                bias=True,
+                init_std=model.init_std,
+                skip_bias=skip_bias,
             )
 
         self.input_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=context.dtype)

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -43,7 +42,7 @@ from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
 from megatron_owl2.training.step import forward_backward, gradient_norm, update
 from megatron_owl2.training.validation import Validator
-from megatron_owl2.utils.logs import log_failures_after
+from megatron_owl2.utils.closing import Closing
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class Trainer:
         self.output = Path(config.train.output)
         self.state = TrainState()
         self.signal = 0  # that ends the run early
-        self._closing = ExitStack()
+        self._closing = Closing()
 
     def train(self) -> int:
         """Train until `train.steps`, continuing from the run's latest checkpoint if there is one.
@@ -316,11 +315,11 @@ class Trainer:
         # One rank of every pipeline stage shows all there is to see.
         first_of_stage = groups.tp.rank() == groups.cp.rank() == groups.dp.rank() == 0
         self.profiler = Profiler(config.watch, output, records=first_of_stage)
-        self._closing.push(self._close_profiler)
+        self._closing.call(lambda failed: self.profiler.close())
         self.timers = self.context.transformer.timers = Timers(self.profiler)
         self.grad_norms = GradNormsByGroup(self.model, self.optimizer, config.model.decoder)
         self.wandb = WandbLogger(config, writes=self.main)
-        self._closing.push(self._close_wandb)
+        self._closing.call(lambda failed: self.wandb.close(failed=failed))
         self.metrics = metrics.Metrics(
             config,
             setup.device(),
@@ -332,18 +331,6 @@ class Trainer:
             pipeline_rank=groups.pp.rank(),
         )
         self.checkpoints = CheckpointManager(output, config.train)
-
-    def _close_wandb(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with log_failures_after(error):
-            self.wandb.close(failed=error is not None)
-
-    def _close_profiler(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with log_failures_after(error):
-            self.profiler.close()
 
     def __enter__(self) -> "Trainer":
         return self
