@@ -30,5 +30,7 @@ export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # One queue per GPU keeps communication ahead of the GEMM it overlaps with.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Numbers of images, and so sizes of tensors, change from one micro-batch to the next.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # The reason of a network fault stands in the log of the rank that had it.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -1,5 +1,6 @@
 """Nothing of one test file reaches the next that runs in the same process."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -7,18 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
-from megatron_owl2.mcore.setup import setup
+from megatron_owl2.mcore.setup import on_cpu, setup
 
+if on_cpu():  # Triton reads it when it is imported, which megatron.core may do
+    os.environ["TRITON_INTERPRET"] = "1"
 setup()
 
 # Tests that start themselves in ranks of torchrun find what lies in helpers/, too.
 _HELPERS = str(Path(__file__).parent / "helpers")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HELPERS, os.environ.get("PYTHONPATH")]))
 
-settings.register_profile("any machine", deadline=None)  # a busy one stands still now and then
-settings.load_profile("any machine")
+with contextlib.suppress(ImportError):  # tests/gpu does without, where nothing can be installed
+    from hypothesis import settings
+
+    settings.register_profile("any machine", deadline=None)  # a busy one stands still now and then
+    settings.load_profile("any machine")
 
 # A shell that runs the tests in the background has SIGINT and SIGQUIT ignored, and children would
 # inherit that; what tests send to processes must arrive.

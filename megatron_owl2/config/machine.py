@@ -24,6 +24,13 @@ def check_machine(config: RunConfig) -> None:
     if config.kernels.backend == "transformer_engine":
         _require_gpu("kernels.backend=transformer_engine", "kernels.backend=local")
         _check_transformer_engine(config)
+    if config.kernels.elementwise == "fused":
+        _require_gpu("kernels.elementwise=fused", "kernels.elementwise=auto")
+        require(
+            importlib.util.find_spec("triton") is not None,
+            "kernels.elementwise=fused needs Triton, which torch for GPUs brings, and it is not "
+            "installed; use kernels.elementwise=auto",
+        )
 
 
 def _require_gpu(key: str, instead: str) -> None:

@@ -75,6 +75,10 @@ class ParallelContext:
             # With two ranks a batch of sends would mix those to the next and to the previous rank.
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
+            batch_p2p_sync=False,  # a way around a fault of old versions of torch
+            # Of a tensor that was sent only its graph is used again. The interleaved schedule would
+            # free some while they are being sent.
+            deallocate_pipeline_outputs=not interleaved,
             context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence,
             tp_comm_overlap=parallel.tensor_overlap,

@@ -48,6 +48,8 @@ def setup() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron")
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    # Convolutions of a run in fp32 are fp32, as on a CPU; cuDNN would round their inputs to TF32.
+    torch.backends.cudnn.allow_tf32 = False
     _import_megatron_core()
     setup.done = True
 
@@ -97,14 +99,16 @@ def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> "ProcessG
 
     if not torch.distributed.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        alone: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
             store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            alone = {"store": store, "rank": 0, "world_size": 1}
+            options = {"store": store, "rank": 0, "world_size": 1}
+        if not on_cpu():
+            options["device_id"] = device()  # communicators are made here, where a fault is told
         torch.distributed.init_process_group(
             "gloo" if on_cpu() else "nccl",
             timeout=timedelta(minutes=timeout_minutes),
-            **alone,
+            **options,
         )
     if not parallel_state.model_parallel_is_initialized():
         interleaved = parallel.virtual_pipeline > 1

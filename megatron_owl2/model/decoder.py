@@ -91,7 +91,6 @@ class ModalityAttention(nn.Module):
         super().__init__()
         size = model.decoder.hidden_size
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
-        self.elementwise = build_elementwise(context)
         self.qkv = ModalityQKV(context, kernels, model.decoder, model.init_std)
         self.core = kernels.attention(context, number)
         spec = LinearSpec(
@@ -104,16 +103,11 @@ class ModalityAttention(nn.Module):
         self.linear_proj = kernels.RowLinear(context, spec)
 
     def forward(self, x, modality, rotary, attention_mask, cache):
-        query, key, value = self.qkv(x, modality)
-        if cache is None:
-            mixed = self.activation_checkpoint(self._mix, query, key, value, rotary, attention_mask)
-        else:
-            query, key = self.elementwise.rotate(query, key, rotary)
-            mixed = self.core(query, *cache.extend(key, value), attention_mask)
+        query, key, value = self.qkv(x, modality, rotary)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mixed = self.activation_checkpoint(self.core, query, key, value, attention_mask)
         return self.linear_proj(mixed)
-
-    def _mix(self, query, key, value, rotary, attention_mask):
-        return self.core(*self.elementwise.rotate(query, key, rotary), value, attention_mask)
 
 
 class GatedMLP(nn.Module):

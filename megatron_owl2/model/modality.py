@@ -23,7 +23,7 @@ from megatron_owl2.config.schema import DecoderConfig
 from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels import Kernels
-from megatron_owl2.model.kernels.elementwise import build_elementwise
+from megatron_owl2.model.kernels.elementwise import Rotary, build_elementwise
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class ModalityQKV(nn.Module):
     ):
         super().__init__()
         self.context = context
+        self.elementwise = build_elementwise(context)
         self.gemm_row_alignment = kernels.gemm_row_alignment
         self.head_size = config.hidden_size // config.num_heads
         self.groups = config.num_kv_heads // context.tensor_parallel_size
@@ -107,25 +108,20 @@ class ModalityQKV(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, modality: Modality
+        self, x: torch.Tensor, modality: Modality, rotary: Rotary
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns q [s, b, heads/tp, d] and k, v [s, b, kv_heads/tp, d], unrotated."""
+        """Returns q [s, b, heads/tp, d] and k, v [s, b, kv_heads/tp, d], q and k turned by the
+        `rotary` tables (`decoder.rotary_tables`)."""
         x = self.context.copy_to_tensor_parallel(x)
         s, b, _ = x.shape
         qkv = self.linear_qkv(x).view(s * b, self.groups, -1, self.head_size)
-        # One split, because its backward pass is one concatenation; slices would each be padded.
-        query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+        rows = modality.vision_token_index
+        kv_vision = None
         if self.linear_kv_vision is not None:
-            rows = modality.vision_token_index
             kv_vision = self._project_vision(
                 self.linear_kv_vision, x.flatten(0, 1).index_select(0, rows)
             )
-            key, value = (
-                text.index_copy(0, rows, vision)
-                for text, vision in zip((key, value), kv_vision.split(1, dim=2), strict=True)
-            )
-        query, key, value = (part.reshape(s, b, -1, self.head_size) for part in (query, key, value))
-        return query, key, value
+        return self.elementwise.split_qkv(qkv, kv_vision, rows, rotary)
 
     def _project_vision(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Vision rows [n, h] to their keys and values [n, groups, 2, d].

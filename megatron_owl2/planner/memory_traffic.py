@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import rotary_tables
+from megatron_owl2.model.kernels import plain
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
@@ -43,7 +44,14 @@ _ATTENTION = {
 _WRITE_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_full", "fill_", "zero_"}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # Operations that launch more than one kernel on a GPU.
-_KERNELS = {"index_copy": 2, "index_fill": 2, "slice_backward": 2, "native_layer_norm_backward": 2}
+_KERNELS = {
+    "index_copy": 2,
+    "index_fill": 2,
+    "slice_backward": 2,
+    "native_layer_norm_backward": 2,
+    "split_qkv": 2,
+    "split_qkv_backward": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,10 @@ class _Call:
             return _bytes(read) + _bytes(out) + row * len(read[1])
         if name == "slice_backward":  # zeros, then the rows
             return _bytes(out) + 2 * _bytes(read)
+        if name == "split_qkv":  # all rows, then those of vision over again
+            return _bytes(read) + _bytes(out) + _bytes(read[1:2])
+        if name == "split_qkv_backward":  # likewise, and zeros for them
+            return _bytes(read) + _bytes(out) + 2 * _bytes(out[1:])
         return _bytes(read) + _bytes(out)
 
     def _is_view(self) -> bool:
@@ -275,11 +287,19 @@ class _TorchNorm(torch.autograd.Function):
 
 @contextmanager
 def _torch_norm_on_meta_device() -> Iterator[None]:
-    """Context in which RMSNorm without a weight is one kernel each way on the meta device."""
+    """Context in which RMSNorm without a weight is one kernel each way on the meta device, and the
+    plain norm's backward pass the one of a GPU."""
 
     def norm(x, normalized_shape, weight=None, eps=None):
         return _TorchNorm.apply(x)
 
     with _scoped_library("aten", "IMPL") as library:
         library.impl("rms_norm", norm, "AutogradMeta")
-        yield
+        formula, plain.renormalize_by_formula = (
+            plain.renormalize_by_formula,
+            plain.renormalize_fused,
+        )
+        try:
+            yield
+        finally:
+            plain.renormalize_by_formula = formula

@@ -1,11 +1,11 @@
 """Gradient buffers, distributed AdamW and learning-rate schedule of megatron-core."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import (
     ChainedOptimizer,
     OptimizerConfig,
@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.mcore import gradients
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import optimizer_state
 
@@ -39,7 +40,7 @@ def wrap_ddp(chunks: Sequence[Owl2], *, overlap: bool) -> list[DistributedDataPa
         DistributedDataParallel(transformer, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.finalize_model_grads_func = partial(gradients.finalize, chunks[0].context.groups)
     no_sync = [chunk.no_sync for chunk in wrapped]
     # A list where there are several chunks, which the annotation does not know.
     transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
@@ -63,6 +64,7 @@ def build_optimizer(
     warmup_steps, `min_lr` at the last step. Biases and one-dimensional weights do not decay.
     """
     optimizer_state.install()
+    gradients.install_norm()
     chosen, bf16 = config.optimizer, config.train.precision == "bf16"
     settings = OptimizerConfig(
         optimizer="adam",

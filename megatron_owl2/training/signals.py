@@ -24,13 +24,14 @@ class StopSignal:
     def _remember(self, number, frame) -> None:
         self._received = self._received or number
 
-    def reduce(self, device: "torch.device") -> int:
+    def reduce(self, device: "torch.device") -> "torch.Tensor":
         """The number of a signal that some rank has received, or 0; all ranks together.
 
-        Of several signals it is the greatest: Ctrl-C gives way to a scheduler's.
+        Of several signals it is the greatest: Ctrl-C gives way to a scheduler's. An int64 scalar
+        on the device; who reads it waits until the device has come so far.
         """
         import torch
 
-        flag = torch.tensor([self._received], device=device)
+        flag = torch.full((), self._received, device=device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)
+        return flag

@@ -1,7 +1,7 @@
 """Optimizer step: micro-batches through the pipeline schedule, gradients, clipping, update."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,7 +13,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.mcore import setup
-from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
 
 SUMS = ("loss", "targets", "image_loss", "image_targets")  # added up over micro-batches and ranks
 
@@ -68,29 +67,25 @@ def _run_schedule(
     return sums
 
 
-def optimizer_step(
-    optimizer: ChainedOptimizer,
-    should_apply: Callable[[float], bool],
-    groups: GradNormsByGroup | None = None,
-) -> tuple[float, dict[str, float]]:
-    """Gradient clipping and optimizer update, where `should_apply` agrees to the gradient norm.
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """The norm of all gradients, before the clipping; all ranks together.
 
-    Returns the norm, and with `groups` the norms by group of parameters, all before the clipping.
-    These are the steps of ChainedOptimizer.step (megatron-core, optimizer/optimizer.py), which
-    always updates.
+    It is the one value of a step that the host waits for. `gradient_norm` and `update` are the
+    halves of ChainedOptimizer.step (megatron-core, optimizer/optimizer.py), which always updates.
     """
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    norms = groups.measure() if groups is not None else {}
-    if should_apply(norm):
-        for part in optimizer.chained_optimizers:
-            if getattr(part, "is_stub_optimizer", False):  # nothing trains on this rank
-                continue
-            parameters: list[torch.Tensor] = [*part.get_parameters()]
-            if parameters and part.config.clip_grad > 0.0:
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
-        optimizer.step_with_ready_grads()
-    return norm, norms
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: ChainedOptimizer, norm: float) -> None:
+    """Clipping of the gradients, whose norm is `norm`, and the update of the parameters."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):  # nothing trains on this rank
+            continue
+        parameters: list[torch.Tensor] = [*part.get_parameters()]
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
 
 
 def _forward(batches: Iterator[Batch], model: DistributedDataParallel):

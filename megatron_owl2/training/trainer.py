@@ -5,7 +5,6 @@ import math
 import os
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +28,7 @@ from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 from megatron_owl2.training.data_iterator import DataIterator
+from megatron_owl2.training.garbage_collection import GarbageCollection
 from megatron_owl2.training.metrics import metrics, sample_sheet
 from megatron_owl2.training.metrics.accumulator import without_sources
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
@@ -37,7 +37,7 @@ from megatron_owl2.training.profiling import Profiler, Timers
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
-from megatron_owl2.training.step import forward_backward, optimizer_step
+from megatron_owl2.training.step import forward_backward, gradient_norm, update
 from megatron_owl2.training.validation import Validator
 from megatron_owl2.utils.logs import log_failures_after
 
@@ -72,6 +72,7 @@ class Trainer:
             self.resume()
             self.build_data()
             self.build_observers()
+            self.garbage = self._closing.enter_context(GarbageCollection())
             while self.state.step < self.config.train.steps and not self.signal:
                 self.train_step()
             self.checkpoints.wait()
@@ -88,7 +89,9 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.forward_backward()
-        self.signal = self.stop.reduce(setup.device())
+        received = self.stop.reduce(setup.device())
+        norm = self.gradient_norm()
+        self.signal = int(received)  # the device has come past it, so this waits for nothing
         ending = state.step == config.train.steps or self.signal != 0
         saving = ending or state.step % config.train.save_interval == 0
         # A run that a signal ends has no time for it.
@@ -96,7 +99,8 @@ class Trainer:
         # Checkpoints carry full counts, so a row comes before each.
         logging_due = saving or validating or state.step % config.train.log_interval == 0
         self.scheduler.step(1)
-        norm, norms = self.apply_gradients(measure_groups=logging_due)
+        norms = self.grad_norms.measure() if logging_due else {}
+        self.apply_gradients(norm)
         state.consumed_samples += config.train.global_batch_size
         self.metrics.add(sums, self.batches.take_counts(), self.timers.backward.take())
         self.checkpoints.poll()
@@ -108,31 +112,37 @@ class Trainer:
             self.draw_samples()
         if saving:
             self.save()
+        self.garbage.collect(state.step)
         self.profiler.end_step()
 
     def forward_backward(self) -> torch.Tensor:
         """The micro-batches of a step: gradients into the buffers, this rank's SUMS."""
         return forward_backward(self.config, self.model, self.batches, self.micro_batches)
 
-    def apply_gradients(self, *, measure_groups: bool) -> tuple[float, dict[str, float]]:
-        """Clip and apply the gradients; returns their norm, and norms by group if wanted.
+    def gradient_norm(self) -> float:
+        """The norm of the gradients of this step, all ranks together."""
+        with self.profiler.span("gradient norm"):
+            return gradient_norm(self.optimizer)
+
+    def apply_gradients(self, norm: float) -> None:
+        """Clip and apply the gradients, unless their norm says that they are bad.
 
         Raises DivergedError, on all ranks, after the save under way is complete.
         """
         state, size = self.state, self.config.train.global_batch_size
         samples = range(state.consumed_samples, state.consumed_samples + size)
-        should_apply = partial(self.spike_guard.should_apply, state.step, samples)
-        groups = self.grad_norms if measure_groups else None
-        with self.profiler.span("optimizer"):
+        try:
+            applied = self.spike_guard.should_apply(state.step, samples, norm)
+        except DivergedError as error:
+            self.watchdog.begin("the last save")  # the run can go on from what is being saved
             try:
-                return optimizer_step(self.optimizer, should_apply, groups)
-            except DivergedError as error:
-                self.watchdog.begin("the last save")  # the run can go on from what is being saved
-                try:
-                    self.checkpoints.wait()
-                except CheckpointError as failure:
-                    raise error from failure
-                raise
+                self.checkpoints.wait()
+            except CheckpointError as failure:
+                raise error from failure
+            raise
+        if applied:
+            with self.profiler.span("optimizer"):
+                update(self.optimizer, norm)
 
     def validate(self) -> list[dict]:
         """The losses on the validation sources; their time does not count as training's."""

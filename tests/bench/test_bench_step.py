@@ -92,7 +92,7 @@ def test_command_line_reports_every_combination(bench, tmp_path):
     whole = bench.Step(bench.settings("2", "local", "none", 1, tiny=True))
     assert whole.trained == {name for name, _ in whole.wrapped[0].module.named_parameters()}
     load = Load(images=2, tokens=64, vision_tokens=10, pairs=2 * 32 * 33 // 2)
-    expected = sum(training_flops(whole.config.model, load, whole.trained).values())
+    expected = 4 * sum(training_flops(whole.config.model, load, whole.trained).values())
     assert rows["2", "local", "none"]["flops"] == expected
     assert rows["1", "local", "none"]["flops"] < expected
 

@@ -55,6 +55,11 @@ def modality_of(is_vision: torch.Tensor) -> Modality:
     return Modality(is_vision.unsqueeze(-1), is_vision.flatten().nonzero().flatten())
 
 
+def unturned(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary tables that leave heads of `size` for tokens x [s, b, ...] as they are."""
+    return torch.ones(*x.shape[:2], 1, size), torch.zeros(*x.shape[:2], 1, size)
+
+
 def random_parameters(module: torch.nn.Module):
     for parameter in module.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
@@ -132,7 +137,7 @@ def test_keys_and_values_are_both_projections_everywhere_then_selected(
         for part in (0, 1)
     )
     close(
-        outputs_and_gradients(qkv(x, modality_of(is_vision)), *inputs),
+        outputs_and_gradients(qkv(x, modality_of(is_vision), unturned(x, head_size)), *inputs),
         outputs_and_gradients([query, key, value], *inputs),
     )
 
@@ -163,7 +168,7 @@ def test_norm_in_bf16_rounds_where_llama_rounds(split):
 def test_backward_by_formula_and_by_fused_kernels_agree():
     torch.manual_seed(0)
     x, grad = torch.randn(2, 20, 3, 64)
-    close(plain._renormalize_fused(x, grad, EPS), plain._renormalize(x, grad, EPS))
+    close(plain.renormalize_fused(x, grad, EPS), plain.renormalize_by_formula(x, grad, EPS))
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -263,7 +268,7 @@ def count_collectives():
     split = Modality.of(is_vision, rows, here)
     counts = {}
     with CommDebugMode() as forward:
-        outputs = qkv(norm(x, split), split)
+        outputs = qkv(norm(x, split), split, unturned(torch.empty(6, 2), 4))
     with CommDebugMode() as backward:
         sum(out.sum() for out in outputs).backward()
     for name, mode in (("forward", forward), ("backward", backward)):
@@ -300,7 +305,7 @@ def test_rows_that_fill_up_a_gemm_change_nothing(vision):
         x = torch.randn(16, 2, config.model.decoder.hidden_size, requires_grad=True)
         rows = torch.randperm(32)[:vision]
         is_vision = torch.zeros(32, dtype=torch.bool).index_fill(0, rows, True).view(16, 2, 1)
-        outputs = qkv(x, Modality(is_vision, rows))
+        outputs = qkv(x, Modality(is_vision, rows), unturned(x, 8))
         sum((n + 1) * part.square().sum() for n, part in enumerate(outputs)).backward()
         found.append([*outputs, x.grad, *(p.grad for p in qkv.parameters())])
     for ours, expected in zip(*found, strict=True):

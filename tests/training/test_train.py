@@ -1,5 +1,6 @@
 """Training runs beside learning: bad samples, broken shards, failures, subclasses."""
 
+import gc
 import gzip
 import json
 import os
@@ -13,10 +14,12 @@ import tiny_data
 import tiny_run
 import torch
 from paths import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.training.signals import StopSignal
+from megatron_owl2.training.step import forward_backward
 from megatron_owl2.training.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
@@ -105,6 +108,54 @@ def test_a_trainer_can_be_subclassed_and_run_in_place(tmp_path):
     assert done.returncode == 0, done.stderr
     here, there = tiny_run.rows(tmp_path / "here"), tiny_run.rows(tmp_path / "there")
     assert [row["loss"] for row in here] == pytest.approx([row["loss"] for row in there], rel=1e-6)
+
+
+class Reads(TorchDispatchMode):
+    """Values that the host asks the device for; on a GPU it waits for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+def test_a_step_waits_for_the_device_once(tmp_path):
+    """For the gradient norm, which says whether the gradients may be applied."""
+    config = tiny_run.make(tmp_path, 2)
+    reads = []
+
+    class Counting(Trainer):
+        def forward_backward(self):
+            batches = [next(self.batches) for _ in range(self.micro_batches)]  # from the host
+            with Reads() as mode:
+                sums = forward_backward(self.config, self.model, iter(batches), len(batches))
+            reads.append(("forward and backward", mode.count))
+            return sums
+
+        def gradient_norm(self):
+            with Reads() as mode:
+                norm = super().gradient_norm()
+            reads.append(("norm", mode.count))
+            return norm
+
+    assert Counting(load_config(config, [f"train.output={tmp_path / 'run'}"])).train() == 0
+    assert reads == [("forward and backward", 0), ("norm", 1)] * 2
+
+
+def test_garbage_is_collected_by_step_while_a_run_lasts(tmp_path):
+    config = tiny_run.make(tmp_path, 2)
+    seen = []
+
+    class Watching(Trainer):
+        def train_step(self):
+            seen.append(gc.isenabled())
+            super().train_step()
+
+    assert Watching(load_config(config, [f"train.output={tmp_path / 'run'}"])).train() == 0
+    assert seen == [False, False] and gc.isenabled()
 
 
 PADDING = """

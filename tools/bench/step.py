@@ -3,8 +3,10 @@
 python tools/bench/step.py --layers 4 --json FILE
 
 Model and batch are those of examples/7b, but with a few decoder layers: ViT-L, abstractor,
-embedding and output layer are whole. One step is one full micro-batch through the code that trains
-(forward and backward pass, then the update of AdamW), as a single data-parallel rank does it.
+embedding and output layer are whole. One step is so many full micro-batches through the code that
+trains (forward and backward passes, then the update of AdamW), as a single data-parallel rank does
+it: every micro-batch comes from page-locked memory of the host, and what is done once in a step,
+such as casting the weights to FP8, is done once.
 TFLOP/s and MFU are those of forward and backward pass by the mathematics of the model, so what is
 computed again counts as time and not as work. A combination that this machine cannot run, or that
 fails, is a row that says why; the file has every row as soon as it is there. Needs a CUDA device;
@@ -43,7 +45,7 @@ from megatron_owl2.model.owl2 import build
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
 from megatron_owl2.training.metrics.device import peak_tflops
-from megatron_owl2.training.step import forward_backward, optimizer_step
+from megatron_owl2.training.step import forward_backward, gradient_norm, update
 
 RECIPES = Path(__file__).parent.parent.parent / "examples" / "7b"
 STAGES = {"1": RECIPES / "pretrain.yaml", "2": RECIPES / "finetune.yaml"}
@@ -63,21 +65,24 @@ TINY = [
 ]
 
 
-def settings(stage: str, kernels: str, recompute: str, layers: int, tiny: bool) -> RunConfig:
-    """The recipe of a stage on one device, with `layers` decoder layers."""
+def settings(
+    stage: str, kernels: str, recompute: str, layers: int, *, micro_batches: int = 4, tiny: bool
+) -> RunConfig:
+    """The recipe of a stage on one device, with `layers` decoder layers and so many micro-batches
+    a step."""
     backend, fp8 = KERNELS[kernels]
     overrides = ["parallel.tensor=1", "parallel.sequence=false", f"parallel.recompute={recompute}"]
     overrides += [f"kernels.backend={backend}", f"kernels.fp8={fp8}"]
     overrides += [f"model.decoder.num_layers={layers}", *(TINY if tiny else [])]
     config = load_config(STAGES[stage], overrides)
-    config.train.global_batch_size = config.train.micro_batch_size
+    config.train.global_batch_size = micro_batches * config.train.micro_batch_size
     return config
 
 
-def full_batch(config: RunConfig) -> Batch:
-    """A micro-batch without padding: an image, then text, in every row."""
+def full_batch(config: RunConfig, seed: int = 0) -> Batch:
+    """A micro-batch on the host without padding: an image, then text, in every row."""
     length, images = config.data.sequence_length, config.model.tokens_per_image
-    chance = np.random.default_rng(0)
+    chance = np.random.default_rng(seed)
     size = config.model.vision.image_size
     positions = np.arange(4, 4 + images)
     samples = []
@@ -87,14 +92,17 @@ def full_batch(config: RunConfig) -> Batch:
         labels[: positions[-1]], modality[positions] = -100, 1
         pixels = torch.from_numpy(chance.integers(0, 256, (3, size, size), np.uint8))
         samples.append(Sample(tokens, labels, modality, length, False, pixels, sample_index))
-    return collate(samples, size)
+    batch = collate(samples, size)
+    return batch if setup.on_cpu() else batch.pin_memory()
 
 
 class Step:
-    """One optimizer step after another on the same micro-batch, by the code that trains."""
+    """One optimizer step after another on the same micro-batches, by the code that trains."""
 
     def __init__(self, config: RunConfig):
-        self.config, self.batch = config, full_batch(config).to(setup.device())
+        self.config = config
+        count = config.train.global_batch_size // config.train.micro_batch_size
+        self.batches = [full_batch(config, number) for number in range(count)]
         torch.manual_seed(0)
         context = ParallelContext(config, setup.initialize(config.parallel), fuses_gradients=True)
         for given in (context.transformer, context.replicated):
@@ -114,8 +122,8 @@ class Step:
 
     def flops(self) -> float:
         """Operations of forward and backward pass."""
-        rows, length = self.batch.tokens.shape
-        images = len(self.batch.image)
+        rows, length = self.config.train.global_batch_size, self.config.data.sequence_length
+        images = sum(len(batch.image) for batch in self.batches)
         vision = images * self.config.model.tokens_per_image
         load = Load(images, rows * length, vision, rows * length * (length + 1) // 2)
         return sum(training_flops(self.config.model, load, self.trained).values())
@@ -126,10 +134,14 @@ class Step:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        forward_backward(self.config, self.wrapped, iter([self.batch]), 1)
+        on_device = (batch.to(setup.device()) for batch in self.batches)
+        forward_backward(self.config, self.wrapped, on_device, len(self.batches))
         mark()
         self.scheduler.step(1)
-        optimizer_step(self.optimizer, _finite)
+        norm = gradient_norm(self.optimizer)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}; figures would mean nothing")
+        update(self.optimizer, norm)
         mark()
 
     def milliseconds(self) -> tuple[float, float]:
@@ -146,12 +158,6 @@ class Step:
         self.run(mark)
         torch.cuda.synchronize()
         return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
-
-
-def _finite(norm: float) -> bool:
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient norm is {norm}; these figures would mean nothing")
-    return True
 
 
 def refusal(config: RunConfig) -> str | None:
@@ -216,7 +222,14 @@ def rows(options: argparse.Namespace, peak: float | None) -> Iterator[dict]:
     for stage, kernels in itertools.product(options.stage, options.kernels):
         row = {"stage": stage, "kernels": kernels}
         for recompute in options.recompute:
-            config = settings(stage, kernels, recompute, options.layers, options.tiny)
+            config = settings(
+                stage,
+                kernels,
+                recompute,
+                options.layers,
+                micro_batches=options.micro_batches,
+                tiny=options.tiny,
+            )
             if reason := refusal(config):  # whatever is computed again
                 yield row | {"recompute": "any", "refused": reason}
                 break
@@ -264,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=[*KERNELS])
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=[*RECOMPUTE])
     parser.add_argument("--layers", type=int, default=4, help="of the decoder")
+    parser.add_argument("--micro-batches", type=int, default=4, metavar="N", help="of a step")
     parser.add_argument("--seconds", type=float, default=10, help="per row; 3 steps at least")
     parser.add_argument(
         "--peak-tflops",
@@ -289,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         "cuda": torch.version.cuda,
         "device": device,
         "layers": options.layers,
+        "micro_batches": options.micro_batches,
         "tiny": options.tiny,
         "peak_tflops": peak,
     }

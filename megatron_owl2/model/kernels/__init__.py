@@ -1,10 +1,11 @@
 """Kernels of the decoder's layers: torch's, or Transformer Engine's in bf16 and FP8.
 
 A backend is a class with the methods of `Kernels`, a case of `build_kernels`, and a name in the
-schema (config/schema.py). ViT and abstractor always run on torch. So do the norms: Transformer
-Engine's are faster by casting to FP8 in the norm's kernel, and between a split norm and that cast
-stands the choice of the weight by modality; without it torch's rms_norm is one fused kernel too.
-And it rounds to bf16 before the weight, as LLaMA does.
+schema (config/schema.py). GEMMs and attention of ViT and abstractor are always torch's. Norms,
+activations and the loss are chosen apart, for any backend (elementwise.py): Transformer Engine's
+norms are faster by casting to FP8 in the norm's kernel, and between a split norm and that cast
+stands the choice of the weight by modality. And they do not round to bf16 before the weight, as
+LLaMA does.
 """
 
 from collections.abc import Callable

@@ -39,11 +39,20 @@ class Elementwise(Protocol):
         """RMSNorm of x [..., h] times weight [h], with the rounding of `modality_norm`."""
         ...
 
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [s, b, heads, d] and keys [s, b, kv_heads, d] turned by their positions, in the
-        rotate-half order of LLaMA; `rotary` is cos and sin [s, b, 1, d], of equal halves."""
+    def split_qkv(
+        self,
+        qkv: torch.Tensor,
+        kv_vision: torch.Tensor | None,
+        vision_token_index: torch.Tensor,
+        rotary: Rotary,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query [s, b, heads, d], key and value [s, b, groups, d] of a projection's output qkv
+        [s * b, groups, queries + 2, d], a group being the queries that share a key, it and its
+        value.
+
+        With kv_vision [n, groups, 2, d] keys and values of the tokens `vision_token_index` [n] of
+        s * b are those. Queries and keys are turned by their positions, in the rotate-half order
+        of LLaMA; `rotary` is cos and sin [s, b, 1, d], of equal halves."""
         ...
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,23 @@ class PlainElementwise:
     def rms_norm(self, x: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
         return weight * rms_normalize(x, eps)
 
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate(query, rotary), rotate(key, rotary)
+    def split_qkv(
+        self,
+        qkv: torch.Tensor,
+        kv_vision: torch.Tensor | None,
+        vision_token_index: torch.Tensor,
+        rotary: Rotary,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # One split, because its backward pass is one concatenation; slices would each be padded.
+        query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+        if kv_vision is not None:
+            key, value = (
+                text.index_copy(0, vision_token_index, vision)
+                for text, vision in zip((key, value), kv_vision.split(1, dim=2), strict=True)
+            )
+        whole = *rotary[0].shape[:2], -1, qkv.shape[-1]
+        query, key, value = (part.reshape(whole) for part in (query, key, value))
+        return rotate(query, rotary), rotate(key, rotary), value
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         return swiglu(*gate_up.chunk(2, dim=-1))
@@ -78,7 +91,7 @@ class _ModalityNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, is_vision, text, vision = ctx.saved_tensors
-        renormalize = _renormalize if x.device.type == "cpu" else _renormalize_fused
+        renormalize = renormalize_fused if x.is_cuda else renormalize_by_formula
         normed, grad_x = renormalize(x, grad * _weight(is_vision, text, vision), ctx.eps)
         rows = (grad.float() * normed).flatten(0, -2)
         if vision is None:
@@ -92,7 +105,7 @@ def _weight(is_vision, text, vision):
     return text if vision is None else torch.where(is_vision, vision, text)
 
 
-def _renormalize(x, grad, eps):
+def renormalize_by_formula(x, grad, eps):
     """The normalised x once more, and the gradient to x from the gradient to it."""
     normed, grad = x.float(), grad.float()
     inverse_rms = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
@@ -102,7 +115,7 @@ def _renormalize(x, grad, eps):
     return normed.to(x.dtype), grad_x.to(x.dtype)
 
 
-def _renormalize_fused(x, grad, eps):
+def renormalize_fused(x, grad, eps):
     """The same by kernels of torch, fused on a GPU and slower than the formula on a CPU."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()

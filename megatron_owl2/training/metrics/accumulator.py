@@ -63,24 +63,26 @@ class MetricAccumulator:
         of_samples = {metric.name for metric in LOADER_METRICS if not metric.of_each_rank}
         self._of_samples = of_samples | set(by_source)
         self._names = (*SUMS, *metrics, *by_source)
-        self._totals = torch.zeros(len(self._names), dtype=torch.float64, device=device)
+        # Counts stay on the host, where they come from, until all ranks add theirs up.
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self._counts = torch.zeros(len(self._names) - len(SUMS), dtype=torch.float64)
         over_run = [metric.name for metric in LOADER_METRICS if metric.over_run]
         self.run_totals = dict.fromkeys((*over_run, *by_source), 0) | run_totals
 
     def add(self, sums: torch.Tensor, counts: Counter[str]) -> None:
         """Count one step of this rank: its SUMS, and the counts of its micro-batches."""
-        self._totals[: len(SUMS)] += sums
+        self._sums += sums
         counted = [counts[name] for name in self._names[len(SUMS) :]]
-        self._totals[len(SUMS) :] += torch.tensor(
-            counted, dtype=torch.float64, device=self._totals.device
-        )
+        self._counts += torch.tensor(counted, dtype=torch.float64)
 
     def take(self) -> dict[str, float]:
         """The totals since the last call over all ranks, every sample counted once; all ranks
         together."""
-        torch.distributed.all_reduce(self._totals)
-        totals = dict(zip(self._names, self._totals.tolist(), strict=True))
-        self._totals.zero_()
+        every = torch.cat([self._sums, self._counts.to(self.device)])
+        torch.distributed.all_reduce(every)
+        totals = dict(zip(self._names, every.tolist(), strict=True))
+        self._sums.zero_()
+        self._counts.zero_()
         for name in self._of_samples:
             totals[name] /= self._model_ranks
         for name in self.run_totals:

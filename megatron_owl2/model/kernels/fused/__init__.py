@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 from megatron_owl2.model.kernels.elementwise import Rotary
 from megatron_owl2.model.kernels.fused.cross_entropy import CrossEntropy
 from megatron_owl2.model.kernels.fused.norm import RMSNorm
+from megatron_owl2.model.kernels.fused.qkv import SplitQKV
 from megatron_owl2.model.kernels.fused.quick_gelu import QuickGELU
-from megatron_owl2.model.kernels.fused.rotary import Rotate
 from megatron_owl2.model.kernels.fused.swiglu import SwiGLU
 
 
@@ -40,10 +40,14 @@ class FusedElementwise:
     def rms_norm(self, x: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
         return RMSNorm.apply(x, eps, weight, None, None)
 
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return Rotate.apply(query, key, *rotary)
+    def split_qkv(
+        self,
+        qkv: torch.Tensor,
+        kv_vision: torch.Tensor | None,
+        vision_token_index: torch.Tensor,
+        rotary: Rotary,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return SplitQKV.apply(qkv, kv_vision, vision_token_index, *rotary)
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         return SwiGLU.apply(gate_up)

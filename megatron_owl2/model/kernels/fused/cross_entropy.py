@@ -59,9 +59,9 @@ class CrossEntropy(torch.autograd.Function):
         ctx.first = group.rank() * rows.shape[-1]
         found = cross_entropy(rows, wanted, ctx.first)
         if group.size() > 1:
-            of_all = found.new_empty((group.size(), *found.shape))
+            of_all = found.new_empty((group.size() * 2, found.shape[1]))
             torch.distributed.all_gather_into_tensor(of_all, found, group=group)
-            log_sum, logit = torch.logsumexp(of_all[:, 0], 0), of_all[:, 1].sum(0)
+            log_sum, logit = torch.logsumexp(of_all[::2], 0), of_all[1::2].sum(0)
         else:
             log_sum, logit = found
         ctx.shape = logits.shape

@@ -80,8 +80,9 @@ class RMSNorm(torch.autograd.Function):
         vision: torch.Tensor | None,
         is_vision: torch.Tensor | None,
     ) -> torch.Tensor:
-        x = x.contiguous()
-        is_vision = None if is_vision is None else is_vision.contiguous()
+        x, text = x.contiguous(), text.contiguous()
+        if vision is not None and is_vision is not None:
+            vision, is_vision = vision.contiguous(), is_vision.contiguous()
         ctx.save_for_backward(x, text, vision, is_vision)
         ctx.eps = eps
         return rms_norm(x, text, vision, is_vision, eps)

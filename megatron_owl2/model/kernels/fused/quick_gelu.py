@@ -50,7 +50,7 @@ class QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
+        x, bias = x.contiguous(), bias.contiguous()
         ctx.save_for_backward(x, bias)
         return quick_gelu(x, bias)
 
