@@ -24,18 +24,19 @@ class FP8Recipe:
     te_format: Literal["hybrid", "e4m3"]
     gemm_row_alignment: int  # of the sizes of every GEMM (megatron-core, fp8_utils.py)
     gathered_row_alignment: int  # the same where sequence parallelism gathers quantized rows
-    # The same of rows in user buffers (module/base.py of Transformer Engine), which not all take.
-    overlapped_row_alignment: int | None
     support_check: str  # method of Transformer Engine's FP8GlobalStateManager
+    # As gathered_row_alignment, in user buffers (module/base.py of Transformer Engine); None: they
+    # do not take the recipe.
+    overlapped_row_alignment: int | None = None
 
 
 FP8_RECIPES: dict[str, FP8Recipe] = {
     recipe.name: recipe
     for recipe in (
-        FP8Recipe("tensorwise", "hybrid", 16, 16, 16, "is_fp8_available"),
-        FP8Recipe("delayed", "hybrid", 16, 16, 16, "is_fp8_available"),
+        FP8Recipe("tensorwise", "hybrid", 16, 16, "is_fp8_available", 16),
+        FP8Recipe("delayed", "hybrid", 16, 16, "is_fp8_available", 16),
         # Gathered in whole blocks (utils.py, tensor/float8_blockwise_tensor.py of TE).
-        FP8Recipe("blockwise", "e4m3", 16, 128, None, "is_fp8_block_scaling_available"),
-        FP8Recipe("mxfp8", "e4m3", 32, 32, 128, "is_mxfp8_available"),
+        FP8Recipe("blockwise", "e4m3", 16, 128, "is_fp8_block_scaling_available"),
+        FP8Recipe("mxfp8", "e4m3", 32, 32, "is_mxfp8_available", 128),
     )
 }

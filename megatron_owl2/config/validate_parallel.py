@@ -140,10 +140,10 @@ def _check_fp8(config: RunConfig, recipe: FP8Recipe) -> None:
     if parallel.tensor_overlap:
         require(
             recipe.overlapped_row_alignment is not None,
-            f"parallel.tensor_overlap does not take kernels.fp8={recipe.name}, whose scales user "
-            "buffers do not carry; set parallel.tensor_overlap=false",
+            f"the user buffers of parallel.tensor_overlap do not take kernels.fp8={recipe.name}; "
+            "set parallel.tensor_overlap=false",
         )
-        gathered = recipe.overlapped_row_alignment
+        gathered = recipe.overlapped_row_alignment or gathered
     shards = parallel.context * (tp if parallel.sequence else 1)
     rows = config.data.sequence_length * config.train.micro_batch_size
     where = f"kernels.fp8={recipe.name}"

@@ -186,6 +186,7 @@ WIDE = [
     "model.decoder.max_positions=64",
 ]
 SP = ["parallel.tensor=2", "parallel.sequence=true"]
+OVERLAP = [*WIDE, *SP, "parallel.tensor_overlap=true"]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,21 @@ SP = ["parallel.tensor=2", "parallel.sequence=true"]
             "hidden_size is 64; kernels.fp8=blockwise with parallel.sequence .* of 128",
         ),
         (["kernels.fp8=blockwise", *WIDE], "needs a GPU|cannot be imported|does not run here"),
+        (["parallel.tensor_overlap=true"], "set parallel.sequence=true, or parallel.tensor_over"),
+        (
+            ["parallel.tensor_overlap=true", "parallel.tensor=2", "model.decoder.num_kv_heads=2"],
+            "set parallel.sequence=true, or parallel.tensor_over",
+        ),
+        ([*OVERLAP, "kernels.backend=local"], "needs the GEMMs of kernels.backend=transformer_eng"),
+        (
+            [*OVERLAP, "kernels.fp8=blockwise"],
+            "do not take kernels.fp8=blockwise; set parallel.tensor_overlap=false",
+        ),
+        (
+            [*OVERLAP, "kernels.fp8=mxfp8", "train.micro_batch_size=2"],
+            "= 128 rows over 2 ranks; kernels.fp8=mxfp8 with parallel.sequence .* of 128 on each",
+        ),
+        (OVERLAP, "needs a GPU|cannot be imported"),
     ],
 )
 def test_kernels_that_are_not_there_or_do_not_fit(run_yaml, tmp_path, overrides, words):

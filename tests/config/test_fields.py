@@ -103,6 +103,8 @@ def test_the_choices_of_fp8_are_the_rows_of_the_table():
         "mxfp8": ("e4m3", 32),
     }
     assert [r.gathered_row_alignment for r in FP8_RECIPES.values()] == [16, 16, 128, 32]
+    overlapped = [r.overlapped_row_alignment for r in FP8_RECIPES.values()]
+    assert overlapped == [16, 16, None, 128]
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,18 @@ def test_transformer_engine_trains_like_torch(start, tmp_path, fp8, recompute):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("backend", ["local", "transformer_engine"])
 @pytest.mark.parametrize(
-    "parallelism", ["parallel.context=2", "parallel.tensor=2 parallel.sequence=true"]
+    "backend, parallelism",
+    [
+        ("local", "parallel.context=2"),
+        ("local", "parallel.tensor=2 parallel.sequence=true"),
+        ("transformer_engine", "parallel.context=2"),
+        ("transformer_engine", "parallel.tensor=2 parallel.sequence=true"),
+        (
+            "transformer_engine",
+            "parallel.tensor=2 parallel.sequence=true parallel.tensor_overlap=true",
+        ),
+    ],
 )
 def test_two_gpus_compute_what_one_does(start, tmp_path, backend, parallelism):
     if backend != "local":

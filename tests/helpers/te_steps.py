@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from transformer_engine.pytorch.optimizers import FusedAdam  # noqa: E402
 
 from megatron_owl2.config.load import load_config  # noqa: E402
+from megatron_owl2.errors import ConfigError  # noqa: E402
 from megatron_owl2.mcore import setup  # noqa: E402
 from megatron_owl2.mcore.parallel import ParallelContext  # noqa: E402
 from megatron_owl2.model.kernels.user_buffers import user_buffers  # noqa: E402
@@ -25,7 +26,7 @@ from megatron_owl2.model.owl2 import build  # noqa: E402
 from megatron_owl2.training import optimizer as optim  # noqa: E402
 from megatron_owl2.training import parameter_groups  # noqa: E402
 from megatron_owl2.training.checkpoint import save_load  # noqa: E402
-from megatron_owl2.training.step import forward_backward, optimizer_step  # noqa: E402
+from megatron_owl2.training.step import forward_backward, gradient_norm, update  # noqa: E402
 
 RUN, FOLDER = map(Path, sys.argv[1:])
 BF16 = ["train.precision=bf16", "train.micro_batch_size=1"]
@@ -65,7 +66,7 @@ class Model:
     def step(self) -> None:
         self.gradients()
         self.scheduler.step(1)
-        optimizer_step(self.optimizer, lambda norm: True)
+        update(self.optimizer, gradient_norm(self.optimizer))
         optim.sync_params(self.wrapped)
 
 
@@ -127,7 +128,19 @@ def one_rank() -> list[dict]:
     return results
 
 
-def two_ranks() -> list[dict]:
+def refusal(overrides: Sequence[str]) -> str:
+    """What a run with user buffers ends with on a GPU without multicast."""
+    config = load_config(RUN, [*BF16, *TE, *overrides])
+    context = ParallelContext(config, setup.initialize(config.parallel))
+    os.environ["UB_SKIPMC"] = "0"
+    try:
+        with user_buffers(config, context):
+            return "nothing"
+    except ConfigError as error:
+        return str(error)
+
+
+def two_ranks() -> dict:
     """Tensor and sequence parallelism, with user buffers and without."""
     parallel = ["parallel.tensor=2", "parallel.sequence=true"]
     local, results = Model(parallel).gradients(), []
@@ -136,7 +149,8 @@ def two_ranks() -> list[dict]:
         found, seen = measured([*parallel, *options], fuses=True)
         result = {"recompute": recompute, "overlap": overlap == "true", **seen}
         results.append(result | {"local": found.against(local)})
-    return results
+    refused = refusal([*parallel, "parallel.tensor_overlap=true"])
+    return {"steps": results, "refused": refused}
 
 
 def continued() -> list[dict]:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore.parallel import ParallelContext
 
 
@@ -28,7 +29,8 @@ def user_buffers(config: RunConfig, context: ParallelContext) -> Iterator[None]:
     """The buffers of the run, with `parallel.tensor_overlap`; all ranks enter and leave together.
 
     Transformer Engine keeps them for the process: 12 of [rows of a micro-batch, hidden_size], in
-    bf16 or in bytes for FP8. Their shape is that of every micro-batch.
+    bf16 or in bytes for FP8. Their shape is that of every micro-batch. Raises ConfigError where
+    Transformer Engine refuses them.
     """
     if not config.parallel.tensor_overlap:
         yield
@@ -37,13 +39,19 @@ def user_buffers(config: RunConfig, context: ParallelContext) -> Iterator[None]:
 
     rows = config.data.sequence_length // config.parallel.context * config.train.micro_batch_size
     modes = base.UserBufferQuantizationMode
-    base.initialize_ub(
-        shape=[rows, config.model.decoder.hidden_size],
-        tp_size=context.tensor_parallel_size,
-        quantization_modes=[modes.FP8 if context.fp8_recipe else modes.NONE],
-        dtype=context.dtype,
-        bootstrap_backend=torch.distributed.get_backend(),
-    )
+    try:
+        base.initialize_ub(
+            shape=[rows, config.model.decoder.hidden_size],
+            tp_size=context.tensor_parallel_size,
+            quantization_modes=[modes.FP8 if context.fp8_recipe else modes.NONE],
+            dtype=context.dtype,
+            bootstrap_backend=torch.distributed.get_backend(),
+        )
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"parallel.tensor_overlap cannot run here: {error}; or set "
+            "parallel.tensor_overlap=false"
+        ) from error
     try:
         yield
     finally:
