@@ -37,7 +37,7 @@ class RunCosts:
         self.activations = ActivationCosts(self.weights)
         full = self.mean_length == config.data.sequence_length
         self._shorter_activations = self.activations if full else ActivationCosts(self.weights)
-        self.elementwise = ElementwiseTraffic()
+        self.elementwise = ElementwiseTraffic(config.train.micro_batch_size)
         self._static: dict[tuple, list[StaticMemory]] = {}
         self._flops: dict[tuple, tuple[dict[str, float], ...]] = {}
 
