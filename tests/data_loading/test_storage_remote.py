@@ -48,24 +48,21 @@ def test_whole_files_sizes_and_ranges(server):
     assert storage.counters["retries"] == 0
 
 
-def test_a_node_asks_for_the_size_of_a_file_once(server, tmp_path):
-    def heads():
-        return [request for request in server.requests if request[0] == "HEAD"]
+def test_a_size_is_asked_once_for_a_node_until_it_is_found_wrong(server, tmp_path):
+    def sizes():
+        return [opened(server, tmp_path).size("a.tar") for _ in range(2)]
 
-    threads = [threading.Thread(target=opened(server, tmp_path).size, args=["a.tar"]) for _ in "12"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert opened(server, tmp_path).size("a.tar") == len(DATA) and len(heads()) == 1
+    def asked():
+        return sum(method == "HEAD" for method, _, _ in server.requests)
+
+    assert sizes() == [len(DATA)] * 2 and asked() == 1
     (server.folder / "a.tar").write_bytes(DATA[:-1])
-    storage = opened(server, tmp_path)
-    assert storage.size("a.tar") == len(DATA)
-    assert storage.size("a.tar", fresh=True) == len(DATA) - 1
-    assert opened(server, tmp_path).size("a.tar") == len(DATA) - 1 and len(heads()) == 2
-    (cached,) = (tmp_path / "cache").glob("*/a.tar.size/*")
-    cached.write_bytes(bytes(20))  # as a crash of the node may leave it
-    assert opened(server, tmp_path).size("a.tar") == len(DATA) - 1 and len(heads()) == 3
+    assert sizes() == [len(DATA)] * 2 and asked() == 1
+    opened(server, tmp_path).forget_size("a.tar")
+    assert sizes() == [len(DATA) - 1] * 2 and asked() == 2
+    (entry,) = (tmp_path / "cache").glob("*/a.tar.size/*")
+    entry.write_bytes(bytes(20))
+    assert sizes() == [len(DATA) - 1] * 2 and asked() == 4  # one for the damage, one to keep
 
 
 def test_without_a_cache_only_the_bytes_themselves_travel(server):

@@ -164,7 +164,8 @@ class ShardedDataset:
         row = self.shards[shard_index]
         size = self.storage.size(row["name"])
         if size != row["bytes"]:
-            size = self.storage.size(row["name"], fresh=True)
+            self.storage.forget_size(row["name"])
+            size = self.storage.size(row["name"])
         if size != row["bytes"]:
             raise ShardError(
                 f"{self._path(shard_index)} has {size} bytes, its manifest says {row['bytes']}: "

@@ -97,9 +97,12 @@ class Storage:
         """A whole small file, such as a manifest or an index."""
         raise NotImplementedError
 
-    def size(self, name: str, *, fresh: bool = False) -> int:
-        """Bytes of a file; `fresh` asks past the cache, which may hold that of an older file."""
+    def size(self, name: str) -> int:
+        """Bytes of a file. A remote storage with a cache asks once for all processes of a node."""
         raise NotImplementedError
+
+    def forget_size(self, name: str) -> None:
+        """Forget a cached size, which may be that of an older file."""
 
     def read(
         self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None

@@ -28,7 +28,7 @@ class LocalStorage(Storage):
 
         return self._persist(name, "the file", attempt)
 
-    def size(self, name: str, *, fresh: bool = False) -> int:
+    def size(self, name: str) -> int:
         return self._persist(name, "its size", lambda: os.stat(self._path(name)).st_size)
 
     def read(

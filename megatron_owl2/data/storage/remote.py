@@ -22,11 +22,10 @@ from megatron_owl2.data.storage.cache import CacheError, RangeCache
 from megatron_owl2.data.storage.runtime import Runtime
 from megatron_owl2.errors import StorageError
 
-_SIZE = ".size"  # behind the name of a file, where the cache keeps its size
 CACHE_PAUSE = 60.0  # seconds without new ranges after the cache disk was full or broken
+_SIZE, _DIGITS = ".size", 20  # entry of the cache that holds how large a file is
+_Fetch = Callable[[int, int], bytes]
 _LASTING_STATUS = {401, 403, 404, 405, 410, 416}  # HTTP answers that will be the same again
-
-_Fetch = Callable[[int, int], bytes]  # the bytes from one offset to another
 
 # One client, with its connections, per process, protocol and time limit. Never emptied: closing a
 # client that a forked child inherited takes the parent's sockets out of the epoll set they share.
@@ -65,39 +64,23 @@ class RemoteStorage(Storage):
         self._here().add(bytes_fetched=len(data))
         return data
 
-    def size(self, name: str, *, fresh: bool = False) -> int:
-        def fetch(start: int, stop: int) -> bytes:
-            size = self._persist(name, "its size", lambda: self._request("_info", name))["size"]
-            if size is None:
-                raise StorageError(f"{self.location}/{name}: the server does not tell its size")
-            return b"%020d" % size
+    def size(self, name: str) -> int:
+        entry, extent = name + _SIZE, (0, _DIGITS)
+        text = self._cached(entry, *extent, extent, lambda *_: self._ask_size(name))
+        if not text.isdigit():  # what lies in a cache may have been damaged there
+            self.forget_size(name)
+            text = self._ask_size(name)
+        return int(text)
 
-        # Cached like a range: a data set has thousands of shards, a node dozens of processes.
-        file, extent = name + _SIZE, (0, 20)
-        data = None
-        if self._cache is not None and not fresh:
-            data = self._cache.read(file, extent, *extent)
-        if data is None or not data.isdigit():  # a crash of the node may have damaged it
-            self.drop(file, *extent)
-            data = self._read_and_keep(file, *extent, extent, fetch)
-        return int(data)
+    def forget_size(self, name: str) -> None:
+        self.drop(name + _SIZE, 0, _DIGITS)
 
     def read(
         self, name: str, start: int, stop: int, extent: tuple[int, int] | None = None
     ) -> bytes:
-        check_name(self.location, name)
         began = self.runtime.monotonic()
-        here = self._here()
-        data = None
-        if self._cache is not None:
-            data = self._cache.read(name, extent or (start, stop), start, stop)
-        if data is not None:
-            here.add(cache_hits=1)
-        else:
-            here.add(cache_misses=1)
-            fetch = partial(self._fetch, name)
-            data = self._read_and_keep(name, start, stop, extent or (start, stop), fetch)
-        here.add_read(len(data), 0, self.runtime.monotonic() - began)
+        data = self._cached(name, start, stop, extent or (start, stop), partial(self._fetch, name))
+        self._here().add_read(len(data), 0, self.runtime.monotonic() - began)
         return data
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
@@ -112,14 +95,24 @@ class RemoteStorage(Storage):
     def close(self) -> None:
         self._here().stop_prefetching()
 
-    def _read_and_keep(
+    def _cached(
         self, name: str, start: int, stop: int, extent: tuple[int, int], fetch: _Fetch
     ) -> bytes:
+        """The bytes from `start` to `stop`, of an extent of the cache where there is one; `fetch`
+        brings those of a range."""
+        check_name(self.location, name)
+        data = None
+        if self._cache is not None:
+            data = self._cache.read(name, extent, start, stop)
+        if data is not None:
+            self._here().add(cache_hits=1)
+            return data
+        self._here().add(cache_misses=1)
         cache = self._usable_cache()
         for _ in range(2):
             if cache is None:
                 break
-            data = self._keep(name, extent, fetch)
+            data = self._fill(name, *extent, fetch)
             if data is not None:
                 return data[start - extent[0] : stop - extent[0]]
             # Another process or thread brought it; where the cache is tight it may be gone again.
@@ -128,18 +121,17 @@ class RemoteStorage(Storage):
                 return data
         return fetch(start, stop)
 
-    def _fill(self, name: str, start: int, stop: int) -> None:
-        self._keep(name, (start, stop), partial(self._fetch, name))
-
-    def _keep(self, name: str, extent: tuple[int, int], fetch: _Fetch) -> bytes | None:
+    def _fill(self, name: str, start: int, stop: int, fetch: _Fetch | None = None) -> bytes | None:
         """The extent if this call fetched it, now cached; None if it did not."""
         check_name(self.location, name)
         cache = self._usable_cache()
         if cache is None:
             return None
-        here = self._here()
+        here, fetch = self._here(), fetch or partial(self._fetch, name)
         try:
-            return cache.fill(name, extent, lambda: fetch(*extent), self.options.patience)
+            return cache.fill(
+                name, (start, stop), lambda: fetch(start, stop), self.options.patience
+            )
         except CacheError as error:
             here.add(cache_failures=1)
             here.cache_resumes = self.runtime.monotonic() + CACHE_PAUSE
@@ -162,6 +154,12 @@ class RemoteStorage(Storage):
         data = self._persist(name, f"bytes {start} to {stop}", attempt)
         self._here().add(bytes_fetched=len(data))
         return data
+
+    def _ask_size(self, name: str) -> bytes:
+        size = self._persist(name, "its size", lambda: self._request("_info", name))["size"]
+        if size is None:
+            raise StorageError(f"{self.location}/{name}: the server does not tell its size")
+        return b"%0*d" % (_DIGITS, size)
 
     def _request(self, method: str, name: str, **arguments) -> Any:
         """One attempt within the time limit, through fsspec's event loop."""
