@@ -1,5 +1,7 @@
 """CLIP ViT-L/14 as mPLUG-Owl2 uses it: all tokens of the last layer, after the last norm."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -57,7 +59,7 @@ class VisionLayer(nn.Module):
 
         self.elementwise = build_elementwise(context)
 
-        def spec(inputs: int, outputs: int, **options: bool) -> LinearSpec:
+        def spec(inputs: int, outputs: int, **options: Any) -> LinearSpec:
             return LinearSpec(
                 inputs=inputs, outputs=outputs, bias=True, init_std=model.init_std, **options
             )
