@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.model.kernels.user_buffers import buffer_bytes
 from megatron_owl2.planner import schedule
 from megatron_owl2.planner.costs import RunCosts
 from megatron_owl2.planner.static_memory import StaticMemory, optimizer_share
@@ -13,7 +14,7 @@ class RankMemory:
     """Bytes of the fullest rank of a pipeline rank.
 
     `activations` are those of all micro-batches that wait for their backward pass, with the peak
-    beside them. `update` is the working memory of torch's AdamW (one fp32 number for each of its
+    beside them, and user buffers. `update` is the working memory of torch's AdamW (one fp32 number for each of its
     share; a fused one has none), in use when no activations are there.
     """
 
@@ -40,6 +41,6 @@ def per_pipeline_rank(config: RunConfig, costs: RunCosts) -> list[RankMemory]:
         ]
         tasks = schedule.order(rank, parallel.pipeline, parallel.virtual_pipeline, rounds)
         peak = schedule.peak_memory(tasks, [c.kept for c in chunks], [c.working for c in chunks])
-        peak += max(chunk.shared for chunk in chunks)
+        peak += max(chunk.shared for chunk in chunks) + buffer_bytes(config)
         found.append(RankMemory(held, peak, 4 * optimizer_share(config, held)))
     return found

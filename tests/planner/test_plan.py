@@ -272,6 +272,11 @@ def test_time_knows_bubble_overlap_and_recomputation():
     assert (again.gemm, again.elementwise) == (plain.gemm, plain.elementwise)
     overlapped = time(tensor_overlap=True)
     assert overlapped.layers / plain.layers == pytest.approx(1 - machine.overlap_efficiency)
+    alone, with_buffers = (
+        memory.per_pipeline_rank(replace(config, parallel=parallel), costs)[0].activations
+        for parallel in (config.parallel, replace(config.parallel, tensor_overlap=True))
+    )
+    assert with_buffers - alone == 12 * 2048 * 4096 * 2  # user buffers
     assert time(overlap=False).data > plain.data
     pipelined, interleaved = time(pipeline=4), time(pipeline=4, virtual_pipeline=4)
     assert 0 < interleaved.bubble < pipelined.bubble

@@ -23,25 +23,25 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore.parallel import ParallelContext
 
+_BUFFERS = 12  # of Transformer Engine (module/base.py, initialize_ub)
+
 
 @contextmanager
 def user_buffers(config: RunConfig, context: ParallelContext) -> Iterator[None]:
     """The buffers of the run, with `parallel.tensor_overlap`; all ranks enter and leave together.
 
-    Transformer Engine keeps them for the process: 12 of [rows of a micro-batch, hidden_size], in
-    bf16 or in bytes for FP8. Their shape is that of every micro-batch. Raises ConfigError where
-    Transformer Engine refuses them.
+    Transformer Engine keeps them for the process. Their shape is that of every micro-batch. Raises
+    ConfigError where Transformer Engine refuses them.
     """
     if not config.parallel.tensor_overlap:
         yield
         return
     from transformer_engine.pytorch.module import base  # pyright: ignore[reportMissingImports]
 
-    rows = config.data.sequence_length // config.parallel.context * config.train.micro_batch_size
     modes = base.UserBufferQuantizationMode
     try:
         base.initialize_ub(
-            shape=[rows, config.model.decoder.hidden_size],
+            shape=_shape(config),
             tp_size=context.tensor_parallel_size,
             quantization_modes=[modes.FP8 if context.fp8_recipe else modes.NONE],
             dtype=context.dtype,
@@ -56,3 +56,16 @@ def user_buffers(config: RunConfig, context: ParallelContext) -> Iterator[None]:
         yield
     finally:
         base.destroy_ub()
+
+
+def buffer_bytes(config: RunConfig) -> int:
+    """Bytes of the buffers of a rank, in bf16 or in bytes for FP8; 0 without them."""
+    rows, size = _shape(config)
+    width = 2 if config.kernels.fp8 == "none" else 1
+    return _BUFFERS * rows * size * width if config.parallel.tensor_overlap else 0
+
+
+def _shape(config: RunConfig) -> list[int]:
+    """Rows of a micro-batch on a rank, and hidden_size."""
+    rows = config.data.sequence_length // config.parallel.context * config.train.micro_batch_size
+    return [rows, config.model.decoder.hidden_size]
