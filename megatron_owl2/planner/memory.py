@@ -14,8 +14,8 @@ class RankMemory:
     """Bytes of the fullest rank of a pipeline rank.
 
     `activations` are those of all micro-batches that wait for their backward pass, with the peak
-    beside them, and user buffers. `update` is the working memory of torch's AdamW (one fp32 number for each of its
-    share; a fused one has none), in use when no activations are there.
+    beside them, and user buffers. `update` is the working memory of torch's AdamW (one fp32 number
+    for each of its share; a fused one has none), in use when no activations are there.
     """
 
     held: StaticMemory

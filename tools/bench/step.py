@@ -104,17 +104,15 @@ class Step:
         count = config.train.global_batch_size // config.train.micro_batch_size
         self.batches = [full_batch(config, number) for number in range(count)]
         torch.manual_seed(0)
-        context = ParallelContext(config, setup.initialize(config.parallel), fuses_gradients=True)
-        for given in (context.transformer, context.replicated):
-            given.perform_initialization = False  # on the CPU it takes longer than all the rest
-        chunks = build(context, config.model, 1)
-        for chunk in chunks:
-            chunk.to(setup.device())
-            for name, parameter in chunk.named_parameters():
-                if parameter.ndim > 1:
-                    torch.nn.init.normal_(parameter, std=config.model.init_std)
-                elif name.endswith(".bias"):
-                    torch.nn.init.zeros_(parameter)
+        groups = setup.initialize(config.parallel)
+        context = ParallelContext(config, groups, fuses_gradients=True, device=setup.device())
+        # Values are drawn on the device; on the CPU that takes longer than all the rest.
+        chunks = build(context, config.model, 1, initialize=False)
+        for name, parameter in chunks[0].named_parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=config.model.init_std)
+            else:
+                torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
         plan = parameter_groups.freeze(config, chunks)
         self.trained = {parameter.name for parameter in plan if parameter.trained}
         self.wrapped = optim.wrap_ddp(chunks, overlap=config.parallel.overlap)
