@@ -9,6 +9,7 @@ import megatron.core
 import pytest
 import torch
 from packaging.version import Version
+from paths import ROOT
 
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 WITHOUT_WANDB = """
 import sys
-from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.setup import setup
 setup()
 import megatron_owl2.training.trainer
 assert "megatron.core" in sys.modules and "wandb" not in sys.modules
@@ -27,19 +28,29 @@ assert wandb.__version__
 WITH_WANDB = """
 import sys, types
 sys.modules["wandb"] = there = types.ModuleType("wandb")
-from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.setup import setup
 setup()
 assert "megatron.core" in sys.modules and sys.modules["wandb"] is there
 """
 INSIDE_A_DEVICE = """
 import torch
-from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.setup import setup
 with torch.device("meta"):
     setup()
 """
 SETUP = """
 from megatron_owl2.mcore.setup import setup
 setup()
+"""
+
+REFUSED_RUN = """
+import os, torch
+asked, ask = [], torch.cuda.is_available
+torch.cuda.is_available = lambda: asked.append(os.environ.get(CONNECTIONS)) or ask()
+from megatron_owl2.train import main
+options = ["watch.profiler=nsys", "parallel.tensor=1", "parallel.sequence=false"]
+assert main(["--config", CONFIG, *options]) == 2
+assert asked and set(asked) == {"1"}, asked
 """
 
 
@@ -58,6 +69,15 @@ def test_wandb_is_not_imported_and_not_hidden(program):
 def test_inside_a_device_it_is_refused():
     done = run(INSIDE_A_DEVICE)
     assert done.returncode != 0 and "before entering torch.device" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the run would not be refused")
+def test_connections_are_set_before_cuda_is_asked(monkeypatch):
+    """CUDA reads them once, at its first call, which may be a check of the machine."""
+    name, config = "CUDA_DEVICE_MAX_CONNECTIONS", ROOT / "examples" / "tiny" / "pretrain.yaml"
+    monkeypatch.delenv(name, raising=False)
+    done = run(f"CONNECTIONS, CONFIG = {name!r}, {str(config)!r}\n" + REFUSED_RUN)
+    assert done.returncode == 0 and "needs a GPU" in done.stderr, done.stderr
 
 
 def describe_extension(folder: Path, version: str) -> None:
