@@ -268,7 +268,7 @@ def _without_cache(
         expanded, _ = verification._expand(inputs, config, multiple_of)
         verification._fit_config(config, expanded)
         batch = verification._batch(inputs, expanded, config).to(setup.device())
-        logits = verification._forward(config, model, batch, None)
+        logits = verification._forward(config, model, batch, with_labels=False)
         chosen = torch.zeros(len(rows), dtype=torch.int64, device=setup.device())
         if logits is not None:
             last = expanded.valid.sum(1) - 1
