@@ -147,7 +147,8 @@ def load_optimizer_state(optimizer: ChainedOptimizer, state: dict) -> None:
     Transformer Engine's) has not all that this one asks for. And torch's must count its steps per
     parameter: megatron-core hands one step tensor to all of them, and each would advance it.
     """
-    optimizer.load_state_dict(state)
+    # What is sharded is left, empty, where nothing trained on the rank that wrote the rest.
+    optimizer.load_state_dict({key: value for key, value in state.items() if key != "param_state"})
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for key, value in part.optimizer.defaults.items():
