@@ -24,6 +24,7 @@ OPTIONAL = {
     "pyarrow": "parquet",
     "transformers": "hf",
     "transformer_engine": "gpu",
+    "triton": "test",  # torch for GPUs brings its own
     "wandb": "wandb",
 }
 

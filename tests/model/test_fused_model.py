@@ -19,6 +19,7 @@ from megatron_owl2.config.schema import (
     TrainConfig,
     VisionConfig,
 )
+from megatron_owl2.data.image_tokens import target_index
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
@@ -66,10 +67,10 @@ def loss_and_gradients(config: RunConfig) -> dict[str, torch.Tensor]:
     context = ParallelContext(config, setup.initialize(config.parallel))
     model = Owl2(context, config.model)
     *inputs, labels = batch()
-    losses = model(*inputs, labels)
-    (losses * (labels >= 0)).sum().backward()
+    losses = model(*inputs, labels, target_index(labels))
+    losses.sum().backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"loss": losses.detach()[labels >= 0], **found}
+    return {"loss": losses.detach(), **found}
 
 
 def assert_same(config: RunConfig, tolerance: float) -> int:

@@ -106,7 +106,8 @@ def test_stages_add_up_to_the_whole():
     alone = planned(whole)
     tokens, hidden_states = 2 * 128 * 8, 2 * 128 * 256 * 2
     tables = 2 * 2 * 128 * 32 * 2  # rotary cosine and sine
-    batch = 4 * tokens + 2 * 2 * 16 * 8  # tokens, modality, positions, labels, two lists of rows
+    # Tokens, modality, positions, labels; the rows of the images, twice, and of the targets.
+    batch = 4 * tokens + 2 * 2 * 16 * 8 + 2 * (128 - 16) * 8
     # Every later stage has a batch, tables, and once more the hidden states it received.
     extra = 3 * (batch + hidden_states + tables)
     assert sum(part.kept for part in parts) - alone.kept == pytest.approx(extra, rel=0.01)
