@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests that depend on the version of megatron-core (marked `versions`) with the newest that
-# is supported, under Python 3.12. Makes .venv-3.12 first, which takes 5 GB, if there is none:
+# is supported, under Python 3.12, and those of the Triton kernels, which torch for CUDA brings Triton
+# for. Makes .venv-3.12 first, which takes 5 GB, if there is none:
 #
 #     bash tests/versions.sh [pytest arguments]
 #

@@ -24,7 +24,7 @@ OPTIONAL = {
     "pyarrow": "parquet",
     "transformers": "hf",
     "transformer_engine": "gpu",
-    "triton": "test",  # torch for GPUs brings its own
+    "triton": "gpu",  # torch for GPUs brings it
     "wandb": "wandb",
 }
 

@@ -8,6 +8,7 @@ from elementwise_cases import Case, alone, cases, rotary
 from megatron_owl2.model.kernels.fused import FusedElementwise
 from megatron_owl2.model.kernels.plain import PlainElementwise
 
+pytestmark = pytest.mark.versions
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs Triton")
 if torch.cuda.is_available():
     pytest.skip("the compiled kernels are tested in tests/gpu", allow_module_level=True)

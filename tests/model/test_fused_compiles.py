@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.versions
 pytest.importorskip("triton", reason="needs Triton")
 
 PROGRAM = """

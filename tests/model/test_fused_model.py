@@ -28,7 +28,7 @@ from megatron_owl2.model.kernels.fused import FusedElementwise
 from megatron_owl2.model.kernels.plain import PlainElementwise
 from megatron_owl2.model.owl2 import Owl2
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.versions]
 
 pytest.importorskip("triton", reason="needs Triton")
 if not setup.on_cpu():
