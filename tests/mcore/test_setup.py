@@ -21,9 +21,7 @@ import sys
 from megatron_owl2.mcore.setup import setup
 setup()
 import megatron_owl2.training.trainer
-import torch
-unseen = {"wandb"} if torch.cuda.is_available() else {"wandb", "triton"}
-assert "megatron.core" in sys.modules and not unseen & sys.modules.keys()
+assert "megatron.core" in sys.modules and "wandb" not in sys.modules
 import wandb
 assert wandb.__version__
 """
