@@ -56,6 +56,7 @@ def main(
         received = (trainer or Trainer)(config, stop).train()
     except Owl2Error as error:
         _tell(error)
+        _leave_the_others(error.exit_code)
         return error.exit_code
     if received == signal.SIGINT:
         return 128 + received
@@ -76,6 +77,22 @@ def _tell(error: Owl2Error) -> None:
         where = f"rank {rank} on {socket.gethostname()}: "
     sys.stderr.write(f"error: {where}{error}\n")
     sys.stderr.flush()
+
+
+def _leave_the_others(code: int) -> None:
+    """End this process at once if it has joined other ranks.
+
+    The interpreter's own way out takes process groups apart while the others do the same, and what
+    is thrown in their threads then ends the process with a signal instead of the code.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    import torch
+
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

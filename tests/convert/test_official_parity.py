@@ -20,7 +20,6 @@ def deviations(tmp_path_factory):
     return parity.run(tmp_path_factory.mktemp("parity"))
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("name", parity.PARALLELISMS)
 def test_outputs_gradients_training_and_answers_are_the_official_ones(deviations, name):
     found = deviations[name]
