@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_owl2.training.checkpoint.async_writer import raise_on_all_ranks
 from megatron_owl2.training.checkpoint.index import read_index, unreadable
+from megatron_owl2.training.from_rank_0 import from_rank_0
 
 # What torch raises, some of it only for a damaged file.
 _UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError)
@@ -35,14 +36,11 @@ class CheckpointReader:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        found: list[Any] = [None]
-        with raise_on_all_ranks(directory):
-            if torch.distributed.get_rank() == 0:
-                found = [(read_index(directory), _read_common(directory))]
-        torch.distributed.broadcast_object_list(found)
         self.index: Metadata
         self.common: dict
-        self.index, self.common = found[0]
+        self.index, self.common = from_rank_0(
+            lambda: (read_index(directory), _read_common(directory))
+        )
 
     def read(self, shares: Iterable[ShardedTensor | ShardedTensorFactory]) -> None:
         """Fill the data of this rank's shares, in place; the index has been found to have them."""
