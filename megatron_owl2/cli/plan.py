@@ -14,79 +14,80 @@ from pathlib import Path
 
 from megatron_owl2.cli.command import Command
 from megatron_owl2.cli.options import count, positive
+from megatron_owl2.planner.machine import Machine
+
+# Options for what is assumed of the machine, with the defaults of `Machine`.
+_MACHINE = {
+    "gpus_per_node": ("--gpus-per-node", count, None, None),
+    "reserve_gib": (
+        "--reserve",
+        float,
+        "GIB",
+        "of every GPU for CUDA, NCCL and fragments (default %(default)s)",
+    ),
+    "mfu": (
+        "--mfu",
+        positive,
+        None,
+        "share of the peak for the days at a given MFU; no other time follows from it "
+        "(default %(default)s)",
+    ),
+    "peak_tflops": (
+        "--peak-tflops",
+        positive,
+        None,
+        "of a GPU in bf16 (default %(default)s, an H100)",
+    ),
+    "gemm_efficiency": (
+        "--gemm-efficiency",
+        positive,
+        None,
+        "share of the peak that GEMMs and attention reach (default %(default)s)",
+    ),
+    "fp8_speedup": (
+        "--fp8-speedup",
+        positive,
+        None,
+        "of the decoder's GEMMs, casts included (default %(default)s)",
+    ),
+    "hbm": ("--hbm", positive, "GB/S", "of a GPU's memory (default %(default)s, an H100)"),
+    "hbm_efficiency": (
+        "--hbm-efficiency",
+        positive,
+        None,
+        "share of it that elementwise kernels reach (default %(default)s)",
+    ),
+    "intra_node": (
+        "--intra-node",
+        positive,
+        "GB/S",
+        "a GPU sends at inside its node (default %(default)s)",
+    ),
+    "inter_node": (
+        "--inter-node",
+        positive,
+        "GB/S",
+        "a GPU's network card sends at to other nodes (default %(default)s)",
+    ),
+    "overlap_efficiency": (
+        "--overlap-efficiency",
+        positive,
+        None,
+        "share of tensor-parallel communication that parallel.tensor_overlap hides "
+        "(default %(default)s)",
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--gpus", required=True, type=count, help="of the whole job")
     parser.add_argument("--gpu-memory", required=True, type=positive, metavar="GIB")
-    parser.add_argument("--gpus-per-node", type=count, default=8)
-    parser.add_argument(
-        "--reserve",
-        type=float,
-        default=4.0,
-        metavar="GIB",
-        help="of every GPU for CUDA, NCCL and fragments (default %(default)s)",
-    )
-    parser.add_argument(
-        "--mfu",
-        type=positive,
-        default=0.4,
-        help="share of the peak for the days at a given MFU; no other time follows from it "
-        "(default %(default)s)",
-    )
-    parser.add_argument(
-        "--peak-tflops",
-        type=positive,
-        default=989.0,
-        help="of a GPU in bf16 (default %(default)s, an H100)",
-    )
-    parser.add_argument(
-        "--gemm-efficiency",
-        type=positive,
-        default=0.66,
-        help="share of the peak that GEMMs and attention reach (default %(default)s)",
-    )
-    parser.add_argument(
-        "--fp8-speedup",
-        type=positive,
-        default=1.6,
-        help="of the decoder's GEMMs, casts included (default %(default)s)",
-    )
-    parser.add_argument(
-        "--hbm",
-        type=positive,
-        default=3350.0,
-        metavar="GB/S",
-        help="of a GPU's memory (default %(default)s, an H100)",
-    )
-    parser.add_argument(
-        "--hbm-efficiency",
-        type=positive,
-        default=0.84,
-        help="share of it that elementwise kernels reach (default %(default)s)",
-    )
-    parser.add_argument(
-        "--intra-node",
-        type=positive,
-        default=300.0,
-        metavar="GB/S",
-        help="a GPU sends at inside its node (default %(default)s)",
-    )
-    parser.add_argument(
-        "--inter-node",
-        type=positive,
-        default=40.0,
-        metavar="GB/S",
-        help="a GPU's network card sends at to other nodes (default %(default)s)",
-    )
-    parser.add_argument(
-        "--overlap-efficiency",
-        type=positive,
-        default=0.75,
-        help="share of tensor-parallel communication that parallel.tensor_overlap hides "
-        "(default %(default)s)",
-    )
+    for field, (option, kind, unit, meaning) in _MACHINE.items():
+        default = getattr(Machine, field)
+        parser.add_argument(
+            option, dest=field, type=kind, default=default, metavar=unit, help=meaning
+        )
     parser.add_argument(
         "--tokens-per-sample",
         type=count,
@@ -111,25 +112,11 @@ def run(options: argparse.Namespace) -> int:
     setup()
     from megatron_owl2.config.load import load_config
     from megatron_owl2.planner import plan, report
-    from megatron_owl2.planner.machine import Machine
 
     gc.freeze()  # the collector need not look at all of torch again and again
 
-    machine = Machine(
-        gpus=options.gpus,
-        memory_gib=options.gpu_memory,
-        gpus_per_node=options.gpus_per_node,
-        reserve_gib=options.reserve,
-        peak_tflops=options.peak_tflops,
-        mfu=options.mfu,
-        gemm_efficiency=options.gemm_efficiency,
-        fp8_speedup=options.fp8_speedup,
-        hbm=options.hbm,
-        hbm_efficiency=options.hbm_efficiency,
-        intra_node=options.intra_node,
-        inter_node=options.inter_node,
-        overlap_efficiency=options.overlap_efficiency,
-    )
+    assumed = {field: getattr(options, field) for field in _MACHINE}
+    machine = Machine(gpus=options.gpus, memory_gib=options.gpu_memory, **assumed)
     config = load_config(options.config, options.overrides)
     found = plan.plan_run(
         config, machine, tokens=options.tokens_per_sample, mean_length=options.mean_length
