@@ -149,7 +149,7 @@ def _image_reader(size: int, settings: Settings) -> Callable[[Path], torch.Tenso
     def read(path: Path) -> torch.Tensor:
         if settings.blind:
             return black
-        return images.resize_square(images.decode(path.read_bytes()), size)
+        return images.load_square(path.read_bytes(), size)
 
     return read
 

@@ -1,9 +1,10 @@
 """Stack of what is to be closed, on every path out of a run."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from megatron_owl2.utils.logs import log_failures_after
+_logger = logging.getLogger(__name__)
 
 
 class Closing(ExitStack):
@@ -13,7 +14,12 @@ class Closing(ExitStack):
         """Have `close(failed)` called in its turn; what it raises after an error is logged."""
 
         def leave(kind, error, traceback):
-            with log_failures_after(error):
+            try:
                 close(error is not None)
+            except Exception as failure:
+                if error is None:
+                    raise
+                name = type(failure).__name__
+                _logger.warning("while closing after an error: %s: %s", name, failure)
 
         self.push(leave)

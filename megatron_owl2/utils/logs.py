@@ -7,8 +7,6 @@ scripts read (`error: ...`) are written directly, by the commands.
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _LOGGERS = ("megatron_owl2", "data_prep")
 
@@ -45,15 +43,3 @@ def setup_logging(rank: int | None = None) -> None:
             logger.handlers.append(_Handler("stdout", rank))
         logger.setLevel(logging.INFO)
         logger.propagate = False
-
-
-@contextmanager
-def log_failures_after(error: BaseException | None) -> Iterator[None]:
-    """Context in which a failure is only logged if `error`, which matters more, is on its way."""
-    try:
-        yield
-    except Exception as failure:
-        if error is None:
-            raise
-        logger = logging.getLogger(__name__)
-        logger.warning("while closing after an error: %s: %s", type(failure).__name__, failure)

@@ -1,4 +1,4 @@
-"""What rank 0 has read reaches the others, and what it could not read fails on all of them."""
+"""Results and errors of rank 0 on all ranks."""
 
 import multiprocessing
 from functools import partial

@@ -1,4 +1,4 @@
-"""What all ranks read before the first step, today and with one reader, and how long it takes."""
+"""Readings of a start by every rank for itself, by one of each node, or once for all ranks."""
 
 import pickle
 import tempfile
