@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Sampler
 from megatron_owl2.config.schema import DataConfig
 from megatron_owl2.data.bad_samples import BadSampleLog
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.image_resize import SquareResize
+from megatron_owl2.data.images import STRETCH
 from megatron_owl2.data.sampling.phases import Phase
 from megatron_owl2.data.sampling.prefetch import working_set
 from megatron_owl2.data.shards.dataset import ShardedDataset
@@ -234,6 +236,7 @@ def build_loader(
     tokenizer: Tokenizer,
     tokens_per_image: int,
     image_size: int,
+    to_square: SquareResize = STRETCH,
     row_alignment: int,
     micro_batch_size: int,
     start_sample: int,
@@ -264,6 +267,7 @@ def build_loader(
         image_size,
         row_alignment,
         decode_images,
+        to_square,
     )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = working_set(datasets, dataset.order, data_parallel_size, on_node) / 2**30

@@ -47,6 +47,7 @@ class TrainingDataset(Dataset):
         image_size: int,
         row_alignment: int,
         decode_images: bool = True,
+        to_square: images.SquareResize = images.STRETCH,
     ):
         self.datasets = datasets
         weights = [source.weight for source in config.sources]
@@ -60,7 +61,7 @@ class TrainingDataset(Dataset):
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
         self._image_size, self._row_alignment = image_size, row_alignment
-        self._decode_images = decode_images
+        self._decode_images, self._to_square = decode_images, to_square
         self._prefetcher = Prefetcher(self.datasets, self.order)
 
     def __getitem__(self, sample_indices: list[int]) -> Batch:
@@ -128,4 +129,5 @@ class TrainingDataset(Dataset):
             return torch.empty(3, 0, 0, dtype=torch.uint8)
         config = self._config
         random = KeyedRandom(config.seed, _AUGMENT, sample_index) if config.augment else None
-        return images.load_square(data, self._image_size, random, config.scaled_decoding)
+        scaled = config.scaled_decoding
+        return images.load_square(data, self._image_size, random, scaled, self._to_square)

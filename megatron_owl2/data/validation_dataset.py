@@ -36,12 +36,14 @@ class ValidationDataset(Dataset):
         image_size: int,
         row_alignment: int,
         decode_images: bool = True,
+        to_square: images.SquareResize = images.STRETCH,
     ):
         self.dataset = dataset
         self._count = min(samples, len(dataset)) if samples else len(dataset)
         self._tokenizer, self._tokens_per_image = tokenizer, tokens_per_image
         self._sequence_length, self._image_size = sequence_length, image_size
         self._row_alignment, self._decode_images = row_alignment, decode_images
+        self._to_square = to_square
 
     def __len__(self) -> int:
         return self._count
@@ -82,7 +84,7 @@ class ValidationDataset(Dataset):
         if not self._decode_images:
             images.check(data)
             return torch.empty(3, 0, 0, dtype=torch.uint8)
-        return images.load_square(data, self._image_size)
+        return images.load_square(data, self._image_size, to_square=self._to_square)
 
     def _empty(self) -> Sample:
         length = self._sequence_length

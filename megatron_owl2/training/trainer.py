@@ -14,6 +14,7 @@ from megatron_owl2.config.machine import warn_of_slow_settings
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate import validate
 from megatron_owl2.data import bad_samples
+from megatron_owl2.data.images import square_resize
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.sampling import phases
@@ -288,6 +289,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             tokens_per_image=config.model.tokens_per_image,
             image_size=config.model.vision.image_size,
+            to_square=square_resize(config.model),
             row_alignment=row_alignment(config),
             micro_batch_size=config.train.micro_batch_size,
             start_sample=self.state.consumed_samples,

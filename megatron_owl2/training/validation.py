@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.images import square_resize
 from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.shards.dataset import open_dataset
 from megatron_owl2.data.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class Validator:
                 tokens_per_image=config.model.tokens_per_image,
                 sequence_length=config.data.sequence_length,
                 image_size=config.model.vision.image_size,
+                to_square=square_resize(config.model),
                 row_alignment=alignment,
                 decode_images=decode_images,
             )
