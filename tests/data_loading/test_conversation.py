@@ -48,7 +48,7 @@ def test_constants():
 
 def test_conversation_with_image():
     turns = (Turn("<|image|>\nhi", "yo"), Turn("b?", "c"))
-    sample = build(Record("k", image=IMAGE, turns=turns))
+    sample = build(Record("k", images=(IMAGE,), turns=turns))
     first, second = [BOS, *ids("USER: ")], ids("hi ASSISTANT:")
     third = ids("USER: b? ASSISTANT:")
     assert sample.tokens.tolist() == padded(
@@ -65,14 +65,14 @@ def test_conversation_with_image():
 
 @pytest.mark.parametrize("question", ["hi", "<|image|>hi", "\n<|image|>\nhi", "hi\n<|image|>"])
 def test_the_image_comes_right_after_user(question):
-    sample = build(Record("k", image=IMAGE, turns=(Turn(question, "yo"),)))
+    sample = build(Record("k", images=(IMAGE,), turns=(Turn(question, "yo"),)))
     expected = [BOS, *ids("USER: "), 0, 0, 0, *ids("hi ASSISTANT:yo"), EOS]
     assert sample.tokens.tolist() == padded(expected, 0)
 
 
 def test_training_begins_with_the_inference_prompt():
     question = "<|image|>what?"
-    sample = build(Record("k", image=IMAGE, turns=(Turn(question, "this"),)))
+    sample = build(Record("k", images=(IMAGE,), turns=(Turn(question, "this"),)))
     expanded = []
     for i in prompt_ids(prompt(question), TOKENIZER):
         expanded += [0, 0, 0] if i == IMAGE_TOKEN_ID else [i]
@@ -91,7 +91,7 @@ def test_text_conversation():
 
 def test_caption_masks_only_the_placeholder():
     """Official plain style: the BOS after the image is a target."""
-    sample = build(Record("k", image=IMAGE, caption="ab"))
+    sample = build(Record("k", images=(IMAGE,), caption="ab"))
     assert sample.tokens.tolist() == padded([0, 0, 0, BOS, *ids("ab"), EOS], 0)
     assert sample.labels.tolist() == padded([-100, -100, BOS, *ids("ab"), EOS], -100)
     assert np.flatnonzero(sample.modality).tolist() == [0, 1, 2]
@@ -117,8 +117,8 @@ def test_whole_trailing_turns_are_dropped():
 @pytest.mark.parametrize(
     "record, before",
     [
-        (Record("k", image=IMAGE, turns=(Turn("q", "answer"), Turn("q", "a"))), 22),
-        (Record("k", image=IMAGE, caption="answer"), 4),
+        (Record("k", images=(IMAGE,), turns=(Turn("q", "answer"), Turn("q", "a"))), 22),
+        (Record("k", images=(IMAGE,), caption="answer"), 4),
         (Record("k", caption="answer"), 1),
     ],
 )
@@ -162,9 +162,9 @@ def batch_of(*records: Record, image_size: int = 4):
 
 def test_batch_puts_every_image_row_where_it_belongs():
     samples, batch = batch_of(
-        Record("a", image=IMAGE, caption="x"),
+        Record("a", images=(IMAGE,), caption="x"),
         Record("b", caption="text"),
-        Record("c", image=IMAGE, turns=(Turn("q", "a"),)),
+        Record("c", images=(IMAGE,), turns=(Turn("q", "a"),)),
     )
     assert batch.image.shape == (2, 3, 4, 4) and batch.image[:, 0, 0, 0].tolist() == [0, 2]
     assert batch.vision_token_index.tolist() == [0, 3, 6, 7 * 3 + 2, 8 * 3 + 2, 9 * 3 + 2]
@@ -193,7 +193,7 @@ def test_text_only_batch_has_one_black_image_without_rows():
 
 
 def test_moving_a_batch_keeps_what_is_not_a_tensor():
-    _, batch = batch_of(Record("a", image=IMAGE, caption="x"))
+    _, batch = batch_of(Record("a", images=(IMAGE,), caption="x"))
     batch.bad_samples = [BadSample(100, None, 0, "d", "s", 0, r) for r in ("one", "two")]
     moved = batch.to("meta")
     assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}

@@ -123,7 +123,7 @@ def damaged(tmp_path_factory):
     def records():
         for i in range(50):
             image = BROKEN if i % 5 == 0 else encoded(make_image(i))
-            yield Record(f"k{i:03d}", image=image, caption=str(i))
+            yield Record(f"k{i:03d}", images=(image,), caption=str(i))
 
     return write(tmp_path_factory.mktemp("damaged") / "set", records())
 
@@ -197,7 +197,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     def records():
         for i in range(200):
             image = BROKEN if i % 20 == 0 else encoded(make_image(0))
-            yield Record(f"k{i:03d}", image=image, caption="x")
+            yield Record(f"k{i:03d}", images=(image,), caption="x")
 
     folder = write(tmp_path / "s", records(), 100)
     bad_log = tmp_path / "bad.jsonl"
@@ -237,7 +237,7 @@ def test_a_long_row_of_bad_samples_stops_the_run(tmp_path):
 
 
 def test_nothing_usable_is_a_clear_error(tmp_path):
-    items = [Record(f"k{i}", image=BROKEN, caption="x") for i in range(20)]
+    items = [Record(f"k{i}", images=(BROKEN,), caption="x") for i in range(20)]
     with pytest.raises(
         DataError, match=r"sample 0 and 8 substitutes for it are all unusable:(\n.*){9}"
     ):

@@ -33,12 +33,12 @@ def doubled():
             pair("later", A, "one"),
             pair("b", B, "one"),
             pair("as-png", encoded(make_image(1), "PNG"), "one"),
-            Record("talk", image=B, turns=(Turn("q", "a"),)),
+            Record("talk", images=(B,), turns=(Turn("q", "a"),)),
         ],
         [
             Record("text-again", caption="one"),
-            Record("talk-again", image=B, turns=(Turn("q", "a"),)),
-            Record("other-talk", image=B, turns=(Turn("q", "b"),)),
+            Record("talk-again", images=(B,), turns=(Turn("q", "a"),)),
+            Record("other-talk", images=(B,), turns=(Turn("q", "b"),)),
         ],
     ]
 

@@ -30,9 +30,9 @@ def record(index: int, source: str = "tiny") -> Record:
         return Record(key, turns=(Turn(f"say {index}", f"it is {index}"),), source=source)
     image = encoded(make_image(index), "PNG" if index % 2 else "JPEG")
     if index % 3 == 0:
-        return Record(key, image=image, caption=f"picture {index}", source=source)
+        return Record(key, images=(image,), caption=f"picture {index}", source=source)
     turns = (Turn("<|image|>what number?", str(index)), Turn("sure?", "yes"))
-    return Record(key, image=image, turns=turns, source=source, metadata={"index": index})
+    return Record(key, images=(image,), turns=turns, source=source, metadata={"index": index})
 
 
 def write(directory: Path, records: Iterable[Record], samples_per_shard: int = 10) -> Path:
