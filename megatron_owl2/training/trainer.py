@@ -265,7 +265,7 @@ class Trainer:
         initial = self.config.stage.initial_checkpoint
         frozen = sum(p.numel for p in self.parameters if not p.trained)
         if initial is not None:
-            save_load.load_weights(Path(initial), self.chunks)
+            save_load.load_weights(Path(initial), self.chunks, any_resolution=True)
             _logger.info("weights from %s", initial)
         elif frozen and self.main:
             _logger.warning(
