@@ -144,6 +144,6 @@ SAMPLES = sum(source.samples for source in SOURCES)
 
 
 def draw(samples: int = SAMPLES, seed: int = 0) -> list[SampleLengths]:
-    """Lengths of so many samples of the mixture in its shares, by source in the order of SOURCES."""
+    """Lengths of so many samples of the mixture in its shares, in the order of SOURCES."""
     chance = np.random.default_rng(seed)
     return [s.draw(chance, max(1, round(samples * s.samples / SAMPLES))) for s in SOURCES]

@@ -40,22 +40,14 @@ SMALL = [
     *("model.vision.image_size=56", "model.vision.hidden_size=64", "model.vision.num_layers=2"),
     *("model.vision.num_heads=4", "model.vision.ffn_size=256", "model.abstractor.num_queries=16"),
     *("model.abstractor.num_layers=1", "model.abstractor.num_heads=4"),
-    *(
-        "model.abstractor.ffn_size=176",
-        "model.decoder.hidden_size=256",
-        "model.decoder.num_heads=8",
-    ),
-    *(
-        "model.decoder.num_kv_heads=8",
-        "model.decoder.ffn_size=688",
-        "model.decoder.vocab_size=2048",
-    ),
-    *("model.decoder.num_layers=4", "data.sequence_length=512", "train.micro_batch_size=4"),
-    *("train.precision=fp32", "kernels.elementwise=plain", "data.packing=true"),
+    *("model.abstractor.ffn_size=176", "model.decoder.hidden_size=256"),
+    *("model.decoder.num_heads=8", "model.decoder.num_kv_heads=8", "model.decoder.ffn_size=688"),
+    *("model.decoder.vocab_size=2048", "model.decoder.num_layers=4", "data.sequence_length=512"),
+    *("train.precision=fp32", "kernels.elementwise=plain"),
 ]
 TINY = [
     *("model.vision.num_layers=1", "model.decoder.hidden_size=64", "model.decoder.ffn_size=96"),
-    *("model.decoder.num_layers=1", "model.decoder.vocab_size=128", "train.micro_batch_size=2"),
+    *("model.decoder.num_layers=1", "model.decoder.vocab_size=128"),
 ]
 
 
@@ -103,7 +95,7 @@ def row_figures(config: RunConfig, samples: int) -> dict[str, str]:
         "fill": f"{order.fill():.2%}",
         "samples a row": f"{count / total:.2f}",
         "images a row": f"{images.mean():.2f}, at most {images.max()}",
-        "positions to an image": f"{positions.sum() / images.sum():.0f}",
+        "positions to an image": f"{config.data.sequence_length / images.mean():.0f}",
         f"rows of {BATCH} samples": f"{BATCH * total / count:.1f}",
         f"samples in {group} rows": f"{group * count / total:.0f}",
         "seconds to plan": f"{min(seconds):.2f}",
@@ -120,10 +112,11 @@ def row_figures(config: RunConfig, samples: int) -> dict[str, str]:
     return found
 
 
-def small_config(tiny: bool) -> RunConfig:
-    """The recipe with a small model on one rank, its rows and images SCALE times shorter."""
+def small_config(rows: int, tiny: bool) -> RunConfig:
+    """The recipe with a small model on one rank, its rows, so many in a micro-batch, and images
+    SCALE times shorter."""
     config = load_config(RECIPE, [*SMALL, *(TINY if tiny else [])])
-    config.train.global_batch_size = config.train.micro_batch_size
+    config.train.micro_batch_size = config.train.global_batch_size = rows
     return config
 
 
@@ -206,17 +199,20 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", nargs="?", type=Path, default=RECIPE)
-    parser.add_argument("--samples", type=int, default=instruction_mixture.SAMPLES)
-    parser.add_argument("--micro-batches", type=int, default=4, metavar="N", help="packed, a step")
-    parser.add_argument("--rounds", type=int, default=9, help="of the steps")
+    parser.add_argument("--samples", type=int, default=instruction_mixture.SAMPLES, metavar="N")
+    parser.add_argument("--micro-batches", type=int, default=2, metavar="N", help="packed, a step")
+    parser.add_argument("--rows", type=int, default=8, help="of a micro-batch (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the steps (default 5)")
     parser.add_argument("--tiny", action="store_true", help="few samples and a toy model")
     options = parser.parse_args(arguments)
     if options.tiny:
-        options.samples, options.micro_batches, options.rounds = 30_000, 1, 1
+        options.samples, options.micro_batches, options.rows, options.rounds = 30_000, 1, 2, 1
     for name, figure in row_figures(load_config(options.config), options.samples).items():
         print(f"{name:<24}{figure}")
-    found = step_figures(small_config(options.tiny), options.micro_batches, options.rounds)
-    print(f"\n{'':<24}{'tokens/s':>10}{'padding':>9}{'packed is':>11}")
+    small = small_config(options.rows, options.tiny)
+    found = step_figures(small, options.micro_batches, options.rounds)
+    title = f"{options.rows} rows a micro-batch"
+    print(f"\n{title:<24}{'tokens/s':>10}{'padding':>9}{'packed is':>11}")
     most = found["packed"]["tokens per second"]
     for name, figures in found.items():
         speed, padding = figures["tokens per second"], figures["padding"]
