@@ -36,9 +36,9 @@ answer = model.generate(**inputs, max_new_tokens=64)
 print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-`processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)` takes messages in
-place of a prompt. Their texts stay texts, whatever they spell; in a prompt `<|image|>` is an image and
-`</s>` the end of a turn.
+`processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)` takes messages
+in place of a prompt. Their texts stay texts, whatever they spell; in a prompt `<|image|>` is an
+image and `</s>` the end of a turn.
 
 ## Fine-tuning
 
