@@ -58,7 +58,7 @@ class InferenceModel:
 
         images: for one question its images in order; for a list of questions one such list for
         each, or nothing. An image is a path, a Pillow image or a tensor uint8 [3, H, W] (RGB) of
-        any size; it is squashed to the model's square. Images go where the question has
+        any size; the model's `image_mode` makes its square of it. Images go where the question has
         `<|image|>`, or before it if it has none; without images `<|image|>` is text. In place of a
         question in the list there may be a conversation, a list of messages with their own images
         (`messages.from_messages`). Questions of a list are answered in one batch.
@@ -74,11 +74,8 @@ class InferenceModel:
         if len(rows) != len(prompts):
             raise InferenceError(f"{len(prompts)} prompts, but images for {len(rows)}")
         asked = [_conversation(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
-        size = self.config.vision.image_size
-        pixels = [
-            [image_processing.resize_square(read_image(image), size) for image in one.images]
-            for one in asked
-        ]
+        size, to_square = self.config.vision.image_size, image_processing.square_resize(self.config)
+        pixels = [[to_square(read_image(image), size) for image in one.images] for one in asked]
         template = TEMPLATES[self.config.template]
         ids = [
             asking_ids(one.questions, one.answers, self.tokenizer, template, one.system)

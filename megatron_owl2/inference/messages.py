@@ -74,7 +74,8 @@ def _content(message: Message, where: str) -> tuple[list[str], list]:
         return [content], []
     pieces, images = [""], []
     for part in content if isinstance(content, list) and content else [None]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        part = part if isinstance(part, Mapping) else {}
+        kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             pieces[-1] += part["text"]
         elif kind == "image" and "image" in part:
