@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
-
-import numpy as np
 
 from megatron_owl2.data.image_tokens import IGNORE_INDEX, VISION
 from megatron_owl2.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 SpanKind = Literal["given", "learnt", "vision"]
@@ -38,18 +37,20 @@ def spans_of(
     """
     ids = tokens.tolist()
     learnt = [False, *(label != IGNORE_INDEX for label in labels.tolist())]
-    kinds: list[tuple[SpanKind, int]] = []  # and which of the images
+    places: list[tuple[SpanKind, int]] = []  # the kind of a position, and which image it shows
     rows = 0
     for seen, target in zip(modality.tolist(), learnt, strict=False):
-        kind = "vision" if seen == VISION else ("learnt" if target else "given")
-        kinds.append((kind, rows // tokens_per_image if seen == VISION else 0))
-        rows += seen == VISION
-    runs = [(kind, len([*run])) for (kind, _), run in groupby(kinds)]
-    ends = np.cumsum([0, *(length for _, length in runs)]).tolist()
-    return [
-        _span(kind, ids[start:stop], tokenizer)
-        for (kind, _), (start, stop) in zip(runs, pairwise(ends), strict=True)
-    ]
+        if seen == VISION:
+            places.append(("vision", rows // tokens_per_image))
+            rows += 1
+        else:
+            places.append(("learnt" if target else "given", 0))
+    spans, start = [], 0
+    for (kind, _), run in groupby(places):
+        stop = start + len([*run])
+        spans.append(_span(kind, ids[start:stop], tokenizer))
+        start = stop
+    return spans
 
 
 def _span(kind: SpanKind, ids: Sequence[int], tokenizer: Tokenizer) -> Span:

@@ -46,6 +46,11 @@ def from_messages(messages: Sequence[Message]) -> Conversation:
     """
     conversation = Conversation([])
     for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise InferenceError(
+                "a conversation is a list of messages with role and content, one of the list of "
+                "prompts: generate([messages])"
+            )
         role = message.get("role")
         pieces, images = _content(message, f"message {number}")
         if images and role != "user":

@@ -144,6 +144,8 @@ def test_messages_that_are_no_conversation_are_refused(model, files):
     ):
         with pytest.raises(InferenceError, match=message):
             model.generate([messages])
+    with pytest.raises(InferenceError, match=r"generate\(\[messages\]\)"):
+        model.generate([user])
     with pytest.raises(InferenceError, match="messages have their images in them"):
         model.generate([[user]], [files[:1]])
 
