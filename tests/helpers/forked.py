@@ -178,7 +178,7 @@ def _import() -> None:
     """Import what all programs need, and see that nothing of it minds to be copied."""
     import prepared  # noqa: F401
     import torch._dynamo  # which every optimizer imports
-    import torch.distributed.launcher.api  # of torchrun
+    import torch.distributed.launcher.api  # noqa: F401
 
     import megatron_owl2.training.trainer  # noqa: F401
 
