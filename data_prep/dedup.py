@@ -30,22 +30,23 @@ Table = Callable[[], np.ndarray]  # loads the rows of a split
 
 def content(record: Record) -> int:
     """64-bit hash of everything in a record; raises BadSampleError if it cannot be stored even
-    with another image."""
-    stand_in = record if record.image is None else replace(record, image=_ANY_JPEG)
+    with other images."""
+    stand_in = replace(record, images=(_ANY_JPEG,) * len(record.images))
     name, text = stand_in.to_members()[-1]
-    return combine(*map(xxh3_64_intdigest, (name.encode(), text, record.image or b"")))
+    return combine(*map(xxh3_64_intdigest, (name.encode(), text, *record.images)))
 
 
 def identity(record: Record, split: InputSplit, deduplicate: str | None) -> tuple[int, int]:
-    """128-bit hash that duplicates share, as two halves: of the image's bytes ("image"), or of
-    image and text ("pair"). For "image" a record without an image is like no other."""
+    """128-bit hash that duplicates share, as two halves: of the images' bytes ("image"), or of
+    images and text ("pair"). For "image" a record without an image is like no other."""
     if deduplicate is None:
         return 0, 0
-    image = b"" if record.image is None else record.image
+    lengths = b"".join(len(image).to_bytes(8) for image in record.images[1:])
+    image = b"".join(record.images) + lengths
     if deduplicate == "pair":
-        text = repr(record.turns or record.caption).encode()
+        text = (record.system + repr(record.turns or record.caption)).encode()
         value = xxh3_128_intdigest(image, seed=xxh3_64_intdigest(text))
-    elif record.image is None:
+    elif not record.images:
         value = xxh3_128_intdigest(_place(record, split), seed=1)
     else:
         value = xxh3_128_intdigest(image)

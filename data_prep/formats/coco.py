@@ -89,7 +89,7 @@ class Coco:
                 metadata = {"image_id": image_id, "file_name": file_name}
                 yield Record(
                     record_key(f"{image_id}_{caption_id}", metadata),
-                    image=image,
+                    images=(image,),
                     caption=caption(text),
                     source=source.stem,
                     metadata=metadata,

@@ -155,7 +155,7 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
     metadata = {"id": entry["id"]} if "id" in entry else {}
     return Record(
         key=f"{index:09d}",
-        image=image,
+        images=() if image is None else (image,),
         turns=tuple(map(Turn, texts[::2], texts[1::2])),
         source=source,
         metadata=metadata | ({"dropped_turns": len(dropped)} if dropped else {}),

@@ -12,13 +12,15 @@ import torch
 from megatron_owl2.config.load import save_config
 from megatron_owl2.config.machine import warn_of_slow_settings
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.config.validate import validate
+from megatron_owl2.config.validate import check_steps, validate
 from megatron_owl2.data import bad_samples
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.row_length import row_alignment
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.sampling import phases
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import load_tokenizer
+from megatron_owl2.data.training_order import TrainingOrder, load_packing
 from megatron_owl2.errors import CheckpointError, ConfigError, DivergedError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.host_group import model_group_on_host
@@ -71,6 +73,7 @@ class Trainer:
         """
         with self:
             self.start()
+            self.open_data()
             self.build_model()
             self.resume()
             self.build_data()
@@ -205,10 +208,35 @@ class Trainer:
         warn_of_slow_settings(config)
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
 
+    def open_data(self) -> None:
+        """The data sets, their phase and the order of its rows; `train.epochs` becomes
+        `train.steps`."""
+        config, state = self.config, self.state
+        self.resumed_from = directory = directories.latest(self.output)
+        self.datasets = from_rank_0(lambda: open_sources(config.data))
+        packing = from_rank_0(lambda: load_packing(config, self.datasets, self.tokenizer))
+        if directory is None:
+            state.phases = [phases.first_phase(config.data, self.datasets, packing)]
+        else:
+            progress = from_rank_0(lambda: directories.read_progress(directory))
+            state.consumed_samples = progress["slots"]
+            where, recorded = str(directory), progress["phases"]
+            state.phases = phases.resume(
+                recorded, config.data, self.datasets, state.consumed_samples, where, packing
+            )
+        phase, epochs = state.phases[-1], config.train.epochs
+        self.order = TrainingOrder(config.data, self.datasets, phase, packing, epochs or None)
+        if epochs:
+            rows = phase.start_sample + self.order.rows(epochs)
+            config.train.steps = -(-rows // config.train.global_batch_size)
+            check_steps(config)
+        _logger.info("%s", phase.describe())
+        if self.order.packed is not None:
+            _logger.info("%s", self.order.packed.describe())
+
     def build_model(self) -> None:
         """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
         config, groups = self.config, self.groups
-        self.resumed_from = directories.latest(self.output)
         loads = bool(self.resumed_from or config.stage.initial_checkpoint)
         torch.manual_seed(config.train.seed + groups.pp.rank())
         self.context = ParallelContext(config, groups, fuses_gradients=True, device=setup.device())
@@ -239,12 +267,8 @@ class Trainer:
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
         state, config = self.state, self.config
-        self.datasets = from_rank_0(lambda: open_sources(config.data))
-        if self.resumed_from is None:
-            state.phases = [phases.first_phase(config.data, self.datasets)]
-        else:
+        if self.resumed_from is not None:
             self._load_checkpoint(self.resumed_from)
-        _logger.info("%s", state.phases[-1].describe())
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             save_config(config, self.output / "run.yaml")
@@ -254,7 +278,7 @@ class Trainer:
         torch.distributed.barrier()  # no rank writes its bad samples before the file was cut
 
     def _load_checkpoint(self, directory: Path) -> None:
-        state, config = self.state, self.config
+        state = self.state
         progress = from_rank_0(lambda: directories.read_progress(directory))
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
@@ -262,11 +286,9 @@ class Trainer:
                 f"{directory} was made with; go on with the same, or start another run from it "
                 "with stage.initial_checkpoint"
             )
-        state.step, state.consumed_samples = progress["step"], progress["slots"]
+        state.step = progress["step"]
         state.counts, state.health = progress["counts"], progress["health"]
-        recorded, consumed = progress["phases"], state.consumed_samples
-        state.phases = phases.resume(recorded, config.data, self.datasets, consumed, str(directory))
-        if len(state.phases) > len(recorded):
+        if len(state.phases) > len(progress["phases"]):
             state.counts = without_sources(state.counts)
         save_load.load_training(directory, self.chunks, self.optimizer, self.scheduler)
         _logger.info("continuing from %s at step %d", directory, state.step)
@@ -281,19 +303,18 @@ class Trainer:
         decode_images = self.chunks[0].pre_process
         # Pipeline stages exchange tensors of one shape; asking for it would wait for the device.
         group = self.micro_batches if groups.pp.size() > 1 else 1
+        builder = SampleBuilder.of(config, self.tokenizer, decode_images=decode_images)
+        self.order.row(self.state.consumed_samples)  # planned before the workers are made
         loader = build_loader(
             config.data,
             self.datasets,
-            self.state.phases[-1],
-            tokenizer=self.tokenizer,
-            tokens_per_image=config.model.tokens_per_image,
-            image_size=config.model.vision.image_size,
+            self.order,
+            builder,
             row_alignment=row_alignment(config),
             micro_batch_size=config.train.micro_batch_size,
             start_sample=self.state.consumed_samples,
             data_parallel_rank=groups.dp.rank(),
             data_parallel_size=groups.dp.size(),
-            decode_images=decode_images,
             bad_sample_log=bad_samples.path_of(self.output, self.rank) if first else None,
             taken_at_once=group,
         )
@@ -301,7 +322,7 @@ class Trainer:
         share = groups.cp.rank(), groups.cp.size()
         self.batches = DataIterator(loader, setup.device(), consistency, share, group)
         self._closing.callback(self.batches.close)
-        self.validator = Validator(config, groups, self.tokenizer, decode_images=decode_images)
+        self.validator = Validator(config, groups, builder)
         self._closing.callback(self.validator.close)
 
     def build_observers(self) -> None:

@@ -1,6 +1,8 @@
 """Sample sheet: samples as the model gets them, pixels after augmentation and text as tokens."""
 
+import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -28,19 +30,22 @@ def draw(batch: Batch, tokenizer: Tokenizer) -> Image.Image:
     key, data set and text, with what is learnt in green and the row of the image's tokens as
     their number. `batch` is whole, and its pixels are uint8."""
     font = ImageFont.load_default(_SIZE)
-    rows = range(min(_MOST, len(batch.tokens)))
-    owned = _images(batch)
-    texts = [_wrapped(_words(batch, row, tokenizer), font) for row in rows]
-    heights = [max(_SIDE, _LINE * (len(lines) + 1)) + _MARGIN for lines in texts]
+    shown = _samples(batch)[:_MOST]
+    texts = [_wrapped(_words(batch, sample, tokenizer), font) for sample in shown]
+    sides = [_SIDE * max(1, len(sample.images)) for sample in shown]
+    heights = [
+        max(side, _LINE * (len(lines) + 1)) + _MARGIN
+        for side, lines in zip(sides, texts, strict=True)
+    ]
     page = Image.new("RGB", (_SIDE + _TEXT + 3 * _MARGIN, sum(heights) + _MARGIN), "white")
     pen = ImageDraw.Draw(page)
     top = _MARGIN
-    for row, lines, height in zip(rows, texts, heights, strict=True):
-        page.paste(_thumbnail(owned.get(row)), (_MARGIN, top))
+    for sample, lines, height in zip(shown, texts, heights, strict=True):
+        for number, pixels in enumerate(sample.images or [None]):
+            page.paste(_thumbnail(pixels), (_MARGIN, top + number * _SIDE))
         left = _SIDE + 2 * _MARGIN
-        head = (
-            f"{batch.keys[row]}, data set {batch.sources[row]}, sample {batch.sample_indices[row]}"
-        )
+        index = batch.sample_indices[sample.row]
+        head = f"{sample.key}, data set {sample.source}, row {index}"
         pen.text((left, top), head, _FAINT, font)
         for number, line in enumerate(lines, 1):
             for x, word, color in line:
@@ -49,14 +54,32 @@ def draw(batch: Batch, tokenizer: Tokenizer) -> Image.Image:
     return page
 
 
-def _images(batch: Batch) -> dict[int, torch.Tensor]:
-    """The image of each row that has one: those of `image` that own rows come in their order."""
-    count, rows = len(batch.vision_token_index), len(batch.tokens)
-    if not count:
-        return {}
-    each = int(batch.modality.sum(1).max())  # tokens of one image
-    owners = (batch.vision_token_index[::each] % rows).tolist()
-    return dict(zip(owners, batch.image, strict=True))
+class _Shown(NamedTuple):
+    """A sample of a batch: its key and data set, its row and the positions in it, its images."""
+
+    key: str
+    source: int
+    row: int
+    positions: slice
+    images: list[torch.Tensor]
+
+
+def _samples(batch: Batch) -> list[_Shown]:
+    """The samples of a batch; images come in their order."""
+    images = iter(batch.image)
+    owned = len(batch.vision_token_index)
+    each = owned // len(batch.image) if owned else 1  # tokens of one image
+    keys, lengths = iter(batch.keys), iter(batch.sample_lengths)
+    sources = iter(batch.sources.tolist())
+    found = []
+    for row, count in enumerate(batch.samples_per_row):
+        start = 0
+        for _ in range(count):
+            positions = slice(start, start := start + next(lengths))
+            tokens = int(batch.modality[row, positions].sum())
+            pixels = list(itertools.islice(images, tokens // each))
+            found.append(_Shown(next(keys), next(sources), row, positions, pixels))
+    return found
 
 
 def _thumbnail(pixels: torch.Tensor | None) -> Image.Image:
@@ -65,24 +88,24 @@ def _thumbnail(pixels: torch.Tensor | None) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((_SIDE, _SIDE))
 
 
-def _words(batch: Batch, row: int, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def _words(batch: Batch, sample: _Shown, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Words and their colours; tokens of the same kind are decoded together."""
-    length = int(batch.lengths[row])
-    learnt = torch.zeros(length, dtype=torch.bool)
-    learnt[1:] = batch.loss_mask[row, : length - 1] > 0  # labels are shifted by one
-    vision = batch.modality[row, :length] == VISION
+    tokens = batch.tokens[sample.row, sample.positions]
+    learnt = torch.zeros(len(tokens), dtype=torch.bool)
+    learnt[1:] = batch.loss_mask[sample.row, sample.positions][:-1] > 0  # labels are shifted
+    vision = batch.modality[sample.row, sample.positions] == VISION
     kinds = [
         _FAINT if seen else (_TARGET if target else _INK)
         for seen, target in zip(vision.tolist(), learnt.tolist(), strict=True)
     ]
     words, start = [], 0
-    for stop in range(1, length + 1):
-        if stop < length and kinds[stop] == kinds[start]:
+    for stop in range(1, len(tokens) + 1):
+        if stop < len(tokens) and kinds[stop] == kinds[start]:
             continue
         if kinds[start] == _FAINT:
             text = f"[{stop - start} vision tokens]"
         else:
-            text = tokenizer.decode(batch.tokens[row, start:stop].tolist(), skip_special=False)
+            text = tokenizer.decode(tokens[start:stop].tolist(), skip_special=False)
         words += [(word, kinds[start]) for word in text.split()]
         start = stop
     return words
