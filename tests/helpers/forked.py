@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,9 +36,11 @@ class Job:
         self._server = self._idle.pop() if self._idle else _start_server()
         self._folder = TemporaryDirectory()
         self._outputs = [Path(self._folder.name, name) for name in ("out", "err")]
+        for path in self._outputs:  # also of one that is killed at once
+            path.touch()
         request = program, ranks, dict(environment), str(folder), *map(str, self._outputs)
         print(json.dumps(request), file=self._server.stdin, flush=True)
-        self.pid = int(self._server.stdout.readline())
+        self.pid = _next_number(self._server)
 
     def communicate(self, timeout: float) -> list[str]:
         """Its output and errors, once it has ended; raises subprocess.TimeoutExpired."""
@@ -52,7 +55,8 @@ class Job:
 
     def kill(self) -> None:
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signal.SIGKILL)
 
     def __enter__(self) -> "Job":
         return self
@@ -63,8 +67,18 @@ class Job:
 
     def _wait(self) -> None:
         if self.returncode is None:
-            self.returncode = int(self._server.stdout.readline())
+            self.returncode = _next_number(self._server)
             self._idle.append(self._server)
+
+
+def _next_number(server: subprocess.Popen) -> int:
+    """What a server tells, read without a buffer: `select` looks for what comes after it."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(server.stdout.fileno(), 1)
+        assert byte, "the process that is copied has ended; its errors are above"
+        line += byte
+    return int(line)
 
 
 def _start_server() -> subprocess.Popen:
@@ -144,11 +158,11 @@ def _prepare(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    writes = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    writes = os.O_WRONLY | os.O_APPEND
     for number, (path, mode) in enumerate(
         ((os.devnull, os.O_RDONLY), (out, writes), (err, writes))
     ):
-        file = os.open(path, mode, 0o600)
+        file = os.open(path, mode)
         os.dup2(file, number)
         os.close(file)
     return program, ranks

@@ -74,7 +74,10 @@ def killed_by_errors(job: subprocess.Popen | forked.Job) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        started: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):  # a copy that has ended is gone
+            started = psutil.Process(job.pid).children(recursive=True)
+        for process in [*started, job]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         raise
