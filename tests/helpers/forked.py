@@ -155,6 +155,7 @@ def _serve() -> tuple[list[str], int]:
 def _prepare(
     program: list[str], ranks: int, environment: dict[str, str], folder: str, out: str, err: str
 ) -> tuple[list[str], int]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -196,7 +197,7 @@ def _import() -> None:
 
     import megatron_owl2.training.trainer  # noqa: F401
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the tests, which end this
     assert len(os.listdir("/proc/self/task")) == 1, "a copy has no other threads than the first"
     gc.collect()
     gc.freeze()  # pages of what is there stay shared
