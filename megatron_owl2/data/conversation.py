@@ -26,7 +26,7 @@ class Sample:
 
     tokens, labels (shifted: the target of each position) and modality are int64 [n].
     `image_count` is the number of images among them; `shortened`: turns or the end of an answer did
-    not fit. The data set adds images (uint8 [3, H, W] each), sample index, key and source (the
+    not fit. The data set adds images (uint8 [3, H, W] each), key and source (the
     number of the data set)."""
 
     tokens: np.ndarray
@@ -35,7 +35,6 @@ class Sample:
     image_count: int = 0
     shortened: bool = False
     images: "list[torch.Tensor]" = field(default_factory=list)
-    sample_index: int = -1
     key: str = ""
     source: int = 0
 
