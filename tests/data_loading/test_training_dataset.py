@@ -92,11 +92,11 @@ def test_one_epoch_holds_every_sample_by_its_weight(folders):
 
 def test_plain_resize_shows_the_whole_image(folders):
     data = config(folders[0], augment=False)
-    images = {r.key: r.image for r in (record(i, "a") for i in range(60))}
+    images = {r.key: r.images for r in (record(i, "a") for i in range(60))}
     for batch in loader(data, limit_samples=40):
-        with_image = [key for key in batch.keys if images[key] is not None]
+        with_image = [key for key in batch.keys if images[key]]
         for key, image in zip(with_image, batch.image, strict=False):
-            assert torch.equal(image, resize_square(decode(images[key]), SIZE))
+            assert torch.equal(image, resize_square(decode(images[key][0]), SIZE))
 
 
 def test_a_sample_is_cropped_anew_in_every_epoch(folders):
@@ -212,7 +212,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
 def test_a_long_row_of_bad_samples_stops_the_run(tmp_path):
     items = (
-        Record(f"k{i:03d}", image=BROKEN if i % 2 else encoded(make_image(0)), caption="x")
+        Record(f"k{i:03d}", (BROKEN if i % 2 else encoded(make_image(0)),), caption="x")
         for i in range(60)
     )
     data = config(write(tmp_path / "s", items))

@@ -107,7 +107,7 @@ def test_a_list_of_one_image_is_that_image(tmp_path, names, kept):
     records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
     assert len(records) == kept + 1 and sum(skipped.values()) == 1 - kept
     if kept:
-        assert records[0].image == encoded(make_image(1))
+        assert records[0].images[0] == encoded(make_image(1))
         assert records[0].turns[0].question == "<|image|>What?"
     elif len(next(iter(names.values()))) == 2:
         assert skipped == {"more than one image": 1}

@@ -74,7 +74,7 @@ def check_pairs(folder: Path, shards: int = 3) -> None:
     assert [r.key for r in found] == [f"{s:05d}{i:04d}" for s in range(shards) for i in range(5)]
     for index, record in enumerate(found):
         assert record.caption == f"picture {index % 5} é" and record.source == "laion"
-        assert record.image == encoded(make_image(index % 5))
+        assert record.images[0] == encoded(make_image(index % 5))
         assert record.metadata == {"url": f"http://x/{record.key}", "original_width": 9}
     assert report(folder)["kept"] == 5 * shards
 
@@ -173,7 +173,7 @@ def test_conversations(images, tmp_path):
     assert [r.key for r in found] == [f"{i:09d}" for i in range(5)]
     assert [r.metadata for r in found] == [{"id": "x/1"}, {}, {}, {}, {"id": 7}]
     assert {r.source for r in found} == {"llava v1"}
-    assert found[0].image == encoded(make_image(1)) and found[4].image is None
+    assert found[0].images[0] == encoded(make_image(1)) and not found[4].images
     names = [row["name"] for row in ShardedDataset(tmp_path / "set").shards]
     assert names == [f"llava_v1-{i:05d}-000000.tar" for i in range(3)]
 
@@ -228,7 +228,7 @@ def test_documents(tmp_path):
     found = records(tmp_path / "set")
     assert [record.caption for record in found] == [f"text {number}" for number in range(25)]
     assert found[10].key == "000000015"
-    assert all(record.image is None and record.source == "web" for record in found)
+    assert all(not record.images and record.source == "web" for record in found)
     assert sum(report(tmp_path / "set")["skipped"].values()) == len(bad)
     assert "leave out --images" in failed(
         tool(source, "documents", tmp_path / "other", "--images", tmp_path)

@@ -75,7 +75,7 @@ class Record:
         if not self.images:
             return [[text] for text in texts]
         pieces = [text.split(IMAGE_PLACEHOLDER) for text in texts]
-        if all(len(piece) == 1 for piece in pieces):
+        if pieces and all(len(piece) == 1 for piece in pieces):
             pieces[0] = [*[""] * len(self.images), texts[0]]
         return pieces
 
