@@ -36,6 +36,7 @@ from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.training.garbage_collection import GarbageCollection
 from megatron_owl2.training.metrics import metrics, sample_sheet
 from megatron_owl2.training.metrics.accumulator import without_sources
+from megatron_owl2.training.metrics.data_report import write_data_report
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
 from megatron_owl2.training.metrics.wandb_logger import WandbLogger
 from megatron_owl2.training.profiling import Profiler, Timers
@@ -82,6 +83,8 @@ class Trainer:
             while self.state.step < self.config.train.steps and not self.signal:
                 self.train_step()
             self.checkpoints.wait()
+            if self.main and not self.signal:
+                self.report_data()
             self.watchdog.end()  # closing what watches the run may take its time
         return self.signal if self.state.step < self.config.train.steps else 0
 
@@ -181,6 +184,13 @@ class Trainer:
         path = sample_sheet.write(self.output, self.state.step, batch, self.tokenizer)
         self.wandb.log_image("samples", path, self.state.step)
 
+    def report_data(self) -> None:
+        """Say what was seen of every source, and what was left out and why."""
+        phase = self.state.phases[-1]
+        totals = self.metrics.run_totals
+        text = write_data_report(self.output, phase.sources, totals, phase.start_sample)
+        _logger.info("%s", text)
+
     def save(self) -> None:
         """Begin a checkpoint of the state after this step."""
         with self.profiler.span("checkpoint"):
@@ -255,7 +265,7 @@ class Trainer:
         initial = self.config.stage.initial_checkpoint
         frozen = sum(p.numel for p in self.parameters if not p.trained)
         if initial is not None:
-            save_load.load_weights(Path(initial), self.chunks)
+            save_load.load_weights(Path(initial), self.chunks, any_resolution=True)
             _logger.info("weights from %s", initial)
         elif frozen and self.main:
             _logger.warning(
