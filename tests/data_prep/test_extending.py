@@ -125,11 +125,15 @@ def test_a_corpus_is_one_new_file(project, tmp_path):
 def test_the_names_of_formats_and_corpora_stay():
     assert list(FORMATS) == [
         "coco",
+        "coco-instruction",
         "coco-one-caption",
         "conversations",
         "documents",
         "img2dataset",
+        "refcoco",
         "table",
+        "textcaps",
+        "visual-genome",
         "webdataset",
     ]
     assert list(CORPORA) == ["cc3m", "cc12m", "coyo", "datacomp", "laion"]
