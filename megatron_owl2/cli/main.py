@@ -21,6 +21,7 @@ VERBS = (
     "build-mixture",
     "check-data",
     "index-data",
+    "measure-lengths",
     "plot-run",
     "report",
 )

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
 )
 from torch.distributed.checkpoint import filesystem
 
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.errors import BadSampleError
 from megatron_owl2.train import main
 from megatron_owl2.training import step
