@@ -91,7 +91,7 @@ def select(
     if deduplicate:
         _find_duplicates(tables, starts, keep_decisions, rows_at_once)
     if hold_out:
-        rest = max(0, np.count_nonzero(keep_decisions == KEEP) - hold_out)
+        rest = max(0, int(np.count_nonzero(keep_decisions == KEEP)) - hold_out)
         _draw(tables, starts, keep_decisions, rest, HELD_OUT)
     if only_held_out:
         keep_decisions[keep_decisions == KEEP] = NOT_HELD_OUT

@@ -72,7 +72,7 @@ def preprocess(
     state = JobState(output)
     state.claim(_describe(splits, settings, arguments))
     if (output / MANIFEST).exists():
-        return Outcome(_read_report(output))
+        return Outcome(read_statistics(output))
     state.remove_leftovers()
     index, partitions = partition
     mine = [] if merge else splits[index::partitions]
@@ -93,8 +93,8 @@ def preprocess(
     return Outcome(report, scanned, written, selected, finished=True)
 
 
-def _read_report(output: Path) -> Statistics:
-    """Statistics of a finished data set."""
+def read_statistics(output: Path) -> Statistics:
+    """Statistics of a finished data set; raises PreprocessError if its report is damaged."""
     try:
         return Statistics.from_json((output / REPORT).read_bytes())
     except (ValueError, TypeError, RecursionError):

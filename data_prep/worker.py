@@ -22,7 +22,7 @@ from megatron_owl2.errors import BadSampleError, PreprocessError
 
 _DUPLICATES = {"image": "duplicate image", "pair": "duplicate image and text"}
 _NOT_SAMPLED = "not in the sample"
-_LEFT_OUT = {
+_LEFT_OUT: dict[int | None, str] = {
     dedup.NOT_SAMPLED: _NOT_SAMPLED,
     dedup.HELD_OUT: "held out",
     dedup.NOT_HELD_OUT: "not held out",
@@ -181,7 +181,9 @@ def _selected(
 ) -> Iterator[_Candidate]:
     """Records that the selection keeps; the rest of the scan's records is counted."""
     rows, decisions = np.load(state.scan(split)), np.load(state.keep_decisions(split))
-    expected = zip(rows["position"].tolist(), rows["content"].tolist(), decisions, strict=True)
+    expected = zip(
+        rows["position"].tolist(), rows["content"].tolist(), decisions.tolist(), strict=True
+    )
     position, content, decision = next(expected, (None, None, None))
     for place, item in enumerate(settings.read(split.payload)):
         tick(item)
@@ -198,7 +200,7 @@ def _selected(
             assert settings.deduplicate is not None  # or there would be no duplicates
             statistics.skip(Skipped(_DUPLICATES[settings.deduplicate], item.key))
         else:
-            statistics.skip(Skipped(_LEFT_OUT[int(decision)], item.key))
+            statistics.skip(Skipped(_LEFT_OUT[decision], item.key))
         position, content, decision = next(expected, (None, None, None))
     if position is not None:
         raise PreprocessError(
