@@ -14,6 +14,7 @@ from megatron_owl2.config.templates import TemplateName
 
 ModalitySplit = Literal["input_norm", "key_value", "mlp_norm"]
 MODALITY_SPLIT: tuple[ModalitySplit, ...] = get_args(ModalitySplit)
+ImageMode = Literal["stretch", "pad", "crop"]
 Recompute = Literal["none", "selective", "full"]
 Backend = Literal["local", "transformer_engine"]
 Elementwise = Literal["auto", "plain", "fused"]
@@ -98,6 +99,8 @@ class ModelConfig:
     template: TemplateName = "owl2"  # text around questions and answers (templates.py)
     image_mean: list[float] = numbers(0.48145466, 0.4578275, 0.40821073)
     image_std: list[float] = numbers(0.26862954, 0.26130258, 0.27577711, positive=True)
+    # Way of an image to the square: stretched, padded with image_mean, or its middle (CLIP).
+    image_mode: ImageMode = "stretch"
     init_std: float = number(0.02, at_least=0)
 
     @property
@@ -178,7 +181,8 @@ class DataConfig:
     # Seconds without a batch from the workers that end a run.
     stall_timeout: float = number(1800.0, positive=True)
     seed: int = number(1234, at_least=0)
-    augment: bool = False  # random resized crop and flip; plain resize otherwise
+    # Random resized crop, stretched to the square, and flip; model.image_mode otherwise.
+    augment: bool = False
     # Decoding of JPEGs at 1/2, 1/4 or 1/8 where that still covers the crop; never in validation.
     scaled_decoding: bool = False
     max_bad_fraction: float = number(0.01, at_least=0, at_most=1)

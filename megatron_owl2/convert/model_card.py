@@ -16,7 +16,7 @@ tags:
 # mPLUG-Owl2
 
 A model of the family [mPLUG-Owl2](https://arxiv.org/abs/2311.04257) for transformers 5.4 or later.
-Its modelling code lies in this folder and runs with `trust_remote_code=True`. An image is squashed
+Its modelling code lies in this folder and runs with `trust_remote_code=True`. An image is {resized}
 to {size} x {size} pixels and takes {tokens} of the {positions} positions, in place of its
 `<|image|>` in the text.{lack}
 
@@ -53,6 +53,11 @@ model = get_peft_model(model, config)
 `gate_proj`, `up_proj` and `down_proj` are as usual; `target_modules="all-linear"` adapts ViT and
 abstractor too.
 """
+_RESIZED = {
+    "stretch": "squashed",
+    "pad": "padded to a square with the mean colour and resized",
+    "crop": "resized by its shorter side and cropped",
+}
 _LACK = """
 
 There is no `tokenizer.model` in this folder, as the export had none; without it the processor does
@@ -64,6 +69,7 @@ def write_model_card(directory: Path, model: ModelConfig) -> None:
     text = _CARD.format(
         tokens=model.tokens_per_image,
         positions=model.decoder.max_positions,
+        resized=_RESIZED[model.image_mode],
         size=model.vision.image_size,
         lack="" if (directory / "tokenizer.model").exists() else _LACK,
     )

@@ -82,7 +82,12 @@ def path_of(output: Path, rank: int) -> Path:
     return output / _PATTERN.replace("*", str(rank))
 
 
+def paths(output: Path) -> list[Path]:
+    """The logs of all ranks in a run directory."""
+    return sorted(output.glob(_PATTERN))
+
+
 def drop_after(output: Path, consumed_samples: int) -> None:
     """Drop the lines that a run resumed at `consumed_samples` will write again."""
-    for path in output.glob(_PATTERN):
+    for path in paths(output):
         truncate_jsonl(path, lambda row: row["slot"] < consumed_samples)

@@ -9,6 +9,7 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.templates import TEMPLATES, Template
 from megatron_owl2.data import images
 from megatron_owl2.data.conversation import Sample, build_sample
+from megatron_owl2.data.image_resize import SquareResize
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class SampleBuilder:
     sequence_length: int
     max_images: int
     decode_images: bool = True
+    to_square: SquareResize = images.STRETCH
 
     @classmethod
     def of(
@@ -45,6 +47,7 @@ class SampleBuilder:
             config.data.sequence_length,
             config.data.images_per_row,
             decode_images,
+            images.square_resize(config.model),
         )
 
     @property
@@ -79,10 +82,11 @@ class SampleBuilder:
         if not self.decode_images:
             images.check(data)
             return torch.empty(3, 0, 0, dtype=torch.uint8)
+        size, to_square = self.image_size, self.to_square
         if augmentation is None:
-            return images.load_square(data, self.image_size)
-        random = augmentation.random(number)
-        return images.load_square(data, self.image_size, random, augmentation.scaled_decoding)
+            return images.load_square(data, size, to_square=to_square)
+        random, scaled = augmentation.random(number), augmentation.scaled_decoding
+        return images.load_square(data, size, random, scaled, to_square)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class InferenceModel:
 
         images: for one question its images in order; for a list of questions one such list for
         each, or nothing. An image is a path, a Pillow image or a tensor uint8 [3, H, W] (RGB) of
-        any size; it is squashed to the model's square. Images go where the question has
+        any size; the model's `image_mode` makes its square of it. Images go where the question has
         `<|image|>`, or before it if it has none. Questions of a list are answered in one batch.
         An answer has at most `max_new_tokens` tokens.
         Raises InferenceError if an image cannot be used, the placeholders and images differ in
@@ -65,11 +65,8 @@ class InferenceModel:
         if len(rows) != len(prompts):
             raise InferenceError(f"{len(prompts)} prompts, but images for {len(rows)}")
         questions = map(_with_placeholders, prompts, map(len, rows))
-        size = self.config.vision.image_size
-        pixels = [
-            [image_processing.resize_square(read_image(image), size) for image in row]
-            for row in rows
-        ]
+        size, to_square = self.config.vision.image_size, image_processing.square_resize(self.config)
+        pixels = [[to_square(read_image(image), size) for image in row] for row in rows]
         return self._generator.generate([*map(prompt, questions)], pixels, max_new_tokens)
 
 

@@ -10,7 +10,8 @@ from tiny_data import LetterTokenizer, encoded, make_image, record, write
 
 from megatron_owl2.config.schema import StorageConfig
 from megatron_owl2.data.bad_samples import drop_after, path_of
-from megatron_owl2.data.images import decode, resize_square
+from megatron_owl2.data.image_resize import SquareResize
+from megatron_owl2.data.images import decode
 from megatron_owl2.data.sampling.phases import first_phase, resume, to_json
 from megatron_owl2.data.shards.dataset import ShardedDataset, open_sources
 from megatron_owl2.data.shards.records import Record
@@ -90,13 +91,14 @@ def test_one_epoch_holds_every_sample_by_its_weight(folders):
     assert sum(count for key, count in counts.items() if key[0] == "b") == 40
 
 
-def test_plain_resize_shows_the_whole_image(folders):
+@pytest.mark.parametrize("to_square", [SquareResize(), SquareResize("pad")], ids=lambda s: s.mode)
+def test_plain_resize_shows_the_whole_image(folders, to_square):
     data = config(folders[0], augment=False)
     images = {r.key: r.images for r in (record(i, "a") for i in range(60))}
-    for batch in loader(data, limit_samples=40):
+    for batch in loader(data, limit_samples=40, to_square=to_square):
         with_image = [key for key in batch.keys if images[key]]
         for key, image in zip(with_image, batch.image, strict=False):
-            assert torch.equal(image, resize_square(decode(images[key][0]), SIZE))
+            assert torch.equal(image, to_square(decode(images[key][0]), SIZE))
 
 
 def test_a_sample_is_cropped_anew_in_every_epoch(folders):

@@ -220,6 +220,16 @@ def test_answers_belong_to_their_images(fake, tmp_path):
     assert images[0][0] is images[1][0]  # one image, so it will be encoded once
 
 
+def test_images_are_resized_in_the_mode_of_the_model(fake, tmp_path):
+    folder = write_vqa(tmp_path / "vqa")
+    questions, gold = benchmark.read(TASKS["vqav2"], folder)
+    Image.new("RGB", (60, 20), "red").save(questions[0].images[0])
+    fake.config.image_mode, fake.config.image_mean = "pad", [0.0, 0.0, 1.0]
+    runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", Settings(), {})
+    ((_, ((image,), *_), *_),) = NamesColors.seen
+    assert image[:, 0, 0].tolist() == [0, 0, 255] and image[0, 14, 14] > 200
+
+
 def test_blind_means_black_uint8_images(fake, tmp_path):
     questions, gold = benchmark.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
     settings = Settings(blind=True, max_new_tokens=4)

@@ -9,6 +9,7 @@ from tiny_data import LetterTokenizer, encoded, make_image, record, write
 from megatron_owl2.config.schema import DataConfig, SourceConfig
 from megatron_owl2.config.templates import OWL2
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.images import STRETCH
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.sampling.phases import first_phase
@@ -49,6 +50,7 @@ def loader(
     tokenizer=None,
     phase=None,
     decode_images=True,
+    to_square=STRETCH,
     **options,
 ):
     datasets = open_sources(data)
@@ -64,6 +66,7 @@ def loader(
             sequence_length=data.sequence_length,
             max_images=data.images_per_row,
             decode_images=decode_images,
+            to_square=to_square,
         ),
         row_alignment=data.sequence_length,
         micro_batch_size=micro,

@@ -50,6 +50,20 @@ def test_paths_pillow_images_and_tensors_give_the_same_answer(model, files):
     assert len({model.generate(QUESTION, [f], max_new_tokens=12) for f in files}) > 1
 
 
+def test_images_are_resized_in_the_mode_of_the_model(tmp_path):
+    model = grouped_model()
+    model.model.image_mode = "pad"
+    exported = export(model, tmp_path / "hf", tokenizer=small_tokenizer(tmp_path))
+    loaded = megatron_owl2.load(exported)
+    assert loaded.config.image_mode == "pad"
+    tensor = images.from_pillow(make_image(3, 90, 20))
+    size, answers = loaded.config.vision.image_size, []
+    for mode in ("stretch", "pad"):
+        pixels = images.SquareResize(mode, tuple(loaded.config.image_mean))(tensor, size)
+        answers += engine(loaded, [QUESTION], [[pixels]])
+    assert loaded.generate(QUESTION, [tensor], max_new_tokens=12) == answers[1] != answers[0]
+
+
 def engine(model: InferenceModel, questions, pixels) -> list[str]:
     """What the engine answers to questions with placeholders and images of the model's size."""
     return model._generator.generate([prompt(q) for q in questions], pixels, 12)
