@@ -95,7 +95,7 @@ def folder(tmp_path):
         },
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    (tmp_path / "base.yaml").write_text("data: {sequence_length: 99}\nmodel: {decoder: {layers: 2}}\n")
+    (tmp_path / "base.yaml").write_text("data: {sequence_length: 99}\nmodel: {decoder: {num_layers: 2}}\n")
     return folder
 
 
