@@ -126,6 +126,7 @@ def test_the_names_of_formats_and_corpora_stay():
     assert list(FORMATS) == [
         "aokvqa",
         "coco",
+        "coco-instruction",
         "coco-one-caption",
         "conversations",
         "documents",
@@ -133,7 +134,10 @@ def test_the_names_of_formats_and_corpora_stay():
         "img2dataset",
         "ocrvqa",
         "okvqa",
+        "refcoco",
         "table",
+        "textcaps",
+        "visual-genome",
         "vqav2",
         "webdataset",
     ]
