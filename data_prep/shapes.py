@@ -141,6 +141,7 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             "pairs": parameters.pairs,
             "instructions/llava_shapes": parameters.instructions,
             "instructions/llava_captions": -(-parameters.instructions // formats.CAPTION_EVERY),
+            "instructions/llava_two_images": (parameters.instructions - 1) // formats.TWO_EVERY,
             "text/documents": parameters.texts,
             "text/sharegpt_start": parameters.texts,
             "text/sharegpt_instructions": parameters.texts,

@@ -22,12 +22,18 @@ from megatron_owl2.errors import BadSampleError, PreprocessError
 
 _DUPLICATES = {"image": "duplicate image", "pair": "duplicate image and text"}
 _NOT_SAMPLED = "not in the sample"
+_LEFT_OUT: dict[int | None, str] = {
+    dedup.NOT_SAMPLED: _NOT_SAMPLED,
+    dedup.HELD_OUT: "held out",
+    dedup.NOT_HELD_OUT: "not held out",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of a job: `read` is that of the format; `deduplicate` is None, "image" or "pair";
-    `sample` a number of records (int), a fraction of them (float below 1) or None for all.
+    `sample` a number of records (int), a fraction of them (float below 1) or None for all;
+    `hold_out` a number of records that are left out first, with `only_held_out` all others are.
 
     The names of the fields are the keys of job.json.
     """
@@ -39,11 +45,13 @@ class Settings:
     sample: int | float | None = None
     seed: int = 0
     samples_per_shard: int = 10_000
+    hold_out: int = 0
+    only_held_out: bool = False
 
     @property
     def two_readings(self) -> bool:
         """Whether decisions about a record depend on other splits."""
-        return self.deduplicate is not None or isinstance(self.sample, int)
+        return self.deduplicate is not None or isinstance(self.sample, int) or self.hold_out > 0
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,9 @@ def _selected(
 ) -> Iterator[_Candidate]:
     """Records that the selection keeps; the rest of the scan's records is counted."""
     rows, decisions = np.load(state.scan(split)), np.load(state.keep_decisions(split))
-    expected = zip(rows["position"].tolist(), rows["content"].tolist(), decisions, strict=True)
+    expected = zip(
+        rows["position"].tolist(), rows["content"].tolist(), decisions.tolist(), strict=True
+    )
     position, content, decision = next(expected, (None, None, None))
     for place, item in enumerate(settings.read(split.payload)):
         tick(item)
@@ -190,7 +200,7 @@ def _selected(
             assert settings.deduplicate is not None  # or there would be no duplicates
             statistics.skip(Skipped(_DUPLICATES[settings.deduplicate], item.key))
         else:
-            statistics.skip(Skipped(_NOT_SAMPLED, item.key))
+            statistics.skip(Skipped(_LEFT_OUT[decision], item.key))
         position, content, decision = next(expected, (None, None, None))
     if position is not None:
         raise PreprocessError(

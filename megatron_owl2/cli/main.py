@@ -22,6 +22,7 @@ VERBS = (
     "check-data",
     "index-data",
     "measure-lengths",
+    "show-sample",
     "plot-run",
     "report",
 )

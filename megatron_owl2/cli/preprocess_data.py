@@ -3,9 +3,9 @@
     owl2 preprocess-data --input PATH --format NAME --output DIR
 
 Repeatable: a finished output is left alone, an interrupted one continued. Several machines share
-the work: each runs --partition I/N into one folder, then one of them --merge; --deduplicate and
---sample N take both twice. slurm/preprocess.sh submits that chain. DIR/report.html shows what came
-of the corpus.
+the work: each runs --partition I/N into one folder, then one of them --merge; --deduplicate,
+--hold-out and --sample N take both twice. slurm/preprocess.sh submits that chain. DIR/report.html
+shows what came of the corpus.
 """
 
 import argparse
@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the first of samples with the same image, or the same image and text",
     )
     add("--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1")
-    add("--seed", type=int, default=0, help="of the sample")
+    add(
+        "--hold-out", type=count, default=0, metavar="N", help="leave out N samples, for validation"
+    )
+    add("--only-held-out", action="store_true", help="keep just what --hold-out leaves out")
+    add("--seed", type=int, default=0, help="of the samples that are kept or held out")
 
     add = parser.add_argument_group("how images are stored").add_argument
     add("--max-side", type=count, metavar="PIXELS", help="make larger images smaller")
@@ -102,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.tokenizer is not None:
         read_tokenizer(options.tokenizer)  # a wrong one is refused before the work
+    if options.only_held_out and not options.hold_out:
+        raise PreprocessError("--only-held-out keeps what --hold-out N leaves out; give that too")
     if not options.input.exists():
         raise PreprocessError(f"--input {options.input} does not exist")
     reader = FORMATS[options.format]
@@ -121,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
         options.sample,
         options.seed,
         options.shard_size,
+        options.hold_out,
+        options.only_held_out,
     )
     plan = reader.plan(
         options.input,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_owl2.config.schema import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
+from megatron_owl2.config.templates import OWL2, TEMPLATES
 from megatron_owl2.convert.json_settings import Settings
 from megatron_owl2.convert.safetensors_io import read_json
 from megatron_owl2.errors import ConversionError
@@ -86,7 +87,7 @@ _CLASSES = {
 
 
 def read_owl2(directory: str | Path) -> ModelConfig:
-    """Sizes, norms and image statistics of a directory in the released layout.
+    """Sizes, norms, image statistics and template of a directory in the released layout.
 
     Raises ConversionError naming every setting that this model does not have.
     """
@@ -99,6 +100,7 @@ def read_owl2(directory: str | Path) -> ModelConfig:
     model.vision = vision.pick(VisionConfig, _VISION)
     model.abstractor = abstractor.pick(AbstractorConfig, _ABSTRACTOR)
     model.decoder = _read_decoder(outer)
+    model.template = outer.tree.get("template", OWL2.name)  # released directories name none
     outer.check(model)
     width, grid = model.vision.hidden_size, model.vision.grid_size
     vision.hold(_FIXED_VISION | _FIXED_OFFICIAL_VISION)
@@ -190,6 +192,7 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
         trees["processor_config.json"] = {
             "processor_class": "MPLUGOwl2Processor",
             "tokens_per_image": model.tokens_per_image,
+            **_template_texts(model),
         }
     for file, tree in trees.items():
         _write_json(directory / file, tree)
@@ -231,7 +234,9 @@ def write_tokenizer(directory: Path, model: ModelConfig) -> None:
 
 def _owl2_config(model: ModelConfig) -> dict:
     width = model.vision.hidden_size
+    named = {} if model.template == OWL2.name else {"template": model.template}
     return _llama_config(model) | {
+        **named,
         "architectures": ["MPLUGOwl2LlamaForCausalLM"],
         "model_type": "mplug_owl2",
         "visual_config": {
@@ -254,6 +259,14 @@ def _owl2_config(model: ModelConfig) -> dict:
             },
         },
     }
+
+
+def _template_texts(model: ModelConfig) -> dict[str, str]:
+    """What the model's template has and that of official inference, which the processor has by
+    itself, has not."""
+    template = TEMPLATES[model.template]
+    texts = {"system": template.system, "after_image": template.after_image}
+    return {name: text for name, text in texts.items() if text}
 
 
 def _llama_config(model: ModelConfig) -> dict:

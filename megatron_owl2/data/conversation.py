@@ -4,7 +4,7 @@ Conversations follow the template of the model (config/templates.py). Captions h
 plain style, `<|image|>` + caption + EOS.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ class Sample:
 
     tokens, labels (shifted: the target of each position) and modality are int64 [n].
     `image_count` is the number of images among them; `shortened`: turns or the end of an answer did
-    not fit. The data set adds images (uint8 [3, H, W] each), sample index, key and source (the
+    not fit. The data set adds images (uint8 [3, H, W] each), key and source (the
     number of the data set)."""
 
     tokens: np.ndarray
@@ -35,7 +35,6 @@ class Sample:
     image_count: int = 0
     shortened: bool = False
     images: "list[torch.Tensor]" = field(default_factory=list)
-    sample_index: int = -1
     key: str = ""
     source: int = 0
 
@@ -50,8 +49,30 @@ def prompt(question: str, template: Template = OWL2, system: str = "") -> str:
 
     `system` is the text before it in place of the template's own.
     """
-    question = _arranged(question, template)
+    pieces = _arranged(question.split(IMAGE_PLACEHOLDER), template)
+    question = IMAGE_PLACEHOLDER.join(pieces)
     return _opening(template, system) + template.user + question + template.assistant
+
+
+def asking_ids(
+    questions: Sequence[Sequence[str]],
+    answers: Sequence[str],
+    tokenizer: Tokenizer,
+    template: Template = OWL2,
+    system: str = "",
+) -> list[int]:
+    """Ids, with -200 for every image, that ask for the answer to the last question.
+
+    `questions` are the texts between the images of each, one more than these; `answers` are those
+    to all but the last. They are the ids that build_sample begins with, and no text becomes
+    anything but text.
+    """
+    ids: list[int] = []
+    for index, pieces in enumerate(questions):
+        ids += _question_ids(pieces, tokenizer, template, system, first=index == 0)
+        if index < len(answers):
+            ids += _answer_ids(answers[index], tokenizer)
+    return ids
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -143,18 +164,27 @@ def _exchanges(
         bos = [tokenizer.bos_id]
         yield ([IMAGE_TOKEN_ID], bos + text) if record.images else (bos, text)
     for index, pieces in enumerate(record.questions()):
-        if len(pieces) > 1:
-            question = IMAGE_PLACEHOLDER.join(pieces).strip()
-            leading, text = _leading_images(question)
-            pieces = _arranged(leading + text.lstrip(), template).split(IMAGE_PLACEHOLDER)
-        opening = "" if index else _opening(template, record.system)
-        pieces = [opening + template.user + pieces[0], *pieces[1:]]
-        pieces[-1] += template.assistant
-        given = [] if index else [tokenizer.bos_id]
-        for number, piece in enumerate(pieces):
-            given += [IMAGE_TOKEN_ID] if number else []
-            given += tokenizer.encode(piece) if piece else []
-        yield given, [*tokenizer.encode(record.turns[index].answer), tokenizer.eos_id]
+        given = _question_ids(pieces, tokenizer, template, record.system, first=index == 0)
+        yield given, _answer_ids(record.turns[index].answer, tokenizer)
+
+
+def _question_ids(
+    pieces: Sequence[str], tokenizer: Tokenizer, template: Template, system: str, *, first: bool
+) -> list[int]:
+    """Ids of a turn up to its answer; the first turn begins with BOS and the system text."""
+    pieces = _arranged(pieces, template)
+    opening = _opening(template, system) if first else ""
+    pieces[0] = opening + template.user + pieces[0]
+    pieces[-1] += template.assistant
+    ids = [tokenizer.bos_id] if first else []
+    for number, piece in enumerate(pieces):
+        ids += [IMAGE_TOKEN_ID] if number else []
+        ids += tokenizer.encode(piece) if piece else []
+    return ids
+
+
+def _answer_ids(answer: str, tokenizer: Tokenizer) -> list[int]:
+    return [*tokenizer.encode(answer), tokenizer.eos_id]
 
 
 def _opening(template: Template, system: str) -> str:
@@ -162,15 +192,19 @@ def _opening(template: Template, system: str) -> str:
     return f"{system} " if system else ""
 
 
-def _leading_images(question: str) -> tuple[str, str]:
-    """The placeholders that begin a question, and the rest of it."""
-    text = question
-    while text.startswith(IMAGE_PLACEHOLDER):
-        text = text.removeprefix(IMAGE_PLACEHOLDER)
-    return question[: len(question) - len(text)], text
+def _arranged(pieces: Sequence[str], template: Template) -> list[str]:
+    """The texts around the images of a question as the template has them.
 
-
-def _arranged(question: str, template: Template) -> str:
-    """The question with what the template has between the images that begin it and its text."""
-    leading, text = _leading_images(question)
-    return leading + template.after_image + text if leading else question
+    A question with images has no white space at its ends, and none between images that begin it,
+    after which comes the template's own. One without images stays as it is.
+    """
+    arranged = list(pieces)
+    last = len(arranged) - 1
+    if not last:
+        return arranged
+    leading = next((number for number, piece in enumerate(pieces) if piece.strip()), last)
+    arranged[:leading] = [""] * leading
+    arranged[last] = arranged[last].rstrip()
+    after = template.after_image if leading else ""
+    arranged[leading] = after + arranged[leading].lstrip()
+    return arranged

@@ -61,6 +61,11 @@ class TrainingDataset(Dataset):
         batch.bad_samples, batch.measurements = bad, measured
         return batch
 
+    def row(self, row_index: int) -> tuple[list[Sample], list[BadSample]]:
+        """The samples of a row and those that cannot be used; raises what reading a batch does."""
+        bad: list[BadSample] = []
+        return self._row(row_index, bad, defaultdict(float)), bad
+
     def _row(
         self, row_index: int, bad: list[BadSample], measured: dict[str, float]
     ) -> list[Sample]:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images
 from megatron_owl2.errors import BadSampleError, TaskError
 from megatron_owl2.evaluation.benchmark import PREDICTIONS, SCORES, Benchmark, Gold, Question
@@ -66,6 +67,7 @@ def evaluate(
         (Path(output) / SCORES).unlink(missing_ok=True)  # of the predictions that are replaced
     read_image = _image_reader(loaded.config, settings)
     generator = Generator(loaded)
+    template = TEMPLATES[loaded.config.template]
     predictions: dict[int | str, str] = {}
     started = time.perf_counter()
     with (
@@ -81,7 +83,7 @@ def evaluate(
         for first in range(0, len(questions), settings.batch_size):
             batch = questions[first : first + settings.batch_size]
             answers = generator.generate(
-                [question.prompt(suffix) for question in batch],
+                [question.prompt(suffix, template) for question in batch],
                 [_images_of(question, read_image) for question in batch],
                 **limits,
             )
@@ -97,6 +99,7 @@ def evaluate(
         "blind": settings.blind,
         "limit": settings.limit,
         "prompt_suffix": suffix,
+        "template": template.name,
         **limits,
         "variant": settings.variant or next(iter(benchmark.variants), None),
         "seconds": round(seconds, 2),

@@ -17,10 +17,7 @@ from megatron_owl2.data import bad_samples
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.sample_builder import SampleBuilder
-from megatron_owl2.data.sampling import phases
-from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import load_tokenizer
-from megatron_owl2.data.training_order import TrainingOrder, load_packing
 from megatron_owl2.errors import CheckpointError, ConfigError, DivergedError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.host_group import model_group_on_host
@@ -40,6 +37,7 @@ from megatron_owl2.training.metrics.data_report import write_data_report
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
 from megatron_owl2.training.metrics.wandb_logger import WandbLogger
 from megatron_owl2.training.profiling import Profiler, Timers
+from megatron_owl2.training.run_data import open_run_data
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
@@ -219,30 +217,14 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
 
     def open_data(self) -> None:
-        """The data sets, their phase and the order of its rows; `train.epochs` becomes
-        `train.steps`."""
-        config, state = self.config, self.state
-        self.resumed_from = directory = directories.latest(self.output)
-        self.datasets = from_rank_0(lambda: open_sources(config.data))
-        packing = from_rank_0(lambda: load_packing(config, self.datasets, self.tokenizer))
-        if directory is None:
-            state.phases = [phases.first_phase(config.data, self.datasets, packing)]
-        else:
-            progress = from_rank_0(lambda: directories.read_progress(directory))
-            state.consumed_samples = progress["slots"]
-            where, recorded = str(directory), progress["phases"]
-            state.phases = phases.resume(
-                recorded, config.data, self.datasets, state.consumed_samples, where, packing
-            )
-        phase, epochs = state.phases[-1], config.train.epochs
-        self.order = TrainingOrder(config.data, self.datasets, phase, packing, epochs or None)
-        if epochs:
-            rows = phase.start_sample + self.order.rows(epochs)
-            config.train.steps = -(-rows // config.train.global_batch_size)
-            check_steps(config)
-        _logger.info("%s", phase.describe())
-        if self.order.packed is not None:
-            _logger.info("%s", self.order.packed.describe())
+        """The data sets, their phases and the order of rows; epochs become `train.steps`."""
+        config = self.config
+        self.resumed_from = directories.latest(self.output)
+        self.data = open_run_data(config, self.tokenizer, self.resumed_from)
+        self.state.phases = self.data.phases
+        config.train.steps = self.data.steps(config)
+        check_steps(config)
+        _logger.info("%s", self.data.describe())
 
     def build_model(self) -> None:
         """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
@@ -296,7 +278,7 @@ class Trainer:
                 f"{directory} was made with; go on with the same, or start another run from it "
                 "with stage.initial_checkpoint"
             )
-        state.step = progress["step"]
+        state.step, state.consumed_samples = progress["step"], progress["slots"]
         state.counts, state.health = progress["counts"], progress["health"]
         if len(state.phases) > len(progress["phases"]):
             state.counts = without_sources(state.counts)
@@ -314,11 +296,11 @@ class Trainer:
         # Pipeline stages exchange tensors of one shape; asking for it would wait for the device.
         group = self.micro_batches if groups.pp.size() > 1 else 1
         builder = SampleBuilder.of(config, self.tokenizer, decode_images=decode_images)
-        self.order.row(self.state.consumed_samples)  # planned before the workers are made
+        self.data.order.row(self.state.consumed_samples)  # planned before the workers are made
         loader = build_loader(
             config.data,
-            self.datasets,
-            self.order,
+            self.data.datasets,
+            self.data.order,
             builder,
             row_alignment=row_alignment(config),
             micro_batch_size=config.train.micro_batch_size,

@@ -165,7 +165,7 @@ def test_conversations(images, tmp_path):
     found = records(tmp_path / "set")
     assert [r.turns for r in found] == [
         (Turn("<|image|>What?", "A dog."), Turn("Sure?", "Yes")),
-        (Turn("<|image|>Describe.", "é"),),
+        (Turn("Describe.\n<|image|>", "é"),),
         (Turn("<|image|>Describe.", "b"),),
         (Turn("<|image|>No tag", "b"),),
         (Turn("Hi", "Hello"),),
@@ -184,22 +184,20 @@ def test_unusable_conversations_are_counted(images, tmp_path):
     bad = {
         "empty turn": {"conversations": [human("q"), gpt(" \n")]},
         "human and gpt do not take turns": {"conversations": [human("q"), human("q"), gpt("a")]},
-        "system turn, which a record cannot hold": {"conversations": [message("system", "s")]},
+        "system turn after the first turn": {
+            "conversations": [human("q"), gpt("a"), message("system", "s")]
+        },
         "speaker 'bing' is neither human nor gpt": {"conversations": [message("bing", "s")]},
         "a message has no text": {"conversations": [human("q"), gpt(None)]},
         "no turns": {"conversations": [gpt("a"), human("q")]},
         "conversations is not a list of messages": {"conversations": "q"},
         "entry is not an object": "q",
         "image tag without an image": {"conversations": fine},
-        "more than one image tag": {
+        "more image tags than images": {
             "image": "2.png",
-            "conversations": [human("<image><image>q"), gpt("a")],
+            "conversations": [human("<image>q"), gpt("a"), human("<image>"), gpt("a")],
         },
-        "image tag outside the first question": {
-            "image": "2.png",
-            "conversations": [human("q"), gpt("a"), human("<image>"), gpt("a")],
-        },
-        "more than one image": {"image": ["2.png", "2.png"], "conversations": fine},
+        "fewer image tags than images": {"image": ["2.png", "2.png"], "conversations": fine},
         "image is not one path": {"image": {"path": "2.png"}, "conversations": fine},
         "image file is missing": {"image": "4.png", "conversations": fine},
         "image file cannot be read (Is a directory)": {"image": "coco", "conversations": fine},

@@ -1,5 +1,6 @@
 """Dialogues with no image, one or several, as instruction tuning mixes them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny_data
@@ -29,8 +30,10 @@ def dialogue(index: int, source: str = "talk") -> Record:
     return Record(key, images, turns=turns[kind], source=source)
 
 
-def write(folder: Path, count: int, tokenizer: Path, per_shard: int = 10) -> Path:
+def write(
+    folder: Path, count: int, tokenizer: Path, record: Callable[[int], Record] = dialogue
+) -> Path:
     """A data set of dialogues with its lengths."""
-    tiny_data.write(folder, map(dialogue, range(count)), per_shard)
+    tiny_data.write(folder, map(record, range(count)))
     measure_lengths(folder, Tokenizer(tokenizer), OWL2)
     return folder

@@ -8,13 +8,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.image_tokens import VISION
+from megatron_owl2.data.spans import spans_of
 from megatron_owl2.data.tokenizer import Tokenizer
 
 _MOST = 8  # samples of a sheet
 _SIDE, _TEXT, _MARGIN = 224, 640, 12  # pixels
 _SIZE, _LINE = 14, 19  # of letters and from line to line
 _INK, _FAINT, _TARGET = "#1f2933", "#7b8794", "#0f7b3e"
+_COLORS = {"given": _INK, "learnt": _TARGET, "vision": _FAINT}
 
 
 def write(output: Path, step: int, batch: Batch, tokenizer: Tokenizer) -> Path:
@@ -89,26 +90,14 @@ def _thumbnail(pixels: torch.Tensor | None) -> Image.Image:
 
 
 def _words(batch: Batch, sample: _Shown, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Words and their colours; tokens of the same kind are decoded together."""
-    tokens = batch.tokens[sample.row, sample.positions]
-    learnt = torch.zeros(len(tokens), dtype=torch.bool)
-    learnt[1:] = batch.loss_mask[sample.row, sample.positions][:-1] > 0  # labels are shifted
-    vision = batch.modality[sample.row, sample.positions] == VISION
-    kinds = [
-        _FAINT if seen else (_TARGET if target else _INK)
-        for seen, target in zip(vision.tolist(), learnt.tolist(), strict=True)
-    ]
-    words, start = [], 0
-    for stop in range(1, len(tokens) + 1):
-        if stop < len(tokens) and kinds[stop] == kinds[start]:
-            continue
-        if kinds[start] == _FAINT:
-            text = f"[{stop - start} vision tokens]"
-        else:
-            text = tokenizer.decode(tokens[start:stop].tolist(), skip_special=False)
-        words += [(word, kinds[start]) for word in text.split()]
-        start = stop
-    return words
+    """Words and their colours."""
+    row, positions = sample.row, sample.positions
+    modality = batch.modality[row, positions]
+    each = int(modality.sum()) // len(sample.images) if sample.images else 1
+    spans = spans_of(
+        batch.tokens[row, positions], batch.labels[row, positions], modality, each, tokenizer
+    )
+    return [(word, _COLORS[span.kind]) for span in spans for word in span.text.split()]
 
 
 def _wrapped(words: list[tuple[str, str]], font) -> list[list[tuple[float, str, str]]]:
