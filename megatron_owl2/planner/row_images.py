@@ -4,7 +4,7 @@ from megatron_owl2.config.schema import RunConfig
 
 # Positions of packed rows to each image, of text and of vision, in the paper's instruction mixture
 # (tools/bench/packing.py).
-POSITIONS_PER_IMAGE = 690
+POSITIONS_PER_IMAGE = 725
 
 
 def most_images(config: RunConfig) -> int:

@@ -37,7 +37,7 @@ def test_lengths_are_drawn_once_and_have_the_means_that_they_should(bench):
         assert lengths.text.tolist() == same.text.tolist()
         assert set(lengths.images.tolist()) == {source.images}
         turn = source.question.mean + source.answer.mean + mixture.TEMPLATE
-        expected = 1 + source.once + source.turns * turn
+        expected = 1 + source.turns * turn
         heavy = source.corpus == "ShareGPT"  # a few questions are as long as all others
         assert lengths.text.mean() == pytest.approx(expected, rel=0.25 if heavy else 0.05)
 

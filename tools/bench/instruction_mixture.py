@@ -16,9 +16,9 @@ from megatron_owl2.data.lengths import SampleLengths
 
 IDS_PER_WORD = 1.3
 TEMPLATE = 9  # ids of a turn: `USER: `, ` ASSISTANT:` and EOS
-SHORT = 11  # ids of a request for a single word or phrase, once a dialogue
-BOX = 25  # ids of four coordinates
-CHOICES = 24  # ids of four answers to choose from
+# Ids that data_prep/formats adds to questions, counted by hand: the request for a word or a phrase,
+# four choices, a box of four numbers.
+SHORT, CHOICES, BOX = 12, 24, 25
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Text:
         return np.maximum(ids, 1)
 
 
-def words(mean: float) -> Text:
-    """A text of so many words on average."""
-    return Text(IDS_PER_WORD * mean)
+def words(mean: float, beside: int = 0) -> Text:
+    """A text of so many words on average, and ids beside them."""
+    return Text(IDS_PER_WORD * mean + beside)
 
 
 def published(mean: float, deviation: float) -> Text:
@@ -48,7 +48,7 @@ def published(mean: float, deviation: float) -> Text:
 @dataclass(frozen=True)
 class Source:
     """A corpus of the mixture: `samples` with `images` each and `turns` on average, or exactly as
-    many; `once` are the ids that come once a sample. `figures` says where these are from."""
+    many. `figures` says where these are from."""
 
     corpus: str
     samples: int
@@ -57,7 +57,6 @@ class Source:
     question: Text
     answer: Text
     figures: str
-    once: int = 0
     exactly: bool = False
 
     def draw(self, chance: np.random.Generator, samples: int) -> SampleLengths:
@@ -67,7 +66,7 @@ class Source:
             turns = 1 + chance.poisson(self.turns - 1, samples)
         total = int(turns.sum())
         ids = self.question.draw(chance, total) + self.answer.draw(chance, total) + TEMPLATE
-        text = 1 + self.once + np.add.reduceat(ids, np.cumsum(turns) - turns)  # after BOS
+        text = 1 + np.add.reduceat(ids, np.cumsum(turns) - turns)  # after BOS
         images = np.full(samples, self.images, np.int32)
         return SampleLengths(text.astype(np.int32), images)
 
@@ -103,41 +102,35 @@ SOURCES = (
         "TextCaps (Sidorov et al., 2020): words of a caption; one a sample, on request, assumed",
     ),
     Source(
-        "VQAv2", 83_000, 1, 443_757 / 82_783, words(6.2), words(1.1),
+        "VQAv2", 83_000, 1, 443_757 / 82_783, words(6.2, SHORT), words(1.1),
         "VQA v2 (Goyal et al., 2017): questions and images of the training split; words assumed, "
         "after VQA (Antol et al., 2015): most questions have 4 to 10, 9 of 10 answers one",
-        once=SHORT,
     ),
     Source(
-        "GQA", 72_000, 1, 943_000 / 72_140, words(8), words(1.1),
+        "GQA", 72_000, 1, 943_000 / 72_140, words(8, SHORT), words(1.1),
         "GQA (Hudson and Manning, 2019): questions and images, balanced; words assumed",
-        once=SHORT,
     ),
     Source(
-        "OK-VQA", 9_000, 1, 1, words(8.1), words(1.3),
+        "OK-VQA", 9_000, 1, 1, words(8.1, SHORT), words(1.3),
         "A-OKVQA (Schwenk et al., 2022), table 1: words",
-        once=SHORT,
     ),
     Source(
-        "OCR-VQA", 80_000, 1, 4.83, words(6.46), words(3.31),
+        "OCR-VQA", 80_000, 1, 4.83, words(6.46, SHORT), words(3.31),
         "OCR-VQA (Mishra et al., 2019): questions an image, words",
-        once=SHORT,
     ),
     Source(
-        "A-OKVQA", 50_000, 1, 1, words(8.8), words(1.3),
+        "A-OKVQA", 50_000, 1, 1, words(8.8, CHOICES + SHORT), words(1.3),
         "A-OKVQA (Schwenk et al., 2022), table 1: words; with four choices, assumed",
-        once=CHOICES + SHORT,
     ),
     Source(
-        "RefCOCO", 30_000, 1, 142_209 / 19_994, words(8), Text(IDS_PER_WORD * 3.5 + BOX),
-        "RefCOCO (Yu et al., 2016): expressions and images; TensorFlow Datasets: words; requests "
-        "and a box of 25 ids assumed",
+        "RefCOCO", 30_000, 1, 4, words(11), words(3.5, BOX),
+        "TensorFlow Datasets: words of an expression; four a sample as in data_prep/formats, "
+        "words of a request assumed", exactly=True,
     ),
     Source(
-        "Visual Genome", 86_000, 1, 10, words(8), Text(IDS_PER_WORD * 5 + BOX),
-        "LLaVA-1.5 (Liu et al., 2023): 10 regions an image; Visual Genome (Krishna et al., 2017): "
-        "words of a region; requests and a box of 25 ids assumed",
-        exactly=True,
+        "Visual Genome", 86_000, 1, 10, words(11), words(5, BOX),
+        "Visual Genome (Krishna et al., 2017): words of a region; ten a sample as in "
+        "data_prep/formats, words of a request assumed", exactly=True,
     ),
 )  # fmt: skip
 SAMPLES = sum(source.samples for source in SOURCES)
