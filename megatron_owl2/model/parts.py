@@ -53,6 +53,13 @@ PARTS = (
         pipeline="first",
     ),
     ModelPart(
+        name="adapters",
+        patterns=("*.lora_A", "*.lora_B"),
+        parameter_group="adapters",
+        flops_group="decoder",
+        pipeline="layers",
+    ),
+    ModelPart(
         name="vision keys and values",
         patterns=("*.linear_kv_vision.weight",),
         parameter_group="vision branch",
