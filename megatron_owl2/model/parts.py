@@ -53,13 +53,6 @@ PARTS = (
         pipeline="first",
     ),
     ModelPart(
-        name="adapters",
-        patterns=("*.lora_A", "*.lora_B"),
-        parameter_group="adapters",
-        flops_group="decoder",
-        pipeline="layers",
-    ),
-    ModelPart(
         name="vision keys and values",
         patterns=("*.linear_kv_vision.weight",),
         parameter_group="vision branch",
@@ -100,6 +93,13 @@ PARTS = (
         patterns=("*.linear_qkv.weight",),
         parameter_group="decoder",
         grad_norm_group="text KV",
+        flops_group="decoder",
+        pipeline="layers",
+    ),
+    ModelPart(
+        name="adapters",
+        patterns=("*.lora_A", "*.lora_B"),
+        parameter_group="adapters",
         flops_group="decoder",
         pipeline="layers",
     ),
