@@ -41,9 +41,6 @@ class Adapter(nn.Module):
         split: Literal["inputs", "outputs"],
     ):
         super().__init__()
-        self.dropout = context.lora.dropout
-        self.scale = context.lora.alpha / context.lora.rank
-        self.key = _key(f"{context.seed} {target}")
         rank, ranks = context.lora.rank, context.tensor_parallel_size
         if split == "inputs":
             inputs //= ranks
@@ -60,30 +57,16 @@ class Adapter(nn.Module):
             mark_tensor_parallel(self.lora_B, dim=0)
             context.mark_sequence_parallel(self.lora_A)
         if not self.lora_A.is_meta:
-            self._draw(inputs * ranks if split == "inputs" else inputs)
+            key = _key(f"{context.seed} {target}")
+            self._draw(key, inputs * ranks if split == "inputs" else inputs)
 
     @torch.no_grad()
-    def _draw(self, inputs: int) -> None:
+    def _draw(self, key: int, inputs: int) -> None:
         """Draw A as a whole, and keep this rank's columns; those of peft's kaiming_uniform_."""
-        generator = torch.Generator().manual_seed(self.key)
+        generator = torch.Generator().manual_seed(key)
         shape = len(self.lora_A), inputs
         whole = (2 * torch.rand(shape, generator=generator, device="cpu") - 1) / inputs**0.5
         self.lora_A.copy_(whole[:, self.begin :][:, : self.lora_A.shape[1]])
-
-    def down(self, x: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
-        """x [..., in] to alpha / r A dropout(x) [..., r], of this rank's inputs.
-
-        token_keys int32 [..., 1] are those of x's rows (`token_keys`); None: no dropout. The mask
-        is made again in the backward pass, so that x is all that is kept.
-        """
-        if token_keys is None:
-            return self.scale * F.linear(x, self.lora_A)
-        return checkpoint(self._down_with_dropout, x, token_keys)
-
-    def _down_with_dropout(self, x: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
-        channels = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) + self.begin
-        kept = keep_mask(token_keys, channels, self.key, self.dropout)
-        return self.scale / (1 - self.dropout) * F.linear(x * kept, self.lora_A)
 
     def up(self, hidden: torch.Tensor) -> torch.Tensor:
         """B hidden: [..., r] to [..., out]."""
@@ -111,7 +94,7 @@ class Adapters(nn.ModuleDict):
                 if lora.selects(context.lora, names[piece])
             }
         )
-        self.context = context
+        self.context, self.prefix = context, prefix
 
     def column_inputs(
         self, x: torch.Tensor, token_keys: torch.Tensor | None, *pieces: str
@@ -123,7 +106,7 @@ class Adapters(nn.ModuleDict):
             return {}
         if token_keys is not None:
             token_keys = self.context.sequence_slice(token_keys)
-        hidden = torch.cat([self._of(piece).down(x, token_keys) for piece in found], dim=-1)
+        hidden = self._down(x, token_keys, found, "input")
         hidden = self.context.copy_to_tensor_parallel(hidden)
         return dict(zip(found, hidden.chunk(len(found), dim=-1), strict=True))
 
@@ -150,8 +133,33 @@ class Adapters(nn.ModuleDict):
         in/tp] of the linear."""
         if piece not in self:
             return y
-        adapter = self._of(piece)
-        return y + adapter.up(self.context.sum_row_outputs(adapter.down(x, token_keys)))
+        hidden = self.context.sum_row_outputs(self._down(x, token_keys, [piece], piece))
+        return y + self._of(piece).up(hidden)
+
+    def _down(
+        self, x: torch.Tensor, token_keys: torch.Tensor | None, pieces: list[str], source: str
+    ) -> torch.Tensor:
+        """x [..., in] to alpha / r A dropout(x) of some adapters, [..., r * pieces], with this
+        rank's inputs; `source` is what x is called, for the mask.
+
+        token_keys int32 [..., 1] are those of x's rows (`token_keys`); None: no dropout. The mask
+        is made again in the backward pass, so that x is all that is kept. Adapters that read one
+        input drop the same of it, unlike peft's: to make a mask costs more than to multiply by A.
+        """
+        settings = self.context.lora
+        weights = torch.cat([self._of(piece).lora_A for piece in pieces])
+        scale = settings.alpha / settings.rank
+        if token_keys is None:
+            return scale * F.linear(x, weights)
+        key = _key(f"{self.context.seed} {self.prefix}.{source}")
+        begin = self._of(pieces[0]).begin
+
+        def dropped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            channels = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) + begin
+            kept = keep_mask(token_keys, channels, key, settings.dropout)
+            return F.linear(x * kept, weights)
+
+        return scale / (1 - settings.dropout) * checkpoint(dropped, x, weights)
 
     def _of(self, piece: str) -> Adapter:
         adapter = self[piece]
@@ -180,10 +188,14 @@ def token_keys(
 def keep_mask(
     token_keys: torch.Tensor, channels: torch.Tensor, key: int, dropout: float
 ) -> torch.Tensor:
-    """Elements that dropout keeps, bool [..., n]: a hash of the token's key int32 [..., 1], the
-    channel int32 [n] and the adapter's key."""
-    channels = _mix(_mix(channels) ^ _signed(key))
-    return _mix(token_keys ^ channels) >= round(dropout * 2**32) - 2**31
+    """Elements that dropout keeps, bool [..., n], by a hash of the token's key int32 [..., 1], the
+    channel int32 [n] and the key of the linear's input.
+
+    The hash is a product modulo 2^32 of odd random numbers: of what is done for every element, one
+    multiplication and one comparison.
+    """
+    channels = _mix(_mix(channels) ^ _signed(key)) | 1
+    return (token_keys | 1) * channels >= round(dropout * 2**32) - 2**31
 
 
 def _key(text: str) -> int:
