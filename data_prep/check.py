@@ -62,14 +62,15 @@ def check_shard(dataset: ShardedDataset, decode: float, index: int) -> ShardChec
         try:
             record = dataset.read(index, number)
             chosen = KeyedRandom(_DECODE, index, number).uniform() < decode
-            if chosen and record.image is not None:
+            if chosen:
                 try:
-                    images.decode(record.image)
+                    for image in record.images:
+                        images.decode(image)
                 except BadSampleError as error:
                     start, _ = dataset.range_of(index, number)
                     place = f"{row['name']} at byte {start}: {record.key}"
                     raise BadSampleError(f"{place}: {error}") from None
-                result.decoded += 1
+                result.decoded += len(record.images)
             result.good += 1
         except BadSampleError as error:
             result.bad.append(str(error))

@@ -1,4 +1,4 @@
-"""Deduplication and sampling: decisions that depend on all records of the corpus.
+"""Deduplication, held-out records and sampling: decisions that depend on all records of the corpus.
 
 The first reading of every split leaves a table of its records (ROW). From the tables of all splits,
 in the order of the corpus, one process decides about every record. It needs a byte for each record
@@ -21,7 +21,7 @@ from megatron_owl2.data.shards.records import Record
 ROW = np.dtype(
     [("content", "<u8"), ("identity", "<u8", 2), ("priority", "<u8"), ("position", "<u4")]
 )
-KEEP, DUPLICATE, NOT_SAMPLED = range(3)
+KEEP, DUPLICATE, NOT_SAMPLED, HELD_OUT, NOT_HELD_OUT = range(5)
 _ROWS_AT_ONCE = 1 << 25
 _ANY_JPEG = b"\xff\xd8\xff"
 
@@ -30,22 +30,23 @@ Table = Callable[[], np.ndarray]  # loads the rows of a split
 
 def content(record: Record) -> int:
     """64-bit hash of everything in a record; raises BadSampleError if it cannot be stored even
-    with another image."""
-    stand_in = record if record.image is None else replace(record, image=_ANY_JPEG)
+    with other images."""
+    stand_in = replace(record, images=(_ANY_JPEG,) * len(record.images))
     name, text = stand_in.to_members()[-1]
-    return combine(*map(xxh3_64_intdigest, (name.encode(), text, record.image or b"")))
+    return combine(*map(xxh3_64_intdigest, (name.encode(), text, *record.images)))
 
 
 def identity(record: Record, split: InputSplit, deduplicate: str | None) -> tuple[int, int]:
-    """128-bit hash that duplicates share, as two halves: of the image's bytes ("image"), or of
-    image and text ("pair"). For "image" a record without an image is like no other."""
+    """128-bit hash that duplicates share, as two halves: of the images' bytes ("image"), or of
+    images and text ("pair"). For "image" a record without an image is like no other."""
     if deduplicate is None:
         return 0, 0
-    image = b"" if record.image is None else record.image
+    lengths = b"".join(len(image).to_bytes(8) for image in record.images[1:])
+    image = b"".join(record.images) + lengths
     if deduplicate == "pair":
-        text = repr(record.turns or record.caption).encode()
+        text = (record.system + repr(record.turns or record.caption)).encode()
         value = xxh3_128_intdigest(image, seed=xxh3_64_intdigest(text))
-    elif record.image is None:
+    elif not record.images:
         value = xxh3_128_intdigest(_place(record, split), seed=1)
     else:
         value = xxh3_128_intdigest(image)
@@ -75,17 +76,26 @@ def select(
     deduplicate: bool,
     sample: int | float | None,
     rows_at_once: int = _ROWS_AT_ONCE,
+    hold_out: int = 0,
+    only_held_out: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Decisions (KEEP, DUPLICATE, NOT_SAMPLED; uint8 [rows]) about the rows of every table.
+    """Decisions (KEEP and reasons not to; uint8 [rows]) about the rows of every table.
 
-    Of duplicates the first stays. Of the rest, `sample` keeps exactly that many, or about that
-    fraction.
+    Of duplicates the first stays. Of the rest, the `hold_out` records with the largest priorities
+    go or, with `only_held_out`, stay alone. Of what is left, `sample` keeps exactly that many, or
+    about that fraction.
     """
     sizes = [len(table()) for table in tables]
     starts = np.cumsum([0, *sizes])
     keep_decisions = np.full(starts[-1], KEEP, dtype=np.uint8)
     if deduplicate:
         _find_duplicates(tables, starts, keep_decisions, rows_at_once)
+    if hold_out:
+        rest = max(0, int(np.count_nonzero(keep_decisions == KEEP)) - hold_out)
+        _draw(tables, starts, keep_decisions, rest, HELD_OUT)
+    if only_held_out:
+        keep_decisions[keep_decisions == KEEP] = NOT_HELD_OUT
+        keep_decisions[keep_decisions == HELD_OUT] = KEEP
     if sample is not None:
         _draw(tables, starts, keep_decisions, sample)
     for start, stop in zip(starts, starts[1:], strict=False):
@@ -108,8 +118,9 @@ def _find_duplicates(tables, starts, keep_decisions, rows_at_once) -> None:
         keep_decisions[rows[order[1:][again]]] = DUPLICATE
 
 
-def _draw(tables, starts, keep_decisions, sample: int | float) -> None:
-    """Draw of the smallest priorities; of those equal to the limit, the first are kept."""
+def _draw(tables, starts, keep_decisions, sample: int | float, others: int = NOT_SAMPLED) -> None:
+    """Draw of the smallest priorities; of those equal to the limit, the first are kept. `others` is
+    the decision about the rest."""
     if isinstance(sample, float):
         limit, at_limit = int(math.ldexp(sample, 64)), 0
     else:
@@ -120,7 +131,7 @@ def _draw(tables, starts, keep_decisions, sample: int | float) -> None:
         equal = np.flatnonzero((priorities == limit) & (mine == KEEP))[:at_limit]
         stay[equal] = True
         at_limit -= len(equal)
-        mine[(mine == KEEP) & ~stay] = NOT_SAMPLED
+        mine[(mine == KEEP) & ~stay] = others
 
 
 def _limit(tables, starts, keep_decisions, sample: int) -> tuple[int, int]:
@@ -138,6 +149,8 @@ def _limit(tables, starts, keep_decisions, sample: int) -> tuple[int, int]:
         counts += np.bincount((priorities >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
     if sample >= counts.sum():
         return (1 << 64) - 1, len(keep_decisions)
+    if sample == 0:
+        return 0, 0
     below = np.cumsum(counts) - counts
     kind = int(np.searchsorted(below + counts, sample))  # the class with the sample's last record
     candidates = [p[p >> np.uint64(48) == kind] for p in kept_priorities()]

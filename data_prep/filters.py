@@ -12,11 +12,11 @@ from megatron_owl2.data.shards.records import Record
 
 @dataclass(frozen=True)
 class ImageStats:
-    """Measurements of a record without decoding its image: (width, height) in pixels and bytes of
-    the image (None without one), characters of the caption or of all turns, scores."""
+    """Measurements of a record without decoding its images: (width, height) in pixels and bytes of
+    each, characters of the caption or of all turns, scores."""
 
-    size: tuple[int, int] | None
-    image_bytes: int | None
+    sizes: tuple[tuple[int, int], ...]
+    image_bytes: tuple[int, ...]
     characters: int
     scores: dict[str, float]
 
@@ -24,10 +24,10 @@ class ImageStats:
     def values(self) -> Iterator[tuple[str, float]]:
         """Pairs of a histogram of the report and this record's value."""
         yield "text length", self.characters
-        if self.size is not None and self.image_bytes is not None:
-            yield "smaller side", min(self.size)
-            yield "aspect ratio", max(self.size) / min(self.size)
-            yield "image bytes", self.image_bytes
+        for size, count in zip(self.sizes, self.image_bytes, strict=True):
+            yield "smaller side", min(size)
+            yield "aspect ratio", max(size) / min(size)
+            yield "image bytes", count
         for name, value in self.scores.items():
             yield score_title(name), value
 
@@ -38,15 +38,15 @@ def score_title(name: str) -> str:
 
 
 def measure(record: Record, score_names: set[str]) -> ImageStats:
-    """Stats of a record; raises BadSampleError if its image's header cannot be read."""
+    """Stats of a record; raises BadSampleError if an image's header cannot be read."""
     if record.caption is not None:
         characters = len(record.caption)
     else:
         characters = sum(len(turn.question) + len(turn.answer) for turn in record.turns)
     scores = {name: _number(record.metadata.get(name)) for name in score_names}
     return ImageStats(
-        size=None if record.image is None else image_size(record.image),
-        image_bytes=None if record.image is None else len(record.image),
+        sizes=tuple(map(image_size, record.images)),
+        image_bytes=tuple(map(len, record.images)),
         characters=characters,
         scores={name: value for name, value in sorted(scores.items()) if value is not None},
     )
@@ -83,13 +83,13 @@ class Filters:
         return None
 
     def _broken_limits(self, record: Record, stats: ImageStats) -> Iterator[tuple[str, object]]:
-        if stats.size is not None:
-            shape = "{} x {} pixels".format(*stats.size)
-            if math.prod(stats.size) > MAX_PIXELS or max(stats.size) > MAX_SIDE:
+        for size in stats.sizes:
+            shape = "{} x {} pixels".format(*size)
+            if math.prod(size) > MAX_PIXELS or max(size) > MAX_SIDE:
                 yield f"more than {MAX_PIXELS} pixels, or a side above {MAX_SIDE}", shape
-            if self.min_side is not None and min(stats.size) < self.min_side:
+            if self.min_side is not None and min(size) < self.min_side:
                 yield f"smaller side below {self.min_side} pixels", shape
-            aspect = max(stats.size) / min(stats.size)
+            aspect = max(size) / min(size)
             if self.max_aspect is not None and aspect > self.max_aspect:
                 yield f"aspect ratio above {self.max_aspect:g}", shape
         if record.caption is not None:

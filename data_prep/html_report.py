@@ -169,10 +169,10 @@ def _sample(record: Record) -> dict[str, str]:
         text = " / ".join(f"{turn.question} - {turn.answer}" for turn in record.turns)
     text = text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
     sample = {"text": text, "key": record.key, "jpeg": "", "why_no_image": ""}
-    if record.image is None:
+    if not record.images:
         return sample | {"why_no_image": "no image"}
     try:
-        jpeg = fit(decode(record.image), _THUMBNAIL_SIDE)
+        jpeg = fit(decode(record.images[0]), _THUMBNAIL_SIDE)
     except BadSampleError:
         return sample | {"why_no_image": "cannot be decoded"}
     return sample | {"jpeg": base64.b64encode(jpeg).decode()}

@@ -72,7 +72,7 @@ def preprocess(
     state = JobState(output)
     state.claim(_describe(splits, settings, arguments))
     if (output / MANIFEST).exists():
-        return Outcome(_read_report(output))
+        return Outcome(read_statistics(output))
     state.remove_leftovers()
     index, partitions = partition
     mine = [] if merge else splits[index::partitions]
@@ -93,8 +93,8 @@ def preprocess(
     return Outcome(report, scanned, written, selected, finished=True)
 
 
-def _read_report(output: Path) -> Statistics:
-    """Statistics of a finished data set."""
+def read_statistics(output: Path) -> Statistics:
+    """Statistics of a finished data set; raises PreprocessError if its report is damaged."""
     try:
         return Statistics.from_json((output / REPORT).read_bytes())
     except (ValueError, TypeError, RecursionError):
@@ -125,6 +125,8 @@ def _describe(splits: Sequence[InputSplit], settings: Settings, arguments: dict)
     flat = asdict(settings)
     del flat["read"]  # named by the format among the arguments
     flat |= flat.pop("filters") | flat.pop("reencoding")
+    if not settings.hold_out:  # jobs of earlier versions do not say so
+        del flat["hold_out"], flat["only_held_out"]
     return arguments | flat | {"parts": [[split.name, split.identity] for split in splits]}
 
 
@@ -156,7 +158,13 @@ def _select(state: JobState, splits: Sequence[InputSplit], settings: Settings) -
     with state.unfinished("selection") as unfinished:
         folder = unfinished / "keep_decisions"
         folder.mkdir()
-        selection = select(tables, settings.deduplicate is not None, settings.sample)
+        selection = select(
+            tables,
+            settings.deduplicate is not None,
+            settings.sample,
+            hold_out=settings.hold_out,
+            only_held_out=settings.only_held_out,
+        )
         for split, decisions in zip(splits, selection, strict=True):
             np.save(folder / f"{split.name}.npy", decisions)
         folder.rename(state.selection)

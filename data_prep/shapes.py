@@ -3,7 +3,8 @@
     python data_prep/shapes.py --output DIR
 
     pairs/         img2dataset's output folder (its webdataset form): images with captions
-    instructions/  LLaVA conversations: llava_shapes.json (questions), llava_captions.json
+    instructions/  LLaVA conversations: llava_shapes.json (questions), llava_captions.json,
+                   llava_two_images.json (two images each)
     text/          plain texts and ShareGPT dialogues for the language model's start, other
                    dialogues for joint tuning
     eval/          COCO captions, VQAv2 and POPE on images with training pairs (seen) and with
@@ -31,7 +32,7 @@ from data_prep.toy_corpus import formats, world
 from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import PreprocessError
 
-VERSION = 5  # raised whenever the same parameters give other bytes
+VERSION = 6  # raised whenever the same parameters give other bytes
 VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
 _IMAGES_PER_TASK = 250
 
@@ -140,6 +141,7 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             "pairs": parameters.pairs,
             "instructions/llava_shapes": parameters.instructions,
             "instructions/llava_captions": -(-parameters.instructions // formats.CAPTION_EVERY),
+            "instructions/llava_two_images": (parameters.instructions - 1) // formats.TWO_EVERY,
             "text/documents": parameters.texts,
             "text/sharegpt_start": parameters.texts,
             "text/sharegpt_instructions": parameters.texts,

@@ -140,4 +140,4 @@ def _count(counters: Any, item: Record | Skipped) -> None:
     with counters.get_lock():
         counters[0] += 1
         if isinstance(item, Record):
-            counters[1] += len(item.image or b"") + len(item.caption or "")
+            counters[1] += sum(map(len, item.images)) + len(item.caption or "")

@@ -22,12 +22,18 @@ from megatron_owl2.errors import BadSampleError, PreprocessError
 
 _DUPLICATES = {"image": "duplicate image", "pair": "duplicate image and text"}
 _NOT_SAMPLED = "not in the sample"
+_LEFT_OUT: dict[int | None, str] = {
+    dedup.NOT_SAMPLED: _NOT_SAMPLED,
+    dedup.HELD_OUT: "held out",
+    dedup.NOT_HELD_OUT: "not held out",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of a job: `read` is that of the format; `deduplicate` is None, "image" or "pair";
-    `sample` a number of records (int), a fraction of them (float below 1) or None for all.
+    `sample` a number of records (int), a fraction of them (float below 1) or None for all;
+    `hold_out` a number of records that are left out first, with `only_held_out` all others are.
 
     The names of the fields are the keys of job.json.
     """
@@ -39,22 +45,24 @@ class Settings:
     sample: int | float | None = None
     seed: int = 0
     samples_per_shard: int = 10_000
+    hold_out: int = 0
+    only_held_out: bool = False
 
     @property
     def two_readings(self) -> bool:
         """Whether decisions about a record depend on other splits."""
-        return self.deduplicate is not None or isinstance(self.sample, int)
+        return self.deduplicate is not None or isinstance(self.sample, int) or self.hold_out > 0
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Record that stays so far, its position among the split's samples, and the pixels of its
-    image (uint8 [3, H, W]) if that is to be encoded anew."""
+    """Record that stays so far, its position among the split's samples, and for each of its images
+    the pixels (uint8 [3, H, W]) if it is to be encoded anew."""
 
     record: Record
     position: int
     stats: ImageStats
-    pixels: torch.Tensor | None
+    pixels: tuple[torch.Tensor | None, ...]
 
 
 def scan_split(settings: Settings, state: JobState, split: InputSplit, tick: Tick) -> None:
@@ -94,9 +102,8 @@ def write_split(settings: Settings, state: JobState, split: InputSplit, tick: Ti
         with writer:
             for candidate in candidates:
                 record, stats = candidate.record, candidate.stats
-                if candidate.pixels is not None:
-                    image = settings.reencoding.encode(candidate.pixels)
-                    record = replace(record, image=image)
+                if any(pixels is not None for pixels in candidate.pixels):
+                    record = replace(record, images=_encoded(settings, candidate))
                     stats = measure(record, settings.filters.score_names)
                 try:
                     writer.write(record)
@@ -134,8 +141,9 @@ def _judge(
 ) -> _Candidate | Skipped:
     """Decision about one record; cheap checks come first, to decode few images in vain."""
     statistics.columns.update(number_columns(record))
-    if record.image is not None and not settings.reencoding.accepts(record.image):
-        return _not_accepted(record.key, record.image)
+    for image in record.images:
+        if not settings.reencoding.accepts(image):
+            return _not_accepted(record.key, image)
     try:
         stats = measure(record, settings.filters.score_names)
     except BadSampleError as error:
@@ -152,15 +160,16 @@ def _judge(
         change = _to_reencode(settings, record, stats)
     except BadSampleError as error:
         return Skipped(str(error), record.key)
-    pixels = None
-    if record.image is not None and (change or settings.filters.decode):
+    pixels: list[torch.Tensor | None] = []
+    for image, changes in zip(record.images, change, strict=True):
         try:
-            pixels = decode(record.image)
+            decoded = decode(image) if changes or settings.filters.decode else None
         except BadSampleError as error:
             reason = "image cannot be decoded"
             detail = str(error).removeprefix(f"{reason}: ")
             return Skipped(reason, f"{record.key}: {detail}")
-    return _Candidate(record, position, stats, pixels if change else None)
+        pixels.append(decoded if changes else None)
+    return _Candidate(record, position, stats, tuple(pixels))
 
 
 def _selected(
@@ -172,7 +181,9 @@ def _selected(
 ) -> Iterator[_Candidate]:
     """Records that the selection keeps; the rest of the scan's records is counted."""
     rows, decisions = np.load(state.scan(split)), np.load(state.keep_decisions(split))
-    expected = zip(rows["position"].tolist(), rows["content"].tolist(), decisions, strict=True)
+    expected = zip(
+        rows["position"].tolist(), rows["content"].tolist(), decisions.tolist(), strict=True
+    )
     position, content, decision = next(expected, (None, None, None))
     for place, item in enumerate(settings.read(split.payload)):
         tick(item)
@@ -182,15 +193,14 @@ def _selected(
             break
         if decision == dedup.KEEP:
             stats = measure(item, settings.filters.score_names)
-            pixels = None
-            if item.image is not None and _to_reencode(settings, item, stats):
-                pixels = decode(item.image)
-            yield _Candidate(item, place, stats, pixels)
+            change = _to_reencode(settings, item, stats)
+            pixels = [decode(i) if c else None for i, c in zip(item.images, change, strict=True)]
+            yield _Candidate(item, place, stats, tuple(pixels))
         elif decision == dedup.DUPLICATE:
             assert settings.deduplicate is not None  # or there would be no duplicates
             statistics.skip(Skipped(_DUPLICATES[settings.deduplicate], item.key))
         else:
-            statistics.skip(Skipped(_NOT_SAMPLED, item.key))
+            statistics.skip(Skipped(_LEFT_OUT[decision], item.key))
         position, content, decision = next(expected, (None, None, None))
     if position is not None:
         raise PreprocessError(
@@ -199,11 +209,16 @@ def _selected(
         )
 
 
-def _to_reencode(settings: Settings, record: Record, stats: ImageStats) -> bool:
-    """Whether a record's image is encoded anew; raises BadSampleError if JPEG cannot hold it."""
-    if record.image is None or stats.size is None:
-        return False
-    return settings.reencoding.needed(record.image, stats.size)
+def _to_reencode(settings: Settings, record: Record, stats: ImageStats) -> list[bool]:
+    """Whether each image is encoded anew; raises BadSampleError if JPEG cannot hold one."""
+    return list(map(settings.reencoding.needed, record.images, stats.sizes))
+
+
+def _encoded(settings: Settings, candidate: _Candidate) -> tuple[bytes, ...]:
+    """The images of a record, those with pixels encoded anew."""
+    pairs = zip(candidate.record.images, candidate.pixels, strict=True)
+    encode = settings.reencoding.encode
+    return tuple(image if pixels is None else encode(pixels) for image, pixels in pairs)
 
 
 def _not_accepted(key: str, image: bytes) -> Skipped:

@@ -69,16 +69,23 @@ run_stages() { # run_stages PROCESSES NAME...: stages side by side, each from it
 make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus; }
 
 make_shards() {
-    local set
+    local set images=(--images corpus/instructions)
+    # What instruction tuning packs into rows is measured with the tokenizer.
+    local measure=(--tokenizer corpus/tokenizer/tokenizer.model)
     shard pairs img2dataset pairs
-    shard questions conversations instructions/llava_shapes.json --images corpus/instructions
-    shard captions conversations instructions/llava_captions.json --images corpus/instructions
     shard documents documents text/documents.jsonl
     shard text_start conversations text/sharegpt_start.json
-    shard text conversations text/sharegpt_instructions.json
     for set in seen heldout; do
-        shard "$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images"
+        shard "$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images" \
+            "${measure[@]}"
     done
+    shard questions conversations instructions/llava_shapes.json "${images[@]}" "${measure[@]}"
+    shard captions conversations instructions/llava_captions.json "${images[@]}" "${measure[@]}"
+    shard two_images conversations instructions/llava_two_images.json "${images[@]}" \
+        "${measure[@]}"
+    shard text conversations text/sharegpt_instructions.json "${measure[@]}"
+    shard text_seen conversations eval/text/sharegpt_text.json "${measure[@]}"
+    shard questions_seen vqav2 eval/seen --images corpus/eval/seen/images "${measure[@]}"
 }
 
 start_parts() { run_stages 1 vision text; }

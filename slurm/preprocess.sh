@@ -1,6 +1,6 @@
 #!/bin/bash
 # Preprocess a corpus on a Slurm cluster: a job array over partitions, then a job that merges; with
-# --deduplicate or --sample N a second array and a second merge.
+# --deduplicate, --hold-out N or --sample N a second array and a second merge.
 #
 #     bash slurm/preprocess.sh PARTITIONS [SBATCH OPTION ...] -- [TOOL OPTION ...]
 #

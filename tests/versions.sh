@@ -43,6 +43,7 @@ make_environment() {
 make_environment
 cd "$ROOT"
 export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # uv compiles nothing: every rank would take three times as long to start
 # What goes on under the other megatron-core and back.
 export OTHER_PYTHON=$ROOT/.venv/bin/python
 [ -x "$OTHER_PYTHON" ] || OTHER_PYTHON=$VENV/bin/python

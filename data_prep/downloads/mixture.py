@@ -1,7 +1,8 @@
 """Mixture of a recipe: progress of each source, next steps, configuration for training.
 
-Under the mixture's folder lie lists/NAME (addresses), pictures/NAME (img2dataset's output) and
-shards/NAME. The steps are other verbs of `owl2`, which can be run by hand or elsewhere.
+Under the mixture's folder lie lists/NAME (addresses), pictures/NAME (img2dataset's output),
+shards/NAME and, if samples are held out, validation/NAME. The steps are other verbs of
+`owl2`, which can be run by hand or elsewhere.
 """
 
 import math
@@ -17,6 +18,8 @@ from data_prep.downloads.img2dataset_script import SCRIPT
 from data_prep.downloads.recipe import Recipe, Source
 from data_prep.downloads.registry import CORPORA
 from data_prep.downloads.url_list import REPORT, read_report
+from data_prep.job import REPORT as SHARDS_REPORT
+from data_prep.job import read_statistics
 from megatron_owl2.data.shards.manifest import MANIFEST
 from megatron_owl2.errors import PreprocessError
 from megatron_owl2.utils.files import is_hidden, write_atomically
@@ -28,12 +31,14 @@ CONFIG = "config.yaml"
 @dataclass(frozen=True)
 class State:
     """Progress of a source: addresses listed, images downloaded, (finished, all) shards of the
-    download, samples sharded; None: not begun."""
+    download, samples sharded and held out; None: not begun. `ready`: nothing is left to do."""
 
     listed: int | None
     downloaded: int | None
     download_shards: tuple[int, int]
     sharded: int | None
+    held_out: int | None
+    ready: bool
 
     @property
     def download_complete(self) -> bool:
@@ -51,7 +56,7 @@ class Mixture:
 
     def state(self, name: str) -> State:
         """Progress of a source."""
-        listed = downloaded = sharded = None
+        listed = downloaded = None
         done = wanted = 0
         if (self._path("lists", name) / REPORT).exists():
             report = read_report(self._path("lists", name))
@@ -62,13 +67,19 @@ class Mixture:
         if stats:
             done = len(stats)
             downloaded = sum(_read_number(path, "successes") for path in stats)
-        manifest = self._path("shards", name) / MANIFEST
-        if manifest.exists():
-            sharded = _read_number(manifest, "samples")
-        return State(listed, downloaded, (done, wanted), sharded)
+        sharded, held_out = (self._samples(kind, name) for kind in ("shards", "validation"))
+        ready = sharded is not None and (held_out is not None or not self.recipe.hold_out)
+        return State(listed, downloaded, (done, wanted), sharded, held_out, ready)
+
+    def dropped(self, name: str) -> dict[str, int]:
+        """Number of samples, by reason, that are not in the shards of a source."""
+        if not (self._path("shards", name) / SHARDS_REPORT).exists():
+            return {}
+        return read_statistics(self._path("shards", name)).skipped
 
     def steps(self, name: str, workers: int) -> dict[str, list[str]]:
-        """Commands that make the shards of a source, from the start: list, download, shards.
+        """Commands that make the shards of a source, from the start: list, download, shards,
+        validation.
 
         Each may be run again: what is finished stays, and what was made by another recipe is
         refused.
@@ -79,12 +90,15 @@ class Mixture:
             script = self._path("lists", name) / SCRIPT
             steps["list"] = self._list(name, source)
             steps["download"] = ["bash", str(script), str(self._path("pictures", name))]
-        return steps | {"shards": self._shards(name, source, workers)}
+        steps["shards"] = self._shards(name, source, workers)
+        if self.recipe.hold_out:
+            steps["validation"] = self._held_out(name, source, workers)
+        return steps
 
     def missing(self, name: str) -> str | None:
         """Message about a file that the user must bring before a source can begin, or None."""
         source = self.recipe.sources[name]
-        for path in (source.metadata, source.input, source.images):
+        for path in (source.metadata, source.input, source.images, self.recipe.tokenizer):
             if path is not None and not (self.folder / path).exists():
                 about = f" ({CORPORA[source.corpus].about})" if source.corpus else ""
                 return f"bring {self.folder / path}{about}"
@@ -93,7 +107,7 @@ class Mixture:
     def next_step(self, name: str, state: State) -> str | None:
         """First step of a source that is not finished, or None."""
         if state.sharded is not None:
-            return None
+            return None if state.ready else "validation"
         if self.recipe.sources[name].corpus is None or state.download_complete:
             return "shards"
         return "list" if state.listed is None else "download"
@@ -101,7 +115,7 @@ class Mixture:
     def advice(self, name: str, state: State) -> str:
         """Message about the next thing to do for a source."""
         source = self.recipe.sources[name]
-        if state.sharded is None:
+        if state.sharded is None or not state.ready:
             return self.missing(name) or f"next: {self.next_step(name, state)}"
         if state.sharded >= source.target:
             return "ready"
@@ -111,28 +125,43 @@ class Mixture:
     def write_config(self, recipe_path: Path) -> Path:
         """Path of the configuration for training, which this writes.
 
-        The weights of the sources are those of the targets, so a source that falls short is
+        If the weights of the sources are those of the targets, a source that falls short is
         repeated more often. Raises PreprocessError if a source is not ready.
         """
-        unfinished = [n for n in self.recipe.sources if self.state(n).sharded is None]
+        recipe = self.recipe
+        unfinished = [name for name in recipe.sources if not self.state(name).ready]
         if unfinished:
             raise PreprocessError(f"not ready yet: {', '.join(unfinished)}")
-        total = sum(source.target for source in self.recipe.sources.values())
+        total = sum(source.target for source in recipe.sources.values())
+        by_target = recipe.weights == "targets"
+        sources = [
+            {
+                "path": str(self._path("shards", name)),
+                "weight": round(source.target / total, 9) if by_target else 0.0,
+            }
+            for name, source in recipe.sources.items()
+        ]
         tree: dict[str, Any] = {}
-        if self.recipe.extends is not None:
-            tree["extends"] = str((recipe_path.parent / self.recipe.extends).resolve())
-        tree["data"] = {
-            "sources": [
-                {"path": str(self._path("shards", name)), "weight": round(source.target / total, 9)}
-                for name, source in self.recipe.sources.items()
-            ]
-        }
+        if recipe.extends is not None:
+            tree["extends"] = str((recipe_path.parent / recipe.extends).resolve())
+        tree |= {section: dict(keys) for section, keys in recipe.config.items()}
+        tree.setdefault("data", {})["sources"] = sources
+        if recipe.tokenizer is not None:
+            tree["data"]["tokenizer"] = str(self.folder / recipe.tokenizer)
+            tree.setdefault("model", {})["template"] = recipe.template
+        if recipe.hold_out:
+            held_out = [str(self._path("validation", name)) for name in recipe.sources]
+            tree.setdefault("validation", {})["sources"] = held_out
         path = self.folder / CONFIG
         write_atomically(path, yaml.safe_dump(tree, sort_keys=False).encode())
         return path
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / kind / name
+
+    def _samples(self, kind: str, name: str) -> int | None:
+        manifest = self._path(kind, name) / MANIFEST
+        return _read_number(manifest, "samples") if manifest.exists() else None
 
     def _list(self, name: str, source: Source) -> list[str]:
         assert source.metadata is not None  # read_recipe asks for it beside a corpus
@@ -147,6 +176,24 @@ class Mixture:
         ]
 
     def _shards(self, name: str, source: Source, workers: int) -> list[str]:
+        return [
+            *_verb("preprocess-data"),
+            *self._from(name, source, self._path("shards", name)),
+            *_flags({"sample": source.target, "seed": self.recipe.seed}),
+            *_flags({"shard_size": self.recipe.shard_size, "workers": workers}),
+        ]
+
+    def _held_out(self, name: str, source: Source, workers: int) -> list[str]:
+        return [
+            *_verb("preprocess-data"),
+            *self._from(name, source, self._path("validation", name)),
+            *_flags({"seed": self.recipe.seed}),
+            *_flags({"shard_size": self.recipe.shard_size, "workers": workers}),
+            "--only-held-out",
+        ]
+
+    def _from(self, name: str, source: Source, output: Path) -> list[str]:
+        """Options of the input and the output of shards, and all that both kinds of them share."""
         downloaded = self._path("pictures", name)
         place = {
             "input": downloaded if source.input is None else self.folder / source.input,
@@ -154,13 +201,13 @@ class Mixture:
         }
         if source.images is not None:
             place["images"] = self.folder / source.images
-        return [
-            *_verb("preprocess-data"),
-            *_flags(place | {"output": self._path("shards", name)}),
-            *_flags(source.shards),
-            *_flags({"sample": source.target, "seed": self.recipe.seed}),
-            *_flags({"shard_size": self.recipe.shard_size, "workers": workers}),
-        ]
+        options = dict(source.shards)
+        if self.recipe.hold_out:
+            options["hold_out"] = self.recipe.hold_out
+        if self.recipe.tokenizer is not None:
+            options["tokenizer"] = self.folder / self.recipe.tokenizer
+            options["template"] = self.recipe.template
+        return _flags(place | {"output": output} | options)
 
 
 def _verb(name: str) -> list[str]:

@@ -1,13 +1,15 @@
-"""Recipe of a mixture: its corpora, the number of pairs and the filters of each."""
+"""Recipe of a mixture: its corpora, the number of samples and the filters of each."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.downloads.registry import CORPORA
 from data_prep.formats.registry import FORMATS
 from megatron_owl2.config.load import merge, read_yaml
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.templates import OWL2, TemplateName
 from megatron_owl2.errors import ConfigError, PreprocessError
 from megatron_owl2.utils.suggest import did_you_mean
 
@@ -19,7 +21,7 @@ SHARD_OPTIONS = (*_LIMITS, "max_side", "jpeg_quality", "deduplicate")
 
 @dataclass(frozen=True)
 class Source:
-    """Source of a mixture: `target` pairs of a corpus.
+    """Source of a mixture: `target` samples of a corpus.
 
     Either `corpus` is to be downloaded: its tables lie in `metadata`, `list` limits the rows, and
     the share `expected` of the addresses listed is thought to give a pair. Or the data are there
@@ -43,7 +45,11 @@ class Recipe:
     """Mixture of `sources` by name.
 
     `extends` is the configuration (relative to the recipe) that the one for training is made
-    from; the rest are options of the tools.
+    from, `config` holds keys of it that differ. The weights of the sources are their targets or,
+    with "samples", their numbers of samples, so that an epoch has each once. `hold_out` samples of
+    every source are for validation. Lengths of samples, which packing needs, are measured with a
+    `tokenizer` (relative to the mixture's folder) and the `template`. The rest are options of the
+    tools.
     """
 
     sources: dict[str, Source]
@@ -51,6 +57,11 @@ class Recipe:
     seed: int = 1234
     image_size: int = 320
     shard_size: int = 10_000
+    config: dict[str, Any] = field(default_factory=dict)
+    weights: Literal["targets", "samples"] = "targets"
+    hold_out: int = 0
+    tokenizer: str | None = None
+    template: TemplateName = OWL2.name
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -60,10 +71,12 @@ def read_recipe(path: Path) -> Recipe:
         if isinstance(tree.get("sources"), dict):  # a name may look like a number
             tree["sources"] = {str(name): body for name, body in tree["sources"].items()}
         recipe = merge(Recipe, [(str(path), tree)])
+        merge(RunConfig, [(f"{path}, config", recipe.config)])
     except ConfigError as error:
         said = str(error)
         raise PreprocessError(said if str(path) in said else f"{path}: {said}") from None
     _require(len(recipe.sources) > 0, path, "sources", "a section of names with their sources")
+    _require(recipe.hold_out >= 0, path, "hold_out", "0 or more")
     for name, source in recipe.sources.items():
         folder = name not in ("", "..") and Path(name).name == name
         _require(folder, path, f"the name {name!r} in sources", "the name of a folder")

@@ -2,7 +2,8 @@
 caption}].
 
 An image has about five captions. `coco` makes a record of each, as pre-training pairs are made;
-`coco-one-caption` draws one for each image, as the paper's tuning data have it.
+`coco-one-caption` draws one for each image; `coco-instruction` makes it the answer to a question,
+as the paper's tuning data have it.
 """
 
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ from data_prep.formats.common.inputs import (
     shown,
     skipped,
 )
+from data_prep.formats.common.one_caption import captioning, draw
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
-from megatron_owl2.data.sampling.keyed_random import combine
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
@@ -36,10 +37,12 @@ _Row = tuple[Any, Any, Any, Any]  # image's id and file, caption's id and text; 
 
 @dataclass(frozen=True)
 class Coco:
-    """Captions of COCO; with `one_caption` a single one of each image, drawn by the image's id."""
+    """Captions of COCO; with `one_caption` a single one of each image, drawn by the image's id;
+    with `instruction` as answers to a question."""
 
     name: str
-    one_caption: bool
+    one_caption: bool = False
+    instruction: bool = False
 
     def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` captions, grouped by image.
@@ -54,7 +57,7 @@ class Coco:
         files, captions = _parse(data, source)
         images = images_folder(source, options)
         if self.one_caption:
-            captions = {image_id: _draw(image_id, found) for image_id, found in captions.items()}
+            captions = {i: [draw(i, found)] if found else [] for i, found in captions.items()}
         rows = [
             (image_id, files.get(image_id), *entry)
             for image_id, found in captions.items()
@@ -87,10 +90,12 @@ class Coco:
                     name, image = None, read_image(images, file_name)
                     name = file_name
                 metadata = {"image_id": image_id, "file_name": file_name}
+                words = caption(text)
                 yield Record(
                     record_key(f"{image_id}_{caption_id}", metadata),
-                    image=image,
-                    caption=caption(text),
+                    images=(image,),
+                    caption=None if self.instruction else words,
+                    turns=captioning(words) if self.instruction else (),
                     source=source.stem,
                     metadata=metadata,
                 )
@@ -146,12 +151,8 @@ def _fault(row: Any, fields: tuple[str, ...]) -> str | None:
     return None
 
 
-def _draw(image_id: Any, found: list) -> list:
-    key = combine(xxhash.xxh3_64_intdigest(str(image_id).encode(errors="replace")))
-    return [found[key % len(found)]] if found else []
-
-
 FORMATS: tuple[Format, ...] = (
-    Coco("coco", one_caption=False),
+    Coco("coco"),
     Coco("coco-one-caption", one_caption=True),
+    Coco("coco-instruction", one_caption=True, instruction=True),
 )

@@ -1,9 +1,10 @@
 """LLaVA, ShareGPT and OpenAI conversations, as a JSON list or JSON lines.
 
 LLaVA's are [{id, image?, conversations: [{from, value}]}], OpenAI's [{messages: [{role,
-content}]}].
+content}]}]; an entry may name several images, and have a text before the first turn (`system`).
 """
 
+import base64
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,36 +20,33 @@ from data_prep.formats.common.inputs import (
     shown,
     skipped,
 )
+from data_prep.formats.common.messages import (
+    SYSTEM,
+    Message,
+    part_names,
+    read_messages,
+    take_turns,
+)
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record, Turn, strip_text
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import is_json_list, json_lines, parse_json
 
-_TAGS = ("<image>", IMAGE_PLACEHOLDER)  # LLaVA's and mPLUG-Owl2's placeholders of the image
-_SPEAKERS = {  # of LLaVA and ShareGPT, of OpenAI, and of collections of ShareGPT
-    "human": "human",
-    "user": "human",
-    "gpt": "gpt",
-    "assistant": "gpt",
-    "chatgpt": "gpt",
-    "system": "system",
-}
-_SYSTEM = "system turn, which a record cannot hold"
 _FIELDS = ("conversations", "messages")
-_ROLE = 20  # characters of an unknown speaker in a reason
+_NO_FILES = ("data:", "http://", "https://")  # beginnings of what is not looked for in --images
 
 
 class Conversations:
-    """Conversations about one image or none; questions and answers alternate."""
+    """Conversations about any number of images; questions and answers alternate."""
 
     name = "conversations"
 
     def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` entries of the file.
 
-        Raises PreprocessError if the file holds no list, or names images and `options.images` is
-        None.
+        Raises PreprocessError if the file holds no list, or names image files and `options.images`
+        is None.
         """
         refuse_columns(options)
         if not source.is_file():
@@ -59,7 +57,7 @@ class Conversations:
         data = source.read_bytes()
         entries = _parse(data, source)
         images = options.images
-        if images or any(_names_images(entry) for _, entry in entries):
+        if images or any(_names_files(entry) for _, entry in entries):
             images = images_folder(source, options)
         digest = hashlib.sha256(data).hexdigest()
         name = sanitize_name(source.stem)
@@ -77,10 +75,11 @@ class Conversations:
     def read(self, payload: tuple[int, list, Path | None, Path]) -> Iterator[Record | Skipped]:
         """Records of consecutive entries; the key is the entry's number in the file.
 
-        The image tag must be in the first question. It is moved to the front, and the newlines
-        around it are dropped. An answer before the first question goes, as LLaVA's code does it,
-        and so does a question without an answer at the end; `metadata["dropped_turns"]` counts
-        them.
+        A tag in a question is the place of the next image; without any tag all images come before
+        the first question. White space around tags that begin a question is dropped, other text
+        stays. In an answer a tag is text. Answers before the first question go, as LLaVA's code
+        does it, and so does a question without an answer at the end; `metadata["dropped_turns"]`
+        counts them.
         """
         start, entries, images, source = payload
         for index, (place, entry) in enumerate(entries, start):
@@ -124,104 +123,96 @@ def _parse(data: bytes, source: Path) -> list[tuple[str, Any]]:
     return entries
 
 
-def _names_images(entry: Any) -> bool:
-    return isinstance(entry, dict) and bool(entry.get("image") or entry.get("images"))
+def _names_files(entry: Any) -> bool:
+    """Whether an entry names image files, rather than none, addresses or the data themselves."""
+    if not isinstance(entry, dict):
+        return False
+    names = [*_listed(entry), *part_names(_messages(entry))]
+    return any(isinstance(n, str) and n and not n.lower().startswith(_NO_FILES) for n in names)
+
+
+def _listed(entry: dict) -> list[Any]:
+    """What `image` and `images` name, each one name or a list of them."""
+    found: list = []
+    for value in (entry.get("image"), entry.get("images")):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return found
+
+
+def _messages(entry: dict) -> Any:
+    return next((entry[key] for key in _FIELDS if entry.get(key) is not None), None)
 
 
 def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
     if not isinstance(entry, dict):
         raise SkipError("entry is not an object")
-    texts, dropped = _texts(entry)
-    tags = [sum(text.count(tag) for tag in _TAGS) for text in texts]
-    name, image = _image_name(entry), None
-    if any(tag in text for text in dropped for tag in _TAGS):
-        raise SkipError("image tag outside the first question")
-    if name is not None:
-        if sum(tags) > 1:
-            raise SkipError("more than one image tag")
-        if any(tags[1:]):
-            raise SkipError("image tag outside the first question")
-        for tag in _TAGS:
-            texts[0] = texts[0].replace(tag, "")
-        assert images is not None  # plan asks for the folder if an entry names an image
-        image = read_image(images, name)
-    elif any(tags):
-        raise SkipError("image tag without an image")
-    texts = [strip_text(text) for text in texts]
-    if not all(texts[1:]) or not (texts[0] or image):
+    if (found := _messages(entry)) is None:
+        raise SkipError("no conversations or messages", ", ".join(map(shown, entry)))
+    system, messages = _system(entry, read_messages(found))
+    messages, dropped = take_turns(messages)
+    names = _image_names(entry, messages)
+    if names and any(message.places for message in dropped):
+        raise SkipError("image tag in a question that is dropped")
+    texts = [message.text for message in messages]
+    if names and not any(message.places for message in messages):
+        texts[0] = IMAGE_PLACEHOLDER * len(names) + texts[0]
+    if not all(texts):
         raise SkipError("empty turn")
-    if image is not None:
-        texts[0] = IMAGE_PLACEHOLDER + texts[0]
     metadata = {"id": entry["id"]} if "id" in entry else {}
     return Record(
         key=f"{index:09d}",
-        image=image,
+        images=tuple(_image(name, images) for name in names),
         turns=tuple(map(Turn, texts[::2], texts[1::2])),
+        system=system,
         source=source,
         metadata=metadata | ({"dropped_turns": len(dropped)} if dropped else {}),
     )
 
 
-def _image_name(entry: dict) -> Any:
-    """What `image` or `images` names: the only value, or the only entry of a list."""
-    found: list = []
-    for value in (entry.get("image"), entry.get("images")):
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    if len(found) > 1:
-        raise SkipError("more than one image", f"{len(found)} images")
-    return found[0] if found else None
+def _system(entry: dict, messages: list[Message]) -> tuple[str, list[Message]]:
+    """The text before the first turn, of the entry or of a system turn, and the other messages."""
+    top = entry.get("system")
+    if top is not None and not isinstance(top, str):
+        raise SkipError("system is not a text", shown(top))
+    texts = [strip_text(top or "")]
+    if messages and messages[0].speaker == SYSTEM:
+        texts.append(messages[0].text)
+        messages = messages[1:]
+    texts = list(dict.fromkeys(text for text in texts if text))
+    if len(texts) > 1:
+        raise SkipError("system text and another one in a system turn")
+    return "".join(texts), messages
 
 
-def _texts(entry: dict) -> tuple[list[str], list[str]]:
-    """Texts of the messages, question and answer in turn, and of those that were dropped."""
-    if entry.get("system"):
-        raise SkipError(_SYSTEM)
-    messages = next((entry[key] for key in _FIELDS if entry.get(key) is not None), None)
-    if messages is None:
-        raise SkipError("no conversations or messages", ", ".join(map(shown, entry)))
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise SkipError("conversations is not a list of messages", shown(messages))
-    speakers = [_speaker(message) for message in messages]
-    texts = [_text(message) for message in messages]
-    first = next((i for i, speaker in enumerate(speakers) if speaker == "human"), len(speakers))
-    last = len(speakers) - (speakers[-1:] == ["human"])
-    kept = speakers[first:last]
-    if not kept:
-        raise SkipError("no turns")
-    if kept != ["human", "gpt"] * (len(kept) // 2):
-        raise SkipError("human and gpt do not take turns", ", ".join(speakers))
-    return texts[first:last], texts[:first] + texts[last:]
+def _image_names(entry: dict, messages: list[Message]) -> list[Any]:
+    """The name of every image in the order of its place; raises SkipError if places and images do
+    not match."""
+    places = [place for message in messages for place in message.places]
+    listed = _listed(entry)
+    unnamed = sum(place.name is None for place in places)
+    if not places:
+        return listed
+    if not listed and unnamed == len(places):
+        raise SkipError("image tag without an image")
+    if unnamed != len(listed):
+        word = "more" if unnamed > len(listed) else "fewer"
+        raise SkipError(f"{word} image tags than images", f"{unnamed} for {len(listed)}")
+    rest = iter(listed)
+    return [next(rest) if place.name is None else place.name for place in places]
 
 
-def _speaker(message: dict) -> str:
-    """`human` or `gpt`; raises SkipError for others."""
-    role = next((message[key] for key in ("from", "role") if message.get(key) is not None), None)
-    speaker = _SPEAKERS.get(role.strip().lower()) if isinstance(role, str) else None
-    if speaker == "system":
-        raise SkipError(_SYSTEM)
-    if speaker is None:
-        named = role[:_ROLE] if isinstance(role, str) else role
-        raise SkipError(f"speaker {shown(named)} is neither human nor gpt")
-    return speaker
-
-
-def _text(message: dict) -> str:
-    """Text of a message, in which an image of OpenAI's form is a tag."""
-    content = next((message[k] for k in ("value", "content") if message.get(k) is not None), None)
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "".join(map(_part, content))
-    if not isinstance(content, str):
-        raise SkipError("a message has no text", shown(content))
-    return content
-
-
-def _part(part: dict) -> str:
-    kind, text = part.get("type"), part.get("text")
-    if kind in ("image", "image_url"):
-        return _TAGS[0]
-    if kind == "text" and isinstance(text, str):
-        return text
-    raise SkipError("a message has no text", shown(part))
+def _image(name: Any, images: Path | None) -> bytes:
+    """Bytes of an image that is named or, as a data: URL, given."""
+    if not isinstance(name, str) or not name.lower().startswith("data:"):
+        # Without a folder nothing names a file, and read_image says what else it is.
+        return read_image(images or Path(), name)
+    header, comma, data = name.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise SkipError("data: URL of an image is not base64", shown(name))
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError:
+        raise SkipError("data: URL of an image is not base64", shown(name)) from None
 
 
 FORMATS: tuple[Format, ...] = (Conversations(),)

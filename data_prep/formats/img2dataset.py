@@ -196,7 +196,7 @@ def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> 
         return Skipped("no image", key)
     metadata = scalars(row, without=_BOOKKEEPING)
     try:
-        return Record(key, image, caption(row.get("caption")), source=source, metadata=metadata)
+        return Record(key, (image,), caption(row.get("caption")), source=source, metadata=metadata)
     except (SkipError, BadSampleError) as error:
         return Skipped(str(error), key)
 

@@ -104,7 +104,7 @@ def _record(
     return Record(
         key=f"{number:012d}",
         caption=caption(text),
-        image=_image(image, images),
+        images=(_image(image, images),),
         source=path.stem,
         metadata=metadata,
     )

@@ -116,7 +116,7 @@ def _record(key: str, members: dict[str, bytes], caption_column: str | None, pat
         key = f"{key}.{middle}"
     return Record(
         record_key(key, metadata),
-        image=members[image_name],
+        images=(members[image_name],),
         caption=caption(text),
         source=path.parent.name,
         metadata=metadata,

@@ -24,6 +24,7 @@ from data_prep.toy_corpus import language, world
 
 SHARD_SIZE = 10_000  # img2dataset's default
 CAPTION_EVERY = 3  # every third instruction image also asks for a caption
+TWO_EVERY = 8  # and every eighth comes, with the one before it, in a dialogue about two images
 _INFO = {
     "year": 2025,
     "version": "1.0",
@@ -134,7 +135,8 @@ def write_instructions(
 ) -> None:
     """Writer of LLaVA conversations and their images, named relative to the JSON files' folder."""
     (folder / "images").mkdir(parents=True)
-    questions, captions = [], []
+    questions, captions, pairs = [], [], []
+    before: tuple[world.Scene, str] | None = None
     for i, (scene, jpeg) in enumerate(rendered):
         record = {"id": f"{i:012d}", "image": f"images/{i:012d}.jpg"}
         (folder / record["image"]).write_bytes(jpeg)
@@ -149,6 +151,14 @@ def write_instructions(
             turns = [(language.CAPTION_REQUEST, language.caption(scene))]
             answer_record.add_dialogue(turns)
             captions.append(record | _conversations(turns, "<image>\n"))
+        if before is not None and i % TWO_EVERY == 0:
+            images = [before[1], record["image"]]
+            rng = random.Random(f"{seed}/instructions/{i}/two")
+            dialogue = language.two_image_dialogue(before[0], scene, rng)
+            answer_record.add_questions("two images", [question for _, question in dialogue])
+            pairs.append(record | {"image": images} | _placed(dialogue))
+        before = scene, record["image"]
+    _write_json(folder / "llava_two_images.json", pairs)
     _write_json(folder / "llava_shapes.json", questions)
     _write_json(folder / "llava_captions.json", captions)
 
@@ -266,6 +276,15 @@ def _conversations(turns: Turns, prefix: str = "") -> dict:
         messages.append({"from": "human", "value": prefix + question})
         messages.append({"from": "gpt", "value": answer})
         prefix = ""
+    return {"conversations": messages}
+
+
+def _placed(dialogue: Sequence[tuple[int, language.Question]]) -> dict:
+    """Conversations whose questions begin with so many images each."""
+    messages = []
+    for images, question in dialogue:
+        messages.append({"from": "human", "value": "<image>\n" * images + question.text})
+        messages.append({"from": "gpt", "value": question.answer})
     return {"conversations": messages}
 
 

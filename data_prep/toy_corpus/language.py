@@ -15,6 +15,7 @@ _HINTS = (f"\n{ANSWER_HINT}", f" {ANSWER_HINT}", "")
 TEXT_SKILLS = ("scene", "reversal", "mixing", "prices")
 MAX_TURNS = 4
 DOCUMENT_QUESTIONS = 5
+_BOTH = 0.25  # share of the dialogues on two images with a question about both
 # A skill's tickets in the draw for a dialogue's turns: the more, the earlier and the more often.
 _TICKETS = {
     "colour": 3,
@@ -94,6 +95,19 @@ def dialogue(scene: Scene, rng: random.Random) -> list[Question]:
             turns.append(rng.choice(open_questions))
             told |= turns[-1].tells
     return turns
+
+
+def two_image_dialogue(
+    first: Scene, second: Scene, rng: random.Random
+) -> list[tuple[int, Question]]:
+    """Turns about two images, each with the number of images that come before its question.
+
+    Either one question about each image, behind it, or how many shapes there are on both.
+    """
+    if rng.random() < _BOTH:
+        total = str(len(first.shapes) + len(second.shapes))
+        return [(2, Question("count", "how many shapes are there ?", total))]
+    return [(1, rng.choice(dialogue(scene, rng))) for scene in (first, second)]
 
 
 def with_hint(turns: list[Question], rng: random.Random) -> list[tuple[str, str]]:

@@ -1,10 +1,11 @@
-"""Data of a recipe: lists of addresses, downloads, shards, sources for training.
+"""Data of a recipe: lists of addresses, downloads, shards, sources for training and validation.
 
     owl2 build-mixture --recipe examples/mixture.yaml --folder DIR          # look
     owl2 build-mixture --recipe examples/mixture.yaml --folder DIR --run    # work
 
-Looking shows how far every source is and the commands of the next steps; --run runs them. When all
-sources are ready DIR/config.yaml holds the mixture for `python -m megatron_owl2.train --config`.
+Looking shows how far every source is, what it lost by reason, and the commands of the next steps;
+--run runs them. When all sources are ready DIR/config.yaml holds the mixture for `python -m
+megatron_owl2.train --config`. examples/instructions.yaml is the recipe of instruction tuning.
 """
 
 import argparse
@@ -51,12 +52,14 @@ def run(options: argparse.Namespace) -> int:
     print(_table(mixture, states))
     for name in names:
         print(f"{name}: {mixture.advice(name, states[name])}")
+        for reason, count in mixture.dropped(name).items():
+            print(f"    {count:,} x {reason}")
         step = mixture.next_step(name, states[name])
         if step is not None:
             print(f"    {shlex.join(mixture.steps(name, options.workers)[step])}")
     if failed:
         raise PreprocessError(f"not finished: {', '.join(failed)}")
-    if all(state.sharded is not None for state in states.values()):
+    if all(state.ready for state in states.values()):
         print(f"the mixture is ready: {mixture.write_config(recipe)}")
     return 0
 
@@ -77,7 +80,9 @@ def _run(mixture: "Mixture", name: str, workers: int) -> bool:
 
 
 def _table(mixture: "Mixture", states: "dict[str, State]") -> str:
-    rows = [("source", "listed", "downloaded", "sharded", "target")]
+    head = ["source", "listed", "downloaded", "sharded", "target"]
+    head += ["held out"] if mixture.recipe.hold_out else []
+    rows = [head]
     for name, source in mixture.recipe.sources.items():
         state = states[name]
         listed, downloaded = _number(state.listed), _number(state.downloaded)
@@ -85,7 +90,12 @@ def _table(mixture: "Mixture", states: "dict[str, State]") -> str:
             listed = downloaded = "-"
         elif state.listed is not None and not state.download_complete:
             downloaded += " ({} of {} shards)".format(*state.download_shards)
-        rows.append((name, listed, downloaded, _number(state.sharded), _number(source.target)))
+        row = [name, listed, downloaded, _number(state.sharded), _number(source.target)]
+        rows.append(row + ([_number(state.held_out)] if mixture.recipe.hold_out else []))
+    sharded = sum(state.sharded or 0 for state in states.values())
+    target = sum(source.target for source in mixture.recipe.sources.values())
+    held_out = sum(state.held_out or 0 for state in states.values())
+    rows.append(["total", "", "", *map(_number, (sharded, target, held_out))][: len(head)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         required=True,
-        help="the question; <|image|> in it places the images, which come first otherwise",
+        help="the question; <|image|> in it places the images, which come first otherwise; "
+        "without --image it is text",
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

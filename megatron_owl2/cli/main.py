@@ -21,6 +21,8 @@ VERBS = (
     "build-mixture",
     "check-data",
     "index-data",
+    "measure-lengths",
+    "show-sample",
     "plot-run",
     "report",
 )

@@ -3,9 +3,9 @@
     owl2 preprocess-data --input PATH --format NAME --output DIR
 
 Repeatable: a finished output is left alone, an interrupted one continued. Several machines share
-the work: each runs --partition I/N into one folder, then one of them --merge; --deduplicate and
---sample N take both twice. slurm/preprocess.sh submits that chain. DIR/report.html shows what came
-of the corpus.
+the work: each runs --partition I/N into one folder, then one of them --merge; --deduplicate,
+--hold-out and --sample N take both twice. slurm/preprocess.sh submits that chain. DIR/report.html
+shows what came of the corpus.
 """
 
 import argparse
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_owl2.cli.command import Command
+from megatron_owl2.cli.measure_lengths import describe, measure, read_tokenizer
 from megatron_owl2.cli.options import count, score_limit
-from megatron_owl2.errors import PreprocessError
+from megatron_owl2.config.templates import OWL2, TEMPLATES
+from megatron_owl2.errors import DataError, PreprocessError
 
 if TYPE_CHECKING:
     from data_prep.job import Outcome
@@ -53,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the first of samples with the same image, or the same image and text",
     )
     add("--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1")
-    add("--seed", type=int, default=0, help="of the sample")
+    add(
+        "--hold-out", type=count, default=0, metavar="N", help="leave out N samples, for validation"
+    )
+    add("--only-held-out", action="store_true", help="keep just what --hold-out leaves out")
+    add("--seed", type=int, default=0, help="of the samples that are kept or held out")
 
     add = parser.add_argument_group("how images are stored").add_argument
     add("--max-side", type=count, metavar="PIXELS", help="make larger images smaller")
@@ -74,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most samples of a shard; every split of the input begins a new one",
     )
     add("--workers", type=count, default=1, metavar="N", help="processes")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="measure the samples for data.packing with it, as owl2 measure-lengths does",
+    )
+    add("--template", choices=list(TEMPLATES), default=OWL2.name, help="of these lengths")
     share = parser.add_mutually_exclusive_group()
     share.add_argument(
         "--partition", type=_partition, default=(0, 1), metavar="I/N", help="0/N to (N-1)/N"
@@ -91,6 +104,10 @@ def run(options: argparse.Namespace) -> int:
     from data_prep.splits import ReadOptions
     from data_prep.worker import Settings
 
+    if options.tokenizer is not None:
+        read_tokenizer(options.tokenizer)  # a wrong one is refused before the work
+    if options.only_held_out and not options.hold_out:
+        raise PreprocessError("--only-held-out keeps what --hold-out N leaves out; give that too")
     if not options.input.exists():
         raise PreprocessError(f"--input {options.input} does not exist")
     reader = FORMATS[options.format]
@@ -110,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
         options.sample,
         options.seed,
         options.shard_size,
+        options.hold_out,
+        options.only_held_out,
     )
     plan = reader.plan(
         options.input,
@@ -139,7 +158,21 @@ def run(options: argparse.Namespace) -> int:
         options.merge,
     )
     print(f"{options.output}: {_summary(outcome, options.output)}")
+    if options.tokenizer is not None and outcome.report is not None:
+        _measure(options)
     return 0
+
+
+def _measure(options: argparse.Namespace) -> None:
+    """Measure the samples of a finished data set, unless it has these lengths."""
+    from megatron_owl2.data.lengths import load_lengths
+    from megatron_owl2.data.shards.dataset import ShardedDataset
+
+    tokenizer, template = read_tokenizer(options.tokenizer), TEMPLATES[options.template]
+    try:
+        load_lengths(ShardedDataset(str(options.output)), tokenizer, template)
+    except DataError:  # they were not measured, or are damaged
+        print(describe(measure(options.output, tokenizer, template, options.workers)))
 
 
 def _summary(outcome: "Outcome", output: Path) -> str:

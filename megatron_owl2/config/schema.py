@@ -10,9 +10,11 @@ from typing import Literal, get_args
 
 from megatron_owl2.config.fields import number, numbers
 from megatron_owl2.config.fp8 import FP8
+from megatron_owl2.config.templates import TemplateName
 
 ModalitySplit = Literal["input_norm", "key_value", "mlp_norm"]
 MODALITY_SPLIT: tuple[ModalitySplit, ...] = get_args(ModalitySplit)
+ImageMode = Literal["stretch", "pad", "crop"]
 Recompute = Literal["none", "selective", "full"]
 Backend = Literal["local", "transformer_engine"]
 Elementwise = Literal["auto", "plain", "fused"]
@@ -88,13 +90,17 @@ class DecoderConfig:
 
 @dataclass
 class ModelConfig:
-    """The model: sizes, initialization and how pixels are normalized (by channel)."""
+    """The model: sizes, initialization, conversation template and how pixels are normalized (by
+    channel)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     abstractor: AbstractorConfig = field(default_factory=AbstractorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    template: TemplateName = "owl2"  # text around questions and answers (templates.py)
     image_mean: list[float] = numbers(0.48145466, 0.4578275, 0.40821073)
     image_std: list[float] = numbers(0.26862954, 0.26130258, 0.27577711, positive=True)
+    # Way of an image to the square: stretched, padded with image_mean, or its middle (CLIP).
+    image_mode: ImageMode = "stretch"
     init_std: float = number(0.02, at_least=0)
 
     @property
@@ -141,7 +147,7 @@ class SourceConfig:
     """One sharded data set, a folder or a URL, and its share of the mixture."""
 
     path: str = ""
-    weight: float = number(1.0, positive=True)
+    weight: float = number(1.0, at_least=0)  # 0, for all sources alike: its number of samples
 
 
 @dataclass
@@ -164,14 +170,19 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     phase: int = number(1, at_least=1)
     tokenizer: str = ""
-    # Tokens, after the placeholders are expanded into visual tokens.
+    # Tokens of a row, after the placeholders are expanded into visual tokens.
     sequence_length: int = number(256, at_least=1)
+    # Several samples in a row, which do not attend to each other. global_batch_size and
+    # micro_batch_size count rows then; needs the lengths of `owl2 measure-lengths`.
+    packing: bool = False
+    images_per_row: int = number(16, at_least=1)  # at most; samples lose turns beyond it
     workers: int = number(2, at_least=0)
     prefetch: int = number(2, at_least=1)  # micro-batches that every worker keeps ready
     # Seconds without a batch from the workers that end a run.
     stall_timeout: float = number(1800.0, positive=True)
     seed: int = number(1234, at_least=0)
-    augment: bool = False  # random resized crop and flip; plain resize otherwise
+    # Random resized crop, stretched to the square, and flip; model.image_mode otherwise.
+    augment: bool = False
     # Decoding of JPEGs at 1/2, 1/4 or 1/8 where that still covers the crop; never in validation.
     scaled_decoding: bool = False
     max_bad_fraction: float = number(0.01, at_least=0, at_most=1)
@@ -230,6 +241,7 @@ class TrainConfig:
     """Length, batch and precision of a run, its log and its checkpoints; intervals are steps."""
 
     steps: int = number(42500, at_least=1)
+    epochs: int = number(0, at_least=0)  # over data.sources, in place of steps; 0: steps
     global_batch_size: int = number(8192, at_least=1)
     micro_batch_size: int = number(16, at_least=1)
     precision: Precision = "bf16"

@@ -27,9 +27,12 @@ def validate_settings(config: RunConfig, world_size: int) -> None:
     check_section(config)
     validate_parallel(config, world_size)
     check_lora(config.stage.lora, config.model)
+    if not config.train.epochs:
+        check_steps(config)
     _check_rates(config)
     _check_optimizer(config)
     _check_sequence_length(config)
+    _check_data(config)
     _check_validation(config)
     factor = config.health.spike_factor
     require(
@@ -39,14 +42,18 @@ def validate_settings(config: RunConfig, world_size: int) -> None:
     )
 
 
-def _check_rates(config: RunConfig) -> None:
-    """Learning rates over the steps, and the factors of a stage on them."""
-    chosen = config.optimizer
+def check_steps(config: RunConfig) -> None:
+    """Refuse a run that would end before its warm-up; raises ConfigError."""
+    warmup, steps = config.optimizer.warmup_steps, config.train.steps
     require(
-        chosen.warmup_steps < config.train.steps,
-        f"optimizer.warmup_steps ({chosen.warmup_steps}) must be smaller than "
-        f"train.steps ({config.train.steps})",
+        warmup < steps,
+        f"optimizer.warmup_steps ({warmup}) must be smaller than train.steps ({steps})",
     )
+
+
+def _check_rates(config: RunConfig) -> None:
+    """Learning rates, and the factors of a stage on them."""
+    chosen = config.optimizer
     require(
         chosen.lr > 0 and 0 <= chosen.min_lr <= chosen.lr,
         f"optimizer rates must satisfy 0 <= min_lr ({chosen.min_lr}) <= "
@@ -86,6 +93,23 @@ def _check_sequence_length(config: RunConfig) -> None:
         length <= model.decoder.max_positions,
         f"data.sequence_length ({length}) exceeds "
         f"model.decoder.max_positions ({model.decoder.max_positions})",
+    )
+
+
+def _check_data(config: RunConfig) -> None:
+    """Weights of the sources, and what packed rows need."""
+    weights = [source.weight for source in config.data.sources]
+    require(
+        all(weights) or not any(weights),
+        "data.sources: a weight of 0 stands for a source's number of samples; give it to all "
+        "sources or to none",
+    )
+    cp_by_te = config.parallel.context > 1 and config.kernels.backend == "transformer_engine"
+    require(
+        not (config.data.packing and cp_by_te),
+        "data.packing under parallel.context > 1 needs kernels.backend=local: Transformer Engine "
+        "cuts every packed sequence over the ranks, so that each would have to divide by 2 x "
+        "parallel.context; use parallel.tensor or parallel.pipeline for memory",
     )
 
 

@@ -1,12 +1,15 @@
 """`config.json` and its companions of Hugging Face directories, to and from our ModelConfig."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_owl2.config.schema import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
+from megatron_owl2.config.templates import OWL2, TEMPLATES
 from megatron_owl2.convert.json_settings import Settings
 from megatron_owl2.convert.safetensors_io import ADAPTER_SETTINGS, read_json
 from megatron_owl2.errors import ConversionError
@@ -64,6 +67,7 @@ _CLIP_DEFAULTS = {  # CLIPVisionConfig's own; a CLIPModel's config leaves out wh
     "patch_size": 32,
     "layer_norm_eps": 1e-5,
 }
+_IMAGES = "image_mean", "image_std", "image_mode"  # of ModelConfig, and of an image processor
 _OFFICIAL_GRID = 32  # the released abstractor's, when grid_size is null
 # What transformers loads from the directory's own code, by the file that says so.
 _CLASSES = {
@@ -83,7 +87,7 @@ _CLASSES = {
 
 
 def read_owl2(directory: str | Path) -> ModelConfig:
-    """Sizes, norms and image statistics of a directory in the released layout.
+    """Sizes, norms, image statistics and template of a directory in the released layout.
 
     Raises ConversionError naming every setting that this model does not have.
     """
@@ -96,13 +100,13 @@ def read_owl2(directory: str | Path) -> ModelConfig:
     model.vision = vision.pick(VisionConfig, _VISION)
     model.abstractor = abstractor.pick(AbstractorConfig, _ABSTRACTOR)
     model.decoder = _read_decoder(outer)
+    model.template = outer.tree.get("template", OWL2.name)  # released directories name none
     outer.check(model)
     width, grid = model.vision.hidden_size, model.vision.grid_size
     vision.hold(_FIXED_VISION | _FIXED_OFFICIAL_VISION)
     abstractor.hold(_FIXED_ABSTRACTOR | {"hidden_size": width, "encoder_hidden_size": width})
     abstractor.filled({"grid_size": _OFFICIAL_GRID}).hold({"grid_size": grid})
-    model.image_mean, model.image_std = read_image_statistics(directory)
-    return model
+    return dataclasses.replace(model, **read_image_settings(directory))
 
 
 def read_llama(directory: str | Path) -> DecoderConfig:
@@ -128,28 +132,33 @@ def read_clip(directory: str | Path) -> VisionConfig:
     return vision
 
 
-def read_image_statistics(directory: str | Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per colour, CLIP's if the directory has none.
+def read_image_settings(directory: str | Path) -> dict[str, Any]:
+    """`image_mean`, `image_std` and `image_mode` of a ModelConfig.
 
     They are in preprocessor_config.json, or under "image_processor" of the processor_config.json
-    that a whole processor saves (transformers 5). Raises ConversionError for anything but finite
-    numbers and if the files disagree.
+    that a whole processor saves (transformers 5). What a directory does not say are the defaults:
+    CLIP's statistics and, as in the released model's, the mode "stretch". Raises ConversionError
+    for anything but finite numbers and a mode that there is, and if the files disagree.
     """
     alone, whole = (Path(directory) / f"{n}_config.json" for n in ("preprocessor", "processor"))
     found = [Settings.read(alone)] if alone.exists() else []
     if whole.exists() and "image_processor" in (settings := Settings.read(whole)).tree:
         found.append(settings.section("image_processor"))
-    clip = ModelConfig()
-    statistics = {"image_mean": clip.image_mean, "image_std": clip.image_std}
-    names = {name: name for name in statistics}
-    models = [settings.filled(statistics).pick(ModelConfig, names) for settings in found] or [clip]
-    if models[0] != models[-1]:
+    default = ModelConfig()
+    defaults, names = _of_images(default), {name: name for name in _IMAGES}
+    picked = [settings.filled(defaults).pick(ModelConfig, names) for settings in found] or [default]
+    values, others = _of_images(picked[0]), _of_images(picked[-1])
+    if values != others:
+        differing = [name for name in _IMAGES if values[name] != others[name]]
+        here, there = (", ".join(f"{n} {v[n]}" for n in differing) for v in (values, others))
         raise ConversionError(
-            f"{alone} has image_mean {models[0].image_mean}, image_std {models[0].image_std}, but "
-            f"{whole} {models[1].image_mean}, {models[1].image_std}; keep what the model was "
-            "trained with"
+            f"{alone} has {here}, but {whole} {there}; keep what the model was trained with"
         )
-    return list(map(float, models[0].image_mean)), list(map(float, models[0].image_std))
+    return {n: list(map(float, v)) if isinstance(v, list) else v for n, v in values.items()}
+
+
+def _of_images(model: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in _IMAGES}
 
 
 def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) -> None:
@@ -177,11 +186,13 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
             "do_normalize": True,
             "image_mean": list(model.image_mean),
             "image_std": list(model.image_std),
+            "image_mode": model.image_mode,  # not of CLIP's processor
         }
     if layout == "owl2":
         trees["processor_config.json"] = {
             "processor_class": "MPLUGOwl2Processor",
             "tokens_per_image": model.tokens_per_image,
+            **_template_texts(model),
         }
     for file, tree in trees.items():
         _write_json(directory / file, tree)
@@ -192,7 +203,10 @@ def write_remote_code(directory: Path) -> None:
     modules, and in the settings that are there the classes to take from them. Images are read by
     the modules that training reads them with."""
     package = Path(__file__).parents[1]
-    readers = [package / "data" / name for name in ("image_files.py", "pillow_images.py")]
+    readers = [
+        package / "data" / name
+        for name in ("image_files.py", "pillow_images.py", "image_resize.py")
+    ]
     for module in [*readers, *package.glob("convert/remote_code/*_mplug_owl2.py")]:
         shutil.copyfile(module, directory / module.name)
     for name, classes in _CLASSES.items():
@@ -220,7 +234,9 @@ def write_tokenizer(directory: Path, model: ModelConfig) -> None:
 
 def _owl2_config(model: ModelConfig) -> dict:
     width = model.vision.hidden_size
+    named = {} if model.template == OWL2.name else {"template": model.template}
     return _llama_config(model) | {
+        **named,
         "architectures": ["MPLUGOwl2LlamaForCausalLM"],
         "model_type": "mplug_owl2",
         "visual_config": {
@@ -243,6 +259,14 @@ def _owl2_config(model: ModelConfig) -> dict:
             },
         },
     }
+
+
+def _template_texts(model: ModelConfig) -> dict[str, str]:
+    """What the model's template has and that of official inference, which the processor has by
+    itself, has not."""
+    template = TEMPLATES[model.template]
+    texts = {"system": template.system, "after_image": template.after_image}
+    return {name: text for name, text in texts.items() if text}
 
 
 def _llama_config(model: ModelConfig) -> dict:

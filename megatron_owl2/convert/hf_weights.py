@@ -5,7 +5,6 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from torch.nn.functional import interpolate
 
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
@@ -19,10 +18,10 @@ from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.model.position_tables import IMAGE_POSITIONS
 from megatron_owl2.model.position_tables import NAMES as TABLES
+from megatron_owl2.model.vision import POSITION_EMBEDDING, resize_positions
 from megatron_owl2.training.checkpoint.save_load import global_shapes
 from megatron_owl2.utils.files import new_directory
 
-_POSITIONS = "vision_model.position_embedding"
 _GIB = 1024**3
 
 
@@ -53,8 +52,8 @@ def read_hf(
     if layout == "clip" and "embeddings.class_embedding" in reader.names():
         reader.add_prefix("vision_model.")  # transformers 5 saves a CLIPVisionModel without it
     stored = dict(shapes)
-    if stored_grid is not None and _POSITIONS in stored:
-        stored[_POSITIONS] = (1, stored_grid**2 + 1, model.vision.hidden_size)
+    if stored_grid is not None and POSITION_EMBEDDING in stored:
+        stored[POSITION_EMBEDDING] = (1, stored_grid**2 + 1, model.vision.hidden_size)
     resized = {n for n in shapes if stored[n] != shapes[n]}
 
     def is_made(rule: mapping.Rule) -> bool:
@@ -68,7 +67,7 @@ def read_hf(
         def read() -> torch.Tensor:
             tensor = rule.transform.join([reader[name] for name in rule.theirs])
             if rule.ours in resized:
-                tensor = resize_positions(tensor, model.vision.grid_size).to(tensor.dtype)
+                tensor = resize_positions(tensor, model.vision.grid_size)
             return tensor
 
         dtypes = [t for t in map(reader.dtype, rule.theirs) if isinstance(t, torch.dtype)]
@@ -136,19 +135,6 @@ def export_hf(
                 write_model_card(partial, model)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error}") from None
-
-
-def resize_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """A ViT's position table [1, 1 + g^2, h] on another grid, [1, 1 + grid^2, h] in fp32.
-
-    The class token's row is kept; the others are resized bicubically (align_corners False), the
-    usual way to take a CLIP to another resolution.
-    """
-    table = table.float()
-    stored = round((table.shape[1] - 1) ** 0.5)
-    patches = table[:, 1:].unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
-    patches = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def _theirs(

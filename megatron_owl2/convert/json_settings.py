@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
+from megatron_owl2.config.fields import choice_misfit
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.config.validate_model import misfit, validate_model
 from megatron_owl2.convert.safetensors_io import read_json
@@ -52,7 +53,11 @@ class Settings:
             for ours, theirs in fields.items()
             if (wanted := misfit(known[ours], found[theirs]))
         )
-        return cls(**{ours: kinds[ours](found[theirs]) for ours, theirs in fields.items()})
+        for ours, theirs in fields.items():
+            if choices := choice_misfit(kinds[ours], found[theirs]):
+                self._refuse([(theirs, found[theirs], choices)])
+        made = {n: str if get_origin(kind) is Literal else kind for n, kind in kinds.items()}
+        return cls(**{ours: made[ours](found[theirs]) for ours, theirs in fields.items()})
 
     def hold(self, fixed: dict) -> None:
         """Refusal of what differs from what the model always is; absent settings are right."""

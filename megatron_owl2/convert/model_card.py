@@ -1,8 +1,11 @@
 """Model card of an export: the README.md that people and the Hub of Hugging Face read."""
 
+import json
 from pathlib import Path
 
 from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.config.templates import TEMPLATES
+from megatron_owl2.data.conversation import prompt
 
 _CARD = """\
 ---
@@ -16,7 +19,7 @@ tags:
 # mPLUG-Owl2
 
 A model of the family [mPLUG-Owl2](https://arxiv.org/abs/2311.04257) for transformers 5.4 or later.
-Its modelling code lies in this folder and runs with `trust_remote_code=True`. An image is squashed
+Its modelling code lies in this folder and runs with `trust_remote_code=True`. An image is {resized}
 to {size} x {size} pixels and takes {tokens} of the {positions} positions, in place of its
 `<|image|>` in the text.{lack}
 
@@ -27,11 +30,15 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 folder = "."  # this one
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-prompt = "USER: <|image|>What is this? ASSISTANT:"
+prompt = {prompt}
 inputs = processor(images=[Image.open("owl.jpg")], text=[prompt]).to(model.device)
 answer = model.generate(**inputs, max_new_tokens=64)
 print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
+
+`processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)` takes messages
+in place of a prompt. Their texts stay texts, whatever they spell; in a prompt `<|image|>` is an
+image and `</s>` the end of a turn.
 
 ## Fine-tuning
 
@@ -53,6 +60,11 @@ model = get_peft_model(model, config)
 `gate_proj`, `up_proj` and `down_proj` are as usual; `target_modules="all-linear"` adapts ViT and
 abstractor too.
 """
+_RESIZED = {
+    "stretch": "squashed",
+    "pad": "padded to a square with the mean colour and resized",
+    "crop": "resized by its shorter side and cropped",
+}
 _LACK = """
 
 There is no `tokenizer.model` in this folder, as the export had none; without it the processor does
@@ -64,7 +76,9 @@ def write_model_card(directory: Path, model: ModelConfig) -> None:
     text = _CARD.format(
         tokens=model.tokens_per_image,
         positions=model.decoder.max_positions,
+        resized=_RESIZED[model.image_mode],
         size=model.vision.image_size,
+        prompt=json.dumps(prompt("<|image|>What is this?", TEMPLATES[model.template])),
         lack="" if (directory / "tokenizer.model").exists() else _LACK,
     )
     (directory / "README.md").write_text(text)

@@ -106,9 +106,10 @@ def from_llama_and_clip(
     `seed`.
     """
     stored = ModelConfig(
-        vision=hf_config.read_clip(vision_model), decoder=hf_config.read_llama(language_model)
+        vision=hf_config.read_clip(vision_model),
+        decoder=hf_config.read_llama(language_model),
+        **hf_config.read_image_settings(vision_model),
     )
-    stored.image_mean, stored.image_std = hf_config.read_image_statistics(vision_model)
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
     given, config = config, _checked_config(config, stored, owners)
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)

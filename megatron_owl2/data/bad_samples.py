@@ -32,15 +32,20 @@ class BadSampleLog:
         at from the 1000th on) or `max_bad_in_a_row` samples in a row did.
         """
         bad_indices = {sample.sample_index for sample in batch.bad_samples}
-        self._seen += len(batch.sample_indices)
-        self._bad += len(bad_indices)
+        self._seen += batch.asked
+        self._bad += batch.bad
         if not bad_indices:
             self._in_a_row = 0
             return
         self._write(batch)
-        for sample_index in batch.sample_indices.tolist():
-            self._in_a_row = self._in_a_row + 1 if sample_index in bad_indices else 0
-            if self._in_a_row == self._max_bad_in_a_row:
+        for sample_index, usable in zip(
+            batch.sample_indices.tolist(), batch.samples_per_row, strict=True
+        ):
+            if sample_index not in bad_indices or (batch.packed and usable):
+                self._in_a_row = 0
+                continue
+            self._in_a_row += batch.bad_in_row(sample_index)
+            if self._in_a_row >= self._max_bad_in_a_row:
                 self._stop(
                     batch,
                     f"{self._in_a_row} samples in a row",
@@ -77,7 +82,12 @@ def path_of(output: Path, rank: int) -> Path:
     return output / _PATTERN.replace("*", str(rank))
 
 
+def paths(output: Path) -> list[Path]:
+    """The logs of all ranks in a run directory."""
+    return sorted(output.glob(_PATTERN))
+
+
 def drop_after(output: Path, consumed_samples: int) -> None:
     """Drop the lines that a run resumed at `consumed_samples` will write again."""
-    for path in output.glob(_PATTERN):
+    for path in paths(output):
         truncate_jsonl(path, lambda row: row["slot"] < consumed_samples)

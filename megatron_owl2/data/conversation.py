@@ -1,22 +1,17 @@
-"""Conversation template: a record to token ids, labels and modality in their final positions.
+"""Samples of records: token ids, labels and modality of a conversation or a caption.
 
-The template is the one of official inference, without a system prompt:
-`USER: <|image|>question ASSISTANT: answer</s>`. Training on it closes the gap between the
-official fine-tuning scripts (with a system prompt) and official inference (without).
+Conversations follow the template of the model (config/templates.py). Captions have the official
+plain style, `<|image|>` + caption + EOS.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_owl2.data.image_tokens import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_ID,
-    TEXT,
-    expand_placeholders,
-)
+from megatron_owl2.config.templates import OWL2, Template
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID, expand_placeholders
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError
@@ -27,26 +22,57 @@ if TYPE_CHECKING:  # the help of owl2 evaluate comes without it
 
 @dataclass
 class Sample:
-    """One row of a batch, padded to the sequence length s.
+    """One sample of n positions.
 
-    tokens, labels and modality are int64 [s]; `length` positions are not padding. `shortened`:
-    turns or the end of an answer did not fit. The data set adds image (uint8 [3, H, W] or None),
-    sample index, key and source (the number of the data set)."""
+    tokens, labels (shifted: the target of each position) and modality are int64 [n].
+    `image_count` is the number of images among them; `shortened`: turns or the end of an answer did
+    not fit. The data set adds images (uint8 [3, H, W] each), key and source (the
+    number of the data set)."""
 
     tokens: np.ndarray
     labels: np.ndarray
     modality: np.ndarray
-    length: int
-    shortened: bool
-    image: "torch.Tensor | None" = None
-    sample_index: int = -1
+    image_count: int = 0
+    shortened: bool = False
+    images: "list[torch.Tensor]" = field(default_factory=list)
     key: str = ""
     source: int = 0
 
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return len(self.tokens)
 
-def prompt(question: str) -> str:
-    """The text that asks for an answer; `question` may contain the placeholder."""
-    return f"USER: {question} ASSISTANT:"
+
+def prompt(question: str, template: Template = OWL2, system: str = "") -> str:
+    """The text that asks for the first answer; placeholders in `question` stand for images.
+
+    `system` is the text before it in place of the template's own.
+    """
+    pieces = _arranged(question.split(IMAGE_PLACEHOLDER), template)
+    question = IMAGE_PLACEHOLDER.join(pieces)
+    return _opening(template, system) + template.user + question + template.assistant
+
+
+def asking_ids(
+    questions: Sequence[Sequence[str]],
+    answers: Sequence[str],
+    tokenizer: Tokenizer,
+    template: Template = OWL2,
+    system: str = "",
+) -> list[int]:
+    """Ids, with -200 for every image, that ask for the answer to the last question.
+
+    `questions` are the texts between the images of each, one more than these; `answers` are those
+    to all but the last. They are the ids that build_sample begins with, and no text becomes
+    anything but text.
+    """
+    ids: list[int] = []
+    for index, pieces in enumerate(questions):
+        ids += _question_ids(pieces, tokenizer, template, system, first=index == 0)
+        if index < len(answers):
+            ids += _answer_ids(answers[index], tokenizer)
+    return ids
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -69,28 +95,38 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def build_sample(
-    record: Record, tokenizer: Tokenizer, tokens_per_image: int, sequence_length: int
+    record: Record,
+    tokenizer: Tokenizer,
+    tokens_per_image: int,
+    sequence_length: int,
+    template: Template = OWL2,
+    max_images: int | None = None,
 ) -> Sample:
-    """The ids of a record with the image expanded to its rows and labels shifted by one.
+    """The ids of a record with its images expanded to their rows and labels shifted by one.
 
-    Conversations: only answers and their EOS are supervised. The image comes right after the
-    first `USER: `, wherever the question had the placeholder. Captions have the official plain
-    style, `<|image|>` + caption + EOS, where only the placeholder is masked: the last image row
-    predicts the BOS. A caption without an image is plain text, supervised after its BOS.
+    Conversations: only answers and their EOS are supervised. A caption: only the placeholder is
+    masked, so the last image row predicts the BOS; without an image it is plain text, supervised
+    after its BOS. Texts of a record become pieces of text whatever they spell, never control
+    tokens.
 
-    Whole trailing turns are dropped until the conversation fits; a first answer or a caption that
-    does not fit alone is cut at the end. Raises BadSampleError if not even one id of it fits.
+    Whole trailing turns are dropped, with their images, until the conversation fits into
+    `sequence_length` positions and `max_images`; a first answer or a caption that does not fit
+    alone is cut at the end. Raises BadSampleError if not even one id of it fits.
     """
-    has_image = record.image is not None
     ids: list[int] = []
     targets: list[int] = []
+    images = positions = 0
     shortened = False
-    for given, answer in _exchanges(record, tokenizer):
-        room = sequence_length - len(ids) - len(given) - (tokens_per_image - 1) * has_image
-        if len(answer) > room:
+    for given, answer in _exchanges(record, tokenizer, template):
+        count = given.count(IMAGE_TOKEN_ID)
+        room = sequence_length - positions - len(given) - count * (tokens_per_image - 1)
+        too_many = max_images is not None and images + count > max_images
+        if len(answer) > room or too_many:
             shortened = True
             if ids:
                 break
+            if too_many:
+                raise BadSampleError(f"{count} images before the first answer; {max_images} fit")
             answer = answer[: max(room, 0)]
             if not set(answer) - {tokenizer.bos_id}:
                 raise BadSampleError(
@@ -99,31 +135,76 @@ def build_sample(
                 )
         ids += given + answer
         targets += [IGNORE_INDEX] * len(given) + answer
+        images += count
+        positions = len(ids) + images * (tokens_per_image - 1)
         if shortened:
             break
-
-    tokens = np.zeros(sequence_length, dtype=np.int64)
-    labels = np.full(sequence_length, IGNORE_INDEX, dtype=np.int64)
-    modality = np.full(sequence_length, TEXT, dtype=np.int64)
     row = expand_placeholders(ids, tokens_per_image, targets)
-    length = len(row.tokens)
-    tokens[:length] = row.tokens
-    labels[: length - 1] = row.labels[1:]
-    modality[:length] = row.modality
-    return Sample(tokens, labels, modality, length, shortened)
+    labels = np.append(row.labels[1:], IGNORE_INDEX)
+    return Sample(row.tokens, labels, row.modality, images, shortened)
 
 
-def _exchanges(record: Record, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+def measure(record: Record, tokenizer: Tokenizer, template: Template = OWL2) -> tuple[int, int]:
+    """(ids of text, images) of a record's whole sample; its positions are the ids and the rows of
+    the images."""
+    ids = images = 0
+    for given, answer in _exchanges(record, tokenizer, template):
+        count = given.count(IMAGE_TOKEN_ID)
+        images += count
+        ids += len(given) - count + len(answer)
+    return ids, images
+
+
+def _exchanges(
+    record: Record, tokenizer: Tokenizer, template: Template
+) -> Iterator[tuple[list[int], list[int]]]:
     """(ids that are given, ids that are supervised), once for each turn or for the caption."""
-    has_image = record.image is not None
     if record.caption is not None:
         text = [*tokenizer.encode(record.caption), tokenizer.eos_id]
         bos = [tokenizer.bos_id]
-        yield ([IMAGE_TOKEN_ID], bos + text) if has_image else (bos, text)
-    for index, turn in enumerate(record.turns):
-        question = turn.question
-        if index == 0 and has_image:
-            question = IMAGE_PLACEHOLDER + question.replace(IMAGE_PLACEHOLDER, "").strip()
-        text = prompt(question)
-        given = tokenizer.encode(text) if index else prompt_ids(text, tokenizer)
-        yield given, [*tokenizer.encode(turn.answer), tokenizer.eos_id]
+        yield ([IMAGE_TOKEN_ID], bos + text) if record.images else (bos, text)
+    for index, pieces in enumerate(record.questions()):
+        given = _question_ids(pieces, tokenizer, template, record.system, first=index == 0)
+        yield given, _answer_ids(record.turns[index].answer, tokenizer)
+
+
+def _question_ids(
+    pieces: Sequence[str], tokenizer: Tokenizer, template: Template, system: str, *, first: bool
+) -> list[int]:
+    """Ids of a turn up to its answer; the first turn begins with BOS and the system text."""
+    pieces = _arranged(pieces, template)
+    opening = _opening(template, system) if first else ""
+    pieces[0] = opening + template.user + pieces[0]
+    pieces[-1] += template.assistant
+    ids = [tokenizer.bos_id] if first else []
+    for number, piece in enumerate(pieces):
+        ids += [IMAGE_TOKEN_ID] if number else []
+        ids += tokenizer.encode(piece) if piece else []
+    return ids
+
+
+def _answer_ids(answer: str, tokenizer: Tokenizer) -> list[int]:
+    return [*tokenizer.encode(answer), tokenizer.eos_id]
+
+
+def _opening(template: Template, system: str) -> str:
+    system = system or template.system
+    return f"{system} " if system else ""
+
+
+def _arranged(pieces: Sequence[str], template: Template) -> list[str]:
+    """The texts around the images of a question as the template has them.
+
+    A question with images has no white space at its ends, and none between images that begin it,
+    after which comes the template's own. One without images stays as it is.
+    """
+    arranged = list(pieces)
+    last = len(arranged) - 1
+    if not last:
+        return arranged
+    leading = next((number for number, piece in enumerate(pieces) if piece.strip()), last)
+    arranged[:leading] = [""] * leading
+    arranged[last] = arranged[last].rstrip()
+    after = template.after_image if leading else ""
+    arranged[leading] = after + arranged[leading].lstrip()
+    return arranged

@@ -1,23 +1,26 @@
 """Image preprocessing on uint8: decoding, resizing to the model's square, cropping, flipping.
 
-JPEG goes through libjpeg-turbo and the resize through torch's antialiased bicubic filter: within
-one or two levels of 255 of Pillow's result in half the time. Normalisation happens on the device.
+JPEG goes through libjpeg-turbo and the resize (image_resize.py) through torch's antialiased bicubic
+filter: within one or two levels of 255 of Pillow's result in half the time. Normalisation happens
+on the device.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
+from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.data import jpeg, pillow_images
 from megatron_owl2.data.image_files import kind
+from megatron_owl2.data.image_resize import SquareResize, resize
 from megatron_owl2.data.pillow_images import UnusableImageError
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.errors import BadSampleError
 
 Crop = tuple[int, int, int, int]  # top, left, height, width in pixels
 _FACTORS = 8, 4, 2  # by which libjpeg-turbo divides the sides of a JPEG at less cost
+STRETCH = SquareResize()
 
 
 def decode(data: bytes) -> torch.Tensor:
@@ -41,9 +44,14 @@ def check(data: bytes) -> None:
 
 
 def load_square(
-    data: bytes, size: int, random: KeyedRandom | None = None, scaled: bool = False
+    data: bytes,
+    size: int,
+    random: KeyedRandom | None = None,
+    scaled: bool = False,
+    to_square: SquareResize = STRETCH,
 ) -> torch.Tensor:
-    """An image file as uint8 [3, size, size]: all of it, or augmented where `random` is given.
+    """An image file as uint8 [3, size, size]: resized by `to_square`, or augmented where `random`
+    is given (the crop is stretched then, whatever the mode).
 
     `scaled` decodes a JPEG that has more pixels than needed at the smallest scale, of 1/2, 1/4 and
     1/8, at which the crop still has `size` rows and columns; the crop's edges are rounded to whole
@@ -59,7 +67,14 @@ def load_square(
         factor, reduced = reduce_crop(crop, size)
         image = _decode(data, factor)
         crop = crop if image.shape[1:] == shape else reduced
-    return _show(image, crop, size, random)
+    top, left, height, width = crop
+    shown = image[:, top : top + height, left : left + width]
+    return to_square(shown, size) if random is None else _flip(resize_square(shown, size), random)
+
+
+def square_resize(model: ModelConfig) -> SquareResize:
+    """The resizing of images for a model, in its `image_mode`."""
+    return SquareResize(model.image_mode, tuple(model.image_mean))
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
@@ -96,17 +111,8 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def resize_square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Squash uint8 [3, H, W] to [3, size, size] with antialiased bicubic interpolation.
-
-    The shape of the image is not kept: the official evaluation squashes, and says it is best.
-    The result lies in memory as pixels come from a decoder, channels last: turning it over costs
-    as much as half of the interpolation, on a device almost nothing.
-    """
-    # A crop is copied first, or torch interpolates plane by plane: the same values at a third more.
-    batch = image[None].contiguous(memory_format=torch.channels_last)
-    if image.shape[1:] == (size, size):
-        return batch[0]
-    return F.interpolate(batch, (size, size), mode="bicubic", antialias=True)[0]
+    """uint8 [3, H, W] stretched to [3, size, size], channels last in memory."""
+    return resize(image, size, size)
 
 
 def augment(image: torch.Tensor, size: int, random: KeyedRandom) -> torch.Tensor:
@@ -114,7 +120,8 @@ def augment(image: torch.Tensor, size: int, random: KeyedRandom) -> torch.Tensor
 
     uint8 [3, H, W] to [3, size, size]; the paper's stage-1 augmentation, after BLIP-2.
     """
-    return _show(image, random_crop(image.shape[1], image.shape[2], random), size, random)
+    top, left, height, width = random_crop(image.shape[1], image.shape[2], random)
+    return _flip(resize_square(image[:, top : top + height, left : left + width], size), random)
 
 
 def random_crop(height: int, width: int, random: KeyedRandom) -> Crop:
@@ -174,8 +181,6 @@ def _draw(height: int, width: int, random: KeyedRandom | None) -> Crop:
     return (0, 0, height, width) if random is None else random_crop(height, width, random)
 
 
-def _show(image: torch.Tensor, crop: Crop, size: int, random: KeyedRandom | None) -> torch.Tensor:
-    """The crop as uint8 [3, size, size]; flipped with p = 0.5 where `random` is given."""
-    top, left, height, width = crop
-    square = resize_square(image[:, top : top + height, left : left + width], size)
-    return square.flip(-1) if random is not None and random.uniform() < 0.5 else square
+def _flip(square: torch.Tensor, random: KeyedRandom) -> torch.Tensor:
+    """The image, mirrored with p = 0.5."""
+    return square.flip(-1) if random.uniform() < 0.5 else square

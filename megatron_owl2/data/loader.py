@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Sampler
 from megatron_owl2.config.schema import DataConfig
 from megatron_owl2.data.bad_samples import BadSampleLog
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.sampling.phases import Phase
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.sampling.prefetch import working_set
 from megatron_owl2.data.shards.dataset import ShardedDataset
-from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.training_dataset import TrainingDataset
+from megatron_owl2.data.training_order import TrainingOrder
 from megatron_owl2.errors import DataError, LoaderError
 
 _logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class BatchLoader:
         bad_sample_log: Path | None,
         taken_at_once: int = 1,
     ):
-        self.samples_per_epoch = dataset.order.samples_per_epoch
+        self.samples_per_epoch = dataset.order.samples.samples_per_epoch
         self.restarts = 0  # of the workers, over all iterations
         self._dataset = dataset
         self._batches = batches
@@ -229,44 +229,35 @@ def _end(workers: set[BaseProcess]) -> None:
 def build_loader(
     config: DataConfig,
     datasets: Sequence[ShardedDataset],
-    phase: Phase,
+    order: TrainingOrder,
+    builder: SampleBuilder,
     *,
-    tokenizer: Tokenizer,
-    tokens_per_image: int,
-    image_size: int,
     row_alignment: int,
     micro_batch_size: int,
     start_sample: int,
     data_parallel_rank: int,
     data_parallel_size: int,
-    decode_images: bool = True,
     bad_sample_log: str | Path | None = None,
     limit_samples: int | None = None,
     taken_at_once: int = 1,
 ) -> BatchLoader:
-    """The batches of one data-parallel rank from global sample index `start_sample` on, in a phase.
+    """The batches of one data-parallel rank from row index `start_sample` on, in the order of a
+    phase.
 
     `datasets` are those of `config.sources` (open_sources).
 
-    Each of R ranks gets the samples s of one s % R (ShuffleOrder.residue) in increasing order: if R
+    Each of R ranks gets the rows s of one s % R (ShuffleOrder.residue) in increasing order: if R
     divides the global batch size, every global batch holds the same samples for any R. Batches do
     not depend on `config.workers` (0: no worker processes), and are as long as their longest row
     and `row_alignment` ask (row_length.py). Workers have `taken_at_once` batches ready.
-    `limit_samples` ends after that many samples of all ranks together. `bad_sample_log` is the file
+    `limit_samples` ends after that many rows of all ranks together. `bad_sample_log` is the file
     that gets one JSON line for every unusable sample of a batch that was handed out. Raises
-    ConfigError for an impossible mixture and ValueError for a rank or limit that does not fit."""
-    dataset = TrainingDataset(
-        config,
-        datasets,
-        phase,
-        tokenizer,
-        tokens_per_image,
-        image_size,
-        row_alignment,
-        decode_images,
-    )
+    ValueError for a rank or limit that does not fit."""
+    dataset = TrainingDataset(config, datasets, order, builder, row_alignment)
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = working_set(datasets, dataset.order, data_parallel_size, on_node) / 2**30
+    # Balanced rows come from all streams, wherever they are read.
+    readers = 1 if order.packed is not None else data_parallel_size
+    needed = working_set(datasets, order.samples, readers, on_node) / 2**30
     if needed > config.storage.cache_gib and data_parallel_rank == 0:
         _logger.warning(
             "data.storage.cache_gib is %g, but the ranks of a node read about %.1f GiB of shards "
@@ -274,7 +265,7 @@ def build_loader(
             config.storage.cache_gib,
             needed,
         )
-    residue = dataset.order.residue(data_parallel_rank, data_parallel_size)
+    residue = order.samples.residue(data_parallel_rank, data_parallel_size)
     batches = MicroBatchSampler(
         start_sample, residue, data_parallel_size, micro_batch_size, limit_samples
     )

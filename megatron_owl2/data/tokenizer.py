@@ -1,5 +1,6 @@
 """SentencePiece with the behaviour of LLaMA-2's tokenizer: unk 0, BOS 1, EOS 2, padding = unk."""
 
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,8 @@ class Tokenizer:
                 f"{self.path}: unk, BOS and EOS have the ids {found}, LLaMA-2 has (0, 1, 2); "
                 "train the model with train_tokenizer or take LLaMA-2's"
             )
+
+        self.fingerprint = hashlib.sha256(data).hexdigest()  # of the file
 
     @property
     def vocab_size(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_owl2.config.templates import OWL2, Template
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
@@ -40,11 +41,11 @@ class Question:
     skill: str
     gold: str
 
-    def prompt(self, suffix: str) -> str:
-        """The official inference prompt, images first. It ends at `ASSISTANT:`: the official
-        evaluation scripts append a space, but models learn the answer's first token, which
-        carries its own leading space, directly after the colon."""
-        return prompt(IMAGE_PLACEHOLDER * len(self.images) + self.text + suffix)
+    def prompt(self, suffix: str, template: Template = OWL2) -> str:
+        """The prompt of the model's template, images first; owl2's is that of official inference.
+        It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
+        the answer's first token, which carries its own leading space, directly after the colon."""
+        return prompt(IMAGE_PLACEHOLDER * len(self.images) + self.text + suffix, template)
 
 
 @dataclass(frozen=True)

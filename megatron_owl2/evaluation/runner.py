@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images
 from megatron_owl2.errors import BadSampleError, TaskError
 from megatron_owl2.evaluation.benchmark import PREDICTIONS, SCORES, Benchmark, Gold, Question
@@ -63,8 +65,9 @@ def evaluate(
     if main:
         Path(output).mkdir(parents=True, exist_ok=True)
         (Path(output) / SCORES).unlink(missing_ok=True)  # of the predictions that are replaced
-    read_image = _image_reader(loaded.config.vision.image_size, settings)
+    read_image = _image_reader(loaded.config, settings)
     generator = Generator(loaded)
+    template = TEMPLATES[loaded.config.template]
     predictions: dict[int | str, str] = {}
     started = time.perf_counter()
     with (
@@ -80,7 +83,7 @@ def evaluate(
         for first in range(0, len(questions), settings.batch_size):
             batch = questions[first : first + settings.batch_size]
             answers = generator.generate(
-                [question.prompt(suffix) for question in batch],
+                [question.prompt(suffix, template) for question in batch],
                 [_images_of(question, read_image) for question in batch],
                 **limits,
             )
@@ -96,6 +99,7 @@ def evaluate(
         "blind": settings.blind,
         "limit": settings.limit,
         "prompt_suffix": suffix,
+        "template": template.name,
         **limits,
         "variant": settings.variant or next(iter(benchmark.variants), None),
         "seconds": round(seconds, 2),
@@ -140,16 +144,17 @@ def _images_of(question: Question, read: Callable[[Path], torch.Tensor]) -> list
     return shown
 
 
-def _image_reader(size: int, settings: Settings) -> Callable[[Path], torch.Tensor]:
+def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Path], torch.Tensor]:
     """A reader of images [3, size, size] in uint8, cached: questions about one image that follow
     each other get the same tensor object, which the generator encodes once."""
+    size, to_square = model.vision.image_size, images.square_resize(model)
     black = torch.zeros(3, size, size, dtype=torch.uint8)
 
     @lru_cache(maxsize=settings.batch_size)
     def read(path: Path) -> torch.Tensor:
         if settings.blind:
             return black
-        return images.load_square(path.read_bytes(), size)
+        return images.load_square(path.read_bytes(), size, to_square=to_square)
 
     return read
 

@@ -12,10 +12,16 @@ import torch
 from PIL import Image
 
 from megatron_owl2.config.schema import Precision
+from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images as image_processing
-from megatron_owl2.data.conversation import prompt
-from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
+from megatron_owl2.data.conversation import asking_ids
 from megatron_owl2.errors import BadSampleError, InferenceError
+from megatron_owl2.inference.messages import (
+    Conversation,
+    Message,
+    from_messages,
+    from_question,
+)
 from megatron_owl2.mcore.setup import setup
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ ImageInput: TypeAlias = str | PathLike[str] | Image.Image | torch.Tensor
 
 
 class InferenceModel:
-    """A loaded model that answers questions, greedily."""
+    """A loaded model that answers questions, greedily, in the template that it was trained with."""
 
     def __init__(self, loaded: "LoadedModel"):
         from megatron_owl2.inference.engine import Generator
@@ -41,7 +47,7 @@ class InferenceModel:
     @overload
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[Message]],
         images: Sequence[Sequence[ImageInput]] = (),
         *,
         max_new_tokens: int = 64,
@@ -52,25 +58,30 @@ class InferenceModel:
 
         images: for one question its images in order; for a list of questions one such list for
         each, or nothing. An image is a path, a Pillow image or a tensor uint8 [3, H, W] (RGB) of
-        any size; it is squashed to the model's square. Images go where the question has
-        `<|image|>`, or before it if it has none. Questions of a list are answered in one batch.
+        any size; the model's `image_mode` makes its square of it. Images go where the question has
+        `<|image|>`, or before it if it has none; without images `<|image|>` is text. In place of a
+        question in the list there may be a conversation, a list of messages with their own images
+        (`messages.from_messages`). Questions of a list are answered in one batch.
         An answer has at most `max_new_tokens` tokens.
         Raises InferenceError if an image cannot be used, the placeholders and images differ in
-        number, or the question and its answer exceed the decoder's positions; OSError for a file
-        that cannot be read. Under torchrun all processes must make the same calls.
+        number, messages are not a conversation, or the question and its answer exceed the decoder's
+        positions; OSError for a file that cannot be read. Under torchrun all processes must make
+        the same calls.
         """
         if isinstance(prompts, str):
             return self.generate([prompts], [images], max_new_tokens=max_new_tokens)[0]
         rows = [_as_list(row) for row in images] or [[]] * len(prompts)
         if len(rows) != len(prompts):
             raise InferenceError(f"{len(prompts)} prompts, but images for {len(rows)}")
-        questions = map(_with_placeholders, prompts, map(len, rows))
-        size = self.config.vision.image_size
-        pixels = [
-            [image_processing.resize_square(read_image(image), size) for image in row]
-            for row in rows
+        asked = [_conversation(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+        size, to_square = self.config.vision.image_size, image_processing.square_resize(self.config)
+        pixels = [[to_square(read_image(image), size) for image in one.images] for one in asked]
+        template = TEMPLATES[self.config.template]
+        ids = [
+            asking_ids(one.questions, one.answers, self.tokenizer, template, one.system)
+            for one in asked
         ]
-        return self._generator.generate([*map(prompt, questions)], pixels, max_new_tokens)
+        return self._generator.generate(ids, pixels, max_new_tokens)
 
 
 def load(path: str | PathLike[str], precision: Precision = "fp32") -> InferenceModel:
@@ -108,11 +119,15 @@ def read_image(image: ImageInput) -> torch.Tensor:
     )
 
 
-def _with_placeholders(question: str, images: int) -> str:
-    """The question with a placeholder for each image, which come first unless it has its own."""
-    if IMAGE_PLACEHOLDER in question:
-        return question
-    return IMAGE_PLACEHOLDER * images + question
+def _conversation(prompt: str | Sequence[Message], images: list[ImageInput]) -> Conversation:
+    """A question with its images, or messages, which have their own."""
+    if isinstance(prompt, str):
+        return from_question(prompt, images)
+    if images:
+        raise InferenceError(
+            "messages have their images in them: {'type': 'image', 'image': image} in a content"
+        )
+    return from_messages(prompt)
 
 
 def _as_list(images: Sequence[ImageInput]) -> list[ImageInput]:

@@ -92,18 +92,19 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         images: Sequence[Sequence[torch.Tensor]],
         max_new_tokens: int,
         min_new_tokens: int = 1,
     ) -> list[str]:
-        """The answers, stripped, to prompts with one `<|image|>` for each of their images.
+        """The answers, stripped, to prompts with one `<|image|>` for each of their images, or to
+        ids with -200 in its place.
 
         images: per prompt its images in order, [3, H, W] of the model's size, uint8 (or float,
         normalised already).
         Raises InferenceError as `generate_ids` does.
         """
-        ids = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
+        ids = [prompt_ids(p, self.tokenizer) if isinstance(p, str) else p for p in prompts]
         pieces = self.tokenizer.vocab_size  # the model may embed more, which have no text
         answers = self.generate_ids(ids, images, max_new_tokens, min_new_tokens, pieces)
         return [self.tokenizer.decode(answer).strip() for answer in answers]

@@ -6,6 +6,7 @@ from torch import nn
 from megatron_owl2.config.schema import DecoderConfig, ModelConfig
 from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.attention import AttentionMask
 from megatron_owl2.model.kernels import Kernels, build_kernels
 from megatron_owl2.model.kernels.elementwise import build_elementwise
 from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
@@ -52,11 +53,12 @@ class Decoder(nn.Module):
         modality: Modality,
         position_ids: torch.Tensor,
         *,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask | None = None,
         caches: dict[int, KeyValueCache] | None = None,
     ) -> torch.Tensor:
         """position_ids [b, s]; attention is causal unless `attention_mask` (bool [b, 1, s, s'],
-        True where allowed) says more; `caches` by layer number extend the context."""
+        True where allowed) says more, and stays within the sequences of packed rows; `caches` by
+        layer number extend the context."""
         rotary = rotary_tables(position_ids, self.config, x.dtype)
         with self.kernels.fp8_context():
             for number, layer in zip(self.layers.numbers(), self.layers, strict=True):

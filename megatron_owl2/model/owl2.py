@@ -10,8 +10,10 @@ from torch import nn
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.mcore.initialization import without_initial_values
 from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, VocabEmbedding
+from megatron_owl2.mcore.packed_sequences import PackedSequences
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.abstractor import Abstractor
+from megatron_owl2.model.attention import AttentionMask
 from megatron_owl2.model.decoder import Decoder, KeyValueCache
 from megatron_owl2.model.kernels.elementwise import build_elementwise
 from megatron_owl2.model.lora import token_keys
@@ -80,24 +82,27 @@ class Owl2(MegatronModule):
         target_index: torch.Tensor | None = None,
         local_vision_token_index: torch.Tensor | None = None,
         sample_indices: torch.Tensor | None = None,
+        packed: PackedSequences | None = None,
     ) -> torch.Tensor:
         """A micro-batch, as `data.batch.Batch` has it, through this chunk.
 
         tokens, modality, position_ids, labels int64 [b, s]; image uint8 or normalised float [n, 3,
         H, W]; vision_token_index int64 [images in the text * tokens per image], target_index int64
-        [n], given with labels. Images beyond those that own rows take part in the backward pass
-        with zero gradient. Under context parallelism all but tokens, image and vision_token_index
-        are this rank's share (`Batch.local_to`). sample_indices int64 [b] are what the dropout of
-        adapters follows; without them, and in evaluation, there is none. Returns hidden states [s,
-        b, h] on all but the last pipeline stage; there the losses of the rows in target_index, fp32
-        [n], or without labels the logits of all rows [b, s, vocab]."""
+        [n], given with labels; `packed` if rows hold several samples. Images beyond those that own
+        rows take part in the backward pass with zero gradient. Under context parallelism all but
+        tokens, image, packed and vision_token_index are this rank's share (`Batch.local_to`).
+        sample_indices int64 [b] are what the dropout of adapters follows; without them, and in
+        evaluation, there is none. Returns hidden states [s, b, h] on all but the last pipeline
+        stage; there the losses of the rows in target_index, fp32 [n], or without labels the logits
+        of all rows [b, s, vocab]."""
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:
             assert self._received is not None, "the schedule hands over hidden states first"
             x = self._received
         rows = vision_token_index if local_vision_token_index is None else local_vision_token_index
-        x = self.hidden_states(x, modality, rows, position_ids, sample_indices=sample_indices)
+        more = {"attention_mask": packed, "sample_indices": sample_indices}
+        x = self.hidden_states(x, modality, rows, position_ids, **more)
         if not self.post_process:
             return x
         if labels is None:
@@ -114,7 +119,7 @@ class Owl2(MegatronModule):
         vision_token_index: torch.Tensor,
         position_ids: torch.Tensor,
         *,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask | None = None,
         caches: dict[int, KeyValueCache] | None = None,
         sample_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:

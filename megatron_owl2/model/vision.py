@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, RowLinear
@@ -9,6 +10,8 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.attention import attend
 from megatron_owl2.model.kernels.elementwise import build_elementwise
 from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
+
+POSITION_EMBEDDING: str = "vision_model.position_embedding"  # its name in the whole model
 
 
 class VisionModel(nn.Module):
@@ -81,3 +84,17 @@ class VisionLayer(nn.Module):
         bias = self.linear_fc1.bias
         gated = self.activation_checkpoint(self.elementwise.quick_gelu, wide, bias)
         return x + self.linear_fc2(gated)
+
+
+def resize_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
+    """A ViT's position table [1, 1 + g^2, h] on another grid, [1, 1 + grid^2, h].
+
+    The class token's row is kept; the others are resized bicubically (align_corners False), the
+    usual way to take a CLIP to another resolution, in fp32; the result is rounded to the table's
+    dtype.
+    """
+    stored = round((table.shape[1] - 1) ** 0.5)
+    patches = table[:, 1:].float().unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
+    patches = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    return torch.cat([table[:, :1], patches], dim=1)

@@ -102,6 +102,7 @@ def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
         batch.target_index,
         batch.local_vision_token_index,
         batch.sample_indices,
+        batch.packed,
     )
     return output, partial(_summed_loss, batch)
 
@@ -111,10 +112,7 @@ def _summed_loss(batch: Batch, losses: torch.Tensor):
     number of targets."""
     mask = batch.loss_mask.t().flatten().index_select(0, batch.target_index)
     masked = losses * mask
-    rows = len(batch.tokens)
-    with_image = torch.zeros(rows, device=losses.device)
-    with_image[batch.vision_token_index % rows] = 1.0
-    with_image = with_image.index_select(0, batch.target_index % rows)
+    with_image = batch.has_image.t().flatten().index_select(0, batch.target_index)
     targets = mask.sum()
     sums = torch.stack(
         [

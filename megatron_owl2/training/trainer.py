@@ -12,12 +12,11 @@ import torch
 from megatron_owl2.config.load import save_config
 from megatron_owl2.config.machine import warn_of_slow_settings
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.config.validate import validate
+from megatron_owl2.config.validate import check_steps, validate
 from megatron_owl2.data import bad_samples
 from megatron_owl2.data.loader import build_loader
 from megatron_owl2.data.row_length import row_alignment
-from megatron_owl2.data.sampling import phases
-from megatron_owl2.data.shards.dataset import open_sources
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.tokenizer import load_tokenizer
 from megatron_owl2.errors import CheckpointError, ConfigError, DivergedError
 from megatron_owl2.mcore import setup
@@ -34,9 +33,11 @@ from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.training.garbage_collection import GarbageCollection
 from megatron_owl2.training.metrics import metrics, sample_sheet
 from megatron_owl2.training.metrics.accumulator import without_sources
+from megatron_owl2.training.metrics.data_report import write_data_report
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
 from megatron_owl2.training.metrics.wandb_logger import WandbLogger
 from megatron_owl2.training.profiling import Profiler, Timers
+from megatron_owl2.training.run_data import open_run_data
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
@@ -71,6 +72,7 @@ class Trainer:
         """
         with self:
             self.start()
+            self.open_data()
             self.build_model()
             self.resume()
             self.build_data()
@@ -79,6 +81,8 @@ class Trainer:
             while self.state.step < self.config.train.steps and not self.signal:
                 self.train_step()
             self.checkpoints.wait()
+            if self.main and not self.signal:
+                self.report_data()
             self.watchdog.end()  # closing what watches the run may take its time
         return self.signal if self.state.step < self.config.train.steps else 0
 
@@ -178,6 +182,13 @@ class Trainer:
         path = sample_sheet.write(self.output, self.state.step, batch, self.tokenizer)
         self.wandb.log_image("samples", path, self.state.step)
 
+    def report_data(self) -> None:
+        """Say what was seen of every source, and what was left out and why."""
+        phase = self.state.phases[-1]
+        totals = self.metrics.run_totals
+        text = write_data_report(self.output, phase.sources, totals, phase.start_sample)
+        _logger.info("%s", text)
+
     def save(self) -> None:
         """Begin a checkpoint of the state after this step."""
         with self.profiler.span("checkpoint"):
@@ -205,10 +216,19 @@ class Trainer:
         warn_of_slow_settings(config)
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
 
+    def open_data(self) -> None:
+        """The data sets, their phases and the order of rows; epochs become `train.steps`."""
+        config = self.config
+        self.resumed_from = directories.latest(self.output)
+        self.data = open_run_data(config, self.tokenizer, self.resumed_from)
+        self.state.phases = self.data.phases
+        config.train.steps = self.data.steps(config)
+        check_steps(config)
+        _logger.info("%s", self.data.describe())
+
     def build_model(self) -> None:
         """The chunks of the model on this rank, frozen and wrapped, optimizer and schedule."""
         config, groups = self.config, self.groups
-        self.resumed_from = directories.latest(self.output)
         loads = bool(self.resumed_from or config.stage.initial_checkpoint)
         torch.manual_seed(config.train.seed + groups.pp.rank())
         self.context = ParallelContext(config, groups, fuses_gradients=True, device=setup.device())
@@ -227,7 +247,7 @@ class Trainer:
         initial = self.config.stage.initial_checkpoint
         frozen = sum(p.numel for p in self.parameters if not p.trained)
         if initial is not None:
-            save_load.load_weights(Path(initial), self.chunks)
+            save_load.load_weights(Path(initial), self.chunks, any_resolution=True)
             _logger.info("weights from %s", initial)
         elif frozen and self.main:
             _logger.warning(
@@ -239,12 +259,8 @@ class Trainer:
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
         state, config = self.state, self.config
-        self.datasets = from_rank_0(lambda: open_sources(config.data))
-        if self.resumed_from is None:
-            state.phases = [phases.first_phase(config.data, self.datasets)]
-        else:
+        if self.resumed_from is not None:
             self._load_checkpoint(self.resumed_from)
-        _logger.info("%s", state.phases[-1].describe())
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             save_config(config, self.output / "run.yaml")
@@ -254,7 +270,7 @@ class Trainer:
         torch.distributed.barrier()  # no rank writes its bad samples before the file was cut
 
     def _load_checkpoint(self, directory: Path) -> None:
-        state, config = self.state, self.config
+        state = self.state
         progress = from_rank_0(lambda: directories.read_progress(directory))
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
@@ -264,9 +280,7 @@ class Trainer:
             )
         state.step, state.consumed_samples = progress["step"], progress["slots"]
         state.counts, state.health = progress["counts"], progress["health"]
-        recorded, consumed = progress["phases"], state.consumed_samples
-        state.phases = phases.resume(recorded, config.data, self.datasets, consumed, str(directory))
-        if len(state.phases) > len(recorded):
+        if len(state.phases) > len(progress["phases"]):
             state.counts = without_sources(state.counts)
         save_load.load_training(directory, self.chunks, self.optimizer, self.scheduler)
         _logger.info("continuing from %s at step %d", directory, state.step)
@@ -281,19 +295,18 @@ class Trainer:
         decode_images = self.chunks[0].pre_process
         # Pipeline stages exchange tensors of one shape; asking for it would wait for the device.
         group = self.micro_batches if groups.pp.size() > 1 else 1
+        builder = SampleBuilder.of(config, self.tokenizer, decode_images=decode_images)
+        self.data.order.row(self.state.consumed_samples)  # planned before the workers are made
         loader = build_loader(
             config.data,
-            self.datasets,
-            self.state.phases[-1],
-            tokenizer=self.tokenizer,
-            tokens_per_image=config.model.tokens_per_image,
-            image_size=config.model.vision.image_size,
+            self.data.datasets,
+            self.data.order,
+            builder,
             row_alignment=row_alignment(config),
             micro_batch_size=config.train.micro_batch_size,
             start_sample=self.state.consumed_samples,
             data_parallel_rank=groups.dp.rank(),
             data_parallel_size=groups.dp.size(),
-            decode_images=decode_images,
             bad_sample_log=bad_samples.path_of(self.output, self.rank) if first else None,
             taken_at_once=group,
         )
@@ -301,7 +314,7 @@ class Trainer:
         share = groups.cp.rank(), groups.cp.size()
         self.batches = DataIterator(loader, setup.device(), consistency, share, group)
         self._closing.callback(self.batches.close)
-        self.validator = Validator(config, groups, self.tokenizer, decode_images=decode_images)
+        self.validator = Validator(config, groups, builder)
         self._closing.callback(self.validator.close)
 
     def build_observers(self) -> None:

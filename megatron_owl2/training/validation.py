@@ -12,8 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.row_length import row_alignment
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.shards.dataset import open_dataset
-from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.data.training_order import load_packing
 from megatron_owl2.data.validation_dataset import ValidationDataset
 from megatron_owl2.errors import DataError
 from megatron_owl2.mcore import setup
@@ -36,31 +37,23 @@ class Validator:
         self,
         config: RunConfig,
         groups: ProcessGroupCollection,
-        tokenizer: Tokenizer,
-        *,
-        decode_images: bool,
+        builder: SampleBuilder,
     ):
         self._config, self._groups = config, groups
         parallel = config.parallel
         # Pipeline stages exchange tensors of one shape, and all micro-batches are one schedule.
         one_shape = config.data.sequence_length if parallel.pipeline > 1 else None
         alignment = one_shape or row_alignment(config)
-        self._named: set[tuple[str, int]] = set()  # bad samples that were logged
+        self._named: set[tuple[str, str]] = set()  # bad samples that were logged
         self._model_ranks = parallel.tensor * parallel.pipeline * parallel.context
         paths = config.validation.sources if config.validation.interval else []
         datasets = from_rank_0(lambda: [open_dataset(p, config.data.storage) for p in paths])
+        packings = from_rank_0(
+            lambda: [load_packing(config, [dataset], builder.tokenizer) for dataset in datasets]
+        )
         self._sources = [
-            ValidationDataset(
-                dataset,
-                config.validation.samples,
-                tokenizer=tokenizer,
-                tokens_per_image=config.model.tokens_per_image,
-                sequence_length=config.data.sequence_length,
-                image_size=config.model.vision.image_size,
-                row_alignment=alignment,
-                decode_images=decode_images,
-            )
-            for dataset in datasets
+            ValidationDataset(dataset, config.validation.samples, builder, alignment, packing)
+            for dataset, packing in zip(datasets, packings, strict=True)
         ]
 
     def due(self, step: int) -> bool:
@@ -108,7 +101,7 @@ class Validator:
         lost = round(lost / self._model_ranks)
         return {
             **mean_losses(dict(zip(SUMS, values, strict=True))),
-            "samples": len(source) - lost,
+            "samples": source.samples - lost,
             "bad": lost,
         }
 
@@ -153,7 +146,7 @@ class Validator:
             if tp.size() * cp.size() > 1:
                 self._check_agreement(len(batch.bad_samples), source, [tp, cp])
             for sample in batch.bad_samples:
-                place = (source.dataset.location, sample.sample_index)
+                place = (source.dataset.location, f"{sample.shard} {sample.offset}")
                 if place not in self._named:
                     self._named.add(place)
                     where = f"{sample.dataset}/{sample.shard} at byte {sample.offset}"

@@ -2,17 +2,22 @@
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(
+    data: bytes | str, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
     """Content of a JSON text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
+    `make_object` gives the value of an object with these pairs of names and values; without it that
+    is a dictionary.
     Raises ValueError with the reason, for a text that is nested too deeply as well.
     """
     try:
-        return json.loads(data.removeprefix("\ufeff") if isinstance(data, str) else data)
+        text = data.removeprefix("\ufeff") if isinstance(data, str) else data
+        return json.loads(text, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:

@@ -1,12 +1,11 @@
 """The benchmark of the split projections: its three layers compute the same, and it reports."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tool
 import torch
+from processes import run_ranks
 
 from megatron_owl2.config.schema import DecoderConfig
 
@@ -59,21 +58,8 @@ def test_unsplit_shares_the_weights_of_ours(bench):
 def test_command_line_reports_every_shape(tmp_path, dtype):
     sizes = ["--hidden-size", "32", "--heads", "4", "--ffn", "48", "--shape", "3/8", "65/256"]
     output = tmp_path / "bench.json"
-    done = subprocess.run(
-        [
-            sys.executable,
-            tool.TOOLS / "bench" / "modality.py",
-            *sizes,
-            "--dtype",
-            dtype,
-            "--seconds",
-            "0",
-            "--json",
-            output,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    options = ["--dtype", dtype, "--seconds", "0", "--json", output]
+    done = run_ranks(1, tool.TOOLS / "bench" / "modality.py", *sizes, *options)
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text())
     assert (written["torch"], written["dtype"]) == (torch.__version__, dtype)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import tool
+from tiny_data import one_per_row
 
 from megatron_owl2.config.load import load_config
-from megatron_owl2.data.batch import collate
 from megatron_owl2.data.conversation import Sample
 from megatron_owl2.data.row_length import row_alignment
 
@@ -29,10 +29,10 @@ def test_captions_are_as_long_as_they_are_said_to_be(bench, config):
 
 def test_lengths_are_those_of_batches(bench, config):
     rows = bench.caption_rows(config, 0.7, 16 * 6)
-    columns = np.zeros(256, np.int64)
-    samples = [Sample(columns, columns, columns, int(row), False) for row in rows]
+    columns = [np.zeros(row, np.int64) for row in rows]
+    samples = [Sample(column, column, column) for column in columns]
     groups = [samples[first : first + 16] for first in range(0, len(samples), 16)]
-    found = [collate(group, 0, row_alignment(config)).length for group in groups]
+    found = [one_per_row(group, 0, 256, row_alignment(config)).length for group in groups]
     assert bench.padded_lengths(config, rows).tolist() == found and len(set(found)) > 1
     together = bench.padded_lengths(config, rows, 3).tolist()
     assert together == [max(found[:3])] * 3 + [max(found[3:])] * 3

@@ -2,12 +2,11 @@
 
 import json
 import statistics
-import subprocess
-import sys
 
 import pytest
 import tool
 import torch
+from processes import run_ranks
 
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.mcore import setup
@@ -64,11 +63,7 @@ def test_command_line_reports_every_combination(bench, tmp_path):
     output = tmp_path / "figures.json"
     options = ["--kernels", "local", "te-blockwise", "--recompute", "none", "full"]
     options += ["--layers", "1", "--seconds", "0", "--peak-tflops", "2", "--json", output]
-    done = subprocess.run(
-        [sys.executable, tool.TOOLS / "bench" / "step.py", "--tiny", *options],
-        capture_output=True,
-        text=True,
-    )
+    done = run_ranks(1, tool.TOOLS / "bench" / "step.py", "--tiny", *options)
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text())
     assert written["torch"] == torch.__version__ and written["device"] in done.stdout

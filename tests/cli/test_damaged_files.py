@@ -96,6 +96,30 @@ def conversations(folder: Path) -> None:
     (folder / "coco.json").write_text(json.dumps(content))
 
 
+def questions(folder: Path) -> None:
+    images(folder, 2)
+    for i in range(2):
+        shutil.copy(folder / f"images/{i}.jpg", folder / f"images/{i:012d}.jpg")
+    rows = [{"question_id": n, "image_id": n % 2, "question": f"What {n}?"} for n in range(4)]
+    said = [{"answer": "a", "answer_confidence": "yes"}, {"answer": "b", "answer_confidence": "no"}]
+    answered = [{"question_id": n, "image_id": n % 2, "answers": said} for n in range(4)]
+    choice = {"choices": ["a", "b", "c"], "correct_choice_idx": 1}
+    files = {
+        "vqa_questions.json": {"questions": rows},
+        "vqa_annotations.json": {"annotations": answered},
+        "gqa.json": {
+            f"0{n}": {"imageId": str(n % 2), "question": "What?", "answer": "a"} for n in range(4)
+        },
+        "ocrvqa.json": {
+            str(n): {"imageURL": "u", "questions": ["Who?"], "answers": ["a"], "split": 1}
+            for n in range(2)
+        },
+        "aokvqa.json": [row | choice for row in rows],
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
 def tars(folder: Path) -> None:
     members = [m for i in range(5) for m in parts(str(i), "jpg", "json", "txt")]
     pack(folder / "plain/a.tar", members)
@@ -288,6 +312,13 @@ TARGETS = (
     Target("coco", conversations, preprocess("coco", "coco.json", *_TABLE), ("coco.json",)),
     Target("coco, one caption", conversations, preprocess(
         "coco-one-caption", "coco.json", *_TABLE), ("coco.json",), 6),
+    Target("questions of VQA", questions, preprocess("vqav2", "vqa_questions.json", *_TABLE), (
+        "vqa_questions.json", "vqa_annotations.json"), 12),
+    *(
+        Target(f"questions of {name}", questions, preprocess(name, f"{name}.json", *_TABLE), (
+            f"{name}.json",), 6)
+        for name in ("gqa", "ocrvqa", "aokvqa")
+    ),
     Target("webdataset", tars, preprocess("webdataset", "plain"), ("plain/a.tar",), 14),
     Target("compressed tar", tars, preprocess("webdataset", "packed"), ("packed/a.tar.gz",)),
     Target("img2dataset", tars, preprocess("img2dataset", "downloads"), (

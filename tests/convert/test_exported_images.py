@@ -2,6 +2,7 @@
 lists and addresses."""
 
 import base64
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -12,11 +13,14 @@ from exported_images import exported_module, pixels_of
 from PIL import Image
 from tiny_data import encoded, make_image
 
-from megatron_owl2.data.images import decode
-from megatron_owl2.errors import InferenceError
+from megatron_owl2.config.schema import ModelConfig, VisionConfig
+from megatron_owl2.convert import hf_config
+from megatron_owl2.data.images import decode, load_square, square_resize
+from megatron_owl2.errors import ConversionError, InferenceError
 from megatron_owl2.inference.api import read_image
 
 WIDTH, HEIGHT = 40, 30
+CROP_SIZE = {"height": 14, "width": 14}
 IMAGE = make_image(3, WIDTH, HEIGHT)
 COLOURS = IMAGE.quantize(17)
 TRANSPARENT = IMAGE.copy()
@@ -139,11 +143,53 @@ def test_an_image_that_pillow_has_not_read_yet_may_be_damaged(process, tmp_path)
 def test_arrays_tensors_and_nested_lists_are_the_image(module):
     array = np.asarray(IMAGE)
     forms = [IMAGE, array, array[::-1][::-1], array.transpose(2, 0, 1), torch.tensor(array)]
-    processor = module.MPLUGOwl2ImageProcessor({"height": 14, "width": 14}, [0.5] * 3, [0.2] * 3)
+    processor = module.MPLUGOwl2ImageProcessor(CROP_SIZE, [0.5] * 3, [0.2] * 3)
     values = processor([forms[:2], [[form] for form in forms[2:]]])["pixel_values"]
     assert values.shape == (5, 3, 14, 14)
     assert all(torch.equal(value, values[0]) for value in values)
     assert torch.equal(processor(IMAGE)["pixel_values"][0], values[0])
+
+
+@pytest.mark.parametrize("mode", ["stretch", "pad", "crop"])
+def test_an_export_shows_the_pixels_of_its_mode(mode, module, tmp_path):
+    statistics = {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.25, 0.2, 0.3]}
+    model = ModelConfig(vision=VisionConfig(image_size=28), image_mode=mode, **statistics)
+    hf_config.write(tmp_path, "owl2", model, torch.float32)
+    assert hf_config.read_owl2(tmp_path).image_mode == mode
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    processor = module.MPLUGOwl2ImageProcessor(**settings)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in statistics.values())
+    shown = []
+    for data in (
+        encoded(IMAGE),
+        encoded(make_image(4, 30, 90), "PNG"),
+        encoded(TRANSPARENT, "PNG"),
+    ):
+        (tmp_path / "image").write_bytes(data)
+        square = load_square(data, 28, to_square=square_resize(model))
+        values = processor(str(tmp_path / "image"))["pixel_values"][0]
+        assert torch.equal(values, (square.float() / 255 - mean) / std)
+        shown.append(not torch.equal(square, load_square(data, 28)))
+    assert shown == [mode != "stretch"] * 3
+
+
+def test_a_directory_without_a_mode_stretches_and_a_mode_that_is_none_is_refused(module, tmp_path):
+    hf_config.write(tmp_path, "owl2", ModelConfig(image_mode="pad"), torch.float32)
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"image_mode": "squash"}))
+    with pytest.raises(ConversionError, match="image_mode is 'squash', use stretch, pad or crop"):
+        hf_config.read_owl2(tmp_path)
+    with pytest.raises(ValueError, match="image_mode is 'squash'; use stretch, pad or crop"):
+        module.MPLUGOwl2ImageProcessor(**settings | {"image_mode": "squash"})(IMAGE)
+    del settings["image_mode"]  # as in the released model, and in exports of older versions
+    file.write_text(json.dumps(settings))
+    assert hf_config.read_owl2(tmp_path).image_mode == "stretch"
+    values = module.MPLUGOwl2ImageProcessor(**settings | {"crop_size": CROP_SIZE})(IMAGE)
+    stretched = module.MPLUGOwl2ImageProcessor(
+        CROP_SIZE, settings["image_mean"], settings["image_std"], "stretch"
+    )(IMAGE)
+    assert torch.equal(values["pixel_values"], stretched["pixel_values"])
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -177,7 +223,7 @@ def test_loading_of_transformers_is_not_used(module, tmp_path):
     """Its loader drops transparency and turns images."""
     path = tmp_path / "image.png"
     path.write_bytes(encoded(TRANSPARENT, "PNG"))
-    processor = module.MPLUGOwl2ImageProcessor({"height": 14, "width": 14}, [0.5] * 3, [0.2] * 3)
+    processor = module.MPLUGOwl2ImageProcessor(CROP_SIZE, [0.5] * 3, [0.2] * 3)
     ((fetched,), same) = processor.fetch_images([[str(path)], IMAGE])
     assert torch.equal(torch.from_numpy(np.array(fetched)).permute(2, 0, 1), read_image(path))
     assert same is IMAGE

@@ -27,10 +27,10 @@ def test_the_image_statistics_of_a_clip_are_kept(tmp_path):
     clip = editable(CLIP, tmp_path / "clip")
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (clip / "preprocessor_config.json").write_text(json.dumps(statistics))
-    assert hf_config.read_image_statistics(clip) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert hf_config.read_image_settings(clip) == statistics | {"image_mode": "stretch"}
     (clip / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5}))
     with pytest.raises(ConversionError, match="image_mean is 0.5, wanted three numbers"):
-        hf_config.read_image_statistics(clip)
+        hf_config.read_image_settings(clip)
 
 
 @pytest.mark.parametrize("bare", [False, True])  # transformers 5 saves a CLIPVisionModel bare

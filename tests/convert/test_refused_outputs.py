@@ -1,17 +1,15 @@
 """Conversions that cannot finish: nothing half done, no traceback, no other's files."""
 
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hf_dirs import OWL2, TOOLS, export
+from processes import run_ranks
 
 from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.megatron_io import write_checkpoint
@@ -37,7 +35,23 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
+@pytest.fixture
+def after(tmp_path_factory):
+    """Runs a tool, with its arguments, after some code in the same process."""
+
+    def run(code: str, tool: str, *arguments: object) -> subprocess.CompletedProcess:
+        program = tmp_path_factory.mktemp("program") / "program.py"
+        program.write_text(
+            f"{code}\nimport runpy, sys\n"
+            f"sys.argv[0] = {str(TOOLS / tool)!r} + '.py'\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        return run_ranks(1, program, *arguments)
+
+    return run
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, after):
     """A limit on the size of files stands for the disk that fills up while a tensor is written."""
     whole = from_owl2(OWL2)
     write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
@@ -45,9 +59,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         ("convert_from_hf", ["--owl2", OWL2]),
         ("convert_to_hf", ["--checkpoint", tmp_path / "ckpt"]),
     ):
-        command = [sys.executable, TOOLS / f"{tool}.py", *source, "--output", tmp_path / "out"]
-        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+        done = after(limit, tool, *source, "--output", tmp_path / "out")
         assert done.returncode == 2, done.stderr
         assert "out" in done.stderr and "File too large" in done.stderr
         assert "Traceback" not in done.stderr
@@ -91,10 +104,10 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("tool", ["convert_from_hf", "convert_to_hf"])
-def test_an_interrupted_tool_says_so_and_leaves_nothing(tmp_path, converted, tool, number):
+def test_an_interrupted_tool_says_so_and_leaves_nothing(tmp_path, converted, after, tool, number):
     source = {"convert_from_hf": ["--owl2", OWL2], "convert_to_hf": ["--checkpoint", converted]}
     code = f"""
-import os, runpy, sys
+import os
 from megatron_owl2.convert import lazy_tensor, megatron_io, safetensors_io
 read_ahead = lazy_tensor.read_ahead
 def stopped(tensors):
@@ -103,11 +116,8 @@ def stopped(tensors):
             os.kill(os.getpid(), {int(number)})
         yield pair
 megatron_io.read_ahead = safetensors_io.read_ahead = stopped
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    arguments = [TOOLS / f"{tool}.py", *source[tool], "--output", tmp_path / "out"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    done = after(code, tool, *source[tool], "--output", tmp_path / "out")
     assert done.returncode == 130, done.stderr
     assert done.stderr.endswith("interrupted; nothing was written\n")
     assert "Traceback" not in done.stderr

@@ -238,7 +238,7 @@ def test_the_chat_template_is_the_official_prompt(processor, tokenizer):
 
 def test_a_conversation_has_the_ids_of_training(processor, tokenizer):
     turns = [Turn("what color is the top one ?", "red"), Turn("and the left one", "blue green")]
-    record = Record(key="k", image=b"", caption=None, turns=turns)
+    record = Record(key="k", images=(b"",), caption=None, turns=turns)
     sample = build_sample(record, tokenizer, ROWS, 96)
     messages = []
     for i, turn in enumerate(turns):

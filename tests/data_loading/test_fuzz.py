@@ -321,7 +321,7 @@ def test_the_stream_sees_or_lists_every_sample(tmp_path):
 
     def images():
         for i, item in enumerate(RECORDS):
-            yield item.__class__(item.key, image=encoded(make_image(i)), caption=item.key)
+            yield item.__class__(item.key, images=(encoded(make_image(i)),), caption=item.key)
 
     whole = write(tmp_path / "whole", images(), samples_per_shard=PER_SHARD)
     stopped = finished = 0

@@ -196,7 +196,7 @@ def test_exif_orientation_is_not_applied():
 def test_the_order_and_the_bad_samples_of_a_run_are_those_of_the_exact_path(tmp_path):
     large = [make_image(index, 320, 240) for index in range(12)]
     records = (
-        Record(f"k{i}", image=encoded(image)[: -400 if i % 4 == 0 else None], caption=str(i))
+        Record(f"k{i}", (encoded(image)[: -400 if i % 4 == 0 else None],), caption=str(i))
         for i, image in enumerate(large)
     )
     folder = write(tmp_path / "set", records)

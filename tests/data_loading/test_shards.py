@@ -87,7 +87,7 @@ def test_plain_webdataset_reads_the_shards(folder):
     for sample, expected in zip(samples, RECORDS, strict=True):
         body = json.loads(sample["json"])
         assert body.get("caption") == expected.caption
-        assert sample.get("jpg", sample.get("png")) == expected.image
+        assert [sample[e] for e in ("jpg", "png") if e in sample] == [*expected.images]
 
 
 def test_indexing_reproduces_the_writers_row(folder):
@@ -126,7 +126,7 @@ def test_a_record_that_cannot_be_stored_leaves_no_trace(tmp_path):
         for bad in (
             Record("with.dot", caption="x"),
             Record("x" * 91, caption="x"),
-            Record("gif", image=b"GIF89a", caption="x"),
+            Record("gif", images=(b"GIF89a",), caption="x"),
             Record("meta", caption="x", metadata={"a": float("nan")}),
         ):
             with pytest.raises(BadSampleError):
@@ -170,7 +170,7 @@ def test_an_edited_manifest_is_refused(folder):
         whole.replace("shard-000000", "../shard-000000"),
         whole.replace('"samples": 25', '"samples": 24'),
         whole.replace(' "samples": 25,\n', ""),
-        whole.replace("shards 2", "shards 1"),
+        whole.replace("shards 3", "shards 4"),
         whole[:-20],
         "[]",
     ):
@@ -235,13 +235,13 @@ IMAGE = encoded(make_image(0))
         (dict(caption="a", turns=(Turn("q", "a"),)), "exactly one"),
         (dict(caption="  "), "caption is empty"),
         (dict(caption="a \ud800"), "not valid Unicode"),
-        (dict(caption="<|image|>a", image=IMAGE), "inside a caption"),
+        (dict(caption="a", images=(IMAGE, IMAGE)), "a caption of 2 images"),
+        (dict(caption="a", system="s"), "a caption with a system text"),
+        (dict(turns=(Turn("q", "a"),), system=1), "system is not a text"),
         (dict(turns=(Turn("", "a"),)), "question 1 is empty"),
-        (dict(turns=(Turn("q", "a"), Turn("q", "\n")), image=IMAGE), "answer 2 is empty"),
-        (dict(turns=(Turn("<|image|>q", "a"),)), "without an image"),
-        (dict(turns=(Turn("<|image|><|image|>q", "a"),), image=IMAGE), "2 placeholders"),
-        (dict(turns=(Turn("q", "a"), Turn("<|image|>", "a")), image=IMAGE), "outside the first"),
-        (dict(turns=(Turn("q", "<|image|>"),), image=IMAGE), "inside an answer"),
+        (dict(turns=(Turn("q", "a"), Turn("q", "\n")), images=(IMAGE,)), "answer 2 is empty"),
+        (dict(turns=(Turn("<|image|><|image|>q", "a"),), images=(IMAGE,)), "2 placeholders"),
+        (dict(turns=(Turn("<|image|>q", "a"),), images=(IMAGE,) * 3), "1 placeholders .* 3 images"),
         (dict(caption="a", metadata=None), "metadata"),
     ],
 )
@@ -269,6 +269,12 @@ def test_contradicting_records_are_refused(parts, reason):
         ({"json": b'{"caption": "a"}', "txt": b"a"}, "no image"),
         ({"json": b'{"caption": "a"}', "cls": b"1"}, "neither an image .* nor txt nor json"),
         ({"json": b'{"caption": "a"}', "jpg": IMAGE, "png": IMAGE}, "more than one image"),
+        ({"json": b'{"caption": "a"}', "jpg": IMAGE, "1.png": IMAGE}, "more than one image"),
+        ({"json": b'{"caption": "a"}', "0.jpg": IMAGE, "0.png": IMAGE}, "not 0, 1 and so on"),
+        ({"json": b'{"caption": "a"}', "1.jpg": IMAGE, "2.jpg": IMAGE}, "not 0, 1 and so on"),
+        ({"json": b'{"caption": "a"}', "0.jpg": IMAGE, "1.jpg": IMAGE}, "a caption of 2 images"),
+        ({"txt": b"a", "0.jpg": IMAGE, "1.jpg": IMAGE}, "a caption of several images"),
+        ({"json": b'{"caption": "a"}', "01.jpg": IMAGE}, "a name with several dots"),
     ],
 )
 def test_malformed_members_are_refused(parts, reason):

@@ -10,7 +10,8 @@ from tiny_data import LetterTokenizer, encoded, make_image, record, write
 
 from megatron_owl2.config.schema import StorageConfig
 from megatron_owl2.data.bad_samples import drop_after, path_of
-from megatron_owl2.data.images import decode, resize_square
+from megatron_owl2.data.image_resize import SquareResize
+from megatron_owl2.data.images import decode
 from megatron_owl2.data.sampling.phases import first_phase, resume, to_json
 from megatron_owl2.data.shards.dataset import ShardedDataset, open_sources
 from megatron_owl2.data.shards.records import Record
@@ -90,13 +91,14 @@ def test_one_epoch_holds_every_sample_by_its_weight(folders):
     assert sum(count for key, count in counts.items() if key[0] == "b") == 40
 
 
-def test_plain_resize_shows_the_whole_image(folders):
+@pytest.mark.parametrize("to_square", [SquareResize(), SquareResize("pad")], ids=lambda s: s.mode)
+def test_plain_resize_shows_the_whole_image(folders, to_square):
     data = config(folders[0], augment=False)
-    images = {r.key: r.image for r in (record(i, "a") for i in range(60))}
-    for batch in loader(data, limit_samples=40):
-        with_image = [key for key in batch.keys if images[key] is not None]
+    images = {r.key: r.images for r in (record(i, "a") for i in range(60))}
+    for batch in loader(data, limit_samples=40, to_square=to_square):
+        with_image = [key for key in batch.keys if images[key]]
         for key, image in zip(with_image, batch.image, strict=False):
-            assert torch.equal(image, resize_square(decode(images[key]), SIZE))
+            assert torch.equal(image, to_square(decode(images[key][0]), SIZE))
 
 
 def test_a_sample_is_cropped_anew_in_every_epoch(folders):
@@ -121,7 +123,7 @@ def damaged(tmp_path_factory):
     def records():
         for i in range(50):
             image = BROKEN if i % 5 == 0 else encoded(make_image(i))
-            yield Record(f"k{i:03d}", image=image, caption=str(i))
+            yield Record(f"k{i:03d}", images=(image,), caption=str(i))
 
     return write(tmp_path_factory.mktemp("damaged") / "set", records())
 
@@ -195,7 +197,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     def records():
         for i in range(200):
             image = BROKEN if i % 20 == 0 else encoded(make_image(0))
-            yield Record(f"k{i:03d}", image=image, caption="x")
+            yield Record(f"k{i:03d}", images=(image,), caption="x")
 
     folder = write(tmp_path / "s", records(), 100)
     bad_log = tmp_path / "bad.jsonl"
@@ -212,7 +214,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
 def test_a_long_row_of_bad_samples_stops_the_run(tmp_path):
     items = (
-        Record(f"k{i:03d}", image=BROKEN if i % 2 else encoded(make_image(0)), caption="x")
+        Record(f"k{i:03d}", (BROKEN if i % 2 else encoded(make_image(0)),), caption="x")
         for i in range(60)
     )
     data = config(write(tmp_path / "s", items))
@@ -235,7 +237,7 @@ def test_a_long_row_of_bad_samples_stops_the_run(tmp_path):
 
 
 def test_nothing_usable_is_a_clear_error(tmp_path):
-    items = [Record(f"k{i}", image=BROKEN, caption="x") for i in range(20)]
+    items = [Record(f"k{i}", images=(BROKEN,), caption="x") for i in range(20)]
     with pytest.raises(
         DataError, match=r"sample 0 and 8 substitutes for it are all unusable:(\n.*){9}"
     ):

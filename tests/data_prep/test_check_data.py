@@ -55,7 +55,7 @@ def test_images_that_were_broken_before_show_only_when_decoded(tmp_path):
     def records():
         for i in range(40):
             image = encoded(make_image(i, 100, 80))
-            yield Record(f"{i:03d}", image=image[:-200] if i % 8 == 0 else image, caption="x")
+            yield Record(f"{i:03d}", (image[:-200] if i % 8 == 0 else image,), caption="x")
 
     folder = write(tmp_path / "set", records(), samples_per_shard=40)
     assert run("check_data", folder).returncode == 0

@@ -124,12 +124,21 @@ def test_a_corpus_is_one_new_file(project, tmp_path):
 
 def test_the_names_of_formats_and_corpora_stay():
     assert list(FORMATS) == [
+        "aokvqa",
         "coco",
+        "coco-instruction",
         "coco-one-caption",
         "conversations",
         "documents",
+        "gqa",
         "img2dataset",
+        "ocrvqa",
+        "okvqa",
+        "refcoco",
         "table",
+        "textcaps",
+        "visual-genome",
+        "vqav2",
         "webdataset",
     ]
     assert list(CORPORA) == ["cc3m", "cc12m", "coyo", "datacomp", "laion"]

@@ -59,7 +59,7 @@ def test_pairs_as_webdataset_corpora_are_published(tmp_path):
         out.write({"__key__": "2", "jpg": IMAGE, "txt": "a dog", "json": both})
     found = adopt(tmp_path)
     assert [r.caption for r in found] == ["an owl", "a cat", "a dog"]
-    assert all(r.image == IMAGE for r in found)
+    assert all(r.images[0] == IMAGE for r in found)
     assert found[2].metadata == both
 
 

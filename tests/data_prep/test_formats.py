@@ -31,7 +31,7 @@ def test_img2dataset_as_the_real_one_writes_it(form):
     assert skipped == {"status failed_to_download": 2, "status failed_to_resize": 2}
     for name, item in by_url.items():
         assert item.caption == f"caption of {name} é" and item.source == form
-        assert item.image[:3] == b"\xff\xd8\xff"
+        assert item.images[0][:3] == b"\xff\xd8\xff"
     assert {name: r.metadata["similarity"] for name, r in by_url.items()} == pytest.approx(
         {"0.jpg": 0.3, "1.jpg": 0.31, "3.png": 0.33, "5.webp": 0.35, "7.jpg": 0.37}
     )
@@ -120,7 +120,7 @@ def test_webdataset_tars_of_other_tools(tmp_path):
         (stand_in("k" * 60, "k" * 95), "long key", {"key": "k" * 95}),
         (stand_in("y" * 60, "y" * 120), "long name", {"key": "y" * 120}),
     ]
-    assert all(item.image == jpg for item in records)
+    assert all(item.images[0] == jpg for item in records)
     assert skipped == {
         "no caption in the .json member; name its field with --caption-column": 1,
         "no image": 1,
@@ -222,7 +222,7 @@ def coco(folder: Path) -> Path:
 def test_coco_makes_a_record_of_every_caption(images, tmp_path):
     records, skipped = collect("coco", coco(tmp_path), images=images, samples_per_split=4)
     assert [r.caption for r in records[:6]] == [f"caption {i}" for i in (0, 3, 6, 9, 12, 1)]
-    assert records[5].key == "31_101" and records[5].image == encoded(make_image(1))
+    assert records[5].key == "31_101" and records[5].images[0] == encoded(make_image(1))
     assert records[5].metadata == {"image_id": 31, "file_name": "1.jpg"}
     assert len(records) == 15 == len({r.key for r in records})
     assert skipped == {

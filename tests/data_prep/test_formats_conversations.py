@@ -107,10 +107,10 @@ def test_a_list_of_one_image_is_that_image(tmp_path, names, kept):
     records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
     assert len(records) == kept + 1 and sum(skipped.values()) == 1 - kept
     if kept:
-        assert records[0].image == encoded(make_image(1))
+        assert records[0].images[0] == encoded(make_image(1))
         assert records[0].turns[0].question == "<|image|>What?"
     elif len(next(iter(names.values()))) == 2:
-        assert skipped == {"more than one image": 1}
+        assert skipped == {"fewer image tags than images": 1}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_messages_of_openai(tmp_path):
     records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
     assert [r.turns for r in records] == [
         (Turn("Hi", "Ho"),),
-        (Turn("<|image|>What is it?", "red"),),
+        (Turn("What <|image|>is it?", "red"),),
     ]
     assert skipped == {"a message has no text": 1}
 
@@ -169,7 +169,9 @@ def test_a_first_answer_and_a_last_question_go_alone_and_are_counted(tmp_path):
 
 def test_reasons_name_what_was_met(tmp_path):
     entries = [
-        {"id": "s", "conversations": [{"from": "system", "value": "x"}, *talk("q", "a")]},
+        {"id": "s", "conversations": [*talk("q", "a"), {"from": "system", "value": "x"}]},
+        {"id": "t", "system": ["x"], "conversations": talk("q", "a")},
+        {"id": "u", "system": "y", "conversations": [{"from": "system", "value": "x"}]},
         {"id": "b", "conversations": talk("q", "a", second="bing")},
         {"id": "n", "conversations": [{"value": "q"}]},
         {"id": "o", "chat": []},
@@ -177,7 +179,9 @@ def test_reasons_name_what_was_met(tmp_path):
     ]
     _, skipped = collect("conversations", write(tmp_path / "t.json", entries))
     assert skipped == {
-        "system turn, which a record cannot hold": 1,
+        "system turn after the first turn": 1,
+        "system is not a text": 1,
+        "system text and another one in a system turn": 1,
         "speaker 'bing' is neither human nor gpt": 1,
         "speaker None is neither human nor gpt": 1,
         f"speaker '{'x' * 20}' is neither human nor gpt": 1,
@@ -232,12 +236,8 @@ def test_a_tag_in_a_turn_that_is_dropped_moves_nowhere(tmp_path):
     entries = [
         {"image": "1.jpg", "conversations": talk("q", "a", "<image>what?")},
         {"conversations": talk("see <image>", "q", "a", first="gpt", second="human")},
-        {"system": "Be kind.", "conversations": talk("q", "a")},
-        {"conversations": None, "messages": talk("q", "a")},
+        {"conversations": None, "messages": talk("r", "a")},
     ]
     records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
-    assert [r.turns for r in records] == [(Turn("q", "a"),)]
-    assert skipped == {
-        "image tag outside the first question": 2,
-        "system turn, which a record cannot hold": 1,
-    }
+    assert [r.turns for r in records] == [(Turn("q", "a"),), (Turn("r", "a"),)]
+    assert skipped == {"image tag in a question that is dropped": 1}

@@ -67,7 +67,7 @@ def test_tables(images, tmp_path, kind, size):
     for number, item in enumerate(records):
         assert item.key == f"{number:012d}" and item.source == "my corpus"
         assert item.caption == f'a "quoted", picture\nof {number} é'
-        assert item.image == encoded(make_image(number))
+        assert item.images[0] == encoded(make_image(number))
         expected = {"score": number / 10, "words": number, "id": f"00{number}"}
         assert item.metadata == expected and type(item.metadata["words"]) is int
     assert len(records) == 10
@@ -115,7 +115,7 @@ def test_table_rows_that_are_left_out(images, tmp_path):
     path.write_bytes(path.read_bytes() + b"[1]\nnot json\n\n")
     records, skipped = collect("table", path, images=images)
     assert [(r.caption, r.metadata) for r in records] == [("as found", {})]
-    assert records[0].image == (images / "deep/a.gif").read_bytes()
+    assert records[0].images[0] == (images / "deep/a.gif").read_bytes()
     assert skipped == {
         "row names no image": 3,
         "empty caption": 2,

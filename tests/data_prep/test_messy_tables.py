@@ -128,13 +128,13 @@ def test_parquet_may_hold_the_images(images, tmp_path):
         path = tmp_path / "t.parquet"
         pq.write_table(pa.table({"image": column, "caption": ["a", "b", "c"]}), path)
         records, skipped = collect("table", path)
-        assert [r.image for r in records] == data[:kept]
+        assert [r.images[0] for r in records] == data[:kept]
         assert sum(skipped.values()) == 3 - kept
     pq.write_table(pa.table({"image": struct, "caption": ["a", "b", "c"]}), path)
     _, skipped = collect("table", path)
     assert skipped["row names its image alone: say where it is with --images"] == 1
     records, skipped = collect("table", path, images=images)
-    assert [r.image for r in records] == data[:2] and skipped == {"row names no image": 1}
+    assert [r.images[0] for r in records] == data[:2] and skipped == {"row names no image": 1}
 
 
 def test_columns_of_any_type_cost_no_row(images, tmp_path):
@@ -220,7 +220,7 @@ def test_bytes_of_any_type_are_images(tmp_path, kind):
     column = pa.array(data).dictionary_encode() if kind == "dictionary" else pa.array(data, kind)
     pq.write_table(pa.table({"image": column, "caption": ["a", "b"]}), tmp_path / "t.parquet")
     records, skipped = collect("table", tmp_path / "t.parquet")
-    assert [r.image for r in records] == data and skipped == {}
+    assert [r.images[0] for r in records] == data and skipped == {}
 
 
 def test_two_columns_of_one_name_are_refused(images, tmp_path):

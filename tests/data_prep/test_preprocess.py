@@ -74,7 +74,7 @@ def check_pairs(folder: Path, shards: int = 3) -> None:
     assert [r.key for r in found] == [f"{s:05d}{i:04d}" for s in range(shards) for i in range(5)]
     for index, record in enumerate(found):
         assert record.caption == f"picture {index % 5} é" and record.source == "laion"
-        assert record.image == encoded(make_image(index % 5))
+        assert record.images[0] == encoded(make_image(index % 5))
         assert record.metadata == {"url": f"http://x/{record.key}", "original_width": 9}
     assert report(folder)["kept"] == 5 * shards
 
@@ -165,7 +165,7 @@ def test_conversations(images, tmp_path):
     found = records(tmp_path / "set")
     assert [r.turns for r in found] == [
         (Turn("<|image|>What?", "A dog."), Turn("Sure?", "Yes")),
-        (Turn("<|image|>Describe.", "é"),),
+        (Turn("Describe.\n<|image|>", "é"),),
         (Turn("<|image|>Describe.", "b"),),
         (Turn("<|image|>No tag", "b"),),
         (Turn("Hi", "Hello"),),
@@ -173,7 +173,7 @@ def test_conversations(images, tmp_path):
     assert [r.key for r in found] == [f"{i:09d}" for i in range(5)]
     assert [r.metadata for r in found] == [{"id": "x/1"}, {}, {}, {}, {"id": 7}]
     assert {r.source for r in found} == {"llava v1"}
-    assert found[0].image == encoded(make_image(1)) and found[4].image is None
+    assert found[0].images[0] == encoded(make_image(1)) and not found[4].images
     names = [row["name"] for row in ShardedDataset(tmp_path / "set").shards]
     assert names == [f"llava_v1-{i:05d}-000000.tar" for i in range(3)]
 
@@ -184,22 +184,20 @@ def test_unusable_conversations_are_counted(images, tmp_path):
     bad = {
         "empty turn": {"conversations": [human("q"), gpt(" \n")]},
         "human and gpt do not take turns": {"conversations": [human("q"), human("q"), gpt("a")]},
-        "system turn, which a record cannot hold": {"conversations": [message("system", "s")]},
+        "system turn after the first turn": {
+            "conversations": [human("q"), gpt("a"), message("system", "s")]
+        },
         "speaker 'bing' is neither human nor gpt": {"conversations": [message("bing", "s")]},
         "a message has no text": {"conversations": [human("q"), gpt(None)]},
         "no turns": {"conversations": [gpt("a"), human("q")]},
         "conversations is not a list of messages": {"conversations": "q"},
         "entry is not an object": "q",
         "image tag without an image": {"conversations": fine},
-        "more than one image tag": {
+        "more image tags than images": {
             "image": "2.png",
-            "conversations": [human("<image><image>q"), gpt("a")],
+            "conversations": [human("<image>q"), gpt("a"), human("<image>"), gpt("a")],
         },
-        "image tag outside the first question": {
-            "image": "2.png",
-            "conversations": [human("q"), gpt("a"), human("<image>"), gpt("a")],
-        },
-        "more than one image": {"image": ["2.png", "2.png"], "conversations": fine},
+        "fewer image tags than images": {"image": ["2.png", "2.png"], "conversations": fine},
         "image is not one path": {"image": {"path": "2.png"}, "conversations": fine},
         "image file is missing": {"image": "4.png", "conversations": fine},
         "image file cannot be read (Is a directory)": {"image": "coco", "conversations": fine},
@@ -228,7 +226,7 @@ def test_documents(tmp_path):
     found = records(tmp_path / "set")
     assert [record.caption for record in found] == [f"text {number}" for number in range(25)]
     assert found[10].key == "000000015"
-    assert all(record.image is None and record.source == "web" for record in found)
+    assert all(not record.images and record.source == "web" for record in found)
     assert sum(report(tmp_path / "set")["skipped"].values()) == len(bad)
     assert "leave out --images" in failed(
         tool(source, "documents", tmp_path / "other", "--images", tmp_path)

@@ -1,5 +1,6 @@
 """Duplicates and samples: decisions that need the whole corpus."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -33,12 +34,12 @@ def doubled():
             pair("later", A, "one"),
             pair("b", B, "one"),
             pair("as-png", encoded(make_image(1), "PNG"), "one"),
-            Record("talk", image=B, turns=(Turn("q", "a"),)),
+            Record("talk", images=(B,), turns=(Turn("q", "a"),)),
         ],
         [
             Record("text-again", caption="one"),
-            Record("talk-again", image=B, turns=(Turn("q", "a"),)),
-            Record("other-talk", image=B, turns=(Turn("q", "b"),)),
+            Record("talk-again", images=(B,), turns=(Turn("q", "a"),)),
+            Record("other-talk", images=(B,), turns=(Turn("q", "b"),)),
         ],
     ]
 
@@ -67,7 +68,7 @@ def test_duplicates_are_found_before_images_change(tmp_path):
     content = [[pair("a", A)], [pair("b", B)], [pair("again", A)]]
     job(content, tmp_path, deduplicate="image", reencoding=Reencoding(max_side=10))
     assert keys(tmp_path) == ["a", "b"]
-    assert all(record.image not in (A, B) for record in records(tmp_path))
+    assert all(not {A, B} & {*record.images} for record in records(tmp_path))
 
 
 @pytest.mark.parametrize("number", [1, 17, 60])
@@ -116,6 +117,38 @@ def test_fewer_than_asked_for_is_said(tmp_path):
     outcome = job(pairs(splits=2, size=3), tmp_path, sample=100)
     assert report(tmp_path)["kept"] == 6
     assert "fewer than the 100 that were asked for" in str(outcome.report)
+
+
+def test_what_is_held_out_is_in_no_sample_of_the_rest(tmp_path):
+    corpus = pairs(splits=4, size=10)
+    everything = {record.key for split in corpus for record in split}
+    held = {"hold_out": 7, "only_held_out": True}
+    job(corpus, tmp_path / "rest", hold_out=7)
+    job(corpus, tmp_path / "held", **held)
+    job(corpus, tmp_path / "sample", hold_out=7, sample=20)
+    rest, out = set(keys(tmp_path / "rest")), set(keys(tmp_path / "held"))
+    assert len(out) == 7
+    assert rest | out == everything and not rest & out
+    assert len(keys(tmp_path / "sample")) == 20 and set(keys(tmp_path / "sample")) < rest
+    assert report(tmp_path / "rest")["skipped"] == {"held out": 7}
+    assert report(tmp_path / "held")["skipped"] == {"not held out": 33}
+    assert report(tmp_path / "sample")["skipped"] == {"not in the sample": 13, "held out": 7}
+    description = json.loads((tmp_path / "rest/preprocess/job.json").read_text())
+    assert (description["hold_out"], description["only_held_out"]) == (7, False)
+    job(pairs(splits=1, size=1), tmp_path / "none")  # as an earlier version describes it
+    assert "hold_out" not in json.loads((tmp_path / "none/preprocess/job.json").read_text())
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 9])
+def test_equal_priorities_are_held_out_once(count):
+    table = np.zeros(5, dtype=dedup.ROW)
+    rest, out = (
+        next(dedup.select([lambda: table], False, None, hold_out=count, only_held_out=only))
+        for only in (False, True)
+    )
+    assert (out == dedup.KEEP).sum() == min(count, 5)
+    assert ((rest == dedup.KEEP) == (out == dedup.NOT_HELD_OUT)).all()
+    assert ((rest == dedup.HELD_OUT) == (out == dedup.KEEP)).all()
 
 
 def brute_force(tables, deduplicate, sample):

@@ -32,7 +32,7 @@ def skipped(folder) -> dict:
 
 def test_every_filter_counts_by_its_own_reason(tmp_path):
     text = Record("text", caption="plain text")
-    talk = Record("talk", image=encoded(make_image(2)), turns=(Turn("a" * 99, "b"),))
+    talk = Record("talk", images=(encoded(make_image(2)),), turns=(Turn("a" * 99, "b"),))
     good = [sized("exact", 40, 20), sized("tall", 20, 40), text, talk]
     content = [
         *good,
@@ -157,10 +157,12 @@ def test_images_with_damaged_metadata_stay_as_they_are(tmp_path):
         "png": png[:33] + b"\0\0\0\3tEXta\0b\0\0\0\1" + png[33:],  # of a wrong checksum
     }
     job([[pair(key, image) for key, image in images.items()]], tmp_path / "set")
-    assert {record.key: record.image for record in records(tmp_path / "set")} == images
+    assert {record.key: record.images[0] for record in records(tmp_path / "set")} == images
     half = {"reencoding": Reencoding(max_side=20)}
     job([[pair(key, image) for key, image in images.items()]], tmp_path / "small", **half)
-    assert [image_size(record.image) for record in records(tmp_path / "small")] == [(20, 15)] * 2
+    assert [image_size(record.images[0]) for record in records(tmp_path / "small")] == [
+        (20, 15)
+    ] * 2
 
 
 def test_more_pixels_than_can_be_decoded(tmp_path):
@@ -207,7 +209,7 @@ def test_large_images_become_smaller_and_keep_their_shape(tmp_path):
         tmp_path,
         reencoding=Reencoding(max_side=100),
     )
-    found = {record.key: record.image for record in records(tmp_path)}
+    found = {record.key: record.images[0] for record in records(tmp_path)}
     assert {key: shape(image) for key, image in found.items()} == {
         "jpeg": ("JPEG", (100, 67)),
         "png": ("JPEG", (100, 67)),
@@ -247,7 +249,7 @@ def test_quality_encodes_everything_anew(tmp_path):
     job(content, tmp_path / "low", reencoding=Reencoding(jpeg_quality=30))
     job(content, tmp_path / "high", reencoding=Reencoding(jpeg_quality=95))
     low, high = (
-        {record.key: record.image for record in records(tmp_path / name)}
+        {record.key: record.images[0] for record in records(tmp_path / name)}
         for name in ("low", "high")
     )
     assert low.keys() == high.keys() == images.keys()
@@ -264,7 +266,7 @@ def test_what_is_too_long_for_jpeg_is_skipped(tmp_path):
     reason = "image is too long for JPEG (--max-side makes it smaller)"
     assert skipped(tmp_path / "all") == {reason: 1}
     job([[line]], tmp_path / "small", reencoding=Reencoding(max_side=1000))
-    assert image_size(records(tmp_path / "small")[0].image) == (1000, 1)
+    assert image_size(records(tmp_path / "small")[0].images[0]) == (1000, 1)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])

@@ -141,7 +141,7 @@ def test_a_changed_input_between_two_readings_is_refused(corpus, tmp_path):
     for index in (0, 1):
         preprocess(InputPlan(splits), settings, output, {}, partition=(index, 2))
     preprocess(InputPlan(splits), settings, output, {}, merge=True)
-    another = pair(corpus[3][7].key, corpus[3][7].image, "another caption")
+    another = pair(corpus[3][7].key, corpus[3][7].images[0], "another caption")
     for changed in ([*corpus[3][:7], another], corpus[3][:7], [*corpus[3][1:], corpus[3][0]]):
         splits[3] = InputSplit("part3", "3", changed, Path("input3"))
         with pytest.raises(PreprocessError, match="split part3: sample . is not what the first"):

@@ -53,7 +53,7 @@ def test_what_is_no_member_stands_between_members(tmp_path, kind, folder):
     records, skipped = collect("webdataset", tmp_path / "in")
     captions = [f"caption {number:05d}" for number in range(6)]
     assert [r.caption for r in records] == captions and skipped == {}
-    assert all(r.image == IMAGE and r.metadata["id"] for r in records)
+    assert all(r.images[0] == IMAGE and r.metadata["id"] for r in records)
     assert adopted(tmp_path / "in") == captions
 
 

@@ -233,6 +233,29 @@ def test_caption_instructions_ask_for_every_third_image(corpus):
         assert dialogue_of(record) == [(language.CAPTION_REQUEST, language.caption(scene))]
 
 
+def test_dialogues_about_two_images_have_right_answers(corpus):
+    records = load(corpus / "instructions/llava_two_images.json")
+    assert [int(record["id"]) for record in records] == list(range(8, SMALL.instructions, 8))
+    counts = load(corpus / "corpus.json")["counts"]
+    assert counts["instructions/llava_two_images"] == len(records)
+    kinds = set()
+    for record in records:
+        number = int(record["id"])
+        assert record["image"] == [f"images/{i:012d}.jpg" for i in (number - 1, number)]
+        scenes = [world.draw_image(SMALL.seed, "instructions", i)[0] for i in (number - 1, number)]
+        asked = [message["value"] for message in record["conversations"][::2]]
+        given = [message["value"] for message in record["conversations"][1::2]]
+        kinds.add(len(asked))
+        if len(asked) == 1:
+            assert asked == ["<image>\n<image>\nhow many shapes are there ?"]
+            assert given == [str(sum(len(scene.shapes) for scene in scenes))]
+            continue
+        for scene, question, found in zip(scenes, asked, given, strict=True):
+            assert question.startswith("<image>\n") and question.count("<image>") == 1
+            assert found == answer(language.caption(scene), question.removeprefix("<image>\n"))
+    assert kinds == {1, 2}
+
+
 def test_hint_comes_after_a_newline_a_space_or_not_at_all(corpus):
     hints = Counter()
     for record in load(corpus / "instructions/llava_shapes.json"):

@@ -20,6 +20,7 @@ from megatron_owl2.config.schema import (
     RunConfig,
     VisionConfig,
 )
+from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, runner
@@ -102,6 +103,9 @@ def test_prompts_are_the_official_ones_up_to_the_colon(corpus):
     text = question.text
     assert question.prompt(TASKS["vqav2"].suffix) == f"USER: <|image|>{text}{SHORT} ASSISTANT:"
     assert question.prompt("") == f"USER: <|image|>{text} ASSISTANT:"
+    vicuna = TEMPLATES["vicuna_v1"]
+    asked = f"{vicuna.system} USER: <|image|>\n{text} ASSISTANT:"
+    assert question.prompt("", vicuna) == asked
     assert TASKS["pope"].suffix == SHORT
     caption = benchmark.read(TASKS["caption"], corpus / "eval/seen")[0][0]
     assert caption.prompt(TASKS["caption"].suffix) == (
@@ -218,6 +222,20 @@ def test_answers_belong_to_their_images(fake, tmp_path):
     assert prompts[0] == "USER: <|image|>what color? Short. ASSISTANT:" and len(last) == 1
     assert limits == [10, 1]
     assert images[0][0] is images[1][0]  # one image, so it will be encoded once
+    fake.config.template = "vicuna_v1"
+    result = runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", settings, {})
+    assert result["template"] == "vicuna_v1"
+    assert NamesColors.seen[-1][0] == [questions[-1].prompt(" Short.", TEMPLATES["vicuna_v1"])]
+
+
+def test_images_are_resized_in_the_mode_of_the_model(fake, tmp_path):
+    folder = write_vqa(tmp_path / "vqa")
+    questions, gold = benchmark.read(TASKS["vqav2"], folder)
+    Image.new("RGB", (60, 20), "red").save(questions[0].images[0])
+    fake.config.image_mode, fake.config.image_mean = "pad", [0.0, 0.0, 1.0]
+    runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", Settings(), {})
+    ((_, ((image,), *_), *_),) = NamesColors.seen
+    assert image[:, 0, 0].tolist() == [0, 0, 255] and image[0, 14, 14] > 200
 
 
 def test_blind_means_black_uint8_images(fake, tmp_path):

@@ -19,8 +19,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
 )
 from torch.distributed.checkpoint import filesystem
 
-from megatron_owl2.data.training_dataset import TrainingDataset
-from megatron_owl2.data.validation_dataset import ValidationDataset
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.errors import BadSampleError
 from megatron_owl2.train import main
 from megatron_owl2.training import step
@@ -165,22 +164,24 @@ def rank_1_is_slow() -> None:
 
 def images_of_rank_1_are_damaged() -> None:
     """All images of its copy of the training data are damaged."""
-
-    def damaged(self, data, sample_index):
-        raise BadSampleError("image cannot be decoded")
-
-    if RANK == "1":
-        TrainingDataset._image = damaged
+    _damage_images_of_rank_1(training=True)
 
 
 def validation_images_of_rank_1_are_damaged() -> None:
-    """All images of its copy are damaged."""
+    """All images of its copy of the validation data are damaged."""
+    _damage_images_of_rank_1(training=False)
 
-    def damaged(self, data):
-        raise BadSampleError("image cannot be decoded")
+
+def _damage_images_of_rank_1(*, training: bool) -> None:
+    build = SampleBuilder.build
+
+    def damaged(self, record, measured, augmentation=None):
+        if record.images and (augmentation is not None) == training:  # validation augments nothing
+            raise BadSampleError("image cannot be decoded")
+        return build(self, record, measured, augmentation)
 
     if RANK == "1":
-        ValidationDataset._image = damaged
+        SampleBuilder.build = damaged
 
 
 def step_3_and_closing_fail() -> type[Trainer]:

@@ -72,7 +72,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def pair(key: str, image: bytes | None = None, caption: str = "a caption", **metadata) -> Record:
     """Caption with its own small image, or with `image`."""
     image = encoded(make_image(sum(key.encode()))) if image is None else image
-    return Record(key, image=image, caption=caption, metadata=metadata)
+    return Record(key, images=(image,), caption=caption, metadata=metadata)
 
 
 def pairs(splits: int, size: int) -> list[list[Record]]:

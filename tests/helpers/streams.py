@@ -7,11 +7,15 @@ import torch
 from tiny_data import LetterTokenizer, encoded, make_image, record, write
 
 from megatron_owl2.config.schema import DataConfig, SourceConfig
+from megatron_owl2.config.templates import OWL2
 from megatron_owl2.data.batch import Batch
+from megatron_owl2.data.images import STRETCH
 from megatron_owl2.data.loader import build_loader
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.sampling.phases import first_phase
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.shards.records import Record
+from megatron_owl2.data.training_order import TrainingOrder
 
 ROWS, SIZE = 3, 14
 
@@ -28,7 +32,7 @@ def pairs(source: str, count: int) -> Iterator[Record]:
     """Captions with small images of several sizes."""
     for i in range(count):
         image = encoded(make_image(i, 24 + i % 5, 20 + i % 7))
-        yield Record(f"{source}{i:04d}", image=image, caption=f"{source} {i}")
+        yield Record(f"{source}{i:04d}", images=(image,), caption=f"{source} {i}")
 
 
 def config(*folders, weights=(0.6, 0.4), **changes) -> DataConfig:
@@ -38,16 +42,32 @@ def config(*folders, weights=(0.6, 0.4), **changes) -> DataConfig:
 
 
 def loader(
-    data: DataConfig, start=0, rank=0, ranks=1, micro=4, tokenizer=None, phase=None, **options
+    data: DataConfig,
+    start=0,
+    rank=0,
+    ranks=1,
+    micro=4,
+    tokenizer=None,
+    phase=None,
+    decode_images=True,
+    to_square=STRETCH,
+    **options,
 ):
     datasets = open_sources(data)
     return build_loader(
         data,
         datasets,
-        phase or first_phase(data, datasets),
-        tokenizer=tokenizer or LetterTokenizer(),
-        tokens_per_image=ROWS,
-        image_size=SIZE,
+        TrainingOrder(data, datasets, phase or first_phase(data, datasets)),
+        SampleBuilder(
+            tokenizer or LetterTokenizer(),
+            OWL2,
+            tokens_per_image=ROWS,
+            image_size=SIZE,
+            sequence_length=data.sequence_length,
+            max_images=data.images_per_row,
+            decode_images=decode_images,
+            to_square=to_square,
+        ),
         row_alignment=data.sequence_length,
         micro_batch_size=micro,
         start_sample=start,

@@ -1,12 +1,14 @@
 """Small data for the data tests: images, records, finished data sets."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from megatron_owl2.data.batch import Batch, collate
+from megatron_owl2.data.conversation import Sample
 from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.shards.writer import ShardWriter
 
@@ -30,9 +32,9 @@ def record(index: int, source: str = "tiny") -> Record:
         return Record(key, turns=(Turn(f"say {index}", f"it is {index}"),), source=source)
     image = encoded(make_image(index), "PNG" if index % 2 else "JPEG")
     if index % 3 == 0:
-        return Record(key, image=image, caption=f"picture {index}", source=source)
+        return Record(key, images=(image,), caption=f"picture {index}", source=source)
     turns = (Turn("<|image|>what number?", str(index)), Turn("sure?", "yes"))
-    return Record(key, image=image, turns=turns, source=source, metadata={"index": index})
+    return Record(key, images=(image,), turns=turns, source=source, metadata={"index": index})
 
 
 def write(directory: Path, records: Iterable[Record], samples_per_shard: int = 10) -> Path:
@@ -49,3 +51,17 @@ class LetterTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
+
+
+def one_per_row(
+    samples: Sequence[Sample], image_size: int, length: int, row_alignment: int = 16, first: int = 0
+) -> Batch:
+    """The batch of samples that have a row each; its row indices begin at `first`."""
+    return collate(
+        [[sample] for sample in samples],
+        row_indices=range(first, first + len(samples)),
+        image_size=image_size,
+        row_alignment=row_alignment,
+        sequence_length=length,
+        packed=False,
+    )

@@ -16,9 +16,11 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.loader import BatchLoader, build_loader
 from megatron_owl2.data.row_length import row_alignment
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.sampling import phases
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_owl2.data.training_order import TrainingOrder
 from megatron_owl2.training.checkpoint import directories
 
 MODEL = {
@@ -132,10 +134,8 @@ def loader(config: RunConfig, micro_batch_size: int, **options) -> BatchLoader:
     return build_loader(
         config.data,
         datasets,
-        phases.first_phase(config.data, datasets),
-        tokenizer=Tokenizer(config.data.tokenizer),
-        tokens_per_image=config.model.tokens_per_image,
-        image_size=config.model.vision.image_size,
+        TrainingOrder(config.data, datasets, phases.first_phase(config.data, datasets)),
+        SampleBuilder.of(config, Tokenizer(config.data.tokenizer)),
         micro_batch_size=micro_batch_size,
         **(one | options),
     )

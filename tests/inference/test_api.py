@@ -9,8 +9,9 @@ from tiny_data import make_image
 
 import megatron_owl2
 from megatron_owl2.cli import generate
+from megatron_owl2.config.templates import OWL2, TEMPLATES
 from megatron_owl2.data import images
-from megatron_owl2.data.conversation import prompt
+from megatron_owl2.data.conversation import asking_ids, prompt
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.api import InferenceModel, read_image
 from megatron_owl2.inference.engine import Generator, load_model
@@ -50,6 +51,20 @@ def test_paths_pillow_images_and_tensors_give_the_same_answer(model, files):
     assert len({model.generate(QUESTION, [f], max_new_tokens=12) for f in files}) > 1
 
 
+def test_images_are_resized_in_the_mode_of_the_model(tmp_path):
+    model = grouped_model()
+    model.model.image_mode = "pad"
+    exported = export(model, tmp_path / "hf", tokenizer=small_tokenizer(tmp_path))
+    loaded = megatron_owl2.load(exported)
+    assert loaded.config.image_mode == "pad"
+    tensor = images.from_pillow(make_image(3, 90, 20))
+    size, answers = loaded.config.vision.image_size, []
+    for mode in ("stretch", "pad"):
+        pixels = images.SquareResize(mode, tuple(loaded.config.image_mean))(tensor, size)
+        answers += engine(loaded, [QUESTION], [[pixels]])
+    assert loaded.generate(QUESTION, [tensor], max_new_tokens=12) == answers[1] != answers[0]
+
+
 def engine(model: InferenceModel, questions, pixels) -> list[str]:
     """What the engine answers to questions with placeholders and images of the model's size."""
     return model._generator.generate([prompt(q) for q in questions], pixels, 12)
@@ -84,6 +99,69 @@ def test_answers_have_at_most_so_many_tokens(model):
     assert len(model.tokenizer.encode(short)) <= 2
     with pytest.raises(InferenceError, match="max_new_tokens is 0"):
         model.generate("badal", max_new_tokens=0)
+
+
+def test_without_images_a_placeholder_is_text(model):
+    text = "badal <|image|> dinap</s>"
+    ids = asking_ids([[text]], [], model.tokenizer)
+    assert -200 not in ids and model.tokenizer.eos_id not in ids
+    expected = model._generator.generate([ids], [[]], 12)
+    assert model.generate([text], max_new_tokens=12) == expected
+
+
+def test_messages_are_continued(model, files):
+    size = model.config.vision.image_size
+    pixels = [images.resize_square(read_image(file), size) for file in files[:2]]
+    first, second = ({"type": "image", "image": file} for file in files[:2])
+    messages = [
+        {"role": "system", "content": "kunat"},
+        {"role": "user", "content": [first, {"type": "text", "text": "badal"}]},
+        {"role": "assistant", "content": "bamer</s>"},
+        {"role": "user", "content": [{"type": "text", "text": "<|image|> "}, second]},
+    ]
+    questions = [["", "badal"], ["<|image|> ", ""]]
+    ids = asking_ids(questions, ["bamer</s>"], model.tokenizer, OWL2, "kunat")
+    assert ids.count(-200) == 2 and ids.count(model.tokenizer.eos_id) == 1
+    expected = model._generator.generate([ids], [pixels], 12)
+    assert model.generate([messages, "badal"], max_new_tokens=12) == [
+        *expected,
+        model.generate("badal", max_new_tokens=12),
+    ]
+
+
+def test_messages_that_are_no_conversation_are_refused(model, files):
+    user, assistant = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    shown = {"role": "assistant", "content": [{"type": "image", "image": files[0]}]}
+    for messages, message in (
+        ([user, assistant], "the last message must be the user's"),
+        ([], "the last message must be the user's"),
+        ([user, user], "message 2 has the role 'user'"),
+        ([assistant, user], "message 1 has the role 'assistant'"),
+        ([user, {"role": "system", "content": "x"}], "message 2 has the role 'system'"),
+        ([{"from": "human", "value": "x"}], "the content of message 1 must be a text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "with an 'image'"),
+        ([user, shown, user], "message 2 has an image, which only the user may show"),
+    ):
+        with pytest.raises(InferenceError, match=message):
+            model.generate([messages])
+    with pytest.raises(InferenceError, match=r"generate\(\[messages\]\)"):
+        model.generate([user])
+    with pytest.raises(InferenceError, match="messages have their images in them"):
+        model.generate([[user]], [files[:1]])
+
+
+def test_a_model_is_asked_in_its_template(tmp_path, files):
+    trained = grouped_model()
+    trained.model.template = "vicuna_v1"
+    trained.model.decoder.max_positions = 256  # of rotary positions, which are in no weight
+    folder = export(trained, tmp_path / "hf", tokenizer=small_tokenizer(tmp_path))
+    model = megatron_owl2.load(folder)
+    pixels = images.resize_square(read_image(files[0]), model.config.vision.image_size)
+    text = prompt("<|image|>badal", TEMPLATES["vicuna_v1"])
+    assert "<|image|>\nbadal" in text and text.startswith("A chat between")
+    expected = model._generator.generate([text], [[pixels]], 12)
+    assert [model.generate("badal", files[:1], max_new_tokens=12)] == expected
+    assert expected != engine(model, ["<|image|>badal"], [[pixels]])
 
 
 def test_what_cannot_be_shown_is_refused(model, files, tmp_path):

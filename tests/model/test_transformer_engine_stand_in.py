@@ -31,7 +31,7 @@ def run(folder, processes):
     config = tiny_run.make(folder)
     no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
     program = [HELPERS / "te_steps.py", config, folder / "checkpoints"]
-    done = run_ranks(processes, *program, environment=no_gpu, timeout=600)
+    done = run_ranks(processes, *program, environment=no_gpu, timeout=600, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

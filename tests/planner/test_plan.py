@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from paths import ROOT
+from processes import run_ranks
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.validate import validate_settings
@@ -29,8 +30,7 @@ SMALLER = ["train.micro_batch_size=16", "train.precision=bf16"]
 
 
 def run_tool(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_ranks(1, ROOT / "tools" / "plan.py", *arguments)
 
 
 COUNTED_RUN = """

@@ -41,7 +41,7 @@ def costs() -> list:
 
 
 def test_plans_beside_a_gpu_are_those_without_one_and_touch_none():
-    run = run_ranks(1, __file__)
+    run = run_ranks(1, __file__, fresh=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(run.stdout) == json.loads(json.dumps(costs()))
 

@@ -4,8 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import faults
 import pytest
 import tiny_run
 import torch
-from processes import killed_by_errors, single_threaded, wait_until
+from processes import killed_by_errors, start, wait_until
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.machine import check_machine
@@ -33,18 +31,9 @@ class Ranks:
         self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
         place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-        place |= {"LOCAL_RANK": "0"}
+        place |= {"LOCAL_RANK": "0", "WORLD_SIZE": str(len(folders))}
         self.jobs = [
-            subprocess.Popen(
-                [sys.executable, *program],
-                cwd=folder,
-                env=single_threaded(
-                    environment | place | {"RANK": str(rank), "WORLD_SIZE": str(len(folders))}
-                ),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            start(program, environment=environment | place | {"RANK": str(rank)}, folder=folder)
             for rank, folder in enumerate(folders)
         ]
 
@@ -52,6 +41,7 @@ class Ranks:
         """Exit code and errors said, by rank."""
         with ExitStack() as stack:
             for job in self.jobs:
+                stack.enter_context(job)
                 stack.enter_context(killed_by_errors(job))
             said = [job.communicate(timeout=200)[1] for job in self.jobs]
         errors = [[x for x in text.splitlines() if x.startswith("error: ")] for text in said]

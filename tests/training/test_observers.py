@@ -16,7 +16,6 @@ from PIL import Image
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.schema import ParallelConfig, WatchConfig
-from megatron_owl2.data.batch import collate
 from megatron_owl2.data.conversation import build_sample
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.mcore import setup
@@ -201,10 +200,13 @@ def test_an_image_shows_pixels_and_text_of_its_rows(tmp_path):
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     samples = [build_sample(tiny_data.record(index), tokenizer, 5, 48) for index in (1, 2)]
     for number, sample in enumerate(samples):
-        sample.key, sample.sample_index = f"key{number}", number
-    samples[0].image = torch.tensor([200, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
-    batch = collate(samples[::-1], 28, row_alignment=48)
-    text, question = (sample_sheet._words(batch, row, tokenizer) for row in (0, 1))
+        sample.key = f"key{number}"
+    red = torch.tensor([200, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
+    samples[0].images = [red]
+    batch = tiny_data.one_per_row(samples[::-1], 28, 48)
+    text, question = (
+        sample_sheet._words(batch, sample, tokenizer) for sample in sample_sheet._samples(batch)
+    )
     green = sample_sheet._TARGET
     assert [word for word, color in question if color == green] == ["1</s>", "yes</s>"]
     assert " ".join(word for word, _ in question).startswith("<s>USER: [5 vision tokens] what")

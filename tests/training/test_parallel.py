@@ -8,6 +8,7 @@ the real training loop, whatever ranks made them. Runs on equally many processes
 import collections
 import math
 
+import dialogues
 import pytest
 import runs_in_turn
 import stored
@@ -52,6 +53,12 @@ PARALLELISMS = {
 }
 STAGES = {
     "everything": [],
+    # Several samples in a row, with no image, one or two, in any turn.
+    "packed": [
+        "data.packing=true",
+        "data.sources=[{path: FOLDER/dialogues}]",
+        "data.images_per_row=4",
+    ],
     "stage 1": [
         "stage.trainable=['vision_model.*','abstractor.*','*.linear_kv_vision.weight','*vision']"
     ],
@@ -74,6 +81,9 @@ CASES += [("stage 1", name, FULL) for name in ("TP 2 SP", "PP 2", "VP 2", "DP 2"
 # Nothing trains on the last rank, nothing on the first.
 CASES += [("vision only", "PP 2", ""), ("vision only", "VP 2", FULL)]
 CASES += [("output layer only", "PP 2", ""), ("output layer only", "TP 2 PP 2", FULL)]
+CASES += [("packed", name, "") for name in ("TP 2 SP", "PP 2", "CP 2", "DP 2", "DP 4")]
+CASES += [("packed", name, "") for name in ("TP 2 SP PP 2", "TP 2 SP CP 2")]
+CASES += [("packed", "VP 2", FULL), ("packed", "CP 2 DP 2", SELECTIVE)]
 RESUMED = [("vision only", "PP 2"), ("output layer only", "PP 2")]
 
 
@@ -82,15 +92,19 @@ class Runs:
 
     def __init__(self, folder):
         self.folder, self.config = folder, tiny_run.make(folder, STEPS)
-        self._options = [
-            f"stage.initial_checkpoint={folder / 'initial'}",
+        dialogues.write(folder / "dialogues", 90, folder / "tokenizer.model")
+        self._launched = {}
+
+    def _options(self, stage):
+        return [
+            f"stage.initial_checkpoint={self.folder / 'initial'}",
             "optimizer.beta1=0",
             "optimizer.lr=1e-3",
             "optimizer.min_lr=1e-3",
             "optimizer.clip_grad=0",
             f"data.sequence_length={LENGTH}",
+            *(option.replace("FOLDER", str(self.folder)) for option in STAGES[stage]),
         ]
-        self._launched = {}
 
     def of(self, stage, parallelism, recompute=""):
         """The folder of a finished run."""
@@ -111,21 +125,25 @@ class Runs:
     def _planned(self, processes):
         if processes == 1:
             yield self.folder / "initial", ["train.steps=1"]
-            for stage, options in STAGES.items():
-                yield self._folder(stage, "one process", ""), [*self._options, *options]
+            for stage in STAGES:
+                yield self._folder(stage, "one process", ""), self._options(stage)
         for stage, name, recompute in CASES:
             needed, parallelism = PARALLELISMS[name]
             if needed == processes:
-                options = [*self._options, *STAGES[stage], *parallelism, *filter(None, [recompute])]
+                options = [*self._options(stage), *parallelism, *filter(None, [recompute])]
                 yield self._folder(stage, name, recompute), options
         for stage, name in RESUMED:
             needed, parallelism = PARALLELISMS[name]
             if needed == processes:
-                options = [*self._options, *STAGES[stage], *parallelism]
+                options = [*self._options(stage), *parallelism]
                 yield self._folder(stage, name, "resumed"), [*options, f"train.steps={STEPS - 1}"]
                 yield self._folder(stage, name, "resumed"), options
         if processes == 2:
-            options = [*self._options, *PARALLELISMS["DP 2"][1], "train.precision=bf16"]
+            options = [
+                *self._options("everything"),
+                *PARALLELISMS["DP 2"][1],
+                "train.precision=bf16",
+            ]
             yield self._folder("everything", "DP 2", "bf16"), options
 
 

@@ -1,10 +1,12 @@
 """Ranks of one model that read different samples stop, and name each other."""
 
+import sys
+
 import faults
 import pytest
 import tiny_run
 import torch
-import torch.multiprocessing
+from processes import run_ranks
 from streams import config, loader
 from tiny_data import record, write
 
@@ -14,12 +16,13 @@ from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 pytestmark = pytest.mark.distributed
 
 
-def read(rank: int, folders: list[str], store: str, found: str) -> None:
+def read(one: str, two: str, found: str) -> None:
     """One of two ranks; what `verify` said after every step goes into a file."""
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     consistency = SampleConsistencyCheck(torch.distributed.group.WORLD)
     said = []
-    for batch in loader(config(folders[rank], weights=(1,)), limit_samples=40):
+    for batch in loader(config((one, two)[rank], weights=(1,)), limit_samples=40):
         consistency.add(batch)
         try:
             consistency.verify()
@@ -39,8 +42,8 @@ def test_a_damaged_copy_of_the_data_is_noticed(tmp_path, damaged):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    arguments = (list(map(str, folders)), str(tmp_path / "store"), str(tmp_path / "found"))
-    torch.multiprocessing.spawn(read, arguments, nprocs=2)
+    done = run_ranks(2, __file__, *folders, tmp_path / "found")
+    assert done.returncode == 0, done.stderr
     said = torch.load(tmp_path / "found")
     assert len(said) == 10
     if damaged:
@@ -66,3 +69,7 @@ def test_a_run_ends_before_it_computes_rows_of_other_lengths(tmp_path):
     assert done.returncode != 0 and not tiny_run.rows(tmp_path / "run")
     for rank in (0, 1):
         assert f"error: rank {rank}: the ranks [0, 1] of one model did not read" in done.stderr
+
+
+if __name__ == "__main__":
+    read(*sys.argv[1:])

@@ -31,9 +31,9 @@ def with_bad_images(folder, every):
 
     def damaged(index):
         record = tiny_data.record(index)
-        if index % every or record.image is None:
+        if index % every or not record.images:
             return record
-        return Record(record.key, b"\xff\xd8\xff" + bytes(50), record.caption, record.turns)
+        return Record(record.key, (b"\xff\xd8\xff" + bytes(50),), record.caption, record.turns)
 
     shards = tiny_data.write(folder / "damaged", map(damaged, range(60)))
     return config, f"data.sources=[{{path: {shards}}}]"

@@ -10,6 +10,7 @@ import tiny_run
 import torch
 
 from megatron_owl2.config.load import load_config
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def runs(tmp_path_factory):
     config = tiny_run.make(folder, 2)
     held_out = [tiny_data.record(100 + index) for index in range(20)]
     tiny_data.write(folder / "held out", held_out)
-    texts = [record for record in held_out if record.image is None]
+    texts = [record for record in held_out if not record.images]
     tiny_data.write(folder / "texts", texts)
     start = [f"stage.initial_checkpoint={folder / 'initial'}"]
     options = [
@@ -78,10 +79,7 @@ def test_it_is_the_mean_loss_per_target_of_the_model_after_the_step(runs):
     source = ValidationDataset(
         ShardedDataset(runs / "held out"),
         SAMPLES,
-        tokenizer=loaded.tokenizer,
-        tokens_per_image=config.model.tokens_per_image,
-        sequence_length=config.data.sequence_length,
-        image_size=config.model.vision.image_size,
+        SampleBuilder.of(config, loaded.tokenizer),
         row_alignment=1,
     )
     losses, targets = {True: 0.0, False: 0.0}, {True: 0, False: 0}
@@ -125,9 +123,9 @@ def test_bad_samples_are_left_out_counted_and_named(tmp_path):
         record = tiny_data.record(index)
         if index != 1:
             return record
-        return Record(record.key, b"\xff\xd8\xff" + bytes(50), record.caption, record.turns)
+        return Record(record.key, (b"\xff\xd8\xff" + bytes(50),), record.caption, record.turns)
 
-    assert tiny_data.record(1).image is not None
+    assert tiny_data.record(1).images
     tiny_data.write(tmp_path / "damaged", map(damaged, range(8)))
     tiny_data.write(tmp_path / "rest", [damaged(index) for index in range(8) if index != 1])
     done = tiny_run.train(
@@ -172,17 +170,14 @@ def test_ranks_of_one_model_that_read_other_samples_stop_the_run(tmp_path):
 def test_samples_are_spread_over_the_source(tmp_path):
     config = tiny_run.make(tmp_path)
     dataset = ShardedDataset(tmp_path / "shards")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
 
     def keys(samples: int) -> list[str]:
         source = ValidationDataset(
             dataset,
             samples,
-            tokenizer=Tokenizer(tmp_path / "tokenizer.model"),
-            tokens_per_image=5,
-            sequence_length=48,
-            image_size=28,
+            SampleBuilder.of(load_config(config), tokenizer, decode_images=False),
             row_alignment=1,
-            decode_images=False,
         )
         return [source[[number]].keys[0] for number in range(len(source))]
 

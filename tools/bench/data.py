@@ -124,7 +124,9 @@ def measure(folder: Path, samples: int, rounds: int, memory: int) -> dict:
             for record in group:
                 writer.write(record)
     figures |= {
-        "image_bytes": [statistics.mean(len(r.image) for r in group) for group in records.values()],
+        "image_bytes": [
+            statistics.mean(len(r.images[0]) for r in group) for group in records.values()
+        ],
         "samples": samples,
         "versions": {"torch": torch.__version__, "webdataset": webdataset.__version__},
         "scaled_decoding": scaled_differences(records[LARGE][:200], 224),
@@ -204,7 +206,7 @@ def write_webdataset(folder: Path, records: list[Record], **options) -> None:
     with webdataset.ShardWriter(pattern, maxcount=SHARD, verbose=0, **options) as writer:
         for record in records:
             body = {"caption": record.caption, "source": record.source, "metadata": {}}
-            writer.write({"__key__": record.key, "jpg": record.image, "json": body})
+            writer.write({"__key__": record.key, "jpg": record.images[0], "json": body})
 
 
 def write_foreign(folder: Path, records: list[Record]) -> list[str]:
@@ -213,7 +215,7 @@ def write_foreign(folder: Path, records: list[Record]) -> list[str]:
     with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=SHARD, verbose=0) as writer:
         for record in records:
             body = {"caption": record.caption, "url": "https://example.org", "status": "success"}
-            parts = {"jpg": record.image, "txt": record.caption, "json": body}
+            parts = {"jpg": record.images[0], "txt": record.caption, "json": body}
             writer.write({"__key__": record.key, **parts})
     return sorted(map(str, folder.glob("*.tar")))
 

@@ -11,13 +11,16 @@ import webdataset
 from PIL import Image
 
 from megatron_owl2.config.schema import DataConfig, SourceConfig
+from megatron_owl2.config.templates import OWL2
 from megatron_owl2.data import images, jpeg
 from megatron_owl2.data.loader import BatchLoader, build_loader
+from megatron_owl2.data.sample_builder import SampleBuilder
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.data.sampling.phases import first_phase
 from megatron_owl2.data.shards.dataset import open_sources
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.data.training_order import TrainingOrder
 
 BATCH = 32
 WORDS = ["a", "the", "owl", "on", "red", "blue", "tree", "sky", "two", "big", "small", "photo"]
@@ -38,7 +41,7 @@ def make_records(count: int, width: int, height: int) -> Iterator[Record]:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
         caption = " ".join(chance.choice(WORDS, 12))
-        yield Record(f"{index:09d}", image=buffer.getvalue(), caption=caption, source="bench")
+        yield Record(f"{index:09d}", images=(buffer.getvalue(),), caption=caption, source="bench")
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
@@ -72,10 +75,8 @@ def open_ours(
     return build_loader(
         config,
         datasets,
-        first_phase(config, datasets),
-        tokenizer=tokenizer,
-        tokens_per_image=65,
-        image_size=size,
+        TrainingOrder(config, datasets, first_phase(config, datasets)),
+        SampleBuilder(tokenizer, OWL2, 65, size, config.sequence_length, max_images=1),
         row_alignment=config.sequence_length,
         micro_batch_size=BATCH,
         start_sample=0,
@@ -123,7 +124,7 @@ def scaled_differences(records: list[Record], size: int) -> dict[str, dict[str, 
     edges, and pixels of the whole image by which the rounding moves the centres of the crops."""
     whole, resampled, moved = [], [], []
     for number, record in enumerate(records):
-        data = record.image
+        data = record.images[0]
         one, other = (
             images.load_square(data, size, KeyedRandom(number), scaled) for scaled in (True, False)
         )

@@ -86,13 +86,20 @@ def full_batch(config: RunConfig, seed: int = 0) -> Batch:
     size = config.model.vision.image_size
     positions = np.arange(4, 4 + images)
     samples = []
-    for sample_index in range(config.train.micro_batch_size):
+    for _ in range(config.train.micro_batch_size):
         tokens = chance.integers(3, config.model.decoder.vocab_size, length)
         labels, modality = np.roll(tokens, -1), np.zeros(length, np.int64)
         labels[: positions[-1]], modality[positions] = -100, 1
         pixels = torch.from_numpy(chance.integers(0, 256, (3, size, size), np.uint8))
-        samples.append(Sample(tokens, labels, modality, length, False, pixels, sample_index))
-    batch = collate(samples, size, row_alignment=length)
+        samples.append([Sample(tokens, labels, modality, image_count=1, images=[pixels])])
+    batch = collate(
+        samples,
+        row_indices=range(len(samples)),
+        image_size=size,
+        row_alignment=length,
+        sequence_length=length,
+        packed=False,
+    )
     return batch if setup.on_cpu() else batch.pin_memory()
 
 

@@ -4,12 +4,14 @@ import errno
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
+from data_prep.corpus_files import list_folder
 from data_prep.splits import ReadOptions, Skipped
 from megatron_owl2.data.shards.records import KEY, strip_text
 from megatron_owl2.errors import PreprocessError
@@ -34,6 +36,13 @@ class SkipError(Exception):
     def __init__(self, reason: str, met: str = ""):
         super().__init__(reason)
         self.met = met
+
+
+class MissingImageError(SkipError):
+    """Reason of a sample whose image file does not exist."""
+
+    def __init__(self, path: Path):
+        super().__init__("image file is missing", f"{path}")
 
 
 def skipped(error: Exception, where: str) -> Skipped:
@@ -95,7 +104,7 @@ def read_image(images: Path, name: Any) -> bytes:
         return _read_below(images, name)
     except FileNotFoundError:
         if "\\" not in name:
-            raise SkipError("image file is missing", f"{images / name}") from None
+            raise MissingImageError(images / name) from None
     except UnicodeEncodeError:
         raise SkipError("image path is not valid Unicode") from None
     return read_image(images, name.replace("\\", "/"))  # as Windows separates folders
@@ -114,6 +123,27 @@ def _read_below(images: Path, name: str) -> bytes:
             raise
         reason = f"image file cannot be read ({os.strerror(error.errno)})"
         raise SkipError(reason, f"{images / path}") from None
+
+
+def image_folders(images: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """Folders, relative to `images`, in which published images may lie: `images` itself, those of
+    these names in it, and those of these names in the folders in it."""
+    below = [path.name for path in list_folder(images)[1]]
+    places = ["", *(f"{folder}/" for folder in below)]
+    found = [f"{place}{name}/" for place in places for name in names]
+    return ("", *(folder for folder in found if (images / folder).is_dir()))
+
+
+def read_first_image(images: Path, folders: Iterable[str], names: Sequence[str]) -> bytes:
+    """Bytes of the first image that is there under one of `names`, in the first of `folders`.
+
+    Raises SkipError as `read_image` does; of an image that is nowhere it names the first path.
+    """
+    for folder in folders:
+        for name in names:
+            with suppress(MissingImageError):
+                return read_image(images, f"{folder}{name}")
+    raise MissingImageError(images / names[0])
 
 
 def shown(value: Any) -> str:

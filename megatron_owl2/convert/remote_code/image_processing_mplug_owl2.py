@@ -11,26 +11,35 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .image_resize import SquareResize, resize
 from .pillow_images import check_size, decode, from_pillow
 
 
 class MPLUGOwl2ImageProcessor(BaseImageProcessor):
-    """Squashes every image to the model's square, as official inference does, and normalises it.
+    """Resizes every image to the model's square, as the model was trained, and normalises it.
 
     `crop_size` {"height", "width"} in pixels is the square; `image_mean` and `image_std` are per
-    colour, for values from 0 to 1. Further settings are those of CLIP's processor, which the
-    released code reads; they are kept and not used.
+    colour, for values from 0 to 1. `image_mode` is that of `SquareResize`: stretch, pad or crop;
+    ValueError for another one. Further settings are those of CLIP's processor, which the released
+    code reads; they are kept and not used.
     """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, crop_size: dict, image_mean: list, image_std: list, **kwargs):
+    def __init__(
+        self,
+        crop_size: dict,
+        image_mean: list,
+        image_std: list,
+        image_mode: str = "stretch",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.crop_size, self.image_mean, self.image_std = crop_size, image_mean, image_std
+        self.image_mode = image_mode
 
     def preprocess(self, images, return_tensors="pt", **keywords) -> BatchFeature:
         """`pixel_values` fp32 [n, 3, H, W] of one or several images, also in lists of lists.
@@ -44,8 +53,7 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
                 f"{', '.join(keywords)}: leave it out; images always get the model's own size, "
                 "mean and deviation"
             )
-        size = (self.crop_size["height"], self.crop_size["width"])
-        squares = [_squash(_pixels(image), size) for image in _flat(images)]
+        squares = [self._square(_pixels(image)) for image in _flat(images)]
         if not squares:
             raise ValueError("no images; give one or several")
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (self.image_mean, self.image_std))
@@ -63,6 +71,12 @@ class MPLUGOwl2ImageProcessor(BaseImageProcessor):
         if isinstance(images, (str, PathLike)):
             return Image.fromarray(_decoded(fspath(images)))
         return images
+
+    def _square(self, pixels: torch.Tensor) -> torch.Tensor:
+        height, width = self.crop_size["height"], self.crop_size["width"]
+        if self.image_mode == "stretch":
+            return resize(pixels, height, width)
+        return SquareResize(self.image_mode, tuple(self.image_mean))(pixels, height)
 
 
 def _flat(images) -> list:
@@ -114,9 +128,3 @@ def _file(source: str) -> bytes:
         return base64.b64decode(source.split(",")[-1], validate=True)
     except binascii.Error:
         raise ValueError("there is no such file, and it is neither a URL nor base64") from None
-
-
-def _squash(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    if pixels.shape[1:] == size:
-        return pixels
-    return interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]

@@ -1,5 +1,7 @@
 """Texts and images to the inputs of mPLUG-Owl2."""
 
+import json
+import re
 from collections.abc import Iterable
 
 from transformers import BatchFeature
@@ -8,7 +10,11 @@ from transformers.processing_utils import ProcessorMixin
 from .text_options_mplug_owl2 import TextOptions
 
 IMAGE = "<|image|>"
-# The template of official inference; a system message comes first, as in official fine-tuning.
+# Marks in the texts of messages; no text holds such code points. After every `<`, so that no text
+# spells a placeholder or `</s>`; before every answer, which training tokenises by itself.
+_TEXT, _ANSWER = "\ud800", "\ud801"
+# The template of official inference, where `system` and `after_image` are empty. `system` comes
+# first unless there is a system message, `after_image` after the images that begin a question.
 _CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
@@ -28,13 +34,31 @@ _CHAT_TEMPLATE = """\
         {{- raise_exception("a message must have a 'content': a text or a list of parts") -}}
     {%- endif -%}
 {%- endmacro -%}
+{%- macro question(content) -%}
+    {%- set pieces = text(content).split('<|image|>') -%}
+    {%- set state = namespace(begun=pieces | length == 1) -%}
+    {%- for piece in pieces -%}
+        {{- '' if loop.first else '<|image|>' -}}
+        {%- set piece = piece.rstrip() if loop.last and not loop.first else piece -%}
+        {%- if state.begun -%}
+            {{- piece -}}
+        {%- elif piece.strip() or loop.last -%}
+            {%- set state.begun = true -%}
+            {{- ('' if loop.first else after_image) + piece.lstrip() -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
 {%- for message in messages -%}
+    {%- if loop.first and system and message['role'] != 'system' -%}
+        {{- system + ' ' -}}
+    {%- endif -%}
     {%- if message['role'] == 'assistant' -%}
         {{- 'ASSISTANT: ' + text(message['content']) + eos_token -}}
     {%- elif message['role'] == 'user' -%}
-        {{- 'USER: ' + text(message['content']) + ' ' -}}
+        {{- 'USER: ' + question(message['content']) + ' ' -}}
     {%- elif message['role'] == 'system' -%}
-        {{- text(message['content']) + ' ' -}}
+        {%- set given = text(message['content']) or (system if loop.first else '') -%}
+        {{- given + ' ' if given else '' -}}
     {%- else -%}
         {{- raise_exception("the 'role' of a message must be system, user or assistant; found "
             ~ message['role']) -}}
@@ -48,13 +72,36 @@ _CHAT_TEMPLATE = """\
 class MPLUGOwl2Processor(ProcessorMixin):
     """Tokenizer and image processor, and the rows that an image takes in the text."""
 
-    def __init__(self, image_processor, tokenizer, tokens_per_image=65, chat_template=None):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or _CHAT_TEMPLATE)
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        tokens_per_image=65,
+        system="",
+        after_image="",
+        chat_template=None,
+    ):
+        texts = {"system": system, "after_image": after_image}
+        given = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}\n" for k, v in texts.items())
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or given + _CHAT_TEMPLATE
+        )
         self.tokens_per_image = tokens_per_image
+        self.system, self.after_image = system, after_image
 
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "modality", "pixel_values"]
+
+    def apply_chat_template(self, conversation, *args, tokenize=False, **keywords):
+        """ProcessorMixin's, whose ids are those of training, where texts of messages stay texts.
+
+        With `tokenize=True` a `<|image|>`, `</s>` or `<s>` that a message spells is text, and only
+        parts of the type image are images. The text that comes without it does not tell them apart.
+        """
+        if tokenize:
+            conversation = [_marked(entry) for entry in conversation]
+        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **keywords)
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **keywords) -> BatchFeature:
         """One text or several with a `<|image|>` for each image, to padded inputs.
@@ -62,6 +109,7 @@ class MPLUGOwl2Processor(ProcessorMixin):
         images: the images in order, flat, or one list for each text; what the image processor
         takes. In place of an image a list of images, frames, fills one placeholder together,
         and so do several images of a text with one placeholder when there is a list per text.
+        In texts `</s>` ends a turn; in messages of `apply_chat_template` it is text.
         `keywords` are those of a tokenizer that `TextOptions` has, also in a dict `text_kwargs`.
         Returns input_ids (0 at image rows and padding), attention_mask, modality (1 at image
         rows, else 0), all int64 [b, s], and pixel_values [n, 3, H, W] if there are any. Raises
@@ -106,14 +154,41 @@ class MPLUGOwl2Processor(ProcessorMixin):
 
     def _encode(self, text: str) -> list[int]:
         """Ids of a text without BOS; `</s>` ends a turn and is the only special piece."""
-        turns = [
-            self.tokenizer(turn, add_special_tokens=False)["input_ids"] if turn else []
-            for turn in text.split(self.tokenizer.eos_token)
-        ]
-        ids = turns[0]
-        for turn in turns[1:]:
-            ids += [self.tokenizer.eos_token_id, *turn]
+        ids = []
+        for number, turn in enumerate(text.split(self.tokenizer.eos_token)):
+            ids += [self.tokenizer.eos_token_id] if number else []
+            for piece in re.split(f" ?{_ANSWER}", turn):
+                words = piece.replace(_TEXT, "")
+                ids += self.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
         return ids
+
+
+def _marked(entry):
+    """A message, or a conversation of them, with the marks of `_TEXT` and `_ANSWER` in its texts;
+    the template refuses what is neither."""
+    if isinstance(entry, (list, tuple)):
+        return [_marked(message) for message in entry]
+    if not isinstance(entry, dict):
+        return entry
+    content, mark = entry.get("content"), _ANSWER if entry.get("role") == "assistant" else ""
+    if isinstance(content, str):
+        return entry | {"content": mark + _literal(content)}
+    if not isinstance(content, (list, tuple)) or not content:
+        return entry
+    parts = [
+        part | {"text": _literal(part["text"])}
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+    return entry | {"content": [{"type": "text", "text": mark}, *parts] if mark else parts}
+
+
+def _literal(text: str) -> str:
+    """A text that spells no control token; raises ValueError for a code point that is none."""
+    if not text.isascii():
+        text.encode()
+    return text.replace("<", f"<{_TEXT}")
 
 
 def _texts(text, images) -> list[str]:

@@ -26,7 +26,7 @@ from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.partition import unshard
 from megatron_owl2.convert.safetensors_io import write_safetensors
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID, target_index
+from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID, VISION, target_index
 from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
@@ -253,6 +253,7 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
         )
     if not images.float().isfinite().all():
         raise ConversionError("images hold NaN or infinity")
+    count = len(expanded.tokens)
     return Batch(
         tokens=expanded.tokens,
         labels=expanded.labels,
@@ -263,9 +264,12 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
         vision_token_index=expanded.vision_token_index,
         target_index=target_index(expanded.labels),
         lengths=expanded.lengths,
-        sample_indices=torch.arange(len(expanded.tokens)),
-        sources=torch.zeros(len(expanded.tokens), dtype=torch.int64),
-        keys=[str(row) for row in range(len(expanded.tokens))],
+        has_image=(expanded.modality == VISION).any(1, keepdim=True).expand_as(expanded.modality),
+        sample_indices=torch.arange(count),
+        sources=torch.zeros(count, dtype=torch.int64),
+        keys=[*map(str, range(count))],
+        sample_lengths=expanded.lengths.tolist(),
+        samples_per_row=[1] * count,
     )
 
 

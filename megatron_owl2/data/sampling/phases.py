@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_owl2.config.schema import DataConfig
 from megatron_owl2.data.sampling.keyed_random import combine
+from megatron_owl2.data.sampling.packed_order import Packing
 from megatron_owl2.data.sampling.shuffle import BLOCK_SIZE, SHUFFLE_BLOCK_SIZE, STREAMS
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.errors import ConfigError
@@ -30,6 +31,7 @@ class Phase:
     start_sample: int
     fingerprint: str
     sources: list[dict]  # path, weight, samples and the fingerprint of the manifest
+    group: int = 0  # of rows that are balanced over the ranks, if rows are packed
 
     def describe(self) -> str:
         """The data sets and where each begins, for the log."""
@@ -40,9 +42,11 @@ class Phase:
         return "\n".join(lines)
 
 
-def first_phase(config: DataConfig, datasets: Sequence[ShardedDataset]) -> Phase:
+def first_phase(
+    config: DataConfig, datasets: Sequence[ShardedDataset], packing: Packing | None = None
+) -> Phase:
     """The phase of a run that starts now, from sample index 0."""
-    return _phase(config, datasets, 0)
+    return _phase(config, datasets, 0, packing)
 
 
 def resume(
@@ -51,6 +55,7 @@ def resume(
     datasets: Sequence[ShardedDataset],
     consumed_samples: int,
     where: str,
+    packing: Packing | None = None,
 ) -> list[Phase]:
     """The phases of a resumed run, given those recorded in its checkpoint `where`.
 
@@ -60,15 +65,17 @@ def resume(
     phases = [_from_json(phase) for phase in recorded]
     last = phases[-1]
     if config.phase == last.number + 1:
-        return [*phases, _phase(config, datasets, consumed_samples)]
+        return [*phases, _phase(config, datasets, consumed_samples, packing)]
     if config.phase != last.number:
         raise ConfigError(
             f"data.phase is {config.phase}, but {where} was made in phase {last.number}; use "
             f"{last.number} to go on with the same data or {last.number + 1} to change it"
         )
-    if _phase(config, datasets, last.start_sample).fingerprint != last.fingerprint:
+    if _phase(config, datasets, last.start_sample, packing).fingerprint != last.fingerprint:
+        packed = " (or, as rows are packed, the samples' lengths or the limits of a row)"
         raise ConfigError(
-            f"data.sources or data.seed is not what {where} was made with; go on with the same, "
+            f"data.sources or data.seed{packed if packing or last.group else ''} is not what "
+            f"{where} was made with; go on with the same, "
             f"or say data.phase={last.number + 1} to go on with other data from sample "
             f"{consumed_samples} on, or start another run from the weights with "
             "stage.initial_checkpoint"
@@ -93,16 +100,27 @@ def _from_json(tree: dict[str, Any]) -> Phase:
     return Phase(**fields)
 
 
-def _phase(config: DataConfig, datasets: Sequence[ShardedDataset], start_sample: int) -> Phase:
-    """The phase with its fingerprint: SHA-256 over everything that decides which sample an index
+def source_weights(config: DataConfig, datasets: Sequence[ShardedDataset]) -> list[float]:
+    """The weights of the sources, where 0 stands for the number of a source's samples."""
+    pairs = zip(config.sources, datasets, strict=True)
+    return [source.weight or float(len(dataset)) for source, dataset in pairs]
+
+
+def _phase(
+    config: DataConfig,
+    datasets: Sequence[ShardedDataset],
+    start_sample: int,
+    packing: Packing | None,
+) -> Phase:
+    """The phase with its fingerprint: SHA-256 over everything that decides which samples an index
     is, the manifests' fingerprints in order, the weights, seed, phase and the order's constants."""
-    total = sum(source.weight for source in config.sources)
+    weights = source_weights(config, datasets)
     sources = []
-    for source, dataset in zip(config.sources, datasets, strict=True):
+    for source, weight, dataset in zip(config.sources, weights, datasets, strict=True):
         sources.append(
             {
                 "path": source.path,
-                "weight": source.weight / total,
+                "weight": weight / sum(weights),
                 "samples": len(dataset),
                 "fingerprint": dataset.fingerprint,
             }
@@ -113,5 +131,8 @@ def _phase(config: DataConfig, datasets: Sequence[ShardedDataset], start_sample:
         config.phase,
         [STREAMS, BLOCK_SIZE, SHUFFLE_BLOCK_SIZE],
     ]
+    if packing is not None:
+        identity.append(packing.identity)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Phase(config.phase, start_sample, digest, sources)
+    group = 0 if packing is None else packing.group
+    return Phase(config.phase, start_sample, digest, sources, group)

@@ -135,6 +135,22 @@ class ShuffleOrder:
             self._start[block] + offset,
         )
 
+    def epoch_samples(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(data set, shard, sample), int64 [samples_per_epoch] each, of all indices of an epoch in
+        their order."""
+        total = self.samples_per_epoch
+        found = np.empty((3, total), dtype=np.int64)
+        for stream in range(self.streams):
+            place = stream
+            while place < total:
+                start = epoch * total + place
+                samples = self.shuffle_block_samples(start)
+                stop = place + len(samples[0]) * self.streams
+                for whole, part in zip(found, samples, strict=True):
+                    whole[place : min(stop, total) : self.streams] = part
+                place = stop
+        return found[0], found[1], found[2]
+
     def blocks(self, sample_index: int) -> list[tuple[int, int, int]]:
         """(data set, shard, a sample) of every block that the shuffle block of an index reads."""
         place = self._place(sample_index)

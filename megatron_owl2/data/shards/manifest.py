@@ -15,7 +15,8 @@ from megatron_owl2.utils.files import write_atomically
 from megatron_owl2.utils.json_text import parse_json
 
 MANIFEST = "manifest.json"
-FORMAT = "megatron_owl2 shards 2"
+FORMAT = "megatron_owl2 shards 3"  # may hold records of several images, or with a system text
+_READABLE = {FORMAT, "megatron_owl2 shards 2"}
 _ROW_TYPES = {"name": str, "samples": int, "bytes": int, "index_sha256": str, "sums_sha256": str}
 
 
@@ -42,7 +43,7 @@ def parse_manifest(data: bytes, where: str) -> dict:
         manifest = parse_json(data)
     except ValueError as error:
         raise ShardError(f"{where} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in _READABLE:
         raise ShardError(f"{where} is not of the format {FORMAT!r}; make the data set again")
     rows = manifest.get("shards")
     if not isinstance(rows, list) or not rows or not all(_is_row(row) for row in rows):

@@ -1,9 +1,9 @@
-"""Record of a sample, before shards and after: at most one image, a caption or a conversation."""
+"""Record of a sample, before shards and after: images, and a caption or a conversation."""
 
 import codecs
 import json
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +12,17 @@ from megatron_owl2.data.image_files import kind, why_not_read
 from megatron_owl2.errors import BadSampleError
 from megatron_owl2.utils.json_text import parse_json
 
-IMAGE_PLACEHOLDER = "<|image|>"  # stands for the image in a question; the official spelling
+IMAGE_PLACEHOLDER = "<|image|>"  # stands for an image in a question; the official spelling
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # webdataset ends a key at the first dot, ustar at 100
 _IMAGES, _TEXTS = {"jpg", "jpeg", "png", "webp"}, {"json", "txt"}
-_FIELDS = {"caption", "turns", "source", "metadata"}
+_NUMBERED = re.compile(r"(0|[1-9]\d{0,3})\.([a-z]+)")  # the extension of one of several images
+_FIELDS = {"caption", "turns", "system", "source", "metadata"}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; the placeholder may stand in the first question of a record."""
+    """One question and its answer; a placeholder in the question is the place of an image."""
 
     question: str
     answer: str
@@ -29,16 +30,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: `image` holds an encoded JPEG, PNG or WebP; caption or turns, never both.
+    """One sample: `images` are encoded JPEGs, PNGs or WebPs; caption or turns, never both.
 
-    A caption without an image is plain text. Raises BadSampleError if its members contradict each
-    other: a record has one image at most, so at most one placeholder, in the first question.
+    The placeholders in the questions are the places of the images, in order. Without any
+    placeholder all images come before the first question. In a record without an image, in a
+    caption and in an answer a placeholder is text. A caption has one image, or none and is plain
+    text. `system` is what comes before the first turn.
+    Raises BadSampleError if its members contradict each other.
     """
 
     key: str
-    image: bytes | None = None
+    images: tuple[bytes, ...] = ()
     caption: str | None = None
     turns: tuple[Turn, ...] = ()
+    system: str = ""
     source: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -47,43 +52,55 @@ class Record:
             raise BadSampleError("exactly one of caption and turns must be present")
         if not isinstance(self.source, str) or not isinstance(self.metadata, dict):
             raise BadSampleError("source must be a text and metadata a dictionary")
+        _check_text("system", self.system, may_be_empty=True)
         if self.caption is not None:
             _check_text("caption", self.caption)
-            if IMAGE_PLACEHOLDER in self.caption:
-                raise BadSampleError(f"{IMAGE_PLACEHOLDER} inside a caption")
+            if self.system:
+                raise BadSampleError("a caption with a system text")
+            if len(self.images) > 1:
+                raise BadSampleError(f"a caption of {len(self.images)} images")
         for index, turn in enumerate(self.turns):
-            image_alone = index == 0 and self.image is not None  # may be the whole question
+            image_alone = index == 0 and bool(self.images)  # may be the whole question
             _check_text(f"question {index + 1}", turn.question, may_be_empty=image_alone)
             _check_text(f"answer {index + 1}", turn.answer)
-            placeholders = turn.question.count(IMAGE_PLACEHOLDER)
-            if placeholders > 1:
-                raise BadSampleError(
-                    f"{placeholders} placeholders {IMAGE_PLACEHOLDER} for at most one image"
-                )
-            if placeholders and self.image is None:
-                raise BadSampleError(f"{IMAGE_PLACEHOLDER} without an image")
-            if placeholders and index > 0:
-                raise BadSampleError(f"{IMAGE_PLACEHOLDER} outside the first question")
-            if IMAGE_PLACEHOLDER in turn.answer:
-                raise BadSampleError(f"{IMAGE_PLACEHOLDER} inside an answer")
+        placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in self.turns)
+        if self.images and placeholders not in (0, len(self.images)):
+            raise BadSampleError(
+                f"{placeholders} placeholders {IMAGE_PLACEHOLDER} for {len(self.images)} images"
+            )
+
+    def questions(self) -> list[list[str]]:
+        """The texts of each question, between which its images stand: one more than these."""
+        texts = [turn.question for turn in self.turns]
+        if not self.images:
+            return [[text] for text in texts]
+        pieces = [text.split(IMAGE_PLACEHOLDER) for text in texts]
+        if pieces and all(len(piece) == 1 for piece in pieces):
+            pieces[0] = [*[""] * len(self.images), texts[0]]
+        return pieces
 
     def to_members(self) -> list[tuple[str, bytes]]:
-        """The shard members as (file name, bytes): the image first, then `<key>.json`.
+        """The shard members as (file name, bytes): the images first, then `<key>.json`.
 
-        Raises BadSampleError for a key with other characters than letters, digits, `_`, `-`, an
-        image that is not JPEG, PNG or WebP, or metadata that JSON cannot hold.
+        One image is `<key>.jpg`, of several the first `<key>.0.jpg`, or as their types ask. Raises
+        BadSampleError for a key with other characters than letters, digits, `_`, `-`, an image that
+        is not JPEG, PNG or WebP, or metadata that JSON cannot hold.
         """
         if not KEY.fullmatch(self.key):
             raise BadSampleError(
                 f"key {self.key!r}: use 1 to 90 letters, digits, '_' and '-' (a dot ends the key)"
             )
         members = []
-        if self.image is not None:
-            members.append((f"{self.key}.{image_extension(self.image)}", self.image))
+        for number, image in enumerate(self.images):
+            stem = f"{self.key}.{number}" if len(self.images) > 1 else self.key
+            members.append((f"{stem}.{image_extension(image)}", image))
+        body: dict[str, Any]
         if self.caption is not None:
             body = {"caption": self.caption}
         else:
             body = {"turns": [{"question": t.question, "answer": t.answer} for t in self.turns]}
+        if self.system:
+            body["system"] = self.system
         body |= {"source": self.source, "metadata": self.metadata}
         try:
             text = json.dumps(
@@ -112,22 +129,22 @@ class Record:
         """The record; errors are categories, without its key."""
         if reason := _unfit(members.keys()):
             raise BadSampleError(reason)
-        images = [extension for extension in members if extension in _IMAGES]
-        image = members[images[0]] if images else None
+        images = tuple(members[extension] for extension in _images(members.keys()))
         body = _json(members["json"]) if "json" in members else {}
         try:
             if "txt" in members or not body.keys() <= _FIELDS:
-                if image is None:
-                    raise BadSampleError("no image")
+                if len(images) != 1:
+                    raise BadSampleError("a caption of several images" if images else "no image")
                 text = decode_text(members["txt"]) if "txt" in members else body["caption"]
                 if "\0" in text:
                     raise BadSampleError("caption holds zero bytes: text in UTF-16 or UTF-32?")
-                return cls(key=key, image=image, caption=strip_text(text), metadata=body)
+                return cls(key=key, images=images, caption=strip_text(text), metadata=body)
             return cls(
                 key=key,
-                image=image,
+                images=images,
                 caption=body.get("caption"),
                 turns=tuple(Turn(t["question"], t["answer"]) for t in body.get("turns", ())),
+                system=body.get("system", ""),
                 source=body.get("source", ""),
                 metadata=body.get("metadata", {}),
             )
@@ -150,28 +167,43 @@ def _json(data: bytes) -> dict:
 def why_unusable(key: str, members: Mapping[str, bytes]) -> str | None:
     """Why training cannot use a sample of another program, or None if it can; a category.
 
-    The image is looked at only as far as its first bytes.
+    Images are looked at only as far as their first bytes.
     """
     try:
         record = Record._from_members(key, members)
-        if record.image is not None and kind(record.image) is None:
-            return f"image cannot be decoded: {why_not_read(record.image)}"
+        for image in record.images:
+            if kind(image) is None:
+                return f"image cannot be decoded: {why_not_read(image)}"
     except BadSampleError as error:
         return str(error)
     return None
 
 
+def _images(extensions: Collection[str]) -> list[str]:
+    """The extensions of images in their order: one of _IMAGES, or numbered ones such as 0.jpg."""
+    numbers = {e: int(m[1]) for e in extensions if (m := _NUMBERED.fullmatch(e))}
+    alone = [e for e in extensions if e in _IMAGES]
+    return alone + sorted((e for e in numbers if _type(e) in _IMAGES), key=numbers.__getitem__)
+
+
+def _type(extension: str) -> str:
+    return extension.rpartition(".")[2]
+
+
 def _unfit(extensions: Set[str]) -> str | None:
-    """Why members with these extensions cannot be a record, or None if they can: an image with .txt
+    """Why members with these extensions cannot be a record, or None if they can: images with .txt
     or .json, or .json alone."""
-    images, texts = extensions & _IMAGES, extensions & _TEXTS
+    images, texts = _images(extensions), extensions & _TEXTS
     if len(images) + len(texts) < len(extensions):
-        unknown = min(extensions - images - texts)
-        if unknown.rpartition(".")[2] in _IMAGES | _TEXTS:
+        unknown = min(extensions - {*images} - texts)
+        if _type(unknown) in _IMAGES | _TEXTS:
             return "a name with several dots, of which training reads the first as its end"
         return "a member that is neither an image (jpg, jpeg, png or webp) nor txt nor json"
-    if len(images) > 1:
+    numbered = [e for e in images if e not in _IMAGES]
+    if len(images) - len(numbered) > 1 or (numbered and len(numbered) < len(images)):
         return "more than one image"
+    if [int(e.partition(".")[0]) for e in numbered] != [*range(len(numbered))]:
+        return "images whose numbers are not 0, 1 and so on"
     if not images and extensions != {"json"}:
         return "no image (jpg, jpeg, png or webp)"
     return None if texts else "no txt or json"

@@ -9,8 +9,9 @@ from torch import nn
 
 from megatron_owl2.mcore import context_parallel
 from megatron_owl2.mcore.linear import ColumnLinear, RowLinear
+from megatron_owl2.mcore.packed_sequences import PackedSequences
 from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model.attention import attend
+from megatron_owl2.model.attention import AttentionMask, attend, attend_packed
 from megatron_owl2.model.layer_stack import checkpoint
 
 
@@ -38,7 +39,8 @@ class Attention(nn.Module):
     """Causal attention; under context parallelism over the keys and values of all its ranks.
 
     query [s, b, heads, d], key and value [s, b, kv_heads, d], s being this rank's share; returns
-    [s, b, heads * d]. `mask` (bool [b, 1, s, s']) says more than causality, for one rank only.
+    [s, b, heads * d]. `mask` says more than causality: the sequences of packed rows, or, for one
+    rank only, bool [b, 1, s, s'].
     """
 
     def __init__(self, context: ParallelContext):
@@ -50,10 +52,12 @@ class Attention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: AttentionMask | None = None,
     ) -> torch.Tensor:
         group = self.context.groups.cp
         if group.size() == 1:
+            if isinstance(mask, PackedSequences):
+                return attend_packed(query, key, value, mask)
             return attend(query, key, value, causal=mask is None, mask=mask)
         length = len(query) * group.size()
         own, *_ = places = [
@@ -61,6 +65,11 @@ class Attention(nn.Module):
             for rank in (group.rank(), *range(group.size()))
         ]
         # Keys stay in the order of the ranks; only the mask asks where they belong.
-        causal = own.unsqueeze(1) >= torch.cat(places[1:])
+        others = torch.cat(places[1:])
+        allowed = own.unsqueeze(1) >= others
+        if isinstance(mask, PackedSequences):
+            numbers = mask.numbers(query.device)
+            allowed = allowed & (numbers[:, own].unsqueeze(2) == numbers[:, others].unsqueeze(1))
+            allowed = allowed.unsqueeze(1)
         key, value = self.context.gather_context(key), self.context.gather_context(value)
-        return attend(query, key, value, mask=causal)
+        return attend(query, key, value, mask=allowed)

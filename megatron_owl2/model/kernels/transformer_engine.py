@@ -17,7 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_owl2.mcore.linear import LinearSpec, normal_init
+from megatron_owl2.mcore.packed_sequences import PackedSequences
 from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.attention import AttentionMask
 
 
 class TransformerEngineKernels:
@@ -139,8 +141,26 @@ class Attention(TEDotProductAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: AttentionMask | None = None,
     ) -> torch.Tensor:
+        if isinstance(mask, PackedSequences):
+            return self._packed(query, key, value, mask)
         if mask is not None:
             raise ValueError("attention masks need kernels.backend=local")
         return super().forward(query, key, value, None, AttnMaskType.causal)
+
+    def _packed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PackedSequences,
+    ) -> torch.Tensor:
+        """Attention in the format thd: rows one after the other [b * s, heads, d]."""
+        s, b = query.shape[:2]
+        query, key, value = (
+            x.transpose(0, 1).reshape(b * s, *x.shape[2:]) for x in (query, key, value)
+        )
+        mask, parameters = AttnMaskType.padding_causal, packed.parameters()
+        mixed = super().forward(query, key, value, None, mask, packed_seq_params=parameters)
+        return mixed.view(b, s, -1).transpose(0, 1).contiguous()

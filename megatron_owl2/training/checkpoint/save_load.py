@@ -9,6 +9,7 @@ flips of the data, and the dropout of adapters, are functions of the seed and th
 """
 
 import itertools
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,9 +41,12 @@ from megatron_owl2.training.checkpoint.optimizer_state import (
     load_optimizer_state,
 )
 from megatron_owl2.training.checkpoint.reader import CheckpointReader
+from megatron_owl2.training.checkpoint.resolution import OtherResolution
 from megatron_owl2.training.checkpoint.staging import Staging
 from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.utils.files import rename_durably
+
+_logger = logging.getLogger(__name__)
 
 _VOCABULARY = ("embedding.weight", "output_layer.weight")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -115,17 +119,27 @@ def _hidden(directory: Path, ending: str) -> Path:
     return directory.with_name(f".{directory.name}.{ending}")
 
 
-def load_weights(directory: Path, chunks: Sequence[Owl2]) -> None:
+def load_weights(directory: Path, chunks: Sequence[Owl2], *, any_resolution: bool = False) -> None:
     """Fill the model from a checkpoint, whatever parallel configuration it was saved under.
 
     Each weight is read once for all ranks that have the same share of it. Strict, but for the
     position tables that older checkpoints lack. A checkpoint without any adapter leaves those of
-    the model as they are.
+    the model as they are. With `any_resolution` its images may have another size: the ViT's
+    position table is resized, as the conversion does, and a line says so.
 
     Raises CheckpointError listing every missing, unexpected or misshapen weight.
     """
     reader = CheckpointReader(directories.resolve(directory))
-    _read_weights(reader, chunks, _stored_weights(reader, chunks))
+    wanted = _whole_shapes(chunks)
+    vision = chunks[0].model.vision
+    other = OtherResolution.find(reader.index, vision) if any_resolution else None
+    if other is None:
+        _read_weights(reader, chunks, _stored_weights(reader, chunks, wanted))
+        return
+    weights = _stored_weights(reader, chunks, wanted | other.shapes)
+    with other.resizing(weights) as shares:
+        _read_weights(reader, chunks, shares)
+    _logger.info("%s", other)
 
 
 def load_training(
@@ -141,7 +155,7 @@ def load_training(
     (`parameter_groups.fingerprint`). Raises CheckpointError listing what is missing, unexpected or
     misshapen."""
     reader = CheckpointReader(directories.resolve(directory))
-    weights = _stored_weights(reader, chunks)
+    weights = _stored_weights(reader, chunks, _whole_shapes(chunks))
     allocate_optimizer_state(optimizer)
     state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_METADATA)
     shares = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
@@ -181,16 +195,20 @@ def sharded_weights(chunks: Sequence[Owl2]) -> dict[str, ShardedTensor | Sharded
     return state
 
 
-def _stored_weights(
-    reader: CheckpointReader, chunks: Sequence[Owl2]
-) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """The local weights, once the model's are held against the checkpoint's, on all ranks alike;
-    without the position tables that an older checkpoint lacks, and without adapters if it has none.
-    """
-    pipeline = chunks[0].context.groups.pp  # between them they have the whole model
+def _whole_shapes(chunks: Sequence[Owl2]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all of the model's weights, of which each pipeline stage has some."""
+    pipeline = chunks[0].context.groups.pp
     shares: list[Any] = [None] * pipeline.size()
     torch.distributed.all_gather_object(shares, global_shapes(chunks), group=pipeline)
-    wanted = {name: shape for share in shares for name, shape in share.items()}
+    return {name: shape for share in shares for name, shape in share.items()}
+
+
+def _stored_weights(
+    reader: CheckpointReader, chunks: Sequence[Owl2], wanted: dict[str, tuple[int, ...]]
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """The local weights, once the `wanted` ones of the whole model are held against the
+    checkpoint's, on all ranks alike; without the position tables that an older checkpoint lacks,
+    and without adapters if it has none."""
     if any(map(is_adapter, stored_weights(reader.index))):
         _check_alpha(reader.directory, chunks[0].context.lora)
     else:

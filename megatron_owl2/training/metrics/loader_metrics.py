@@ -58,8 +58,9 @@ LOADER_METRICS = (
     ),
     LoaderMetric("target_tokens", lambda batch: int(batch.loss_mask.sum())),
     LoaderMetric("vision_tokens", lambda batch: len(batch.vision_token_index)),
-    # Queries and the keys each of them sees, n (n + 1) / 2 for n tokens.
-    LoaderMetric("pairs", lambda batch: int((batch.lengths * (batch.lengths + 1) // 2).sum())),
+    LoaderMetric("samples", lambda batch: len(batch.keys)),
+    # Queries and the keys each of them sees, n (n + 1) / 2 for n tokens of a sample.
+    LoaderMetric("pairs", lambda batch: sum(n * (n + 1) // 2 for n in batch.sample_lengths)),
     LoaderMetric(
         "wait_seconds",
         _measured("wait_seconds"),

@@ -14,6 +14,7 @@ import torch
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.model.flops import Load, training_flops
 from megatron_owl2.training.metrics.accumulator import MetricAccumulator, bad, mean_losses, seen
+from megatron_owl2.training.metrics.balance import RankBalance
 from megatron_owl2.training.metrics.console import format_console_line
 from megatron_owl2.training.metrics.device import DeviceMemoryMonitor, peak_tflops
 from megatron_owl2.training.metrics.loader_metrics import LOADER_METRICS, Interval
@@ -53,10 +54,11 @@ class Metrics:
         self._sources, self._trained = sources, trained
         self._accumulator = MetricAccumulator(len(sources), self._model_ranks, device, run_totals)
         self._stragglers = StragglerDetector(pipeline_rank)
+        self._balance = RankBalance(config.model.tokens_per_image, device)
         self._memory = DeviceMemoryMonitor()
         self._peak = peak_tflops(config.watch.peak_tflops)
         self._own = torch.zeros(2, dtype=torch.float64)  # seconds of waiting and of computing
-        self._first_step = self._step = start_step
+        self._first_step = start_step
         self._started = self._interval_started = time.perf_counter()
 
     @property
@@ -69,6 +71,7 @@ class Metrics:
         of its backward passes."""
         self._accumulator.add(sums, counts)
         self._own += torch.tensor([counts["wait_seconds"], backward_seconds])
+        self._balance.add(counts)
 
     def exclude(self, seconds: float) -> None:
         """Leave seconds, such as those of a validation, out of the interval's speed."""
@@ -92,11 +95,10 @@ class Metrics:
         totals = self._accumulator.take()
         waited, computed, *memory = self._by_rank()
         now = time.perf_counter()
-        seconds, steps = now - self._interval_started, step - self._step
-        self._interval_started, self._step = now, step
+        seconds, self._interval_started = now - self._interval_started, now
         slowest = self._stragglers.slowest(waited, computed)
-        samples = steps * self._config.train.global_batch_size
-        reads = samples * self._model_ranks
+        samples = totals["samples"]
+        reads = round(samples * self._model_ranks)
         interval = Interval(seconds, reads, self._ranks, tokens=totals["tokens"])
         row = {
             "step": step,
@@ -108,6 +110,7 @@ class Metrics:
             "rates": rates,
             "samples_per_second": samples / seconds,
             **self._speed(totals, seconds),
+            **self._balance.take(),
             **{
                 metric.reported_as: metric.report(totals[metric.name], interval)
                 for metric in LOADER_METRICS

@@ -1,18 +1,21 @@
 """Sample sheet: samples as the model gets them, pixels after augmentation and text as tokens."""
 
+import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_owl2.data.batch import Batch
-from megatron_owl2.data.image_tokens import VISION
+from megatron_owl2.data.spans import spans_of
 from megatron_owl2.data.tokenizer import Tokenizer
 
 _MOST = 8  # samples of a sheet
 _SIDE, _TEXT, _MARGIN = 224, 640, 12  # pixels
 _SIZE, _LINE = 14, 19  # of letters and from line to line
 _INK, _FAINT, _TARGET = "#1f2933", "#7b8794", "#0f7b3e"
+_COLORS = {"given": _INK, "learnt": _TARGET, "vision": _FAINT}
 
 
 def write(output: Path, step: int, batch: Batch, tokenizer: Tokenizer) -> Path:
@@ -28,19 +31,22 @@ def draw(batch: Batch, tokenizer: Tokenizer) -> Image.Image:
     key, data set and text, with what is learnt in green and the row of the image's tokens as
     their number. `batch` is whole, and its pixels are uint8."""
     font = ImageFont.load_default(_SIZE)
-    rows = range(min(_MOST, len(batch.tokens)))
-    owned = _images(batch)
-    texts = [_wrapped(_words(batch, row, tokenizer), font) for row in rows]
-    heights = [max(_SIDE, _LINE * (len(lines) + 1)) + _MARGIN for lines in texts]
+    shown = _samples(batch)[:_MOST]
+    texts = [_wrapped(_words(batch, sample, tokenizer), font) for sample in shown]
+    sides = [_SIDE * max(1, len(sample.images)) for sample in shown]
+    heights = [
+        max(side, _LINE * (len(lines) + 1)) + _MARGIN
+        for side, lines in zip(sides, texts, strict=True)
+    ]
     page = Image.new("RGB", (_SIDE + _TEXT + 3 * _MARGIN, sum(heights) + _MARGIN), "white")
     pen = ImageDraw.Draw(page)
     top = _MARGIN
-    for row, lines, height in zip(rows, texts, heights, strict=True):
-        page.paste(_thumbnail(owned.get(row)), (_MARGIN, top))
+    for sample, lines, height in zip(shown, texts, heights, strict=True):
+        for number, pixels in enumerate(sample.images or [None]):
+            page.paste(_thumbnail(pixels), (_MARGIN, top + number * _SIDE))
         left = _SIDE + 2 * _MARGIN
-        head = (
-            f"{batch.keys[row]}, data set {batch.sources[row]}, sample {batch.sample_indices[row]}"
-        )
+        index = batch.sample_indices[sample.row]
+        head = f"{sample.key}, data set {sample.source}, row {index}"
         pen.text((left, top), head, _FAINT, font)
         for number, line in enumerate(lines, 1):
             for x, word, color in line:
@@ -49,14 +55,32 @@ def draw(batch: Batch, tokenizer: Tokenizer) -> Image.Image:
     return page
 
 
-def _images(batch: Batch) -> dict[int, torch.Tensor]:
-    """The image of each row that has one: those of `image` that own rows come in their order."""
-    count, rows = len(batch.vision_token_index), len(batch.tokens)
-    if not count:
-        return {}
-    each = int(batch.modality.sum(1).max())  # tokens of one image
-    owners = (batch.vision_token_index[::each] % rows).tolist()
-    return dict(zip(owners, batch.image, strict=True))
+class _Shown(NamedTuple):
+    """A sample of a batch: its key and data set, its row and the positions in it, its images."""
+
+    key: str
+    source: int
+    row: int
+    positions: slice
+    images: list[torch.Tensor]
+
+
+def _samples(batch: Batch) -> list[_Shown]:
+    """The samples of a batch; images come in their order."""
+    images = iter(batch.image)
+    owned = len(batch.vision_token_index)
+    each = owned // len(batch.image) if owned else 1  # tokens of one image
+    keys, lengths = iter(batch.keys), iter(batch.sample_lengths)
+    sources = iter(batch.sources.tolist())
+    found = []
+    for row, count in enumerate(batch.samples_per_row):
+        start = 0
+        for _ in range(count):
+            positions = slice(start, start := start + next(lengths))
+            tokens = int(batch.modality[row, positions].sum())
+            pixels = list(itertools.islice(images, tokens // each))
+            found.append(_Shown(next(keys), next(sources), row, positions, pixels))
+    return found
 
 
 def _thumbnail(pixels: torch.Tensor | None) -> Image.Image:
@@ -65,27 +89,15 @@ def _thumbnail(pixels: torch.Tensor | None) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((_SIDE, _SIDE))
 
 
-def _words(batch: Batch, row: int, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Words and their colours; tokens of the same kind are decoded together."""
-    length = int(batch.lengths[row])
-    learnt = torch.zeros(length, dtype=torch.bool)
-    learnt[1:] = batch.loss_mask[row, : length - 1] > 0  # labels are shifted by one
-    vision = batch.modality[row, :length] == VISION
-    kinds = [
-        _FAINT if seen else (_TARGET if target else _INK)
-        for seen, target in zip(vision.tolist(), learnt.tolist(), strict=True)
-    ]
-    words, start = [], 0
-    for stop in range(1, length + 1):
-        if stop < length and kinds[stop] == kinds[start]:
-            continue
-        if kinds[start] == _FAINT:
-            text = f"[{stop - start} vision tokens]"
-        else:
-            text = tokenizer.decode(batch.tokens[row, start:stop].tolist(), skip_special=False)
-        words += [(word, kinds[start]) for word in text.split()]
-        start = stop
-    return words
+def _words(batch: Batch, sample: _Shown, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Words and their colours."""
+    row, positions = sample.row, sample.positions
+    modality = batch.modality[row, positions]
+    each = int(modality.sum()) // len(sample.images) if sample.images else 1
+    spans = spans_of(
+        batch.tokens[row, positions], batch.labels[row, positions], modality, each, tokenizer
+    )
+    return [(word, _COLORS[span.kind]) for span in spans for word in span.text.split()]
 
 
 def _wrapped(words: list[tuple[str, str]], font) -> list[list[tuple[float, str, str]]]:

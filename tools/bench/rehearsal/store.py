@@ -31,7 +31,7 @@ class Shards:
     def __init__(self, shards: int, samples: int, sample_bytes: int):
         self.count, self.samples = shards, samples
         image = _JPEG + random.Random(0).randbytes(sample_bytes - 2048 - len(_JPEG))
-        members = Record("sample", image=image, caption="an owl").to_members()
+        members = Record("sample", images=(image,), caption="an owl").to_members()
         self._sample = b"".join(pack_member(name, data) for name, data in members)
         self._block = self._sample * min(BLOCK_SIZE, samples)
         self.sample_bytes = len(self._sample)

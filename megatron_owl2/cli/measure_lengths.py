@@ -1,0 +1,75 @@
+"""Lengths of the samples of data sets, by which `data.packing` plans its rows.
+
+    owl2 measure-lengths DIR... --tokenizer FILE [--template NAME] [--workers N]
+
+Every DIR is read once, without decoding images, and gets a file `lengths.*.safetensors` for this
+tokenizer and template; other tokenizers have files of their own. `owl2 preprocess-data --tokenizer`
+does the same when it has finished a data set.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_owl2.cli.command import Command
+from megatron_owl2.cli.options import count
+from megatron_owl2.config.templates import OWL2, TEMPLATES, Template
+from megatron_owl2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from data_prep.measure import Measured
+    from megatron_owl2.data.tokenizer import Tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model")
+    parser.add_argument("--template", choices=list(TEMPLATES), default=OWL2.name)
+    parser.add_argument("--workers", type=count, default=1, metavar="N", help="processes")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 0; raises ConfigError for what is no tokenizer."""
+    tokenizer, template = read_tokenizer(options.tokenizer), TEMPLATES[options.template]
+    for directory in options.directories:
+        print(describe(measure(directory, tokenizer, template, options.workers)))
+    return 0
+
+
+def read_tokenizer(path: Path) -> "Tokenizer":
+    """The tokenizer in a file; raises ConfigError for what is none."""
+    from megatron_owl2.data.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def measure(
+    directory: Path, tokenizer: "Tokenizer", template: Template, workers: int
+) -> "Measured":
+    """The lengths of one data set."""
+    from data_prep.measure import measure_lengths
+
+    return measure_lengths(directory, tokenizer, template, workers)
+
+
+def describe(measured: "Measured") -> str:
+    """What was found, for people."""
+    text, images = measured.lengths.text, measured.lengths.images
+    bad = f"; {measured.bad:,} cannot be read, and training will leave them out"
+    return (
+        f"{measured.path}: {len(text):,} samples of {text.mean():.1f} ids of text (at most "
+        f"{text.max():,}) and {images.mean():.2f} images (at most {images.max():,})"
+        f"{bad if measured.bad else ''}"
+    )
+
+
+main = Command(
+    verb="measure-lengths",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    interrupted="interrupted; start again to measure the rest",
+).main

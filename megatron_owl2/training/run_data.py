@@ -1,0 +1,57 @@
+"""Data of a run: its data sets, their phases, and the order of the rows from where it stands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.data.sampling import phases
+from megatron_owl2.data.sampling.phases import Phase
+from megatron_owl2.data.shards.dataset import ShardedDataset, open_sources
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.data.training_order import TrainingOrder, load_packing
+from megatron_owl2.training.checkpoint import directories
+from megatron_owl2.training.from_rank_0 import from_rank_0
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Data of a run; the last of its `phases` is in force, and `order` is that of its rows."""
+
+    datasets: Sequence[ShardedDataset]
+    phases: list[Phase]
+    order: TrainingOrder
+
+    def describe(self) -> str:
+        """The data sets, and how they are packed, for the log."""
+        packed = self.order.packed
+        lines = [self.phases[-1].describe(), *([] if packed is None else [packed.describe()])]
+        return "\n".join(lines)
+
+    def steps(self, config: RunConfig) -> int:
+        """The steps of the whole run: `train.steps`, or those of `train.epochs`."""
+        if not config.train.epochs:
+            return config.train.steps
+        rows = self.phases[-1].start_sample + self.order.rows(config.train.epochs)
+        return -(-rows // config.train.global_batch_size)
+
+
+def open_run_data(config: RunConfig, tokenizer: Tokenizer, resumed_from: Path | None) -> RunData:
+    """The data of a run that starts, or goes on from a checkpoint; all ranks together.
+
+    Raises ConfigError if the data are not those of the checkpoint, or no mixture, and what opening
+    data sets raises.
+    """
+    datasets = from_rank_0(lambda: open_sources(config.data))
+    packing = from_rank_0(lambda: load_packing(config, datasets, tokenizer))
+    if resumed_from is None:
+        found = [phases.first_phase(config.data, datasets, packing)]
+    else:
+        directory = resumed_from
+        progress = from_rank_0(lambda: directories.read_progress(directory))
+        where, consumed = str(directory), progress["slots"]
+        found = phases.resume(progress["phases"], config.data, datasets, consumed, where, packing)
+    epochs = config.train.epochs or None
+    return RunData(
+        datasets, found, TrainingOrder(config.data, datasets, found[-1], packing, epochs)
+    )

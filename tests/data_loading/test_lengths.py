@@ -1,0 +1,91 @@
+"""Lengths of samples: measured as they are built, kept beside the shards, refused when stale."""
+
+import dialogues
+import numpy as np
+import pytest
+import tiny_data
+from tool import run
+
+from data_prep.measure import measure_lengths
+from megatron_owl2.config.templates import OWL2, TEMPLATES
+from megatron_owl2.data.conversation import build_sample
+from megatron_owl2.data.lengths import file_name, load_lengths
+from megatron_owl2.data.shards.dataset import ShardedDataset
+from megatron_owl2.data.shards.records import Record, Turn
+from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_owl2.errors import DataError
+
+VICUNA = TEMPLATES["vicuna_v1"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    words = [f"USER: say {i} ASSISTANT: it is {i} sure? yes" for i in range(60)]
+    return train_tokenizer(words, tmp_path_factory.mktemp("t") / "tokenizer.model", 320)
+
+
+@pytest.mark.parametrize("template", [OWL2, VICUNA], ids=lambda t: t.name)
+def test_they_are_those_of_the_samples(tmp_path, tokenizer, template):
+    odd = Record("odd", turns=(Turn("</s><|image|> é", "<s>"), Turn("b", "c")), system="Be kind.")
+    records = [*map(dialogues.dialogue, range(23)), odd]
+    tiny_data.write(tmp_path / "set", records)
+    measured = measure_lengths(tmp_path / "set", tokenizer, template, workers=2)
+    assert measured.bad == 0 and measured.path.name == file_name(tokenizer, template)
+    dataset = ShardedDataset(str(tmp_path / "set"))
+    found = load_lengths(dataset, tokenizer, template)
+    for index, record in enumerate(records):
+        sample = build_sample(record, tokenizer, 7, 4096, template)
+        assert found.images[index] == sample.image_count == len(record.images)
+        assert found.text[index] + 7 * found.images[index] == sample.length
+
+
+def test_a_sample_that_cannot_be_read_has_none(tmp_path, tokenizer):
+    folder = tiny_data.write(tmp_path / "set", map(dialogues.dialogue, range(10)))
+    start, stop = ShardedDataset(str(folder)).range_of(0, 3)
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        file.seek((start + stop) // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    measured = measure_lengths(folder, tokenizer, OWL2)
+    assert measured.bad == 1 and np.flatnonzero(measured.lengths.text == 0).tolist() == [3]
+
+
+def test_missing_stale_and_damaged_lengths_name_the_fix(tmp_path, tokenizer):
+    folder = tiny_data.write(tmp_path / "set", map(dialogues.dialogue, range(10)))
+    fix = f"owl2 measure-lengths {folder} --tokenizer {tokenizer.path} --template vicuna_v1"
+    measure_lengths(folder, tokenizer, OWL2)
+    with pytest.raises(DataError, match=f"holds no lengths .* {fix}"):
+        load_lengths(ShardedDataset(str(folder)), tokenizer, VICUNA)
+    path = measure_lengths(folder, tokenizer, VICUNA).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with pytest.raises(DataError, match=f"is damaged .* {fix}"):
+        load_lengths(ShardedDataset(str(folder)), tokenizer, VICUNA)
+    other = tiny_data.write(tmp_path / "other", map(dialogues.dialogue, range(11)))
+    (other / path.name).write_bytes(whole)
+    with pytest.raises(DataError, match="not of these shards"):
+        load_lengths(ShardedDataset(str(other)), tokenizer, VICUNA)
+
+
+@pytest.mark.slow
+def test_preprocessing_and_the_verb_measure_alike(tmp_path, tokenizer):
+    corpus = tmp_path / "talk.json"
+    corpus.write_text(
+        '[{"conversations": [{"from": "human", "value": "say 1"}, '
+        '{"from": "gpt", "value": "it is 1"}]}]'
+    )
+    given = ("--format", "conversations", "--input", corpus, "--tokenizer", tokenizer.path)
+    refused = run("preprocess_data", *given[:-1], corpus, "--output", tmp_path / "no")
+    assert refused.returncode == 1 and "not a SentencePiece model" in refused.stderr
+    assert not (tmp_path / "no").exists()
+    done = run("preprocess_data", *given, "--output", tmp_path / "set")
+    assert done.returncode == 0, done.stderr
+    count = build_sample(Record("k", turns=(Turn("say 1", "it is 1"),)), tokenizer, 5, 64).length
+    assert f"1 samples of {count}.0 ids of text (at most {count}) and 0.00 im" in done.stdout
+    path = tmp_path / "set" / file_name(tokenizer, OWL2)
+    written = path.read_bytes()
+    assert "ids of text" not in run("preprocess_data", *given, "--output", tmp_path / "set").stdout
+    path.unlink()
+    again = run("measure_lengths", tmp_path / "set", "--tokenizer", tokenizer.path)
+    assert again.returncode == 0 and path.read_bytes() == written
