@@ -4,7 +4,8 @@ The result starts a stage (stage.initial_checkpoint), answers (tools/generate.py
 (tools/convert_to_hf.py). Without --config the sizes are those of the directories and the paper's
 abstractor; with it, its model section must agree with them (image_size may differ, to
 which positions are resized, max_positions may be smaller, modality_split may share branches that
-are equal, vocab_multiple and the standard deviations of random starts are free).
+are equal, vocab_multiple and the standard deviations of random starts are free). What --adapter
+brings stays apart from the weights: a stage with the same stage.lora goes on with it.
 """
 
 import argparse
@@ -18,6 +19,9 @@ from megatron_owl2.errors import ConversionError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--owl2", metavar="DIR", help="released-layout directory")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="peft's LoRA adapter of --owl2, which stays apart"
+    )
     parser.add_argument("--language-model", metavar="DIR", help="LlamaForCausalLM directory")
     parser.add_argument("--vision-model", metavar="DIR", help="CLIPModel or CLIPVisionModel")
     parser.add_argument("--config", metavar="FILE", help="run configuration (YAML)")
@@ -33,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     parts = (options.language_model, options.vision_model)
     if (options.owl2 is None) != all(parts) or (options.owl2 and any(parts)):
         raise UsageError("give either --owl2, or both --language-model and --vision-model")
+    if options.adapter and not options.owl2:
+        raise UsageError("--adapter goes with --owl2, the model that it was made for")
 
     from megatron_owl2.mcore.setup import setup
 
@@ -48,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides) if options.config else None
     given = {"config": config, "tokenizer": options.tokenizer}
     if options.owl2:
-        source = sources.from_owl2(options.owl2, **given)
+        source = sources.from_owl2(options.owl2, adapter=options.adapter, **given)
     else:
         source = sources.from_llama_and_clip(*parts, seed=options.seed, **given)
     write_checkpoint(output, source.tensors, source.config, progress=True)
@@ -57,6 +63,12 @@ def run(options: argparse.Namespace) -> int:
     tables = position_tables.NAMES
     sizes = (math.prod(t.shape) for n, t in source.tensors.items() if n not in tables)
     print(f"wrote {output}: {sum(sizes):,} parameters")
+    if options.adapter:
+        lora = source.config.stage.lora
+        print(
+            f"stage.lora of its adapters: targets={lora.targets} rank={lora.rank} "
+            f"alpha={lora.alpha:g} dropout={lora.dropout:g}"
+        )
     return 0
 
 

@@ -1,7 +1,8 @@
 """Export of a checkpoint as a Hugging Face directory in safetensors.
 
 Layout owl2 has the names of the released model; llama is the decoder's text branch as a
-LlamaForCausalLM; clip is the ViT as a CLIPVisionModel.
+LlamaForCausalLM; clip is the ViT as a CLIPVisionModel. Adapters (stage.lora) are merged into the
+weights; with --adapter they alone are written, in peft's layout for the exported model.
 """
 
 import argparse
@@ -20,31 +21,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights; the checkpoint's own by default",
     )
     parser.add_argument("--layout", choices=["owl2", "llama", "clip"], default="owl2")
+    parser.add_argument("--adapter", action="store_true", help="write only the LoRA adapters")
     parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of a weight file")
 
 
 def run(options: argparse.Namespace) -> int:
     if not 0 < options.max_shard_gib < float("inf"):
         raise UsageError("--max-shard-gib must be a positive number")
+    if options.adapter and options.layout != "owl2":
+        raise UsageError("--adapter has the names of layout owl2; leave out --layout")
 
     import torch
 
     from megatron_owl2.mcore.setup import setup
 
     setup()
+    from megatron_owl2.convert.adapters import export_adapter
     from megatron_owl2.convert.hf_weights import export_hf
     from megatron_owl2.convert.sources import from_checkpoint
 
     if os.path.lexists(options.output):
         raise ConversionError(f"{options.output} exists already; name a new directory")
     source = from_checkpoint(options.checkpoint)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    if options.adapter:
+        lora = source.config.stage.lora
+        export_adapter(source.tensors, source.config.model, lora, options.output, dtype=dtype)
+        print(f"wrote {options.output}")
+        return 0
     export_hf(
-        source.tensors,
+        source.merged().tensors,
         source.config.model,
         options.output,
         tokenizer=source.config.data.tokenizer or None,
         layout=options.layout,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        dtype=dtype,
         max_shard_bytes=int(options.max_shard_gib * 1024**3),
         progress=True,
     )

@@ -191,15 +191,34 @@ class DataConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters of linears of the decoder (LoRA, Hu et al., 2021): alpha / rank * B A.
+
+    `targets` are shell globs over decoder.layers.N.attention.{query, key_text, value_text,
+    key_vision, value_vision, output} and decoder.layers.N.mlp.{gate, up, down}; [] is no LoRA.
+    """
+
+    targets: list[str] = field(default_factory=list)
+    rank: int = number(8, at_least=1, at_most=2**16)
+    alpha: float = number(16.0, positive=True)
+    dropout: float = number(0.0, at_least=0, at_most=1)  # of the adapters' inputs, below 1
+
+
+@dataclass
 class StageConfig:
     """A training stage: the parameters that are `trainable` and not `frozen` learn. Patterns are
-    shell globs over parameter names."""
+    shell globs over parameter names.
+
+    Adapters of `lora` always learn unless they are `frozen`; `trainable` then names what learns
+    beside them, which may be nothing ([]), and no weight that has an adapter.
+    """
 
     name: str = "pretrain"
     trainable: list[str] = field(default_factory=lambda: ["*"])
     frozen: list[str] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)  # pattern -> factor on the learning rate
     initial_checkpoint: str | None = None  # weights only; random weights without it
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import math
 
 from megatron_owl2.config.fields import check_section
+from megatron_owl2.config.lora import check_lora
 from megatron_owl2.config.machine import check_files, check_machine
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
@@ -25,6 +26,7 @@ def validate_settings(config: RunConfig, world_size: int) -> None:
     validate_model(config.model)
     check_section(config)
     validate_parallel(config, world_size)
+    check_lora(config.stage.lora, config.model)
     if not config.train.epochs:
         check_steps(config)
     _check_rates(config)

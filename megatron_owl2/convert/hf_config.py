@@ -11,7 +11,7 @@ import torch
 from megatron_owl2.config.schema import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
 from megatron_owl2.config.templates import OWL2, TEMPLATES
 from megatron_owl2.convert.json_settings import Settings
-from megatron_owl2.convert.safetensors_io import read_json
+from megatron_owl2.convert.safetensors_io import ADAPTER_SETTINGS, read_json
 from megatron_owl2.errors import ConversionError
 
 # Our field and theirs.
@@ -298,9 +298,10 @@ _CONFIGS = {"owl2": _owl2_config, "llama": _llama_config, "clip": _clip_config}
 def _read(directory: str | Path, *model_types: str) -> Settings:
     if not Path(directory).is_dir():
         raise ConversionError(f"{directory} is not a directory")
-    if (Path(directory) / "adapter_config.json").exists():
+    if (Path(directory) / ADAPTER_SETTINGS).exists():
         raise ConversionError(
-            f"{directory} holds an adapter: merge it into its model with peft, and save that"
+            f"{directory} holds an adapter: merge it into its model with peft, and save that, or "
+            "give it to owl2 convert-from-hf --adapter"
         )
     settings = Settings.read(Path(directory) / "config.json")
     kind = settings.tree.get("model_type")

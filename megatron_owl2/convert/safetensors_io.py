@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import zipfile
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from megatron_owl2.convert.lazy_tensor import LazyTensor, read_ahead
 from megatron_owl2.errors import ConversionError
 from megatron_owl2.utils.json_text import parse_json
 
-_KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
+MODEL_FILES = (("model", "safetensors"), ("pytorch_model", "bin"))
+ADAPTER_FILES = (("adapter_model", "safetensors"), ("adapter_model", "bin"))  # peft's
+ADAPTER_SETTINGS = "adapter_config.json"
 _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOATS = {dtype: name for name, dtype in _NAMES.items()}
 _FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
@@ -28,18 +31,19 @@ _MAPPED_BYTES = 512 * 1024**2  # of a .bin file, before it is mapped anew
 class TensorReader:
     """The tensors of a Hugging Face directory by name, read one at a time.
 
-    Accepts `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index file.
+    Accepts `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index file, or
+    the `files` of another kind of directory (stem and ending of each, the first that is there).
     Files are mapped into memory and unmapped soon, so that little of them stays resident.
     Raises ConversionError for files that are missing, damaged or outside the directory, and for
     an index that does not name exactly the tensors of its files.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, files: Sequence[tuple[str, str]] = MODEL_FILES):
         self.directory = Path(directory)
         self._mapped: tuple[str, dict[str, torch.Tensor]] = ("", {})  # the .bin file in use
         self._handed_out = 0  # bytes of it
         self._found: dict[str, _Stored] = {}
-        for stem, ending in _KINDS:
+        for stem, ending in files:
             whole, index = f"{stem}.{ending}", self.directory / f"{stem}.{ending}.index.json"
             if (self.directory / whole).is_file():
                 self._found = self._contents(whole)
@@ -47,7 +51,7 @@ class TensorReader:
             if index.is_file():
                 self._read_index(index)
                 return
-        wanted = ", ".join(f"{stem}.{ending}[.index.json]" for stem, ending in _KINDS)
+        wanted = ", ".join(f"{stem}.{ending}[.index.json]" for stem, ending in files)
         remedy = _found_instead(self.directory)
         raise ConversionError(f"{self.directory} holds no weights; looked for {wanted}{remedy}")
 
@@ -140,7 +144,10 @@ def _found_instead(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
     for name in names:
         if name.startswith("adapter_model."):
-            return f"; {name} is an adapter: merge it into its model with peft, and save that"
+            return (
+                f"; {name} is an adapter: merge it into its model with peft, and save that, or "
+                "give it to owl2 convert-from-hf --adapter"
+            )
         if shard := re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)", name):
             index = f"{shard[1]}.{shard[2]}.index.json"
             return f"; {name} is a part of them: fetch {index} and all parts"

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_owl2.config.schema import ModelConfig, ParallelConfig, Precision, RunConfig
+from megatron_owl2.config.schema import (
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+)
 from megatron_owl2.config.validate_model import validate_model
-from megatron_owl2.convert import hf_config, mapping
+from megatron_owl2.convert import adapters, hf_config, mapping
 from megatron_owl2.convert.hf_weights import read_hf
 from megatron_owl2.convert.lazy_tensor import LazyTensor, of_model
 from megatron_owl2.convert.megatron_io import read_checkpoint
@@ -40,6 +46,13 @@ class SourceModel:
     config: RunConfig
     tensors: dict[str, LazyTensor]
 
+    def merged(self) -> "SourceModel":
+        """The same model with its adapters, if any, merged into the weights."""
+        config = copy.deepcopy(self.config)
+        config.stage.lora = LoraConfig()
+        tensors = adapters.merge(self.tensors, config.model, self.config.stage.lora)
+        return SourceModel(config, tensors)
+
     def build(self) -> Owl2:
         """The model in memory, cast to the precision of `config`."""
         (model,) = build(_context(self.config), self.config.model, initialize=False)
@@ -54,13 +67,15 @@ def from_owl2(
     *,
     config: RunConfig | None = None,
     tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> SourceModel:
-    """A directory in the released layout.
+    """A directory in the released layout, with the adapters of a directory of peft if one is given.
 
     `config` supplies everything but the weights; its model section must agree with the directory,
     save for the image size, to which the position table is resized, a smaller max_positions, and
     modality_split, if the branches that it shares are equal, and vocab_multiple.
-    The tokenizer is `tokenizer` or the directory's own, if any. Raises ConversionError.
+    The tokenizer is `tokenizer` or the directory's own, if any. `stage.lora` becomes that of the
+    adapters. Raises ConversionError.
     """
     stored = hf_config.read_owl2(directory)
     owners = dict.fromkeys(_FREE, str(directory))
@@ -70,6 +85,9 @@ def from_owl2(
     tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
     if given is None:
         config.train.precision = _lossless_precision(tensors)
+    if adapter is not None:
+        config.stage.lora, found = adapters.read_adapter(adapter, config.model)
+        return SourceModel(config, {name: tensors[name] for name in shapes} | found)
     return SourceModel(config, {name: tensors[name] for name in shapes})
 
 
@@ -123,12 +141,12 @@ def _checked_config(
     stored: ModelConfig,
     owners: dict[str, str],
 ) -> RunConfig:
-    """The run configuration for one process.
+    """The run configuration for one process, without adapters.
 
     Raises ConversionError if a section of its model differs from the directory that owns it.
     """
     config = copy.deepcopy(RunConfig(model=stored) if config is None else config)
-    config.parallel = ParallelConfig()
+    config.parallel, config.stage.lora = ParallelConfig(), LoraConfig()
     differences = []
     for section, directory in owners.items():
         ours, theirs = getattr(config.model, section), getattr(stored, section)

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -67,6 +68,8 @@ class ParallelContext:
         self.recompute = parallel.recompute
         self.backend = config.kernels.backend
         self.elementwise = config.kernels.elementwise
+        self.lora = config.stage.lora
+        self.seed = config.train.seed  # of what is drawn as the model runs
         self.fp8_recipe = recipe = FP8_RECIPES.get(config.kernels.fp8)  # None: no FP8
         local_fusion = fuses_gradients and fused_gradients_found()
         te_fusion = fuses_gradients and self.backend == "transformer_engine"
@@ -146,6 +149,13 @@ class ParallelContext:
                 x, tensor_parallel_output_grad=True, group=self.groups.tp
             )
         return copy_to_tensor_model_parallel_region(x, group=self.groups.tp)
+
+    def sum_row_outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum x [s, b, n] over the tensor-parallel ranks as a row linear does its output: to
+        [s/tp, b, n] of this rank under sequence parallelism, else [s, b, n]."""
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(x, group=self.groups.tp)
+        return reduce_from_tensor_model_parallel_region(x, group=self.groups.tp)
 
     def split_context(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's part [s/cp, b, h] of [s, b, h] under context parallelism; else x."""

@@ -10,6 +10,7 @@ from megatron_owl2.model.attention import AttentionMask
 from megatron_owl2.model.kernels import Kernels, build_kernels
 from megatron_owl2.model.kernels.elementwise import build_elementwise
 from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
+from megatron_owl2.model.lora import Adapters
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 
@@ -77,12 +78,12 @@ class DecoderLayer(nn.Module):
         self.input_norm = ModalityNorm(context, size, eps, split="input_norm" in split)
         self.attention = ModalityAttention(context, kernels, model, number)
         self.pre_mlp_norm = ModalityNorm(context, size, eps, split="mlp_norm" in split)
-        self.mlp = GatedMLP(context, kernels, model)
+        self.mlp = GatedMLP(context, kernels, model, number)
 
     def forward(self, x, modality, rotary, attention_mask, cache):
         normed = self.input_norm(x, modality)
         x = x + self.attention(normed, modality, rotary, attention_mask, cache)
-        return x + self.mlp(self.pre_mlp_norm(x, modality))
+        return x + self.mlp(self.pre_mlp_norm(x, modality), modality.token_keys)
 
 
 class ModalityAttention(nn.Module):
@@ -93,7 +94,7 @@ class ModalityAttention(nn.Module):
         super().__init__()
         size = model.decoder.hidden_size
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
-        self.qkv = ModalityQKV(context, kernels, model.decoder, model.init_std)
+        self.qkv = ModalityQKV(context, kernels, model.decoder, model.init_std, number)
         self.core = kernels.attention(context, number)
         spec = LinearSpec(
             inputs=size,
@@ -103,19 +104,25 @@ class ModalityAttention(nn.Module):
             user_buffer="proj",
         )
         self.linear_proj = kernels.RowLinear(context, spec)
+        self.adapters = Adapters(
+            context, f"decoder.layers.{number}.attention", {"output": (size, size, "inputs")}
+        )
 
     def forward(self, x, modality, rotary, attention_mask, cache):
         query, key, value = self.qkv(x, modality, rotary)
         if cache is not None:
             key, value = cache.extend(key, value)
         mixed = self.activation_checkpoint(self.core, query, key, value, attention_mask)
-        return self.linear_proj(mixed)
+        return self.adapters.add_row(self.linear_proj(mixed), "output", mixed, modality.token_keys)
 
 
 class GatedMLP(nn.Module):
-    """Gated MLP: down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h]."""
+    """Gated MLP: down(silu(gate x) * up x); gate and up are one weight [2 * ffn, h].
 
-    def __init__(self, context: ParallelContext, kernels: Kernels, model: ModelConfig):
+    Adapters (`stage.lora`) are those of decoder layer `number`; their dropout follows `token_keys`.
+    """
+
+    def __init__(self, context: ParallelContext, kernels: Kernels, model: ModelConfig, number: int):
         super().__init__()
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
         self.elementwise = build_elementwise(context)
@@ -125,10 +132,22 @@ class GatedMLP(nn.Module):
         self.linear_fc1 = kernels.ColumnLinear(context, gate_up)
         down = LinearSpec(inputs=ffn, outputs=size, user_buffer="fc2", **options)
         self.linear_fc2 = kernels.RowLinear(context, down)
+        self.adapters = Adapters(
+            context,
+            f"decoder.layers.{number}.mlp",
+            {
+                "gate": (size, ffn, "outputs"),
+                "up": (size, ffn, "outputs"),
+                "down": (ffn, size, "inputs"),
+            },
+        )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.linear_fc1(x)
-        return self.linear_fc2(self.activation_checkpoint(self.elementwise.swiglu, gate_up))
+    def forward(self, x: torch.Tensor, token_keys: torch.Tensor | None = None) -> torch.Tensor:
+        low_rank = self.adapters.column_inputs(x, token_keys, "gate", "up")
+        gate_up = self.linear_fc1(x).unflatten(-1, (2, -1))
+        gate_up = self.adapters.add_columns(gate_up, low_rank, {"gate": 1, "up": 1}).flatten(-2)
+        gated = self.activation_checkpoint(self.elementwise.swiglu, gate_up)
+        return self.adapters.add_row(self.linear_fc2(gated), "down", gated, token_keys)
 
 
 def rotary_tables(

@@ -8,7 +8,8 @@ padding, dummy images, text keys and values of vision tokens.
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
-from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.config.lora import parameters, selected
+from megatron_owl2.config.schema import LoraConfig, ModelConfig
 from megatron_owl2.model.parts import FLOPS_GROUPS, STACKS, part_of
 
 
@@ -41,15 +42,18 @@ class _Product:
         return part_of(self.weight).flops_group
 
 
-def training_flops(model: ModelConfig, load: Load, trained: Set[str]) -> dict[str, float]:
+def training_flops(
+    model: ModelConfig, load: Load, trained: Set[str], lora: LoraConfig | None = None
+) -> dict[str, float]:
     """Operations of a forward and a backward pass over `load`, by FLOPS_GROUPS.
 
-    `trained` holds the names of the parameters that train. A frozen weight has no gradient of its
-    own, and what lies before the first trained part has no backward pass at all.
+    `trained` holds the names of the parameters that train, `lora` is `stage.lora`. A frozen weight
+    has no gradient of its own, and what lies before the first trained part has no backward pass at
+    all.
     """
     found = dict.fromkeys(FLOPS_GROUPS, 0.0)
     backward = _groups_with_backward(trained)
-    for product in _products(model, load):
+    for product in _products(model, load, lora):
         passes = 1 + (product.group in backward) + (product.weight in trained)
         if product.weight == "vision_model.patch_embed.weight":  # pixels need no gradient
             passes -= product.group in backward
@@ -67,7 +71,7 @@ def _groups_with_backward(trained: Set[str]) -> set[str]:
     return set(FLOPS_GROUPS[first:])
 
 
-def _products(model: ModelConfig, load: Load) -> Iterator[_Product]:
+def _products(model: ModelConfig, load: Load, lora: LoraConfig | None) -> Iterator[_Product]:
     vision, abstractor, decoder = model.vision, model.abstractor, model.decoder
     patches = load.images * vision.grid_size**2
     seen = patches + load.images  # the class token of every image
@@ -108,7 +112,25 @@ def _products(model: ModelConfig, load: Load) -> Iterator[_Product]:
             ("mlp.linear_fc2", width * decoder.ffn_size),
         ):
             yield _Product(f"{prefix}.{name}.weight", numel, load.tokens)
+    if lora is not None:
+        yield from _adapter_products(model, load, lora)
     yield _Product("output_layer.weight", width * decoder.padded_vocab_size, load.targets)
+
+
+def _adapter_products(model: ModelConfig, load: Load, lora: LoraConfig) -> Iterator[_Product]:
+    decoder = model.decoder
+    width, ffn = decoder.hidden_size, decoder.ffn_size
+    kv = width // decoder.num_heads * decoder.num_kv_heads
+    sizes = {"gate": (width, ffn), "up": (width, ffn), "down": (ffn, width)}
+    sizes |= {"query": (width, width), "output": (width, width)}
+    split = "key_value" in decoder.modality_split
+    rows = {"vision": load.vision_tokens}
+    rows["text"] = load.tokens - load.vision_tokens if split else load.tokens
+    for target in selected(lora, decoder):
+        kind = target.rpartition(".")[2]
+        count = rows.get(kind.rpartition("_")[2], load.tokens)
+        for name, size in zip(parameters(target), sizes.get(kind, (width, kv)), strict=True):
+            yield _Product(name, lora.rank * size, count)
 
 
 def _attention(model: ModelConfig, load: Load) -> Iterator[tuple[str, int, int]]:
@@ -127,7 +149,11 @@ def _attention(model: ModelConfig, load: Load) -> Iterator[tuple[str, int, int]]
 
 
 def forward_again(
-    model: ModelConfig, load: Load, trained: Set[str], recompute: str
+    model: ModelConfig,
+    load: Load,
+    trained: Set[str],
+    recompute: str,
+    lora: LoraConfig | None = None,
 ) -> dict[str, float]:
     """Operations that recomputation adds to `training_flops`, by FLOPS_GROUPS.
 
@@ -141,7 +167,7 @@ def forward_again(
     for group, pairs, width in _attention(model, load):
         again[group] += 4.0 * pairs * width * (group in backward)
     if recompute == "full":
-        for product in _products(model, load):
+        for product in _products(model, load, lora):
             if ".layers." in product.weight and product.group in backward:
                 again[product.group] += 2.0 * product.numel * product.rows
     return again

@@ -24,6 +24,7 @@ from megatron_owl2.mcore.linear import LinearSpec
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.kernels import Kernels
 from megatron_owl2.model.kernels.elementwise import Rotary, build_elementwise
+from megatron_owl2.model.lora import Adapters
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,25 @@ class Modality:
     wrong one in the backward pass.
     is_vision: bool [s, b, 1], or [s/tp, b, 1] of this rank under sequence parallelism.
     vision_token_index: int64 [n], the vision rows of the hidden states flattened to [s * b, h].
+    token_keys: int32 [s, b, 1] for the dropout of adapters (`lora.token_keys`); None: no dropout.
     Under context parallelism s is this rank's share of the sequence.
     """
 
     is_vision: torch.Tensor
     vision_token_index: torch.Tensor
+    token_keys: torch.Tensor | None = None
 
     @classmethod
     def of(
-        cls, modality: torch.Tensor, vision_token_index: torch.Tensor, context: ParallelContext
+        cls,
+        modality: torch.Tensor,
+        vision_token_index: torch.Tensor,
+        context: ParallelContext,
+        token_keys: torch.Tensor | None = None,
     ) -> "Modality":
         """From a batch's `modality` [b, s] and `vision_token_index` [n]."""
         is_vision = modality.bool().t().contiguous().unsqueeze(-1)
-        return cls(context.sequence_slice(is_vision), vision_token_index)
+        return cls(context.sequence_slice(is_vision), vision_token_index, token_keys)
 
 
 class ModalityNorm(nn.Module):
@@ -84,11 +91,17 @@ class ModalityQKV(nn.Module):
 
     Rows of `linear_qkv` are grouped by key/value head: the queries that share it, its key, its
     value; rows of `linear_kv_vision`: its key, its value. A split over ranks is a split by groups.
-    Without "key_value" in `modality_split` there is no `linear_kv_vision`.
+    Without "key_value" in `modality_split` there is no `linear_kv_vision`. Adapters (`stage.lora`)
+    are those of decoder layer `number`.
     """
 
     def __init__(
-        self, context: ParallelContext, kernels: Kernels, config: DecoderConfig, init_std: float
+        self,
+        context: ParallelContext,
+        kernels: Kernels,
+        config: DecoderConfig,
+        init_std: float,
+        number: int,
     ):
         super().__init__()
         self.context = context
@@ -106,21 +119,37 @@ class ModalityQKV(nn.Module):
             if "key_value" in config.modality_split
             else None
         )
+        linears = {"query": size, "key_text": kv_size, "value_text": kv_size}
+        if self.linear_kv_vision is not None:
+            linears |= {"key_vision": kv_size, "value_vision": kv_size}
+        self.adapters = Adapters(
+            context,
+            f"decoder.layers.{number}.attention",
+            {piece: (size, outputs, "outputs") for piece, outputs in linears.items()},
+        )
 
     def forward(
         self, x: torch.Tensor, modality: Modality, rotary: Rotary
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns q [s, b, heads/tp, d] and k, v [s, b, kv_heads/tp, d], q and k turned by the
         `rotary` tables (`decoder.rotary_tables`)."""
+        low_rank = self.adapters.column_inputs(x, modality.token_keys, *self.adapters)
         x = self.context.copy_to_tensor_parallel(x)
         s, b, _ = x.shape
         qkv = self.linear_qkv(x).view(s * b, self.groups, -1, self.head_size)
+        sizes = {"query": qkv.shape[2] - 2, "key_text": 1, "value_text": 1}
+        qkv = self.adapters.add_columns(qkv, low_rank, sizes)
         rows = modality.vision_token_index
         kv_vision = None
         if self.linear_kv_vision is not None:
             kv_vision = self._project_vision(
                 self.linear_kv_vision, x.flatten(0, 1).index_select(0, rows)
             )
+            sizes = {"key_vision": 1, "value_vision": 1}
+            low_rank = {
+                p: low_rank[p].flatten(0, 1).index_select(0, rows) for p in low_rank if p in sizes
+            }
+            kv_vision = self.adapters.add_columns(kv_vision, low_rank, sizes)
         return self.elementwise.split_qkv(qkv, kv_vision, rows, rotary)
 
     def _project_vision(self, linear: nn.Module, x: torch.Tensor) -> torch.Tensor:

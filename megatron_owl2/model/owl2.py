@@ -16,6 +16,7 @@ from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.attention import AttentionMask
 from megatron_owl2.model.decoder import Decoder, KeyValueCache
 from megatron_owl2.model.kernels.elementwise import build_elementwise
+from megatron_owl2.model.lora import token_keys
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.vision import VisionModel
 
@@ -80,6 +81,7 @@ class Owl2(MegatronModule):
         labels: torch.Tensor | None = None,
         target_index: torch.Tensor | None = None,
         local_vision_token_index: torch.Tensor | None = None,
+        sample_indices: torch.Tensor | None = None,
         packed: PackedSequences | None = None,
     ) -> torch.Tensor:
         """A micro-batch, as `data.batch.Batch` has it, through this chunk.
@@ -89,15 +91,18 @@ class Owl2(MegatronModule):
         [n], given with labels; `packed` if rows hold several samples. Images beyond those that own
         rows take part in the backward pass with zero gradient. Under context parallelism all but
         tokens, image, packed and vision_token_index are this rank's share (`Batch.local_to`).
-        Returns hidden states [s, b, h] on all but the last pipeline stage; there the losses of the
-        rows in target_index, fp32 [n], or without labels the logits of all rows [b, s, vocab]."""
+        sample_indices int64 [b] are what the dropout of adapters follows; without them, and in
+        evaluation, there is none. Returns hidden states [s, b, h] on all but the last pipeline
+        stage; there the losses of the rows in target_index, fp32 [n], or without labels the logits
+        of all rows [b, s, vocab]."""
         if self.pre_process:
             x = self.merge(tokens, self.encode_images(image), vision_token_index)
         else:
             assert self._received is not None, "the schedule hands over hidden states first"
             x = self._received
         rows = vision_token_index if local_vision_token_index is None else local_vision_token_index
-        x = self.hidden_states(x, modality, rows, position_ids, attention_mask=packed)
+        more = {"attention_mask": packed, "sample_indices": sample_indices}
+        x = self.hidden_states(x, modality, rows, position_ids, **more)
         if not self.post_process:
             return x
         if labels is None:
@@ -116,13 +121,18 @@ class Owl2(MegatronModule):
         *,
         attention_mask: AttentionMask | None = None,
         caches: dict[int, KeyValueCache] | None = None,
+        sample_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [s, b, h] behind this chunk's decoder layers.
 
         x [s, b, h] comes from `merge` or from the pipeline stage before; modality and position_ids
         [b, s] and vision_token_index [n] are this rank's share under context parallelism;
-        `attention_mask` and `caches` are those of `Decoder`."""
-        split = Modality.of(modality, vision_token_index, self.context)
+        `attention_mask` and `caches` are those of `Decoder`, `sample_indices` those of `forward`.
+        """
+        keys = None
+        if self.training and sample_indices is not None:
+            keys = token_keys(self.context, sample_indices, modality.shape[1])
+        split = Modality.of(modality, vision_token_index, self.context, keys)
         return self.decoder(x, split, position_ids, attention_mask=attention_mask, caches=caches)
 
     def head(self, x: torch.Tensor, target_index: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,8 +177,8 @@ def build(
 ) -> list[Owl2]:
     """This rank's model chunks, in the order of their layers, on the device of `context`.
 
-    Unless `initialize`, weights hold no values until a checkpoint is loaded; tables and constants
-    hold theirs."""
+    Unless `initialize`, weights hold no values until a checkpoint is loaded; adapters, tables and
+    constants hold theirs."""
     with nullcontext() if initialize else without_initial_values(context):
         return [context.place(Owl2(context, model, chunk)) for chunk in range(chunks)]
 

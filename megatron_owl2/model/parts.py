@@ -97,6 +97,13 @@ PARTS = (
         pipeline="layers",
     ),
     ModelPart(
+        name="adapters",
+        patterns=("*.lora_A", "*.lora_B"),
+        parameter_group="adapters",
+        flops_group="decoder",
+        pipeline="layers",
+    ),
+    ModelPart(
         name="decoder",
         patterns=("decoder.*",),
         parameter_group="decoder",

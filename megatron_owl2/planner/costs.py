@@ -69,9 +69,10 @@ class RunCosts:
         rows, recompute = config.train.micro_batch_size, config.parallel.recompute
         if (rows, recompute) not in self._flops:
             load = full_load(config, rows, self.mean_length)
-            forward = flops.training_flops(config.model, load, set())
-            both = flops.training_flops(config.model, load, self.trained)
-            again = flops.forward_again(config.model, load, self.trained, recompute)
+            model, lora = config.model, config.stage.lora
+            forward = flops.training_flops(model, load, set(), lora)
+            both = flops.training_flops(model, load, self.trained, lora)
+            again = flops.forward_again(model, load, self.trained, recompute, lora)
             backward = {g: both[g] - forward[g] for g in FLOPS_GROUPS}
             self._flops[rows, recompute] = forward, backward, again
         return self._flops[rows, recompute]

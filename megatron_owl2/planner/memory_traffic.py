@@ -22,6 +22,7 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import rotary_tables
 from megatron_owl2.model.kernels import plain
+from megatron_owl2.model.lora import token_keys
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.planner.fake_process_groups import fake_process_groups
@@ -130,7 +131,8 @@ def _passes(
     x = states(length // split, rows, model.decoder.hidden_size, trains=before)
     places = torch.empty(rows, length, dtype=torch.int64, device=META)
     index = places.new_empty(-(-images * model.tokens_per_image // parallel.context))
-    modality = Modality.of(places, index, context)
+    keys = token_keys(context, places[:, 0], length)
+    modality = Modality.of(places, index, context, keys)
     rotary = rotary_tables(places, model.decoder, context.dtype)
     labels = places.t().contiguous()
 

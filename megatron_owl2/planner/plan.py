@@ -153,7 +153,9 @@ def plan_run(
     parameter_groups.check_patterns(run.stage, [weight.name for weight in parameters])
     rows = run.train.global_batch_size
     padded, own = (full_load(run, rows, n) for n in (computed, tokens or computed))
-    again = flops.forward_again(run.model, padded, costs.trained, run.parallel.recompute)
+    again = flops.forward_again(
+        run.model, padded, costs.trained, run.parallel.recompute, run.stage.lora
+    )
     candidates, valid = search.ranked(run, machine, costs, count)
     return Plan(
         config=run,
@@ -163,7 +165,7 @@ def plan_run(
         trained=sum(weight.numel for weight in parameters if weight.trained),
         memory=memory.per_pipeline_rank(run, costs),
         traffic=traffic.per_pipeline_rank(run, costs),
-        model_flops=flops.training_flops(run.model, own, costs.trained),
+        model_flops=flops.training_flops(run.model, own, costs.trained, run.stage.lora),
         again_flops=sum(again.values()),
         tokens=tokens or computed,
         mean_length=computed,

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_owl2.config import lora
 from megatron_owl2.config.schema import RunConfig, StageConfig
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.model.owl2 import Owl2
@@ -58,7 +59,8 @@ def freeze(config: RunConfig, chunks: Sequence[Owl2]) -> list[Parameter]:
 def check_patterns(stage: StageConfig, names: Sequence[str]) -> None:
     """A check of the stage's patterns against the names of the whole model's parameters.
 
-    Raises ConfigError for a pattern that matches none of them, and if none of them trains.
+    Raises ConfigError for a pattern that matches none of them, if none of them trains, and for a
+    weight that trains although it has an adapter.
     """
     for key in ("trainable", "frozen", "rates"):
         for pattern in getattr(stage, key):
@@ -69,11 +71,20 @@ def check_patterns(stage: StageConfig, names: Sequence[str]) -> None:
                 )
     if not any(is_trainable(name, stage) for name in names):
         raise ConfigError("stage.trainable less stage.frozen is empty, so nothing would train")
+    for name in filter(lora.is_adapter, names):
+        weight = lora.linear_weight(lora.target_of(name))
+        if is_trainable(weight, stage):
+            raise ConfigError(
+                f"stage.trainable trains {weight}, which has an adapter (stage.lora.targets); name "
+                "in stage.trainable what trains beside the adapters, [] for nothing"
+            )
 
 
 def is_trainable(name: str, stage: StageConfig) -> bool:
-    """Whether the stage trains the parameter of this name."""
-    return _matches(name, stage.trainable) and not _matches(name, stage.frozen)
+    """Whether the stage trains the parameter of this name, as it does every adapter that it does
+    not freeze."""
+    chosen = lora.is_adapter(name) or _matches(name, stage.trainable)
+    return chosen and not _matches(name, stage.frozen)
 
 
 def fingerprint(plan: list[Parameter]) -> str:

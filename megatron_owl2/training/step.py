@@ -101,6 +101,7 @@ def _forward(batches: Iterator[Batch], model: DistributedDataParallel):
         batch.labels,
         batch.target_index,
         batch.local_vision_token_index,
+        batch.sample_indices,
         batch.packed,
     )
     return output, partial(_summed_loss, batch)

@@ -274,9 +274,9 @@ class Trainer:
         progress = from_rank_0(lambda: directories.read_progress(directory))
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
-                "stage.trainable, stage.rates or optimizer.vision_layer_decay is not what "
-                f"{directory} was made with; go on with the same, or start another run from it "
-                "with stage.initial_checkpoint"
+                "stage.trainable, stage.rates, stage.lora or optimizer.vision_layer_decay is not "
+                f"what {directory} was made with; go on with the same, or start another run from "
+                "it with stage.initial_checkpoint"
             )
         state.step, state.consumed_samples = progress["step"], progress["slots"]
         state.counts, state.health = progress["counts"], progress["health"]

@@ -4,7 +4,7 @@ import pytest
 from paths import EXAMPLES
 
 from megatron_owl2.config.load import load_config
-from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.config.schema import LoraConfig, ParallelConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.errors import ConfigError
@@ -102,6 +102,21 @@ def test_a_variant_changes_one_thing_and_can_run(name):
         setup.shutdown()
         vision = {p.trained for p in plan if p.name.startswith("vision_model.")}
         assert vision == {name != "frozen_vit"}
+
+
+def test_the_recipe_with_adapters_is_the_released_script():
+    config = load_config(RECIPES / "finetune_lora.yaml")
+    stage, rates = config.stage, config.optimizer
+    assert stage.lora == LoraConfig(["*"], rank=128, alpha=256.0, dropout=0.05)
+    assert (rates.lr, rates.min_lr, rates.weight_decay) == (1e-4, 0.0, 0.0)
+    assert rates.warmup_steps == 0.03 * config.train.steps
+    tiny = load_config(RECIPES / "finetune_lora.yaml", TINY)
+    model = Owl2(ParallelContext(tiny, setup.initialize(ParallelConfig())), tiny.model)
+    plan = parameter_groups.freeze(tiny, [model])
+    setup.shutdown()
+    trained = {p.name.split(".")[0]: p.factor * rates.lr for p in plan if p.trained}
+    assert trained == {"decoder": 1e-4, "abstractor": pytest.approx(2e-5)}
+    assert all(p.name.endswith(("lora_A", "lora_B")) for p in plan if p.trained and p.factor == 1)
 
 
 def test_every_variant_is_tested():

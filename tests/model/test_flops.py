@@ -5,6 +5,7 @@ from small_configs import STAGE_1, run_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_owl2.config.schema import LoraConfig
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model import flops
@@ -74,6 +75,22 @@ def test_training_flops_are_those_of_the_real_passes(trainable, split):
         sums = 2 * 2 * ROWS * LENGTH * decoder.hidden_size
         planned["decoder"] += 2.0 * decoder.num_layers * sums * begins
     assert planned == real
+
+
+def test_adapters_count_like_other_products():
+    config = run_config(precision="fp32", kv_heads=2, trainable=["vision_model.cls_token"])
+    config.model.decoder.modality_split = []
+    config.stage.lora = LoraConfig(["*"], rank=8)
+    real, trained = counted(config)
+    found = flops.training_flops(config.model, load(config), trained, config.stage.lora)
+    assert found["decoder"] == real["decoder"]
+    config.model.decoder.modality_split = ["key_value"]
+    split = flops.training_flops(config.model, load(config), set(), config.stage.lora)
+    without = flops.training_flops(config.model, load(config), set())
+    decoder, here = config.model.decoder, load(config)
+    size, kv = decoder.hidden_size, decoder.hidden_size // decoder.num_heads * 2
+    sizes = 2 * (2 * size) + 2 * (size + kv) + 3 * (size + decoder.ffn_size)
+    assert split["decoder"] - without["decoder"] == 2 * 8 * sizes * here.tokens * 3
 
 
 def test_recomputation_adds_a_forward_pass_of_the_layers():

@@ -121,7 +121,7 @@ def test_keys_and_values_are_both_projections_everywhere_then_selected(
     heads, size = groups * sharing, groups * sharing * head_size
     config = run_config({"hidden_size": size, "num_heads": heads, "num_kv_heads": groups})
     here = parallel_context(config)
-    qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, config.model.init_std)
+    qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, config.model.init_std, 0)
     x = torch.randn(*is_vision.shape, size, requires_grad=True)
     inputs = (x, qkv.linear_qkv.weight, qkv.linear_kv_vision.weight)
 
@@ -261,7 +261,7 @@ def count_collectives():
     )
     here = parallel_context(config)
     norm = ModalityNorm(here, 24, EPS, split=True)
-    qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, 0.1)
+    qkv = ModalityQKV(here, build_kernels(here), config.model.decoder, 0.1, 0)
     x = torch.randn(3, 2, 24, requires_grad=True)
     is_vision = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = is_vision.t().flatten().nonzero().flatten()
@@ -300,7 +300,7 @@ def test_rows_that_fill_up_a_gemm_change_nothing(vision):
     found = []
     for library in (build_kernels(here), SixteenRows()):
         torch.manual_seed(0)
-        qkv = ModalityQKV(here, library, config.model.decoder, config.model.init_std)
+        qkv = ModalityQKV(here, library, config.model.decoder, config.model.init_std, 0)
         torch.manual_seed(1)
         x = torch.randn(16, 2, config.model.decoder.hidden_size, requires_grad=True)
         rows = torch.randperm(32)[:vision]

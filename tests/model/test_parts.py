@@ -13,6 +13,7 @@ from megatron_owl2.model.owl2 import Owl2
 @pytest.fixture(scope="module")
 def model():
     config = run_config()
+    config.stage.lora.targets = ["*"]
     yield Owl2(ParallelContext(config, setup.initialize(config.parallel)), config.model)
     setup.shutdown()
 
@@ -39,6 +40,7 @@ def test_groups_are_those_of_the_metrics_and_tables():
         "embedding",
         "output layer",
         "decoder",
+        "adapters",
     )
     assert parts.GRAD_NORM_GROUPS == ("ViT", "abstractor", "vision KV", "text KV", "rest")
     assert parts.FLOPS_GROUPS == ("ViT", "abstractor", "decoder", "output layer")

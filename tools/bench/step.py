@@ -133,7 +133,9 @@ class Step:
         targets = sum(int(batch.loss_mask.sum()) for batch in self.batches)
         pairs = rows * length * (length + 1) // 2
         load = Load(images, rows * length, vision, targets, pairs)
-        return sum(training_flops(self.config.model, load, self.trained).values())
+        return sum(
+            training_flops(self.config.model, load, self.trained, self.config.stage.lora).values()
+        )
 
     def run(self, mark: Callable[[], None]) -> None:
         """A step; `mark` is called before, between forward and backward pass and update, after."""

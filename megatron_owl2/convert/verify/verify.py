@@ -79,6 +79,11 @@ class Verification:
         self.directory = directories.resolve(directory)
         self.config = load_config(self.directory / "run.yaml", [*_ONE_PROCESS, *overrides])
         validate_model(self.config.model)
+        if self.config.stage.lora.targets:
+            raise ConfigError(
+                f"{self.directory} has adapters (stage.lora), which a directory in the released "
+                "layout has not; verify their merge: owl2 convert-to-hf, then convert-from-hf"
+            )
         parallel, world = self.config.parallel, _processes()
         if world != parallel.tensor * parallel.pipeline:
             raise ConfigError(

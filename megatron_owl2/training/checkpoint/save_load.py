@@ -4,8 +4,8 @@
 the resolved `run.yaml`, `tokenizer.model` and `progress.json`. It is written beside its place and
 renamed when complete, so a directory of that name is whole; `checkpoints/latest` names the newest.
 
-No state of random generators is kept, for nothing draws from one during training: there is no
-dropout, and order, crops and flips of the data are functions of the seed and the sample index.
+No state of random generators is kept, for nothing draws from one during training: order, crops and
+flips of the data, and the dropout of adapters, are functions of the seed and the sample index.
 """
 
 import itertools
@@ -27,7 +27,8 @@ from megatron.core.utils import (
 )
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.lora import is_adapter
+from megatron_owl2.config.schema import LoraConfig, RunConfig
 from megatron_owl2.errors import CheckpointError
 from megatron_owl2.model import position_tables
 from megatron_owl2.model.layer_stack import weights as weights_of
@@ -42,6 +43,7 @@ from megatron_owl2.training.checkpoint.optimizer_state import (
 from megatron_owl2.training.checkpoint.reader import CheckpointReader
 from megatron_owl2.training.checkpoint.resolution import OtherResolution
 from megatron_owl2.training.checkpoint.staging import Staging
+from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.utils.files import rename_durably
 
 _logger = logging.getLogger(__name__)
@@ -121,8 +123,9 @@ def load_weights(directory: Path, chunks: Sequence[Owl2], *, any_resolution: boo
     """Fill the model from a checkpoint, whatever parallel configuration it was saved under.
 
     Each weight is read once for all ranks that have the same share of it. Strict, but for the
-    position tables that older checkpoints lack. With `any_resolution` its images may have another
-    size: the ViT's position table is resized, as the conversion does, and a line says so.
+    position tables that older checkpoints lack. A checkpoint without any adapter leaves those of
+    the model as they are. With `any_resolution` its images may have another size: the ViT's
+    position table is resized, as the conversion does, and a line says so.
 
     Raises CheckpointError listing every missing, unexpected or misshapen weight.
     """
@@ -204,9 +207,24 @@ def _stored_weights(
     reader: CheckpointReader, chunks: Sequence[Owl2], wanted: dict[str, tuple[int, ...]]
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """The local weights, once the `wanted` ones of the whole model are held against the
-    checkpoint's, on all ranks alike; without the position tables that an older checkpoint lacks."""
-    absent = compare(reader.directory, reader.index, wanted)
-    return {name: share for name, share in sharded_weights(chunks).items() if name not in absent}
+    checkpoint's, on all ranks alike; without the position tables that an older checkpoint lacks,
+    and without adapters if it has none."""
+    if any(map(is_adapter, stored_weights(reader.index))):
+        _check_alpha(reader.directory, chunks[0].context.lora)
+    else:
+        wanted = {name: shape for name, shape in wanted.items() if not is_adapter(name)}
+    read = wanted.keys() - compare(reader.directory, reader.index, wanted)
+    return {name: share for name, share in sharded_weights(chunks).items() if name in read}
+
+
+def _check_alpha(directory: Path, lora: LoraConfig) -> None:
+    """Hold alpha, which the adapters do not show, against that of the checkpoint's own run."""
+    stored = from_rank_0(lambda: directories.read_config(directory).stage.lora)
+    if lora.targets and stored.alpha != lora.alpha:
+        raise CheckpointError(
+            f"the adapters of {directory} were trained with stage.lora.alpha={stored.alpha:g}, not "
+            f"{lora.alpha:g}; go on with the same, or merge them first (owl2 convert-to-hf)"
+        )
 
 
 def _compare_optimizer(reader: CheckpointReader, shares: Sequence[ShardedTensor]) -> None:
@@ -241,6 +259,11 @@ def compare(directory: Path, index: Metadata, wanted: dict[str, tuple[int, ...]]
         for n in sorted(wanted.keys() & stored.keys())
         if wanted[n] != stored[n]
     ]
+    if any(is_adapter(n) for n in stored.keys() - wanted.keys()):
+        problems.append(
+            "its adapters need the stage.lora that they were made with, or are merged into the "
+            "weights by owl2 convert-to-hf and brought back by owl2 convert-from-hf"
+        )
     if any(wanted[n] != stored[n] for n in _VOCABULARY if n in wanted and n in stored):
         problems.append(
             "the vocabulary's rows are model.decoder.vocab_size up to a multiple of "

@@ -153,7 +153,9 @@ class Metrics:
             targets=round(totals["target_tokens"]),
             pairs=round(totals["pairs"]),
         )
-        operations = sum(training_flops(self._config.model, load, self._trained).values())
+        config = self._config
+        found = training_flops(config.model, load, self._trained, config.stage.lora)
+        operations = sum(found.values())
         tflops = operations / seconds / self._ranks / 1e12
         return {
             "images_per_second": images / seconds,

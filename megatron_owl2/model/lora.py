@@ -1,0 +1,214 @@
+"""Low-rank adapters of the decoder's linears (LoRA, Hu et al., 2021; names and scale as in peft).
+
+y = W x + alpha / r B A dropout(x), with A [r, in] and B [out, r]. The product with A runs before
+tensor-parallel ranks exchange anything, so that they exchange r numbers of a token:
+
+    column linear: A is on every rank, B split by rows; A x is brought to all ranks as x is.
+    row linear: A is split by columns, B on every rank; A x is summed over the ranks as y is.
+
+Adapters are GEMMs of torch, whatever kernels compute the linear beside them.
+"""
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megatron_owl2.config import lora
+from megatron_owl2.mcore import context_parallel
+from megatron_owl2.mcore.parallel import ParallelContext, mark_tensor_parallel
+from megatron_owl2.model.layer_stack import checkpoint
+
+# The finalizer of MurmurHash3 (Appleby, 2011), for numbers of 32 bits with a sign.
+_MULTIPLIERS = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
+
+
+class Adapter(nn.Module):
+    """One adapter: A starts uniform within 1 / sqrt(in), B zero, so that it adds nothing.
+
+    The numbers of A depend on `train.seed` and the target's name alone. `split` says which side of
+    the linear is split over the tensor-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        target: str,
+        inputs: int,
+        outputs: int,
+        split: Literal["inputs", "outputs"],
+    ):
+        super().__init__()
+        rank, ranks = context.lora.rank, context.tensor_parallel_size
+        if split == "inputs":
+            inputs //= ranks
+        else:
+            outputs //= ranks
+        # The first input channel of this rank.
+        self.begin = context.groups.tp.rank() * inputs if split == "inputs" else 0
+        self.lora_A = nn.Parameter(torch.empty(rank, inputs, dtype=context.dtype))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, dtype=context.dtype))
+        if split == "inputs":
+            mark_tensor_parallel(self.lora_A, dim=1)
+            context.mark_sequence_parallel(self.lora_B)
+        else:
+            mark_tensor_parallel(self.lora_B, dim=0)
+            context.mark_sequence_parallel(self.lora_A)
+        if not self.lora_A.is_meta:
+            key = _key(f"{context.seed} {target}")
+            self._draw(key, inputs * ranks if split == "inputs" else inputs)
+
+    @torch.no_grad()
+    def _draw(self, key: int, inputs: int) -> None:
+        """Draw A as a whole, and keep this rank's columns; those of peft's kaiming_uniform_."""
+        generator = torch.Generator().manual_seed(key)
+        shape = len(self.lora_A), inputs
+        whole = (2 * torch.rand(shape, generator=generator, device="cpu") - 1) / inputs**0.5
+        self.lora_A.copy_(whole[:, self.begin :][:, : self.lora_A.shape[1]])
+
+    def up(self, hidden: torch.Tensor) -> torch.Tensor:
+        """B hidden: [..., r] to [..., out]."""
+        return F.linear(hidden, self.lora_B)
+
+
+class Adapters(nn.ModuleDict):
+    """Adapters of a module's linears, by the last part of their target's name.
+
+    `linears`: inputs, outputs and split of every linear that may have one; those that
+    `stage.lora.targets` do not select are not here. `prefix` is the rest of the targets' names.
+    """
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        prefix: str,
+        linears: dict[str, tuple[int, int, Literal["inputs", "outputs"]]],
+    ):
+        names = {piece: f"{prefix}.{piece}" for piece in linears}
+        super().__init__(
+            {
+                piece: Adapter(context, names[piece], *sizes)
+                for piece, sizes in linears.items()
+                if lora.selects(context.lora, names[piece])
+            }
+        )
+        self.context, self.prefix = context, prefix
+
+    def column_inputs(
+        self, x: torch.Tensor, token_keys: torch.Tensor | None, *pieces: str
+    ) -> dict[str, torch.Tensor]:
+        """What the adapters of column linears make of their common input x, before the ranks
+        exchange it: [s, b, r] on every tensor-parallel rank, by piece."""
+        found = [piece for piece in pieces if piece in self]
+        if not found:
+            return {}
+        if token_keys is not None:
+            token_keys = self.context.sequence_slice(token_keys)
+        hidden = self._down(x, token_keys, found, "input")
+        hidden = self.context.copy_to_tensor_parallel(hidden)
+        return dict(zip(found, hidden.chunk(len(found), dim=-1), strict=True))
+
+    def add_columns(
+        self, y: torch.Tensor, hidden: dict[str, torch.Tensor], sizes: dict[str, int]
+    ) -> torch.Tensor:
+        """y [..., n, d] of a column linear plus what the adapters add to its pieces, which take
+        `sizes` of the n, one behind the other."""
+        if not hidden.keys() & sizes.keys():
+            return y
+        pieces = zip(sizes, y.split([*sizes.values()], dim=-2), strict=True)
+        return torch.cat(
+            [
+                part + self._of(piece).up(hidden[piece]).view_as(part) if piece in hidden else part
+                for piece, part in pieces
+            ],
+            dim=-2,
+        )
+
+    def add_row(
+        self, y: torch.Tensor, piece: str, x: torch.Tensor, token_keys: torch.Tensor | None
+    ) -> torch.Tensor:
+        """y [s/tp, b, out] of a row linear plus what its adapter makes of the input x [s, b,
+        in/tp] of the linear."""
+        if piece not in self:
+            return y
+        hidden = self.context.sum_row_outputs(self._down(x, token_keys, [piece], piece))
+        return y + self._of(piece).up(hidden)
+
+    def _down(
+        self, x: torch.Tensor, token_keys: torch.Tensor | None, pieces: list[str], source: str
+    ) -> torch.Tensor:
+        """x [..., in] to alpha / r A dropout(x) of some adapters, [..., r * pieces], with this
+        rank's inputs; `source` is what x is called, for the mask.
+
+        token_keys int32 [..., 1] are those of x's rows (`token_keys`); None: no dropout. The mask
+        is made again in the backward pass, so that x is all that is kept. Adapters that read one
+        input drop the same of it, unlike peft's: to make a mask costs more than to multiply by A.
+        """
+        settings = self.context.lora
+        weights = torch.cat([self._of(piece).lora_A for piece in pieces])
+        scale = settings.alpha / settings.rank
+        if token_keys is None:
+            return scale * F.linear(x, weights)
+        key = _key(f"{self.context.seed} {self.prefix}.{source}")
+        begin = self._of(pieces[0]).begin
+
+        def dropped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            channels = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) + begin
+            kept = keep_mask(token_keys, channels, key, settings.dropout)
+            return F.linear(x * kept, weights)
+
+        return scale / (1 - settings.dropout) * checkpoint(dropped, x, weights)
+
+    def _of(self, piece: str) -> Adapter:
+        adapter = self[piece]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+
+def token_keys(
+    context: ParallelContext, sample_indices: torch.Tensor, length: int
+) -> torch.Tensor | None:
+    """Keys of the tokens for the masks of adapters, int32 [s, b, 1], s being this rank's `length`
+    under context parallelism; None where `stage.lora` asks for no dropout.
+
+    A key depends on train.seed, the sample and the place in it. So masks need no random state: they
+    are the same when computed again, after a resume, and in every parallel configuration.
+    sample_indices int64 [b] are those of the training order.
+    """
+    if not (context.lora.targets and context.lora.dropout):
+        return None
+    group, device = context.groups.cp, sample_indices.device
+    places = context_parallel.positions(length * group.size(), group.rank(), group.size(), device)
+    samples = _mix(sample_indices.to(torch.int32) ^ _signed(_key(f"{context.seed} dropout")))
+    return _mix(samples ^ _mix(places.to(torch.int32)).unsqueeze(1)).unsqueeze(-1)
+
+
+def keep_mask(
+    token_keys: torch.Tensor, channels: torch.Tensor, key: int, dropout: float
+) -> torch.Tensor:
+    """Elements that dropout keeps, bool [..., n], by a hash of the token's key int32 [..., 1], the
+    channel int32 [n] and the key of the linear's input.
+
+    The hash is a product modulo 2^32 of odd random numbers: of what is done for every element, one
+    multiplication and one comparison.
+    """
+    channels = _mix(_mix(channels) ^ _signed(key)) | 1
+    return (token_keys | 1) * channels >= round(dropout * 2**32) - 2**31
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def _signed(key: int) -> int:
+    """The lowest 32 bits of a key as a number with a sign."""
+    return (key + 2**31) % 2**32 - 2**31
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of int32 numbers, every bit of which depends on every bit of x."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * _MULTIPLIERS[0]  # the sign is shifted in, and masked away
+    x = (x ^ (x >> 13 & 0x7FFFF)) * _MULTIPLIERS[1]
+    return x ^ (x >> 16 & 0xFFFF)
