@@ -85,7 +85,7 @@ make_shards() {
         "${measure[@]}"
     shard text conversations text/sharegpt_instructions.json "${measure[@]}"
     shard text_seen conversations eval/text/sharegpt_text.json "${measure[@]}"
-    shard questions_seen vqav2 eval/seen --images corpus/eval/seen/images "${measure[@]}"
+    shard questions_seen vqav2 eval/seen/questions.json --images corpus/eval/seen/images "${measure[@]}"
 }
 
 start_parts() { run_stages 1 vision text; }

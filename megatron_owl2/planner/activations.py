@@ -89,10 +89,11 @@ class ActivationCosts:
 
     All configs asked for differ in nothing but `parallel` and the micro-batch. Passes run once for
     every combination of tensor, sequence and context parallelism and recomputation, with one row
-    and with two; all else follows from these.
+    and with two, of `images` images each; all else follows from these.
     """
 
-    def __init__(self, weights: Sequence[Weight]):
+    def __init__(self, weights: Sequence[Weight], images: int = 1):
+        self._images = images
         # Whether anything before the decoder trains, so that its input has a gradient anyway.
         self._fed = any(w.trained and part_of(w.name).pipeline == "first" for w in weights)
         self._measured: dict[tuple, list[ActivationCost]] = {}
@@ -111,7 +112,9 @@ class ActivationCosts:
         if known in self._known:
             return self._known[known]
         if key not in self._measured:
-            self._measured[key] = measure_activations(config, (1, 2), received=received)
+            self._measured[key] = measure_activations(
+                config, (1, 2), images=self._images, received=received
+            )
         layers = {"decoder": counts[pipeline_stage]}
         if pipeline_stage == 0:
             layers["vision_model"] = config.model.vision.num_layers
@@ -135,10 +138,11 @@ def _grown(one: int, two: int, rows: int) -> int:
 
 
 def measure_activations(
-    config: RunConfig, rows: Sequence[int], *, received: bool = False
+    config: RunConfig, rows: Sequence[int], *, images: int = 1, received: bool = False
 ) -> list[ActivationCost]:
-    """Costs of micro-batches of so many `rows`, each with an image, in the config's parallelism.
+    """Costs of micro-batches of so many `rows`, each with `images`, in the config's parallelism.
 
+    Attention is that of rows of one sample, which needs no less memory than that of packed rows.
     `received`: the decoder's input comes from another pipeline stage, which asks for its gradient.
     Raises RuntimeError in a process that is in a process group already. What the patterns of the
     training stage say of the first layers is taken to hold for all.
@@ -166,7 +170,7 @@ def measure_activations(
         for count in rows:
             parallel_state.get_global_memory_buffer().buffer.clear()
             with run_on_meta_device(), LiveMemory(built, groups) as live:
-                found.append(_run(built, small, count, live, received=received))
+                found.append(_run(built, small, count, live, images, received=received))
         return found
 
 
@@ -175,9 +179,9 @@ def _forget(parameter: torch.Tensor) -> None:
 
 
 def _run(
-    model: Owl2, config: RunConfig, rows: int, live: LiveMemory, *, received: bool
+    model: Owl2, config: RunConfig, rows: int, live: LiveMemory, images: int, *, received: bool
 ) -> ActivationCost:
-    batch = example_batch(config, rows)
+    batch = example_batch(config, rows, images)
     given = live.kept
     moments = {"start": live.take()}
     hidden_state_bytes = 0
@@ -265,16 +269,17 @@ def _cost(
     )
 
 
-def example_batch(config: RunConfig, rows: int) -> tuple[torch.Tensor, ...]:
-    """The arguments of `Owl2.forward` for `rows` rows with an image each, all zeros; all that is
-    not the image is a target."""
+def example_batch(config: RunConfig, rows: int, images: int = 1) -> tuple[torch.Tensor, ...]:
+    """The arguments of `Owl2.forward` for `rows` rows with `images` each, all zeros; all that is
+    not an image is a target."""
     length, size = config.data.sequence_length, config.model.vision.image_size
-    context, vision = config.parallel.context, rows * config.model.tokens_per_image
+    context, images = config.parallel.context, rows * images
+    vision = images * config.model.tokens_per_image
     samples = [torch.zeros(rows, dtype=torch.int64)] if config.stage.lora.dropout else []
     share = [torch.zeros(rows, length // context, dtype=torch.int64) for _ in range(3)]
     return (
         torch.zeros(rows, length, dtype=torch.int64),
-        torch.zeros(rows, 3, size, size, dtype=torch.uint8),
+        torch.zeros(images, 3, size, size, dtype=torch.uint8),
         torch.zeros(vision, dtype=torch.int64),
         *share,  # modality, positions, labels
         # The zig-zag order gives every rank its share of targets and vision, more or less.

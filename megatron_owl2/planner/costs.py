@@ -8,6 +8,7 @@ from megatron_owl2.model import flops
 from megatron_owl2.model.parts import FLOPS_GROUPS
 from megatron_owl2.planner.activations import ActivationCosts
 from megatron_owl2.planner.elementwise import ElementwiseTraffic
+from megatron_owl2.planner.row_images import mean_images, most_images
 from megatron_owl2.planner.static_memory import StaticMemory, model_weights, static_memory
 
 
@@ -16,9 +17,10 @@ class RunCosts:
 
     Memory is that of full rows; all else is of rows of `mean_length` positions, which is
     `data.sequence_length` unless micro-batches are cut to their longest row; `tokens` of these are
-    not padding, all of them without it. The configs
-    that its methods take differ from the given one in nothing but `parallel` and the micro-batch,
-    so that the search for parallel configurations computes nothing twice.
+    not padding, all of them without it. Of packed rows memory is that of as many images as a row
+    may have, all else that of the mean (row_images.py). The configs that its methods take differ
+    from the given one in nothing but `parallel` and the micro-batch, so that the search for
+    parallel configurations computes nothing twice.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class RunCosts:
         self.padded_share = 1 - (tokens or self.mean_length) / self.mean_length
         self.weights = model_weights(config)
         self.trained = frozenset(weight.name for weight in self.weights if weight.trained)
-        self.activations = ActivationCosts(self.weights)
-        full = self.mean_length == config.data.sequence_length
-        self._shorter_activations = self.activations if full else ActivationCosts(self.weights)
+        most, mean = most_images(config), mean_images(config)
+        self.activations = ActivationCosts(self.weights, most)
+        same = self.mean_length == config.data.sequence_length and most == mean
+        self._mean_activations = self.activations if same else ActivationCosts(self.weights, mean)
         self.elementwise = ElementwiseTraffic(config.train.micro_batch_size)
         self._static: dict[tuple, list[StaticMemory]] = {}
         self._flops: dict[tuple, tuple[dict[str, float], ...]] = {}
@@ -50,7 +53,7 @@ class RunCosts:
 
     def sent(self, config: RunConfig, pipeline_stage: int) -> Counter[str]:
         """Bytes that a rank sends in both passes of a micro-batch, by group."""
-        return self._shorter_activations(self.shortened(config), pipeline_stage).sent
+        return self._mean_activations(self.shortened(config), pipeline_stage).sent
 
     def static_memory(self, config: RunConfig) -> list[StaticMemory]:
         """Static memory of the ranks of every pipeline rank, from the first step to the last."""
@@ -85,14 +88,17 @@ class RunCosts:
         return self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
-def full_load(config: RunConfig, samples: int, tokens: int | None = None) -> flops.Load:
-    """Samples with an image each, of `tokens` tokens; without it as long as they may be. All that
-    is not the image is learnt, as of a caption."""
+def full_load(config: RunConfig, rows: int, tokens: int | None = None) -> flops.Load:
+    """Rows with the mean of images each, of `tokens` tokens; without it as long as they may be. All
+    that is no image is learnt, as of a caption. A packed row counts as one sample, which is more
+    attention than that of its samples."""
     length = config.data.sequence_length if tokens is None else tokens
+    images = rows * mean_images(config)
+    vision = images * config.model.tokens_per_image
     return flops.Load(
-        images=samples,
-        tokens=samples * length,
-        vision_tokens=samples * config.model.tokens_per_image,
-        targets=samples * (length - config.model.tokens_per_image),
-        pairs=samples * length * (length + 1) // 2,
+        images=images,
+        tokens=rows * length,
+        vision_tokens=vision,
+        targets=rows * length - vision,
+        pairs=rows * length * (length + 1) // 2,
     )

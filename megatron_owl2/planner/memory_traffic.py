@@ -32,6 +32,7 @@ from megatron_owl2.planner.meta_device import (
     build_on_meta_device,
     run_on_meta_device,
 )
+from megatron_owl2.planner.row_images import mean_images
 from megatron_owl2.planner.static_memory import with_local_kernels
 from megatron_owl2.training import parameter_groups
 
@@ -79,8 +80,9 @@ class LayerTraffic:
 
 
 def layer_traffic(config: RunConfig) -> dict[str, LayerTraffic]:
-    """The traffic on one rank, for a micro-batch with an image in every row, of one layer of each
-    of `parts.STACKS` (by its name) and of the "head": final norm, output layer's output, loss.
+    """The traffic on one rank, for a micro-batch with the mean of images in every row, of one layer
+    of each of `parts.STACKS` (by its name) and of the "head": final norm, output layer's output,
+    loss.
 
     It follows `kernels.elementwise`, the config's parallelism and what its training stage trains.
     Raises RuntimeError in a process that is in a process group already.
@@ -115,7 +117,7 @@ def _passes(
     """Functions that run one layer, by name, and their inputs."""
     model, parallel = config.model, config.parallel
     rows, length = config.train.micro_batch_size, config.data.sequence_length // parallel.context
-    split = parallel.tensor if parallel.sequence else 1
+    split, images = parallel.tensor if parallel.sequence else 1, rows * mean_images(config)
     trained = [name for name, p in built.named_parameters() if p.requires_grad]
 
     def states(*shape: int, trains: bool) -> torch.Tensor:
@@ -124,11 +126,11 @@ def _passes(
     vision = any(name.startswith("vision_model.") for name in trained)
     before = vision or any(name.startswith(("abstractor.", "embedding.")) for name in trained)
     size, tokens = model.vision.hidden_size, model.vision.grid_size**2 + 1
-    queries = states(model.abstractor.num_queries, rows, size, trains=before)
+    queries = states(model.abstractor.num_queries, images, size, trains=before)
     positions = states(model.abstractor.num_queries + tokens, 1, size, trains=False)
     x = states(length // split, rows, model.decoder.hidden_size, trains=before)
     places = torch.empty(rows, length, dtype=torch.int64, device=META)
-    index = places.new_empty(-(-rows * model.tokens_per_image // parallel.context))
+    index = places.new_empty(-(-images * model.tokens_per_image // parallel.context))
     keys = token_keys(context, places[:, 0], length)
     modality = Modality.of(places, index, context, keys)
     rotary = rotary_tables(places, model.decoder, context.dtype)
@@ -137,7 +139,7 @@ def _passes(
     def head(x: torch.Tensor) -> torch.Tensor:
         return built.elementwise.cross_entropy(built.head(x), labels, context.groups.tp)
 
-    image = states(tokens, rows, size, trains=vision)
+    image = states(tokens, images, size, trains=vision)
     return {
         "vision_model": (_layer(built.vision_model.layers), (image,)),
         "abstractor": (_layer(built.abstractor.layers), (queries, image, positions)),

@@ -12,6 +12,7 @@ from megatron_owl2.planner import memory, search, timing, traffic
 from megatron_owl2.planner.costs import RunCosts, full_load
 from megatron_owl2.planner.machine import Machine
 from megatron_owl2.planner.memory import RankMemory
+from megatron_owl2.planner.row_images import mean_images
 from megatron_owl2.planner.search import Candidate
 from megatron_owl2.planner.static_memory import check_sharding
 from megatron_owl2.planner.timing import StepTime
@@ -69,10 +70,17 @@ class Plan:
         return sum(self.model_flops.values()) / (time.total * peak)
 
     @property
-    def days(self) -> float:
-        """For all steps, if all GPUs did model FLOPs at `machine.mfu` all the time."""
+    def steps(self) -> int | None:
+        """Steps of the run; None where `train.epochs` is set and they follow from the data."""
+        return None if self.config.train.epochs else self.config.train.steps
+
+    @property
+    def days(self) -> float | None:
+        """For all steps, if all GPUs did model FLOPs at `machine.mfu` all the time; None where the
+        steps are unknown."""
         rate = self.machine.gpus * self.machine.peak_tflops * 1e12 * self.machine.mfu
-        return sum(self.model_flops.values()) / rate * self.config.train.steps / 86400
+        seconds = sum(self.model_flops.values()) / rate
+        return None if self.steps is None else seconds * self.steps / 86400
 
     def to_json(self) -> dict:
         """The plan as plain dicts, lists and numbers; sizes in bytes, times in seconds."""
@@ -123,16 +131,17 @@ def plan_run(
     work on so many GPUs, or for `tokens` that hold no image or do not fit. Files need not exist.
     """
     validate_settings(run, machine.gpus)
-    image, length = run.model.tokens_per_image, run.data.sequence_length
+    length = run.data.sequence_length
+    image = mean_images(run) * run.model.tokens_per_image
     require(
         mean_length is None or image <= mean_length <= length,
-        f"rows of {mean_length} positions on average cannot be: an image takes {image}, and "
+        f"rows of {mean_length} positions on average cannot be: their images take {image}, and "
         f"data.sequence_length is {length}",
     )
     computed = mean_length or length
     require(
         tokens is None or image <= tokens <= computed,
-        f"a sample of {tokens} tokens cannot be: its image takes {image}, and "
+        f"rows of {tokens} tokens cannot be: their images take {image}, and "
         + (
             f"rows have {computed} positions"
             if mean_length
@@ -142,8 +151,8 @@ def plan_run(
     costs = RunCosts(run, machine.gpus, tokens=tokens, mean_length=mean_length)
     parameters = costs.weights
     parameter_groups.check_patterns(run.stage, [weight.name for weight in parameters])
-    samples = run.train.global_batch_size
-    padded, own = (full_load(run, samples, n) for n in (computed, tokens or computed))
+    rows = run.train.global_batch_size
+    padded, own = (full_load(run, rows, n) for n in (computed, tokens or computed))
     again = flops.forward_again(
         run.model, padded, costs.trained, run.parallel.recompute, run.stage.lora
     )

@@ -2,6 +2,8 @@
 
 from megatron_owl2.planner import search
 from megatron_owl2.planner.plan import Plan
+from megatron_owl2.planner.row_images import mean_images, most_images
+from megatron_owl2.planner.timing import StepTime
 
 _GIB = 2**30
 
@@ -44,12 +46,14 @@ def _head(plan: Plan) -> list[str]:
     sizes = f"tensor {parallel.tensor}" + " with sequence" * parallel.sequence
     sizes += f", pipeline {parallel.pipeline}, virtual pipeline {parallel.virtual_pipeline}, "
     sizes += f"context {parallel.context}, recompute {parallel.recompute}"
+    what = "rows" if config.data.packing else "samples"
+    steps = "steps follow from the data" if plan.steps is None else f"{plan.steps:,} steps"
     return [
         f"stage {config.stage.name}: {plan.trained:,} of {plan.parameters:,} parameters train",
         f"{machine.gpus:,} GPUs: {sizes}",
         f"{data_parallel:,} data-parallel ranks x {count:,} "
-        f"micro-batches x {config.train.micro_batch_size} samples = "
-        f"{config.train.global_batch_size:,} samples a step, {config.train.steps:,} steps",
+        f"micro-batches x {config.train.micro_batch_size} {what} = "
+        f"{config.train.global_batch_size:,} {what} a step, {steps}",
         plan.sharding,
     ]
 
@@ -81,8 +85,7 @@ def _work(plan: Plan) -> list[str]:
     parts = ", ".join(f"{name} {n / total:.0%}" for name, n in plan.model_flops.items())
     return [
         f"model FLOPs of a step: {total:.3g} ({parts}),",
-        f"an image and {plan.tokens:,} tokens a sample; recomputation adds "
-        f"{plan.again_flops / total:.0%}",
+        f"{_content(plan)}; recomputation adds {plan.again_flops / total:.0%}",
         f"at {machine.mfu:.0%} MFU of {machine.peak_tflops:g} TFLOP/s: {_span(plan.days)}",
     ]
 
@@ -96,10 +99,10 @@ def _time(plan: Plan) -> list[str]:
     for name, (cause, setting) in _CAUSES.items():
         seconds = getattr(time, name)
         lines.append(f"{cause:<34}{seconds:>8.3f}{seconds / time.total:>7.0%}  {setting}".rstrip())
-    days = time.total * plan.config.train.steps / 86400
+    span = _span(_days(plan, time)) + " in all" * (plan.steps is not None)
     return [
         *lines,
-        f"{'step':<34}{time.total:>8.3f}{'':>7}  {plan.mfu(time):.0%} MFU, {_span(days)} in all",
+        f"{'step':<34}{time.total:>8.3f}{'':>7}  {plan.mfu(time):.0%} MFU, {span}",
         f"{'of it on padding':<34}{time.padding:>8.3f}{time.padding / time.total:>7.0%}  "
         f"{plan.tokens:,} of {plan.mean_length:,} positions are tokens",
         _dominant(plan),
@@ -115,7 +118,21 @@ def _dominant(plan: Plan) -> str:
     return f"{found}, then {names[second]} ({next_share:.0%})" if next_share >= 0.01 else found
 
 
-def _span(days: float) -> str:
+def _content(plan: Plan) -> str:
+    """What a row of the counted load holds."""
+    images = mean_images(plan.config)
+    if not plan.config.data.packing:
+        return f"an image and {plan.tokens:,} tokens a sample"
+    return f"{images} image{'s' * (images > 1)} and {plan.tokens:,} tokens a packed row"
+
+
+def _days(plan: Plan, time: StepTime) -> float | None:
+    return None if plan.steps is None else time.total * plan.steps / 86400
+
+
+def _span(days: float | None) -> str:
+    if days is None:
+        return "steps follow from the data"
     return f"{days:.2g} days" if days >= 1 else f"{24 * days:.2g} hours"
 
 
@@ -157,16 +174,17 @@ def _candidates(plan: Plan) -> list[str]:
         f"the fastest of {plan.valid:,} valid configurations in powers of two that fit, one a "
         "shape",
         f"{'tp':>3}{'pp':>3}{'vp':>3}{'cp':>3}{'rows':>5} {'recompute':<10}"
-        f"{'GiB':>6}{'step s':>8}{'bubble':>8}{'MFU':>6}{'days':>7}",
+        f"{'GiB':>6}{'step s':>8}{'bubble':>8}{'MFU':>6}" + (f"{'days':>7}" if plan.steps else ""),
     ]
     for candidate in plan.candidates:
         parallel, time = candidate.config.parallel, candidate.time
-        days = time.total * candidate.config.train.steps / 86400
+        days = _days(plan, time)
         lines.append(
             f"{parallel.tensor:>3}{parallel.pipeline:>3}{parallel.virtual_pipeline:>3}"
             f"{parallel.context:>3}{candidate.config.train.micro_batch_size:>5} "
             f"{parallel.recompute:<10}{candidate.memory.total / _GIB:>6.1f}{time.total:>8.2g}"
-            f"{time.bubble_share:>8.0%}{plan.mfu(time):>6.0%}{days:>7.2g}"
+            f"{time.bubble_share:>8.0%}{plan.mfu(time):>6.0%}"
+            + ("" if days is None else f"{days:>7.2g}")
         )
     lines.append("on the command line, in the same order:")
     for candidate in plan.candidates:
@@ -177,9 +195,12 @@ def _candidates(plan: Plan) -> list[str]:
 
 def _notes(plan: Plan) -> list[str]:
     machine, backend = plan.machine, plan.config.kernels.backend
+    images = "an image in every sample"
+    if plan.config.data.packing:
+        images = f"{most_images(plan.config)} images in every row"
     lines = [
         "Parameters, gradients and optimizer states are exact. Activations come from running the",
-        "model without storage on torch's kernels with flash attention, an image in every sample.",
+        f"model without storage on torch's kernels with flash attention, {images}.",
         "'update' is what torch's AdamW works with when no activations are there, a fused one not.",
         f"Times assume {machine.gemm_efficiency:.0%} of {machine.peak_tflops:g} TFLOP/s for "
         f"GEMMs of any size (x {machine.fp8_speedup:g} in FP8), {machine.hbm_efficiency:.0%} of",
@@ -189,6 +210,12 @@ def _notes(plan: Plan) -> list[str]:
         f"parallel.tensor_overlap hides {machine.overlap_efficiency:.0%}. Launches of kernels,",
         "data and checkpoints are not in them.",
     ]
+    if plan.config.data.packing:
+        lines += [
+            "Packed rows: times and operations are those of the paper's mixture with "
+            f"{mean_images(plan.config)} of these images",
+            "on average, and of attention over whole rows, more than that of their samples.",
+        ]
     if backend != "local":
         lines += [
             f"kernels.backend={backend} keeps other tensors, inputs of linears in FP8 if told so:",

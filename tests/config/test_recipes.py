@@ -29,8 +29,7 @@ TABLE_15 = {  # key: pre-training, instruction tuning
     "optimizer.weight_decay": (0.05, 0.0),
     "optimizer.clip_grad": (1.0, 1.0),
     "optimizer.warmup_steps": (1000, 250),
-    "train.steps": (42500, 4800),
-    "train.global_batch_size": (8192, 256),
+    "train.epochs": (0, 1),
     "train.precision": ("bf16", "bf16"),
     "parallel.tensor": (1, 1),
     "parallel.pipeline": (1, 1),
@@ -79,8 +78,11 @@ def test_the_recipes_are_table_15(key):
 
 def test_the_recipes_see_what_the_paper_saw():
     pretrain, finetune = (load_config(RECIPES / f"{n}.yaml") for n in ("pretrain", "finetune"))
-    assert pretrain.train.steps * pretrain.train.global_batch_size == 348_160_000
-    assert finetune.train.steps * finetune.train.global_batch_size == 1_228_800
+    assert (pretrain.train.steps, pretrain.train.global_batch_size) == (42500, 8192)
+    # Once each of its 1.23 million samples, which are 4,800 steps of 256 in the paper; how many a
+    # row holds is for tests/bench/test_bench_packing.py.
+    assert finetune.train.epochs == 1 and finetune.data.packing
+    assert finetune.train.global_batch_size % 64 == 0  # GPUs of slurm/finetune.sh
     # 16 micro-batches, the accumulation that the table prints, on 32 GPUs.
     assert pretrain.train.global_batch_size == 32 * 16 * pretrain.train.micro_batch_size
 

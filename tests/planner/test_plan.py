@@ -14,7 +14,7 @@ from megatron_owl2.config.load import load_config
 from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.model.flops import training_flops
-from megatron_owl2.planner import memory, plan, report, search, timing, traffic
+from megatron_owl2.planner import memory, plan, report, row_images, search, timing, traffic
 from megatron_owl2.planner.costs import RunCosts, full_load
 from megatron_owl2.planner.machine import Machine
 from megatron_owl2.planner.static_memory import static_memory
@@ -106,8 +106,8 @@ def test_exit_codes_tell_what_does_not_fit_from_what_cannot_run():
     [
         (["stage.trainable=[abstracter.*]"], None, "pattern 'abstracter.*' matches no parameter"),
         (["stage.frozen=['*']"], None, "nothing would train"),
-        ([], 16, "a sample of 16 tokens"),  # an image takes 17
-        ([], 37, "a sample of 37 tokens"),  # a sequence has 36
+        ([], 16, "rows of 16 tokens"),  # an image takes 17
+        ([], 37, "rows of 37 tokens"),  # a sequence has 36
     ],
 )
 def test_what_no_run_could_be_is_not_planned(overrides, tokens, said):
@@ -169,7 +169,7 @@ def test_a_config_that_does_not_fit_is_told_what_to_set():
     assert replace(small, candidates=[], machine=Machine(1, 1)).remedy is None
 
 
-@pytest.mark.parametrize(("recipe", "gpus", "gib"), [("pretrain", 64, 40.7), ("finetune", 8, 68.2)])
+@pytest.mark.parametrize(("recipe", "gpus", "gib"), [("pretrain", 64, 40.7), ("finetune", 8, 75.6)])
 def test_the_recipes_fit_80_gib_without_recomputation(recipe, gpus, gib):
     config = load_config(FINETUNE.parent / f"{recipe}.yaml", [PLAIN])
     costs = RunCosts(config, gpus)
@@ -228,6 +228,39 @@ def test_short_rows_take_less_time_and_padding_is_told_apart():
         plan.plan_run(config, machine, mean_length=37)
 
 
+def test_packed_rows_need_memory_for_their_most_images_and_time_for_the_mean(monkeypatch):
+    monkeypatch.setattr(row_images, "POSITIONS_PER_IMAGE", 30)  # 4 images a row
+    options = [*SMALLER, "data.sequence_length=128"]
+    whole = load_config(TINY, options)
+    packed, fewer = (
+        load_config(TINY, [*options, "data.packing=true", f"data.images_per_row={n}"])
+        for n in (6, 4)
+    )
+    machine = Machine(gpus=2, memory_gib=8)
+    plain, six, four = (RunCosts(config, 2) for config in (whole, packed, fewer))
+    image = four.activations(fewer, 0).kept - plain.activations(whole, 0).kept  # of 3 images more
+    assert image > 0
+    more = six.activations(packed, 0).kept - four.activations(fewer, 0).kept
+    assert more == pytest.approx(image * 2 / 3, rel=0.02)
+    slow, same = (timing.step_time(c, machine, of) for c, of in ((packed, six), (fewer, four)))
+    assert slow == same and slow.gemm > timing.step_time(whole, machine, plain).gemm
+    load = full_load(packed, 10)
+    assert (load.images, load.vision_tokens, load.tokens) == (40, 40 * 17, 1280)
+    assert load.targets == 1280 - 40 * 17
+    crowded = load_config(TINY, [*options, "data.packing=true", "data.images_per_row=99"])
+    assert row_images.most_images(crowded) == 128 // 17
+    assert row_images.most_images(whole) == row_images.mean_images(whole) == 1
+
+
+def test_steps_of_epochs_follow_from_the_data():
+    config = load_config(TINY, [*SMALLER, "train.epochs=2", "data.packing=true"])
+    found = plan.plan_run(config, Machine(gpus=2, memory_gib=8), count=1)
+    assert found.days is None and found.to_json()["days"] is None
+    words = report.text(found)
+    assert "rows a step, steps follow from the data" in words
+    assert "1 image and 36 tokens a packed row" in words and "days" not in words
+
+
 def test_causes_add_up_and_the_largest_is_named(tiny_plan):
     time = tiny_plan.time
     tree = tiny_plan.to_json()["time"]
@@ -250,15 +283,16 @@ def test_traffic_of_gradients_parameters_and_stages():
     for ours, kept in zip(sent, held, strict=True):
         assert ours.gradients == kept.gradients * 15 // 16  # 16 data-parallel ranks
         assert ours.parameters == kept.buffer * 2 * 15 // 16
-    # 16 micro-batches; 4 stages have 3 borders, crossed forward and backward, on 2 ranks.
+    # 4 micro-batches; 4 stages have 3 borders, crossed forward and backward, on 2 ranks.
     states = 2048 // 2 * 4096 * 2
-    assert [rank.pipeline for rank in sent] == [3 * states * 16, 3 * states * 16]
+    assert [rank.pipeline for rank in sent] == [3 * states * 4, 3 * states * 4]
     assert sent[0].tensor > sent[1].tensor > 0  # the ViT is on the first
 
 
 def test_time_knows_bubble_overlap_and_recomputation():
     machine = Machine(gpus=64, memory_gib=80)
-    config = load_config(FINETUNE, TENSOR_2)
+    # With an image a row; with several the first pipeline rank is busy all the time.
+    config = load_config(FINETUNE, [*TENSOR_2, "data.packing=false"])
     costs = RunCosts(config, machine.gpus)
 
     def time(**parallel):

@@ -108,6 +108,11 @@ class PackedOrder:
         positions = self._plans[epoch].positions
         return float(positions.sum() / (len(positions) * self.packing.row_length))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plans so far, of which a run keeps one for each epoch."""
+        return sum(table.nbytes for plan in self._plans for table in plan)
+
     def describe(self) -> str:
         """The rows of the first epoch, for the log."""
         samples, rows = self.order.samples_per_epoch, self.rows_before(1)
