@@ -31,6 +31,7 @@ from megatron_owl2.training.checkpoint.manager import CheckpointManager
 from megatron_owl2.training.data_iterator import DataIterator
 from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.training.garbage_collection import GarbageCollection
+from megatron_owl2.training.initial_weights import load_initial_weights
 from megatron_owl2.training.metrics import metrics, sample_sheet
 from megatron_owl2.training.metrics.accumulator import without_sources
 from megatron_owl2.training.metrics.data_report import write_data_report
@@ -239,22 +240,9 @@ class Trainer:
         self.state.stage_fingerprint = parameter_groups.fingerprint(self.parameters)
         _logger.info("%s", parameter_groups.summary(self.parameters, config))
         if self.resumed_from is None:
-            self._load_initial_weights()
+            load_initial_weights(config, self.chunks, self.parameters)
         self.model = optim.wrap_ddp(self.chunks, overlap=config.parallel.overlap)
         self.optimizer, self.scheduler = optim.build_optimizer(config, self.model)
-
-    def _load_initial_weights(self) -> None:
-        initial = self.config.stage.initial_checkpoint
-        frozen = sum(p.numel for p in self.parameters if not p.trained)
-        if initial is not None:
-            save_load.load_weights(Path(initial), self.chunks, any_resolution=True)
-            _logger.info("weights from %s", initial)
-        elif frozen and self.main:
-            _logger.warning(
-                "%s parameters that this stage does not train stay random, for "
-                "stage.initial_checkpoint is not set",
-                f"{frozen:,}",
-            )
 
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
