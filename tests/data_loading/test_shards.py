@@ -90,6 +90,27 @@ def test_plain_webdataset_reads_the_shards(folder):
         assert [sample[e] for e in ("jpg", "png") if e in sample] == [*expected.images]
 
 
+def test_several_images_come_back_in_their_order(tmp_path):
+    """By our reader, by plain webdataset, and from the index of another program's tar."""
+    images = tuple(encoded(make_image(i), kind) for i, kind in enumerate(["PNG", *["JPEG"] * 11]))
+    turns = (Turn("<|image|>" * 5 + "a", "b"), Turn("c" + "<|image|>" * 7, "d"))
+    many = Record("many", images, turns=turns, system="Be kind.")
+    folder = write(tmp_path / "set", [RECORDS[0], many, RECORDS[1]])
+    assert ShardedDataset(folder)[1] == many
+    urls = [str(folder / "shard-000000.tar")]
+    sample = list(webdataset.WebDataset(urls, shardshuffle=False))[1]
+    names = ["0.png", *(f"{i}.jpg" for i in range(1, 12))]
+    assert sample["__key__"] == "many" and [sample[name] for name in names] == [*images]
+    rows = ShardedDataset(folder).shards
+    assert [index_shard(folder / row["name"]) for row in rows] == [(row, {}) for row in rows]
+
+
+def test_data_sets_of_the_format_before_are_read(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace("megatron_owl2 shards 3", "megatron_owl2 shards 2"))
+    assert [ShardedDataset(folder)[i] for i in range(len(RECORDS))] == list(RECORDS)
+
+
 def test_indexing_reproduces_the_writers_row(folder):
     rows = ShardedDataset(folder).shards
     assert [index_shard(folder / row["name"]) for row in rows] == [(row, {}) for row in rows]
