@@ -25,7 +25,6 @@ from data_prep.formats.common.json_lists import cut_list
 from data_prep.formats.common.regions import Region, questions, read_region, shuffled
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
-from megatron_owl2.data.images import image_size
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
@@ -75,6 +74,8 @@ class VisualGenome:
         A region that cannot be used is one Skipped. Of regions with the same phrase one is asked
         about; `metadata["other_regions"]` counts those that a sample has no turn for.
         """
+        from megatron_owl2.data.images import image_size  # the list of formats comes without torch
+
         start, text, images, source = payload
         for number, entry in enumerate(parse_json(text), start):
             where = f"{source.name}, entry {number}"

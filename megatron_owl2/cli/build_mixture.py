@@ -1,4 +1,4 @@
-"""Data of a recipe: lists of addresses, downloads, shards, sources for training and validation.
+"""Data of a recipe: lists of addresses, downloads, shards, sources of a run.
 
     owl2 build-mixture --recipe examples/mixture.yaml --folder DIR          # look
     owl2 build-mixture --recipe examples/mixture.yaml --folder DIR --run    # work

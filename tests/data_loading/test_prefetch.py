@@ -83,8 +83,8 @@ def test_the_next_shuffle_block_is_fetched_before_it_is_read(folder, tmp_path, m
         wanted = {
             block
             for sample_index in (0, 1)
-            for first in (sample_index, stream.order.next_shuffle_block(sample_index))
-            for block in stream.order.blocks(first)
+            for first in (sample_index, stream.order.samples.next_shuffle_block(sample_index))
+            for block in stream.order.samples.blocks(first)
         }
         stream[[0, 1]]
         tars = [f"shard-{i:06d}.tar" for i in range(4)]
@@ -98,7 +98,7 @@ def test_the_next_shuffle_block_is_fetched_before_it_is_read(folder, tmp_path, m
         server.fail(500)
         sample_indices = list(range(2, 200))
         random.Random(0).shuffle(sample_indices)
-        near = [s for s in sample_indices if stream.order.shuffle_block(s)[2] == 0]
+        near = [s for s in sample_indices if stream.order.samples.shuffle_block(s)[2] == 0]
         assert len(near) > 90
         stream[near]
 
