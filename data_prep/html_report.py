@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_prep.corpus_statistics import Statistics
 from data_prep.filters import Filters, score_title
+from data_prep.html_page import render
 from data_prep.reencode import fit
 from megatron_owl2.data.images import decode
 from megatron_owl2.data.sampling.keyed_random import combine
@@ -23,7 +23,6 @@ from megatron_owl2.data.shards.writer import INDEX
 from megatron_owl2.errors import BadSampleError
 from megatron_owl2.utils.files import write_atomically
 
-_TEMPLATES = Path(__file__).with_name("templates")
 _THUMBNAILS = 24
 _THUMBNAIL_SIDE = 320  # pixels, shown at half of that
 _TEXT = 240  # characters below a thumbnail
@@ -39,14 +38,8 @@ def write_html_report(
 
     The same data set gives the same bytes.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         name=folder.resolve().name,
         totals=_totals(report),
         reasons=_reasons(report),
@@ -54,8 +47,7 @@ def write_html_report(
         charts=_charts(report, filters),
         samples=[_sample(record) for record in _chosen(folder, rows)],
     )
-    # Texts of a corpus may hold lone surrogates, which UTF-8 has no bytes for.
-    write_atomically(path, html.encode(errors="replace"))
+    write_atomically(path, page)
 
 
 def _totals(report: Statistics) -> list[dict[str, str]]:

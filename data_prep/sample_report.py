@@ -4,14 +4,12 @@ import base64
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from data_prep.html_page import render
 from data_prep.reencode import fit
 from data_prep.show_sample import ShownRow, ShownSample
 from megatron_owl2.data.spans import Span
 from megatron_owl2.utils.files import write_atomically
 
-_TEMPLATES = Path(__file__).with_name("templates")
 _THUMBNAIL_SIDE = 320  # pixels
 _GREEN, _FAINT, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
@@ -28,14 +26,8 @@ def as_text(row: ShownRow, *, color: bool, ids: bool) -> str:
 
 def write_html(rows: Iterable[ShownRow], path: Path, *, ids: bool) -> None:
     """A page at `path` with rows, and the pixels of their images as the model gets them."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("samples.html").render(
+    page = render(
+        "samples.html",
         ids=ids,
         rows=[
             {
@@ -46,8 +38,7 @@ def write_html(rows: Iterable[ShownRow], path: Path, *, ids: bool) -> None:
             for row in rows
         ],
     )
-    # A path may hold lone surrogates, which UTF-8 has no bytes for.
-    write_atomically(path, html.encode(errors="replace"))
+    write_atomically(path, page)
 
 
 def _for_page(shown: ShownSample) -> dict:

@@ -11,7 +11,6 @@ from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from data_prep.formats.common.annotation_files import (
     Entries,
@@ -23,18 +22,19 @@ from data_prep.formats.common.coco_images import COCO_FOLDERS, coco_names
 from data_prep.formats.common.image_questions import Fault, identifier, text_of
 from data_prep.formats.common.inputs import (
     SkipError,
+    cut_rows,
     image_folders,
     images_folder,
     read_first_image,
     record_key,
     refuse_columns,
-    sanitize_name,
     shown,
     skipped,
 )
+from data_prep.formats.common.one_caption import key_of
 from data_prep.formats.format import Format
-from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
-from megatron_owl2.data.sampling.keyed_random import combine, permutation
+from data_prep.splits import InputPlan, ReadOptions, Skipped
+from megatron_owl2.data.sampling.keyed_random import permutation
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record, Turn
 from megatron_owl2.errors import BadSampleError
 
@@ -67,17 +67,9 @@ class AOkVqa:
             raise unexpected(path, f"A-OKVQA's questions, a list of {', '.join(_FIELDS)}", content)
         rows = _once(content)
         folders = image_folders(images, COCO_FOLDERS)
-        size, name = max(1, options.samples_per_split // ORDERS), sanitize_name(path.stem)
-        splits = [
-            InputSplit(
-                f"{name}-{start // size:05d}",
-                f"{digest} in {ORDERS} orders from {start}",
-                (rows[start : start + size], images, folders, path.name),
-                path,
-            )
-            for start in range(0, len(rows), size)
-        ]
-        return InputPlan(splits)
+        size = max(1, options.samples_per_split // ORDERS)
+        identity = f"{digest} in {ORDERS} orders"
+        return cut_rows(rows, size, path, identity, lambda some: (some, images, folders, path.name))
 
     def read(
         self, payload: tuple[list[_Row], Path, tuple[str, ...], str]
@@ -140,8 +132,7 @@ def choice_orders(question_id: str, count: int) -> list[list[int]]:
     All are different, the correct choice never has the same letter twice, and over many questions
     each letter is correct equally often.
     """
-    key = combine(xxhash.xxh3_64_intdigest(question_id.encode(errors="replace")))
-    order = permutation(count, key)
+    order = permutation(count, key_of(question_id))
     return [np.roll(order, turn).tolist() for turn in range(min(ORDERS, count))]
 
 

@@ -17,17 +17,17 @@ from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
     caption,
+    cut_rows,
     images_folder,
     read_image,
     record_key,
     refuse_columns,
-    sanitize_name,
     shown,
     skipped,
 )
 from data_prep.formats.common.one_caption import captioning, draw
 from data_prep.formats.format import Format
-from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
@@ -64,17 +64,9 @@ class Coco:
             for entry in found or [(None, None)]
         ]
         identity = f"{xxhash.xxh3_128_hexdigest(data)} one caption: {self.one_caption}"
-        size, name = options.samples_per_split, sanitize_name(source.stem)
-        splits = [
-            InputSplit(
-                f"{name}-{start // size:05d}",
-                f"{identity} from {start}",
-                (rows[start : start + size], images, source),
-                source,
-            )
-            for start in range(0, len(rows), size)
-        ]
-        return InputPlan(splits)
+        return cut_rows(
+            rows, options.samples_per_split, source, identity, lambda some: (some, images, source)
+        )
 
     def read(self, payload: tuple[list[_Row], Path, Path]) -> Iterator[Record | Skipped]:
         """Records of consecutive captions; the key joins the ids of the image and the caption."""

@@ -14,17 +14,17 @@ from typing import Any
 from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
+    cut_rows,
     images_folder,
     read_image,
     record_key,
     refuse_columns,
-    sanitize_name,
     shown,
     skipped,
 )
 from data_prep.formats.common.regions import Region, questions, read_region, shuffled
 from data_prep.formats.format import Format
-from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
@@ -57,17 +57,8 @@ class RefCoco:
         images = images_folder(source, options)
         groups = _parse(data, source)
         digest = hashlib.sha256(data).hexdigest()
-        size, name = max(1, options.samples_per_split // 2), sanitize_name(source.stem)
-        splits = [
-            InputSplit(
-                f"{name}-{start // size:05d}",
-                f"{digest} from {start}",
-                (groups[start : start + size], images, source),
-                source,
-            )
-            for start in range(0, len(groups), size)
-        ]
-        return InputPlan(splits)
+        size = max(1, options.samples_per_split // 2)
+        return cut_rows(groups, size, source, digest, lambda some: (some, images, source))
 
     def read(self, payload: tuple[list[_Image], Path, Path]) -> Iterator[Record | Skipped]:
         """Records of consecutive images, of up to four expressions each; the key joins the name of

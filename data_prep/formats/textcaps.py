@@ -14,17 +14,17 @@ from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
     caption,
+    cut_rows,
     images_folder,
     read_image,
     record_key,
     refuse_columns,
-    sanitize_name,
     shown,
     skipped,
 )
 from data_prep.formats.common.one_caption import captioning, draw
 from data_prep.formats.format import Format
-from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record, strip_text
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
@@ -53,17 +53,9 @@ class TextCaps:
             for image_id, found in _captions(data, source).items()
         ]
         digest = hashlib.sha256(data).hexdigest()
-        size, name = options.samples_per_split, sanitize_name(source.stem)
-        splits = [
-            InputSplit(
-                f"{name}-{start // size:05d}",
-                f"{digest} from {start}",
-                (rows[start : start + size], images, source),
-                source,
-            )
-            for start in range(0, len(rows), size)
-        ]
-        return InputPlan(splits)
+        return cut_rows(
+            rows, options.samples_per_split, source, digest, lambda some: (some, images, source)
+        )
 
     def read(self, payload: tuple[list[_Row], Path, Path]) -> Iterator[Record | Skipped]:
         """Records of consecutive images; the key is the image's id."""

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 from data_prep.formats.common.inputs import (
     SkipError,
+    cut_rows,
     image_folders,
     images_folder,
     read_first_image,
     record_key,
-    sanitize_name,
     shown,
     skipped,
 )
-from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
+from data_prep.splits import InputPlan, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record, Turn, strip_text
 from megatron_owl2.errors import BadSampleError
 
@@ -122,17 +122,13 @@ def plan_images(
     """
     images = images_folder(file, options)
     places = image_folders(images, folders)
-    size, name = options.samples_per_split, sanitize_name(file.stem)
-    splits = [
-        InputSplit(
-            f"{name}-{start // size:05d}",
-            f"{corpus} {identity} from {start}",
-            Payload(images, places, file.name, corpus, list(questions[start : start + size])),
-            file,
-        )
-        for start in range(0, len(questions), size)
-    ]
-    return InputPlan(splits)
+    return cut_rows(
+        questions,
+        options.samples_per_split,
+        file,
+        f"{corpus} {identity}",
+        lambda some: Payload(images, places, file.name, corpus, list(some)),
+    )
 
 
 def read_images(

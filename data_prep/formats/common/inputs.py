@@ -4,7 +4,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from data_prep.corpus_files import list_folder
-from data_prep.splits import ReadOptions, Skipped
+from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import KEY, strip_text
 from megatron_owl2.errors import PreprocessError
 
@@ -28,6 +28,31 @@ _OF_THE_PATH = {
     errno.ENOTDIR,
     errno.EPERM,
 }
+
+
+def cut_rows(
+    rows: Sequence[Any],
+    size: int,
+    origin: Path,
+    identity: str,
+    payload: Callable[[Sequence[Any]], Any],
+) -> InputPlan:
+    """One split for every `size` of the rows of one file, named after it and numbered.
+
+    `identity` is a digest of all that was read; `payload` makes a split's of its rows.
+    """
+    name = sanitize_name(origin.stem)
+    return InputPlan(
+        [
+            InputSplit(
+                f"{name}-{start // size:05d}",
+                f"{identity} from {start}",
+                payload(rows[start : start + size]),
+                origin,
+            )
+            for start in range(0, len(rows), size)
+        ]
+    )
 
 
 class SkipError(Exception):
