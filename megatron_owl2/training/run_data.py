@@ -16,8 +16,12 @@ from megatron_owl2.training.from_rank_0 import from_rank_0
 
 @dataclass(frozen=True)
 class RunData:
-    """Data of a run; the last of its `phases` is in force, and `order` is that of its rows."""
+    """Data of a run; the last of its `phases` is in force, and `order` is that of its rows.
 
+    `progress` is what the checkpoint that the run goes on from says of it, None for a new run.
+    """
+
+    progress: dict | None
     datasets: Sequence[ShardedDataset]
     phases: list[Phase]
     order: TrainingOrder
@@ -44,14 +48,13 @@ def open_run_data(config: RunConfig, tokenizer: Tokenizer, resumed_from: Path | 
     """
     datasets = from_rank_0(lambda: open_sources(config.data))
     packing = from_rank_0(lambda: load_packing(config, datasets, tokenizer))
-    if resumed_from is None:
+    progress, directory = None, resumed_from
+    if directory is None:
         found = [phases.first_phase(config.data, datasets, packing)]
     else:
-        directory = resumed_from
         progress = from_rank_0(lambda: directories.read_progress(directory))
         where, consumed = str(directory), progress["slots"]
         found = phases.resume(progress["phases"], config.data, datasets, consumed, where, packing)
     epochs = config.train.epochs or None
-    return RunData(
-        datasets, found, TrainingOrder(config.data, datasets, found[-1], packing, epochs)
-    )
+    order = TrainingOrder(config.data, datasets, found[-1], packing, epochs)
+    return RunData(progress, datasets, found, order)

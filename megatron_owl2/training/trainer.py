@@ -29,7 +29,6 @@ from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 from megatron_owl2.training.data_iterator import DataIterator
-from megatron_owl2.training.from_rank_0 import from_rank_0
 from megatron_owl2.training.garbage_collection import GarbageCollection
 from megatron_owl2.training.initial_weights import load_initial_weights
 from megatron_owl2.training.metrics import metrics, sample_sheet
@@ -247,8 +246,8 @@ class Trainer:
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
         state, config = self.state, self.config
-        if self.resumed_from is not None:
-            self._load_checkpoint(self.resumed_from)
+        if self.resumed_from is not None and self.data.progress is not None:
+            self._load_checkpoint(self.resumed_from, self.data.progress)
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             save_config(config, self.output / "run.yaml")
@@ -257,9 +256,8 @@ class Trainer:
             fault_tolerance.drop_after(self.output, state.step)
         torch.distributed.barrier()  # no rank writes its bad samples before the file was cut
 
-    def _load_checkpoint(self, directory: Path) -> None:
+    def _load_checkpoint(self, directory: Path, progress: dict) -> None:
         state = self.state
-        progress = from_rank_0(lambda: directories.read_progress(directory))
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
                 "stage.trainable, stage.rates, stage.lora or optimizer.vision_layer_decay is not "
