@@ -70,22 +70,25 @@ make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus; }
 
 make_shards() {
     local set images=(--images corpus/instructions)
-    # What instruction tuning packs into rows is measured with the tokenizer.
-    local measure=(--tokenizer corpus/tokenizer/tokenizer.model)
     shard pairs img2dataset pairs
     shard documents documents text/documents.jsonl
     shard text_start conversations text/sharegpt_start.json
     for set in seen heldout; do
-        shard "$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images" \
-            "${measure[@]}"
+        shard "$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images"
     done
-    shard questions conversations instructions/llava_shapes.json "${images[@]}" "${measure[@]}"
-    shard captions conversations instructions/llava_captions.json "${images[@]}" "${measure[@]}"
-    shard two_images conversations instructions/llava_two_images.json "${images[@]}" \
-        "${measure[@]}"
-    shard text conversations text/sharegpt_instructions.json "${measure[@]}"
-    shard text_seen conversations eval/text/sharegpt_text.json "${measure[@]}"
-    shard questions_seen vqav2 eval/seen/questions.json --images corpus/eval/seen/images "${measure[@]}"
+    instructions questions instructions/llava_shapes.json "${images[@]}"
+    instructions captions instructions/llava_captions.json "${images[@]}"
+    instructions two_images instructions/llava_two_images.json "${images[@]}"
+    instructions text text/sharegpt_instructions.json
+}
+
+instructions() { # instructions NAME INPUT [options]: for training, and 200 samples for validation
+    local name=$1 input=$2
+    shift 2
+    # What instruction tuning packs into rows is measured with the tokenizer.
+    set -- "$@" --tokenizer corpus/tokenizer/tokenizer.model --hold-out 200
+    shard "$name" conversations "$input" "$@"
+    shard "validation/$name" conversations "$input" "$@" --only-held-out
 }
 
 start_parts() { run_stages 1 vision text; }
