@@ -17,7 +17,7 @@ def count(text: str) -> int:
     """A whole number of 1 or more."""
     value = number(text, int)
     if not value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(value)
 
 
