@@ -53,12 +53,15 @@ def identity(record: Record, split: InputSplit, deduplicate: str | None) -> tupl
     return value >> 64, value & (1 << 64) - 1
 
 
-def priority(record: Record, split: InputSplit, seed: int) -> int:
+def priority(record: Record, split: InputSplit, seed: int, by_images: bool = False) -> int:
     """64-bit priority of a record; those with the smallest ones are the sample.
 
     It depends on the seed, the split's name and the record's key, so neither filters nor the number
-    of processes or partitions change it.
+    of processes or partitions change it. `by_images`: on the seed and the bytes of the images, if
+    there are any, so that all records about the same images have the same.
     """
+    if by_images and record.images:
+        return combine(seed, *map(xxh3_64_intdigest, record.images))
     return combine(seed, xxh3_64_intdigest(_place(record, split)))
 
 
@@ -81,9 +84,9 @@ def select(
 ) -> Iterator[np.ndarray]:
     """Decisions (KEEP and reasons not to; uint8 [rows]) about the rows of every table.
 
-    Of duplicates the first stays. Of the rest, the `hold_out` records with the largest priorities
-    go or, with `only_held_out`, stay alone. Of what is left, `sample` keeps exactly that many, or
-    about that fraction.
+    Of duplicates the first stays. Of the rest, the `hold_out` records with the largest priorities,
+    and those equal to the least of them, go or, with `only_held_out`, stay alone. Of what is left,
+    `sample` keeps exactly that many, or about that fraction.
     """
     sizes = [len(table()) for table in tables]
     starts = np.cumsum([0, *sizes])
@@ -91,8 +94,7 @@ def select(
     if deduplicate:
         _find_duplicates(tables, starts, keep_decisions, rows_at_once)
     if hold_out:
-        rest = max(0, int(np.count_nonzero(keep_decisions == KEEP)) - hold_out)
-        _draw(tables, starts, keep_decisions, rest, HELD_OUT)
+        _hold_out(tables, starts, keep_decisions, hold_out)
     if only_held_out:
         keep_decisions[keep_decisions == KEEP] = NOT_HELD_OUT
         keep_decisions[keep_decisions == HELD_OUT] = KEEP
@@ -118,9 +120,17 @@ def _find_duplicates(tables, starts, keep_decisions, rows_at_once) -> None:
         keep_decisions[rows[order[1:][again]]] = DUPLICATE
 
 
-def _draw(tables, starts, keep_decisions, sample: int | float, others: int = NOT_SAMPLED) -> None:
-    """Draw of the smallest priorities; of those equal to the limit, the first are kept. `others` is
-    the decision about the rest."""
+def _hold_out(tables, starts, keep_decisions, count: int) -> None:
+    """Decision HELD_OUT for the `count` largest priorities and those equal to the least of them."""
+    rest = max(0, int(np.count_nonzero(keep_decisions == KEEP)) - count)
+    limit, _ = _limit(tables, starts, keep_decisions, rest + 1)  # the least that is held out
+    for table, start, stop in zip(tables, starts, starts[1:], strict=False):
+        mine = keep_decisions[start:stop]
+        mine[(mine == KEEP) & (table()["priority"] >= limit)] = HELD_OUT
+
+
+def _draw(tables, starts, keep_decisions, sample: int | float) -> None:
+    """Draw of the smallest priorities; of those equal to the limit, the first are kept."""
     if isinstance(sample, float):
         limit, at_limit = int(math.ldexp(sample, 64)), 0
     else:
@@ -131,7 +141,7 @@ def _draw(tables, starts, keep_decisions, sample: int | float, others: int = NOT
         equal = np.flatnonzero((priorities == limit) & (mine == KEEP))[:at_limit]
         stay[equal] = True
         at_limit -= len(equal)
-        mine[(mine == KEEP) & ~stay] = others
+        mine[(mine == KEEP) & ~stay] = NOT_SAMPLED
 
 
 def _limit(tables, starts, keep_decisions, sample: int) -> tuple[int, int]:
@@ -147,7 +157,7 @@ def _limit(tables, starts, keep_decisions, sample: int) -> tuple[int, int]:
     counts = np.zeros(1 << 16, dtype=np.int64)
     for priorities in kept_priorities():
         counts += np.bincount((priorities >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
-    if sample >= counts.sum():
+    if sample > counts.sum():
         return (1 << 64) - 1, len(keep_decisions)
     if sample == 0:
         return 0, 0

@@ -35,7 +35,8 @@ _LEFT_OUT: dict[int | None, str] = {
 class Settings:
     """Settings of a job: `read` is that of the format; `deduplicate` is None, "image" or "pair";
     `sample` a number of records (int), a fraction of them (float below 1) or None for all;
-    `hold_out` a number of records that are left out first, with `only_held_out` all others are.
+    `hold_out` a number of records that are left out first, and with them all others about their
+    images; with `only_held_out` just these are kept.
 
     The names of the fields are the keys of job.json.
     """
@@ -82,7 +83,7 @@ def scan_split(settings: Settings, state: JobState, split: InputSplit, tick: Tic
             (
                 content,
                 dedup.identity(record, split, settings.deduplicate),
-                dedup.priority(record, split, settings.seed),
+                dedup.priority(record, split, settings.seed, by_images=settings.hold_out > 0),
                 candidate.position,
             )
         )

@@ -60,26 +60,23 @@ class AOkVqa:
         """
         refuse_columns(options)
         path = published_file(source, _FILE)
-        images = images_folder(path, options)
+        folders = image_folders(images_folder(path, options), COCO_FOLDERS)
         content, digest = read_annotations(path, _FIELDS)
         is_list = isinstance(content, list) and not isinstance(content, Entries)
         if not is_list or not any(isinstance(row, dict) for row in content):
             raise unexpected(path, f"A-OKVQA's questions, a list of {', '.join(_FIELDS)}", content)
         rows = _once(content)
-        folders = image_folders(images, COCO_FOLDERS)
         size = max(1, options.samples_per_split // ORDERS)
         identity = f"{digest} in {ORDERS} orders"
-        return cut_rows(rows, size, path, identity, lambda some: (some, images, folders, path.name))
+        return cut_rows(rows, size, path, identity, lambda some: (some, folders, path.name))
 
-    def read(
-        self, payload: tuple[list[_Row], Path, tuple[str, ...], str]
-    ) -> Iterator[Record | Skipped]:
+    def read(self, payload: tuple[list[_Row], tuple[Path, ...], str]) -> Iterator[Record | Skipped]:
         """Records of consecutive questions; the key joins the question's id and the number of the
         order. A question that cannot be used is counted once."""
-        rows, images, folders, file = payload
+        rows, folders, file = payload
         for number, row in rows:
             try:
-                yield from _records(row, images, folders)
+                yield from _records(row, folders)
             except (SkipError, BadSampleError) as error:
                 name = row.get("question_id") if isinstance(row, dict) else None
                 named = "" if name is None else f", question {shown(name)}"
@@ -97,7 +94,7 @@ def _once(content: list) -> list[_Row]:
     return rows
 
 
-def _records(row: Any, images: Path, folders: tuple[str, ...]) -> list[Record]:
+def _records(row: Any, folders: tuple[Path, ...]) -> list[Record]:
     """All samples of a question."""
     if isinstance(row, Fault):
         raise SkipError(*row)
@@ -107,7 +104,7 @@ def _records(row: Any, images: Path, folders: tuple[str, ...]) -> list[Record]:
     image_id = identifier(row.get("image_id"), "image_id")
     question = text_of(row.get("question"), "question")
     choices, correct = _choices(row)
-    image = read_first_image(images, folders, coco_names(image_id))
+    image = read_first_image(folders, coco_names(image_id))
     records = []
     for number, order in enumerate(choice_orders(question_id, len(choices))):
         options = [f"\n{ascii_uppercase[n]}. {choices[i]}" for n, i in enumerate(order)]
@@ -146,8 +143,8 @@ def _choices(row: dict) -> tuple[list[str], int]:
         raise SkipError("no correct_choice_idx, as in the test split")
     if type(correct) is not int or not 0 <= correct < len(texts):
         raise SkipError("correct_choice_idx is not that of a choice", shown(correct))
-    if texts.count(texts[correct]) > 1:
-        raise SkipError("correct choice occurs twice", shown(choices))
+    if len(set(texts)) < len(texts):
+        raise SkipError("choice occurs twice", shown(choices))
     return texts, correct
 
 

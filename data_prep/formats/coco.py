@@ -2,8 +2,9 @@
 caption}].
 
 An image has about five captions. `coco` makes a record of each, as pre-training pairs are made;
-`coco-one-caption` draws one for each image; `coco-instruction` makes it the answer to a question,
-as the paper's tuning data have it.
+`coco-one-caption` draws one for each image, of those that can be used; `coco-instruction` makes it
+the answer to a question, as the paper's tuning data have it. `--images` is the folder of the
+images, or one above the folders in which they are published (train2014 and so on).
 """
 
 from collections.abc import Iterator
@@ -13,19 +14,21 @@ from typing import Any
 
 import xxhash
 
+from data_prep.formats.common.coco_images import COCO_FOLDERS
 from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
     caption,
     cut_rows,
+    image_folders,
     images_folder,
-    read_image,
+    read_first_image,
     record_key,
     refuse_columns,
     shown,
     skipped,
 )
-from data_prep.formats.common.one_caption import captioning, draw
+from data_prep.formats.common.one_caption import captioning, draw_caption
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
@@ -51,13 +54,18 @@ class Coco:
         """
         refuse_columns(options)
         if not source.is_file():
-            raise PreprocessError(f"{source} is not a file; name the JSON file of the captions")
+            raise PreprocessError(
+                f"{source} is not a file; name the JSON file of the captions, such as "
+                "captions_train2014.json"
+            )
         check_data(source)
         data = source.read_bytes()
         files, captions = _parse(data, source)
-        images = images_folder(source, options)
+        folders = image_folders(images_folder(source, options), COCO_FOLDERS)
         if self.one_caption:
-            captions = {i: [draw(i, found)] if found else [] for i, found in captions.items()}
+            captions = {
+                i: [draw_caption(i, found)] if found else [] for i, found in captions.items()
+            }
         rows = [
             (image_id, files.get(image_id), *entry)
             for image_id, found in captions.items()
@@ -65,12 +73,14 @@ class Coco:
         ]
         identity = f"{xxhash.xxh3_128_hexdigest(data)} one caption: {self.one_caption}"
         return cut_rows(
-            rows, options.samples_per_split, source, identity, lambda some: (some, images, source)
+            rows, options.samples_per_split, source, identity, lambda some: (some, folders, source)
         )
 
-    def read(self, payload: tuple[list[_Row], Path, Path]) -> Iterator[Record | Skipped]:
+    def read(
+        self, payload: tuple[list[_Row], tuple[Path, ...], Path]
+    ) -> Iterator[Record | Skipped]:
         """Records of consecutive captions; the key joins the ids of the image and the caption."""
-        rows, images, source = payload
+        rows, folders, source = payload
         name, image = None, b""
         for image_id, file_name, caption_id, text in rows:
             try:
@@ -79,7 +89,7 @@ class Coco:
                 if caption_id is None:
                     raise SkipError("image without a caption")
                 if file_name != name:  # the captions of an image follow one another
-                    name, image = None, read_image(images, file_name)
+                    name, image = None, read_first_image(folders, [file_name])
                     name = file_name
                 metadata = {"image_id": image_id, "file_name": file_name}
                 words = caption(text)

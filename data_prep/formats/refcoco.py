@@ -3,7 +3,8 @@ caption}], annotations: [{image_id, bbox}]}, an entry of images for every expres
 
 The files of the data sets' authors, `refs(unc).p`, are pickles, which could run any program and are
 not read. MDETR publishes the same expressions as `finetune_refcoco_train.json` and so on
-(`mdetr_annotations.tar.gz`, Zenodo record 4729015). `--images` is COCO's train2014.
+(`mdetr_annotations.tar.gz`, Zenodo record 4729015). `--images` is COCO's train2014, or a folder
+that holds it.
 """
 
 import hashlib
@@ -11,24 +12,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.formats.common.annotation_files import published_file
+from data_prep.formats.common.coco_images import COCO_FOLDERS
 from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
     cut_rows,
+    image_folders,
     images_folder,
-    read_image,
+    read_first_image,
     record_key,
     refuse_columns,
     shown,
     skipped,
 )
-from data_prep.formats.common.regions import Region, questions, read_region, shuffled
+from data_prep.formats.common.regions import Region, one_of_each_phrase, questions, read_region
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
 
+_FILE = "finetune_refcoco_train.json"
 _TURNS = 4  # of a sample, at most; an image has about seven expressions
 _PICKLES = (b"\x80", b"(dp", b"(lp")  # beginnings of protocol 2 and later, and of 0
 _Expression = tuple[Any, Any, tuple[Any, Any], list]  # id, phrase, (width, height), boxes
@@ -43,28 +48,33 @@ class RefCoco:
     def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for the images of about `options.samples_per_split` samples.
 
-        Raises PreprocessError if the file is not of this form, or without a folder of images.
+        `source` is the file, or the folder that holds RefCOCO's. Raises PreprocessError if the file
+        is not of this form, or without a folder of images.
         """
         refuse_columns(options)
-        if not source.is_file():
-            raise PreprocessError(f"{source} is not a file; name finetune_refcoco_train.json")
-        if check_data(source).startswith(_PICKLES):
+        path = published_file(source, _FILE)
+        if check_data(path).startswith(_PICKLES):
             raise PreprocessError(
-                f"{source} is a pickle, which could run any program and is not read; take "
-                "finetune_refcoco_train.json of MDETR's annotations (Zenodo record 4729015)"
+                f"{path} is a pickle, which could run any program and is not read; take "
+                f"{_FILE} of MDETR's annotations (Zenodo record 4729015)"
             )
-        data = source.read_bytes()
-        images = images_folder(source, options)
-        groups = _parse(data, source)
+        data = path.read_bytes()
+        folders = image_folders(images_folder(path, options), COCO_FOLDERS)
+        groups = _parse(data, path)
         digest = hashlib.sha256(data).hexdigest()
         size = max(1, options.samples_per_split // 2)
-        return cut_rows(groups, size, source, digest, lambda some: (some, images, source))
+        return cut_rows(groups, size, path, digest, lambda some: (some, folders, path))
 
-    def read(self, payload: tuple[list[_Image], Path, Path]) -> Iterator[Record | Skipped]:
+    def read(
+        self, payload: tuple[list[_Image], tuple[Path, ...], Path]
+    ) -> Iterator[Record | Skipped]:
         """Records of consecutive images, of up to four expressions each; the key joins the name of
-        the image's file and the sample's number. An expression that cannot be used is one Skipped.
+        the image's file and the sample's number.
+
+        An expression that cannot be used is one Skipped. Of expressions with the same phrase one is
+        asked about; `metadata["other_regions"]` of an image's first sample counts the others.
         """
-        groups, images, source = payload
+        groups, folders, source = payload
         for file_name, expressions in groups:
             regions: list[Region] = []
             for expression in expressions:
@@ -73,14 +83,18 @@ class RefCoco:
                 except SkipError as error:
                     name = shown(expression[0])
                     yield skipped(error, f"{source.name}, image {file_name}, expression {name}")
-            regions = shuffled(regions)
-            for number, start in enumerate(range(0, len(regions), _TURNS)):
-                metadata: dict[str, Any] = {"file_name": file_name}
+            chosen = one_of_each_phrase(regions)
+            others = len(regions) - len(chosen)
+            for number, start in enumerate(range(0, len(chosen), _TURNS)):
+                metadata: dict[str, Any] = {
+                    "file_name": file_name,
+                    "other_regions": 0 if number else others,  # once, so that they add up
+                }
                 try:
                     yield Record(
                         record_key(f"{Path(file_name).stem}_{number}", metadata),
-                        images=(read_image(images, file_name),),
-                        turns=questions(regions[start : start + _TURNS]),
+                        images=(read_first_image(folders, [file_name]),),
+                        turns=questions(chosen[start : start + _TURNS]),
                         source=source.stem,
                         metadata=metadata,
                     )

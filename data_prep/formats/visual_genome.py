@@ -2,7 +2,8 @@
 phrase, x, y, width, height}]}].
 
 `--images` is the folder that holds the images, IMAGE_ID.jpg, or the published folders of them,
-VG_100K and VG_100K_2. They must have the published sizes, since boxes are in pixels.
+VG_100K and VG_100K_2, or one above these. They must have the published sizes, since
+boxes are in pixels.
 """
 
 from collections.abc import Iterator
@@ -11,25 +12,28 @@ from typing import Any
 
 import xxhash
 
+from data_prep.formats.common.annotation_files import published_file
 from data_prep.formats.common.encodings import check_data
 from data_prep.formats.common.inputs import (
     SkipError,
+    image_folders,
     images_folder,
-    read_image,
+    read_first_image,
     refuse_columns,
     sanitize_name,
     shown,
     skipped,
 )
 from data_prep.formats.common.json_lists import cut_list
-from data_prep.formats.common.regions import Region, questions, read_region, shuffled
+from data_prep.formats.common.regions import Region, one_of_each_phrase, questions, read_region
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
 
-_FOLDERS = ("VG_100K", "VG_100K_2", ".")
+_FILE = "region_descriptions.json"
+_FOLDERS = ("VG_100K", "VG_100K_2")
 _TURNS = 10  # of a sample, at most; an image has about fifty regions
 _BOX = ("x", "y", "width", "height")
 
@@ -42,33 +46,33 @@ class VisualGenome:
     def plan(self, source: Path, options: ReadOptions) -> InputPlan:
         """One split for every `options.samples_per_split` images.
 
-        The payload is JSON: what its 5.4 million regions are in Python would take many times the
-        memory. Raises PreprocessError if the file is not of this form, or without a folder of
-        images.
+        `source` is the file, or the folder that holds it. The payload is JSON: what its 5.4 million
+        regions are in Python would take many times the memory. Raises PreprocessError if the file
+        is not of this form, or without a folder of images.
         """
         refuse_columns(options)
-        if not source.is_file():
-            raise PreprocessError(f"{source} is not a file; name region_descriptions.json")
-        check_data(source)
-        images, name = images_folder(source, options), sanitize_name(source.stem)
+        path = published_file(source, _FILE)
+        check_data(path)
+        folders = image_folders(images_folder(path, options), _FOLDERS)
+        name = sanitize_name(path.stem)
         size = options.samples_per_split
         try:
             splits = [
                 InputSplit(
                     f"{name}-{start // size:05d}",
                     f"{xxhash.xxh3_128_hexdigest(text.encode(errors='replace'))} from {start}",
-                    (start, text, images, source),
-                    source,
+                    (start, text, folders, path),
+                    path,
                 )
-                for start, text in cut_list(source.read_bytes(), size)
+                for start, text in cut_list(path.read_bytes(), size)
             ]
         except ValueError as error:
-            raise PreprocessError(f"{source} is not a JSON list of images: {error}") from None
+            raise PreprocessError(f"{path} is not a JSON list of images: {error}") from None
         if not splits:
-            raise PreprocessError(f"{source} holds no image: its list is empty")
+            raise PreprocessError(f"{path} holds no image: its list is empty")
         return InputPlan(splits)
 
-    def read(self, payload: tuple[int, str, Path, Path]) -> Iterator[Record | Skipped]:
+    def read(self, payload: tuple[int, str, tuple[Path, ...], Path]) -> Iterator[Record | Skipped]:
         """Records of consecutive images, with up to ten regions each; the key is the image's id.
 
         A region that cannot be used is one Skipped. Of regions with the same phrase one is asked
@@ -76,13 +80,13 @@ class VisualGenome:
         """
         from megatron_owl2.data.images import image_size  # the list of formats comes without torch
 
-        start, text, images, source = payload
+        start, text, folders, source = payload
         for number, entry in enumerate(parse_json(text), start):
             where = f"{source.name}, entry {number}"
             try:
                 image_id, found = _entry(entry)
                 where = f"{where}, image {image_id}"
-                image = _read(images, image_id)
+                image = read_first_image(folders, [f"{image_id}.jpg"])
                 size = image_size(image)
             except (SkipError, BadSampleError) as error:
                 yield skipped(error, where)
@@ -105,16 +109,6 @@ def _entry(entry: Any) -> tuple[int, list]:
     return entry["id"], entry["regions"]
 
 
-def _read(images: Path, image_id: int) -> bytes:
-    """Bytes of an image in the first of the folders that has it."""
-    name = f"{image_id}.jpg"
-    folder = next((folder for folder in _FOLDERS if (images / folder / name).exists()), None)
-    if folder is None:
-        places = ", ".join(folder for folder in _FOLDERS[:-1])
-        raise SkipError("image file is missing", f"{images / name}, nor in {places}")
-    return read_image(images, f"{folder}/{name}")
-
-
 def _region(image_id: int, region: Any, size: tuple[int, int]) -> Region:
     if not isinstance(region, dict):
         raise SkipError("region is not an object", shown(region))
@@ -126,8 +120,7 @@ def _region(image_id: int, region: Any, size: tuple[int, int]) -> Region:
 def _record(
     image_id: int, image: bytes, regions: list[Region], source: Path, where: str
 ) -> Record | Skipped:
-    by_phrase = {region.phrase.casefold(): region for region in reversed(shuffled(regions))}
-    chosen = shuffled(by_phrase.values())[:_TURNS]
+    chosen = one_of_each_phrase(regions)[:_TURNS]
     if not chosen:
         return Skipped("image without a usable region", where)
     try:

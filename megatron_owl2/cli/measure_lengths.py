@@ -22,17 +22,23 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR")
+    parser.add_argument("directories", nargs="+", metavar="DIR")
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece model")
     parser.add_argument("--template", choices=list(TEMPLATES), default=OWL2.name)
     parser.add_argument("--workers", type=count, default=1, metavar="N", help="processes")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns 0; raises ConfigError for what is no tokenizer."""
+    """Returns 0; raises ConfigError for what is no tokenizer, and for URLs, where it cannot
+    write."""
+    if remote := [name for name in options.directories if "://" in name]:
+        raise ConfigError(
+            f"{remote[0]} is not on a disk; measure a copy that is, and put the file "
+            "lengths.*.safetensors beside the shards"
+        )
     tokenizer, template = read_tokenizer(options.tokenizer), TEMPLATES[options.template]
     for directory in options.directories:
-        print(describe(measure(directory, tokenizer, template, options.workers)))
+        print(describe(measure(Path(directory), tokenizer, template, options.workers)))
     return 0
 
 

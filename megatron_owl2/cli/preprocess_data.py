@@ -58,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1 or 1e-3"
     )
     add(
-        "--hold-out", type=count, default=0, metavar="N", help="leave out N samples, for validation"
+        "--hold-out",
+        type=count,
+        default=0,
+        metavar="N",
+        help="leave out N samples and all others about their images, for validation",
     )
     add("--only-held-out", action="store_true", help="keep just what --hold-out leaves out")
     add("--seed", type=int, default=0, help="of the samples that are kept or held out")

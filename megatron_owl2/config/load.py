@@ -21,6 +21,7 @@ from megatron_owl2.errors import ConfigError
 from megatron_owl2.utils.suggest import did_you_mean
 
 T = TypeVar("T")
+_COMMAND_LINE = "the command line"
 Layer = tuple[str, dict]  # where keys and values come from, for messages, and their tree
 
 
@@ -28,20 +29,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and overrides, in their order, into a RunConfig.
 
     An override is `section.key=value` or a YAML file. Raises ConfigError for a missing file, a key
-    that does not exist (with the nearest one that does), a value of the wrong type, or an override
-    that is neither. A file `examples/...` that is not there is the package's own example.
+    that does not exist (with the nearest one that does), a value of the wrong type, an override
+    that is neither, or steps beside epochs, which replace them. A file `examples/...` that is not
+    there is the package's own example.
     """
     layers = _read_with_parents(Path(path))
     for override in overrides:
         if "=" in override:
-            layers.append(("the command line", _parse(override)))
+            layers.append((_COMMAND_LINE, _parse(override)))
         elif override.endswith((".yaml", ".yml")):
             layers += _read_with_parents(Path(override))
         else:
             raise ConfigError(
                 f"override {override!r} has no '='; write section.key=value, or name a .yaml file"
             )
-    return merge(RunConfig, layers)
+    config = merge(RunConfig, layers)
+    steps = (tree.get("train", {}).get("steps") for where, tree in layers if where == _COMMAND_LINE)
+    if config.train.epochs and any(steps):
+        raise ConfigError(
+            f"train.steps is given, but train.epochs is {config.train.epochs} and in its place; "
+            "say train.epochs=0 too"
+        )
+    return config
 
 
 def to_dict(config: RunConfig) -> dict:

@@ -175,7 +175,8 @@ class DataConfig:
     # Several samples in a row, which do not attend to each other. global_batch_size and
     # micro_batch_size count rows then; needs the lengths of `owl2 measure-lengths`.
     packing: bool = False
-    images_per_row: int = number(16, at_least=1)  # at most; samples lose turns beyond it
+    # At most. Samples lose turns beyond it; one with more before its first answer is unusable.
+    images_per_row: int = number(16, at_least=1)
     workers: int = number(2, at_least=0)
     prefetch: int = number(2, at_least=1)  # micro-batches that every worker keeps ready
     # Seconds without a batch from the workers that end a run.

@@ -39,6 +39,17 @@ _FIXED = {
     "alpha_pattern": {},
     "target_parameters": None,
 }
+# What else its files say without changing what an adapter computes: which modules have one (which
+# the tensors tell too), how it was started, and how peft keeps it. A setting that is not known here
+# is refused where it is switched on, since peft gets new kinds of adapters with every version.
+_OTHER = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "runtime_config",
+    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "velora_config", "ensure_weight_tying",
+}  # fmt: skip
+_KNOWN = _FIXED.keys() | _OTHER
 # Of the ways to start an adapter, those that leave the model's own weights as they are.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -140,11 +151,13 @@ def read_adapter(
     """The `stage.lora` of a directory of peft, and its tensors under our names.
 
     Which linears have an adapter follows from the tensors. Raises ConversionError for a directory
-    that is none, for what our adapters cannot do (other sums, ranks of their own), and for tensors
-    that are missing, misshapen, not numbers, or of linears that cannot have an adapter here.
+    that is none, for what our adapters cannot do (other sums, ranks of their own), for a setting
+    of a later peft, and for tensors that are missing, misshapen, not numbers, or of linears that
+    cannot have an adapter here.
     """
     settings = Settings.read(Path(directory) / ADAPTER_SETTINGS)
     settings.hold(_FIXED)
+    settings.hold({key: None for key, on in settings.tree.items() if on and key not in _KNOWN})
     start = settings.tree.get("init_lora_weights", True)
     if start not in _STARTS:
         raise ConversionError(

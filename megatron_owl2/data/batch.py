@@ -50,7 +50,8 @@ class Batch:
     (`image_tokens.target_index`). lengths, int64 [b], are the positions that are not padding, and
     sample_indices, int64 [b], those of the rows in the training order. keys, sources (which
     of the data sets, int64) and sample_lengths (positions) are of the samples, row after row, of
-    which each has `samples_per_row`."""
+    which each has `samples_per_row`; `shortened` are the sources of those that lost turns or the
+    end of an answer."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -68,7 +69,7 @@ class Batch:
     sample_lengths: list[int]
     samples_per_row: list[int]
     packed: PackedSequences | None = None
-    shortened: int = 0  # samples that lost turns or the end of an answer
+    shortened: list[int] = field(default_factory=list)
     bad_samples: list[BadSample] = field(default_factory=list)
     measurements: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     local_vision_token_index: torch.Tensor | None = None
@@ -196,7 +197,7 @@ def collate(
         sample_lengths=[sample.length for sample in samples],
         samples_per_row=[*map(len, rows)],
         packed=PackedSequences.of(lengths, length) if packed else None,
-        shortened=sum(sample.shortened for sample in samples),
+        shortened=[sample.source for sample in samples if sample.shortened],
     )
 
 

@@ -126,12 +126,14 @@ def build_sample(
             if ids:
                 break
             if too_many:
-                raise BadSampleError(f"{count} images before the first answer; {max_images} fit")
+                raise BadSampleError(
+                    f"more images before the first answer than data.images_per_row {max_images}"
+                )
             answer = answer[: max(room, 0)]
             if not set(answer) - {tokenizer.bos_id}:
                 raise BadSampleError(
-                    f"nothing to learn fits into sequence_length {sequence_length}: "
-                    f"{sequence_length - room} positions come before the answer"
+                    "nothing to learn fits: the first question alone fills data.sequence_length "
+                    f"{sequence_length}"
                 )
         ids += given + answer
         targets += [IGNORE_INDEX] * len(given) + answer
@@ -188,7 +190,7 @@ def _answer_ids(answer: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _opening(template: Template, system: str) -> str:
-    system = system or template.system
+    system = system if system.strip() else template.system
     return f"{system} " if system else ""
 
 

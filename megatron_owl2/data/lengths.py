@@ -50,9 +50,11 @@ def load_lengths(
     these shards, and StorageError if they cannot be read."""
     name = file_name(tokenizer, template)
     where = f"{dataset.location.rstrip('/')}/{name}"
-    fix = (
-        f"measure them: owl2 measure-lengths {dataset.location} --tokenizer {tokenizer.path} "
-        f"--template {template.name}"
+    folder, fix = dataset.location, "measure them"
+    if "://" in dataset.location:
+        folder, fix = "COPY", "measure a copy on a disk, and put its file beside these shards"
+    fix += (
+        f": owl2 measure-lengths {folder} --tokenizer {tokenizer.path} --template {template.name}"
     )
     try:
         tensors = load(dataset.storage.read_file(name))

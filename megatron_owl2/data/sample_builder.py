@@ -1,6 +1,7 @@
 """Builder of samples from records: text to ids, image files to pixels, as one model takes them."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from megatron_owl2.data.image_resize import SquareResize
 from megatron_owl2.data.sampling.keyed_random import KeyedRandom
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import BadSampleError
 
 _AUGMENT = 16  # keeps the crops' keys apart from the order's
 
@@ -60,9 +62,11 @@ class SampleBuilder:
         record: Record,
         measured: dict[str, float],
         augmentation: "Augmentation | None" = None,
+        beside: Sequence[Sample] = (),
     ) -> Sample:
-        """The sample of a record, and seconds of decoding added to `measured`. Raises
-        BadSampleError if it cannot be used."""
+        """The sample of a record, and seconds of decoding added to `measured`; `beside` are those
+        that a packed row has already. Raises BadSampleError if it cannot be used, or has no room
+        there, since it is not as it was measured."""
         sample = build_sample(
             record,
             self.tokenizer,
@@ -71,6 +75,13 @@ class SampleBuilder:
             self.template,
             self.max_images,
         )
+        positions = sum(other.length for other in beside) + sample.length
+        images_in_row = sum(other.image_count for other in beside) + sample.image_count
+        if positions > self.sequence_length or images_in_row > self.max_images:
+            raise BadSampleError(
+                "longer than when its data set's lengths were measured; measure them again with "
+                "owl2 measure-lengths"
+            )
         started = time.perf_counter()
         for number, data in enumerate(record.images[: sample.image_count]):
             sample.images.append(self._image(data, number, augmentation))

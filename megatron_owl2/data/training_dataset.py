@@ -73,10 +73,10 @@ class TrainingDataset(Dataset):
         `measured`."""
         places = self.order.row(row_index)
         attempts = 1 if self.order.packed is not None else 1 + SUBSTITUTES
-        samples = []
+        samples: list[Sample] = []
         for place in places:
             tried: list[BadSample] = []
-            sample = self._sample(row_index, place, attempts, tried, measured)
+            sample = self._sample(row_index, place, attempts, tried, measured, samples)
             bad += tried
             if sample is not None:
                 samples.append(sample)
@@ -94,8 +94,10 @@ class TrainingDataset(Dataset):
         attempts: int,
         bad: list[BadSample],
         measured: dict[str, float],
+        beside: list[Sample],
     ) -> Sample | None:
-        """The sample at a place of the order, or its first usable substitute, or None."""
+        """The sample at a place of the order, or its first usable substitute, or None; `beside` are
+        those that the row has already."""
         self._prefetcher.advance_to(place)
         for attempt in range(attempts):
             source, shard, index = self.order.samples.sample_at(place, attempt)
@@ -107,7 +109,8 @@ class TrainingDataset(Dataset):
                 measured["read_seconds"] += time.perf_counter() - started
                 measured["bytes"] += sum(map(len, record.images))
                 key = record.key
-                sample = self._builder.build(record, measured, self._augmentation(place))
+                augmentation = self._augmentation(place)
+                sample = self._builder.build(record, measured, augmentation, beside)
             except BadSampleError as error:
                 name, (offset, _) = dataset.shards[shard]["name"], dataset.range_of(shard, index)
                 where = dataset.location, name, offset

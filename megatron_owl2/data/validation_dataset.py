@@ -63,15 +63,16 @@ class ValidationDataset(Dataset):
     def _row(self, number: int, bad: list[BadSample]) -> list[Sample]:
         if number >= len(self):
             return []
-        found = [self._sample(number, index, bad) for index in self._rows[number]]
-        return [sample for sample in found if sample is not None]
-
-    def _sample(self, number: int, index: int, bad: list[BadSample]) -> Sample | None:
-        shard, place = self.dataset.find(index)
-        try:
-            return self._builder.build(self.dataset.read(shard, place), defaultdict(float))
-        except BadSampleError as error:
-            offset, _ = self.dataset.range_of(shard, place)
-            where = self.dataset.location, self.dataset.shards[shard]["name"], offset
-            bad.append(BadSample(number, None, 0, *where, str(error)))
-            return None
+        samples: list[Sample] = []
+        for index in self._rows[number]:
+            shard, place = self.dataset.find(index)
+            try:
+                record = self.dataset.read(shard, place)
+                sample = self._builder.build(record, defaultdict(float), beside=samples)
+            except BadSampleError as error:
+                offset, _ = self.dataset.range_of(shard, place)
+                where = self.dataset.location, self.dataset.shards[shard]["name"], offset
+                bad.append(BadSample(number, None, 0, *where, str(error)))
+            else:
+                samples.append(sample)
+        return samples

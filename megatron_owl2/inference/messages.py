@@ -42,7 +42,8 @@ def from_messages(messages: Sequence[Message]) -> Conversation:
     first.
 
     A content is a text or a list of parts, `{"type": "text", "text": ...}` or, in the user's,
-    `{"type": "image", "image": ...}`. Raises InferenceError for anything else.
+    `{"type": "image", "image": ...}`. Raises InferenceError for anything else, and for a question
+    or an answer that is empty.
     """
     conversation = Conversation([])
     for number, message in enumerate(messages, 1):
@@ -55,6 +56,8 @@ def from_messages(messages: Sequence[Message]) -> Conversation:
         pieces, images = _content(message, f"message {number}")
         if images and role != "user":
             raise InferenceError(f"message {number} has an image, which only the user may show")
+        if role != "system" and not images and not pieces[0].strip():
+            raise InferenceError(f"message {number} is empty")
         if role == "system" and number == 1:
             conversation.system = pieces[0]
         elif role == "user" and len(conversation.answers) == len(conversation.questions):

@@ -1,5 +1,6 @@
 """Figure of a report: loss curves, accuracy per skill, and images with their answers."""
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def draw(
         for height in (_IMAGE_INCHES, _LINE_INCHES * (max(map(len, row)) + 1))
     ]
     sections = [
-        (2.5, lambda box: _curves(box, curves), bool(curves)),
+        (_curves_inches(curves), lambda box: _curves(box, curves), bool(curves)),
         (2.9, lambda box: _bars(box, scores), bool(scores)),
         (
             0.5 + sum(heights),
@@ -125,16 +126,24 @@ def validation_curve(
     )
 
 
+def _curves_inches(curves: Sequence[LossCurves]) -> float:
+    """Height of the loss curves with the rows of their legend, two lines in each."""
+    lines = max((len(run.validation) + 1 for run in curves if run.validation), default=0)
+    return 2.5 + _LINE_INCHES * math.ceil(lines / 2)
+
+
 def _curves(box, curves: Sequence[LossCurves]) -> None:
     box.suptitle("Training loss", x=0.01, ha="left", fontweight="bold")
     axes = box.subplots(1, len(curves), squeeze=False)[0]
     for axis, run in zip(axes, curves, strict=True):
         curve(axis, run.steps, run.losses, _SETS[0], "training")
-        for color, (source, line) in zip(cycle(_SETS[1:]), run.validation.items(), strict=False):
+        colors = cycle((*_SETS[1:], _WRONG, _FAINT))
+        for color, (source, line) in zip(colors, run.validation.items(), strict=False):
             validation_curve(axis, *line, color, source)
-        if run.validation:
-            # Below the number of the last loss, above curves that fall.
-            axis.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9), fontsize=7, frameon=False)
+        if run.validation:  # below the axis, where no curve is
+            axis.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2, fontsize=7, frameon=False
+            )
         axis.annotate(
             f"{smooth(run.losses)[-1]:.3f}",
             (1, 0.97),

@@ -1,7 +1,7 @@
 """Data of a run: its data sets, their phases, and the order of the rows from where it stands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_owl2.config.schema import RunConfig
@@ -10,6 +10,7 @@ from megatron_owl2.data.sampling.phases import Phase
 from megatron_owl2.data.shards.dataset import ShardedDataset, open_sources
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.training_order import TrainingOrder, load_packing
+from megatron_owl2.errors import ConfigError
 from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.from_rank_0 import from_rank_0
 
@@ -43,8 +44,8 @@ class RunData:
 def open_run_data(config: RunConfig, tokenizer: Tokenizer, resumed_from: Path | None) -> RunData:
     """The data of a run that starts, or goes on from a checkpoint; all ranks together.
 
-    Raises ConfigError if the data are not those of the checkpoint, or no mixture, and what opening
-    data sets raises.
+    Raises ConfigError if the data are not those of the checkpoint, its epochs are over, or they are
+    no mixture, and what opening data sets raises.
     """
     datasets = from_rank_0(lambda: open_sources(config.data))
     packing = from_rank_0(lambda: load_packing(config, datasets, tokenizer))
@@ -55,6 +56,16 @@ def open_run_data(config: RunConfig, tokenizer: Tokenizer, resumed_from: Path | 
         progress = from_rank_0(lambda: directories.read_progress(directory))
         where, consumed = str(directory), progress["slots"]
         found = phases.resume(progress["phases"], config.data, datasets, consumed, where, packing)
-    epochs = config.train.epochs or None
-    order = TrainingOrder(config.data, datasets, found[-1], packing, epochs)
+    phase, epochs = found[-1], config.train.epochs
+    order = TrainingOrder(config.data, datasets, phase, packing, epochs or None)
+    if progress is not None and phase.epochs != epochs:
+        ended = phase.start_sample + order.rows(phase.epochs)
+        if phase.epochs and progress["slots"] > ended:
+            raise ConfigError(
+                f"train.epochs is {epochs}, but {directory} has come to the end of its "
+                f"{phase.epochs}, and the empty rows that fill its last step have the places of "
+                f"the samples that would follow; say data.phase={phase.number + 1} too, and in "
+                "train.epochs the number of further epochs"
+            )
+    found[-1] = replace(phase, epochs=epochs)
     return RunData(progress, datasets, found, order)

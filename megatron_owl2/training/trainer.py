@@ -42,7 +42,7 @@ from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
 from megatron_owl2.training.step import forward_backward, gradient_norm, update
-from megatron_owl2.training.validation import Validator
+from megatron_owl2.training.validation import Validator, open_validation
 from megatron_owl2.utils.closing import Closing
 
 _logger = logging.getLogger(__name__)
@@ -217,10 +217,12 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
 
     def open_data(self) -> None:
-        """The data sets, their phases and the order of rows; epochs become `train.steps`."""
+        """The data sets, their phases and the order of rows, and the validation's data sets; epochs
+        become `train.steps`."""
         config = self.config
         self.resumed_from = directories.latest(self.output)
         self.data = open_run_data(config, self.tokenizer, self.resumed_from)
+        self.validation_data = open_validation(config, self.tokenizer)
         self.state.phases = self.data.phases
         config.train.steps = self.data.steps(config)
         check_steps(config)
@@ -300,7 +302,7 @@ class Trainer:
         share = groups.cp.rank(), groups.cp.size()
         self.batches = DataIterator(loader, setup.device(), consistency, share, group)
         self._closing.callback(self.batches.close)
-        self.validator = Validator(config, groups, builder)
+        self.validator = Validator(config, groups, builder, self.validation_data)
         self._closing.callback(self.validator.close)
 
     def build_observers(self) -> None:

@@ -13,7 +13,9 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.row_length import row_alignment
 from megatron_owl2.data.sample_builder import SampleBuilder
-from megatron_owl2.data.shards.dataset import open_dataset
+from megatron_owl2.data.sampling.packed_order import Packing
+from megatron_owl2.data.shards.dataset import ShardedDataset, open_dataset
+from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.training_order import load_packing
 from megatron_owl2.data.validation_dataset import ValidationDataset
 from megatron_owl2.errors import DataError
@@ -23,6 +25,17 @@ from megatron_owl2.training.metrics.accumulator import mean_losses
 from megatron_owl2.training.step import SUMS, evaluate
 
 _logger = logging.getLogger(__name__)
+
+
+def open_validation(
+    config: RunConfig, tokenizer: Tokenizer
+) -> list[tuple[ShardedDataset, Packing | None]]:
+    """The data sets of `validation.sources`, and how they are packed; all ranks together. Raises
+    what opening a data set and reading its lengths raises."""
+    paths = config.validation.sources if config.validation.interval else []
+    datasets = from_rank_0(lambda: [open_dataset(path, config.data.storage) for path in paths])
+    packings = from_rank_0(lambda: [load_packing(config, [d], tokenizer) for d in datasets])
+    return list(zip(datasets, packings, strict=True))
 
 
 class Validator:
@@ -38,6 +51,7 @@ class Validator:
         config: RunConfig,
         groups: ProcessGroupCollection,
         builder: SampleBuilder,
+        sources: Sequence[tuple[ShardedDataset, Packing | None]],
     ):
         self._config, self._groups = config, groups
         parallel = config.parallel
@@ -46,14 +60,9 @@ class Validator:
         alignment = one_shape or row_alignment(config)
         self._named: set[tuple[str, str]] = set()  # bad samples that were logged
         self._model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-        paths = config.validation.sources if config.validation.interval else []
-        datasets = from_rank_0(lambda: [open_dataset(p, config.data.storage) for p in paths])
-        packings = from_rank_0(
-            lambda: [load_packing(config, [dataset], builder.tokenizer) for dataset in datasets]
-        )
         self._sources = [
             ValidationDataset(dataset, config.validation.samples, builder, alignment, packing)
-            for dataset, packing in zip(datasets, packings, strict=True)
+            for dataset, packing in sources
         ]
 
     def due(self, step: int) -> bool:

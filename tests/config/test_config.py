@@ -64,6 +64,17 @@ def test_keys_and_values_that_do_not_exist(tmp_path, override, words):
         load_config(tmp_path / "run.yaml", [override])
 
 
+def test_steps_beside_epochs_are_not_left_aside():
+    path = "examples/7b/finetune.yaml"
+    assert load_config(path).train.epochs == 1
+    with pytest.raises(
+        ConfigError, match=r"train.epochs is 1 and in its place; say train.epochs=0"
+    ):
+        load_config(path, ["train.steps=10"])
+    config = load_config(path, ["train.steps=10", "train.epochs=0"])
+    assert (config.train.steps, config.train.epochs) == (10, 0)
+
+
 def test_a_reference_to_nothing_is_named(run_yaml):
     with pytest.raises(ConfigError, match=r"FOO.*\(key train.output\)"):
         load_config(run_yaml, ["train.output=${FOO}"])

@@ -91,6 +91,10 @@ def test_the_text_is_the_prompt_of_the_template(exports):
     system = [{"role": "system", "content": "Be brief."}, *asked]
     text = processor.apply_chat_template(system, add_generation_prompt=True)
     assert text == prompt("<|image|><|image|>what </s> ?", template, "Be brief.")
+    blank = [{"role": "system", "content": " \n"}, *asked]
+    text = processor.apply_chat_template(blank, add_generation_prompt=True)
+    assert text == prompt("<|image|><|image|>what </s> ?", template)
+    assert text == prompt("<|image|><|image|>what </s> ?", template, " \n")
 
 
 def test_a_saved_processor_keeps_the_template(exports, tmp_path):

@@ -193,4 +193,4 @@ def test_moving_a_batch_keeps_what_is_not_a_tensor():
     batch.bad_samples = [BadSample(100, None, 0, "d", "s", 0, r) for r in ("one", "two")]
     moved = batch.to("meta")
     assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}
-    assert moved.keys == ["a"] and moved.bad == 1 and moved.shortened == 0
+    assert moved.keys == ["a"] and moved.bad == 1 and moved.shortened == []

@@ -8,8 +8,8 @@ from tool import run
 
 from data_prep.measure import measure_lengths
 from megatron_owl2.config.templates import OWL2, TEMPLATES
-from megatron_owl2.data.conversation import build_sample
-from megatron_owl2.data.lengths import file_name, load_lengths
+from megatron_owl2.data.conversation import build_sample, measure
+from megatron_owl2.data.lengths import ENCODING, file_name, load_lengths
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
@@ -39,6 +39,30 @@ def test_they_are_those_of_the_samples(tmp_path, tokenizer, template):
         assert found.text[index] + 7 * found.images[index] == sample.length
 
 
+class Characters:
+    """A tokenizer whose pieces are characters."""
+
+    bos_id, eos_id = 1, 2
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(character) for character in text]
+
+
+def test_other_numbers_need_another_name():
+    """Files of lengths are found by ENCODING: whoever changes these numbers raises it."""
+    image = b"\xff\xd8\xff"
+    records = [
+        Record("caption", (image,), caption="a dog"),
+        Record("text", turns=(Turn("q", "an answer"), Turn("<|image|> ", "b"))),
+        Record("first", (image,), turns=(Turn("<|image|> what ?\n", " it "),), system="Be kind."),
+        Record("two", (image, image), turns=(Turn("what ?", "it"), Turn("and", "so"))),
+        Record("within", (image, image), turns=(Turn("<|image|> <|image|>a", "b"),)),
+    ]
+    found = [measure(r, Characters(), t) for t in (OWL2, VICUNA) for r in records]  # type: ignore[arg-type]
+    owl2 = [(7, 1), (58, 0), (38, 1), (50, 2), (21, 2)]
+    assert (ENCODING, found) == (1, [*owl2, (7, 1), (213, 0), (39, 1), (206, 2), (177, 2)])
+
+
 def test_a_sample_that_cannot_be_read_has_none(tmp_path, tokenizer):
     folder = tiny_data.write(tmp_path / "set", map(dialogues.dialogue, range(10)))
     start, stop = ShardedDataset(str(folder)).range_of(0, 3)
@@ -66,6 +90,16 @@ def test_missing_stale_and_damaged_lengths_name_the_fix(tmp_path, tokenizer):
     (other / path.name).write_bytes(whole)
     with pytest.raises(DataError, match="not of these shards"):
         load_lengths(ShardedDataset(str(other)), tokenizer, VICUNA)
+
+
+def test_where_nothing_can_be_written_a_copy_is_measured(tmp_path, tokenizer, monkeypatch):
+    folder = tiny_data.write(tmp_path / "set", map(dialogues.dialogue, range(3)))
+    dataset = ShardedDataset(str(folder))
+    monkeypatch.setattr(dataset, "location", "s3://bucket/set")
+    with pytest.raises(DataError, match=r"measure a copy on a disk.*measure-lengths COPY --token"):
+        load_lengths(dataset, tokenizer, OWL2)
+    done = run("measure_lengths", "s3://bucket/set", "--tokenizer", tokenizer.path)
+    assert done.returncode == 2 and "s3://bucket/set is not on a disk" in done.stderr
 
 
 @pytest.mark.slow

@@ -161,6 +161,23 @@ def test_bad_samples_of_a_row_are_left_out_listed_and_limited(data, tokenizer, t
             assert line.sample_index in batch.sample_indices.tolist()
 
 
+def test_a_sample_that_is_longer_than_measured_is_left_out(data, tokenizer, tmp_path):
+    """As when a shard was damaged as it was measured, and was copied again."""
+    write(tmp_path / "d", [dialogues.dialogue(index, "d") for index in range(20)])
+    measure_lengths(tmp_path / "d", tokenizer, OWL2)
+    values = vars(data) | {"sources": [SourceConfig(str(tmp_path / "d"))]}
+    reader = Reader(DataConfig(**values), tokenizer, epochs=1)
+    for table in (reader.packing.lengths[0].text, reader.packing.lengths[0].images):
+        table.flags.writeable = True
+        table[:5] = 0
+    steps = -(-reader.order.rows(1) // BATCH)
+    batches: list[Batch] = list(reader.batches(0, steps))
+    bad = [sample for batch in batches for sample in batch.bad_samples]
+    assert bad and all("owl2 measure-lengths" in sample.reason for sample in bad)
+    assert sum(len(batch.keys) for batch in batches) + len(bad) == 20
+    assert max(int(batch.lengths.max()) for batch in batches) <= ROW
+
+
 def test_a_run_goes_on_with_the_same_rows_or_is_told_why_not(data, tokenizer):
     reader = Reader(data, tokenizer)
     recorded = to_json([reader.phase])

@@ -52,6 +52,14 @@ def test_a_sample_beyond_the_limits_is_refused():
         pack(*arrays([(1, 5)]), 50, 4)
 
 
+def test_samples_with_more_than_a_row_are_told():
+    lengths = SampleLengths(*np.array([[10, 60, 10, 10], [0, 0, 4, 3]], dtype=np.int32))
+    limits = Packing([lengths], tokens_per_image=5, row_length=50, images_per_row=3, group=2)
+    assert limits.oversized == 2
+    order = PackedOrder(ShuffleOrder([[4]], [1.0], seed=1), limits, [[4]], 2)
+    assert order.describe().endswith("; 2 have more than a row, and lose turns")
+
+
 SIZES = [[37, 64, 99], [100]]
 
 

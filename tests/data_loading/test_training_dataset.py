@@ -188,7 +188,7 @@ def test_too_long_first_questions_are_bad_and_shortened_ones_counted(tmp_path):
     captions = ["x" * 10, "y" * 200, "z" * 20]
     items = [Record(f"k{i}", caption=c) for i, c in enumerate(captions * 4)]
     batches = list(loader(config(write(tmp_path / "s", items)), limit_samples=12))
-    assert sum(batch.shortened for batch in batches) == 4
+    assert sum(len(batch.shortened) for batch in batches) == 4
     with pytest.raises(DataError, match=r"(?s)all unusable.*nothing to learn"):
         list(loader(config(tmp_path / "s", sequence_length=1), limit_samples=4))
 

@@ -99,6 +99,7 @@ def excerpt(folder: Path) -> Path:
         question(262146004, 262146, "How sure?"),
         question(999000, 999, "Where is the image?"),
         question(999001, 999, "And where is it now?"),
+        question(9000, 9, "And of this one?"),
         {"question": "Of nothing?", "question_id": 7},
         "no question",
     ]
@@ -115,6 +116,7 @@ def excerpt(folder: Path) -> Path:
         annotation(262146005, 262146, sure),  # without a question
         annotation(999000, 999, sure),
         annotation(999001, 999, sure),
+        annotation(9000, 9, sure),
     ]
     return vqa(folder, questions, annotations)
 
@@ -127,7 +129,7 @@ FAULTS = {
     "empty answer": 1,
     "empty question": 1,
     "answer_confidence is neither yes, maybe nor no": 1,
-    "image file is missing": 1,
+    "image file is missing": 2,
     "no image_id": 1,
     "entry is not an object with question_id and image_id": 1,
 }
@@ -158,10 +160,12 @@ def test_every_question_left_out_is_named(images, tmp_path):
     (split,) = format_.plan(excerpt(tmp_path / "vqa"), ReadOptions(images)).splits
     found = [item.detail for item in format_.read(split.payload) if isinstance(item, Skipped)]
     assert f"{QUESTIONS}, image '458752', question '458752002'" in found
-    assert f"{QUESTIONS}: {QUESTIONS}, questions[12]: 'no question'" in found
+    assert f"{QUESTIONS}: {QUESTIONS}, questions[13]: 'no question'" in found
     assert f"{QUESTIONS}: {ANNOTATIONS}, annotations[3]: question '458752001'" in found
     missing = images / "COCO_train2014_000000000999.jpg"
     assert f"{QUESTIONS}, image '999' with 2 questions: {missing}" in found
+    missing = images / "COCO_train2014_000000000009.jpg"
+    assert f"{QUESTIONS}, image '9' with 1 question: {missing}" in found
 
 
 def test_the_most_confident_answer():
@@ -325,6 +329,7 @@ def test_aokvqa_switches_the_order_of_the_choices(images, tmp_path):
         multiple_choice("b", correct_choice_idx=None),
         multiple_choice("c", correct_choice_idx=4),
         multiple_choice("d", choices=["cab", "cab "], correct_choice_idx=0),
+        multiple_choice("h", choices=["train", "train", "bus", "cab"]),  # C and D are one text
         multiple_choice("e", choices="cab"),
         multiple_choice("f", image_id=1),
         multiple_choice("g", choices=["cab", ""]),
@@ -352,7 +357,7 @@ def test_aokvqa_switches_the_order_of_the_choices(images, tmp_path):
         "question id occurs twice": 1,
         "no correct_choice_idx, as in the test split": 1,
         "correct_choice_idx is not that of a choice": 1,
-        "correct choice occurs twice": 1,
+        "choice occurs twice": 2,
         "choices are not a list of 2 to 26": 1,
         "image file is missing": 1,
         "empty choice": 1,
@@ -411,7 +416,7 @@ def test_changed_annotations_are_another_job(images, tmp_path):
 def test_whole_runs(images, tmp_path):
     output = tmp_path / "vqav2"
     out = succeeded(tool(excerpt(tmp_path / "vqa"), "vqav2", output, "--images", images))
-    assert "kept 2, skipped 11" in out
+    assert "kept 2, skipped 12" in out
     assert report(output)["skipped"] == FAULTS
     assert [len(record.turns) for record in stored(output)] == [2, 1]
     output = tmp_path / "ocrvqa"

@@ -11,7 +11,7 @@ from tiny_data import encoded, make_image
 
 from data_prep.formats.common.inputs import SkipError
 from data_prep.formats.common.json_lists import cut_list
-from data_prep.formats.common.regions import read_region, shuffled
+from data_prep.formats.common.regions import questions, read_region, shuffled
 from megatron_owl2.data.images import image_size
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
 
@@ -46,6 +46,10 @@ def both_ways(records: list[Record]) -> dict[str, set[str]]:
         ([10, 10, 5], "four numbers"),
         ([10, 10, 5, "5"], "four numbers"),
         ([10, 10, 5, None], "four numbers"),
+        ([10, 10, 5, 10**400], "four numbers"),
+        ([-0.0, -0.0, 64, 48], "[0.000, 0.000, 0.100, 0.100]"),
+        ([639.8, 8, 5, 22], "too thin for three decimals"),  # [1.000, 0.017, 1.000, 0.062]
+        ([5, 96, 20, 0.2], "too thin for three decimals"),
     ],
 )
 def test_boxes_are_shares_of_the_image(box, text):
@@ -55,6 +59,25 @@ def test_boxes_are_shares_of_the_image(box, text):
     else:
         with pytest.raises(SkipError, match=text):
             read_region("a", "b", box, (640, 480))
+
+
+@pytest.mark.parametrize(
+    "phrase", ["is this", "is this??", " is  this ?. ", "is this!", "is this,"]
+)
+def test_questions_have_no_mark_of_the_phrase_before_their_own(phrase):
+    asked = {
+        turn.question
+        for number in range(40)
+        for turn in questions([read_region(str(number), phrase, [0, 0, 32, 24], (64, 48))])
+        if turn.answer.startswith("[")
+    }
+    box = " Answer with a bounding box."
+    assert asked == {
+        f"<|image|>Where in the image is this: is this?{box}",
+        "<|image|>Give the bounding box of what this phrase refers to: is this",
+        "<|image|>Find this in the image and answer with its bounding box: is this",
+        f"<|image|>Which region of the image fits this description: is this?{box}",
+    }
 
 
 def expression(number: int, **changes) -> tuple[dict, dict]:
@@ -137,6 +160,39 @@ def test_expressions_of_refcoco_that_cannot_be_used_are_counted(tmp_path):
     }
 
 
+def test_one_object_is_asked_about_of_those_with_the_same_phrase(tmp_path):
+    images = write_coco_images(tmp_path / "train2014")
+    pairs = [
+        expression(0),
+        *(expression(n, caption=text) for n, text in enumerate(["man", "Man.", "man ?"], start=1)),
+        expression(4),
+        expression(9, caption="man"),  # in another image
+    ]
+    path = refcoco(tmp_path, pairs)
+    records, skipped = collect("refcoco", path, images=images)
+    assert [len(r.turns) for r in records] == [3, 1] and not skipped
+    assert [r.metadata["other_regions"] for r in records] == [2, 0]
+    texts = [f"{turn.question} {turn.answer}" for turn in records[0].turns]
+    assert sum("man" in text.lower() for text in texts) == 1
+    pairs[4:4] = [expression(n) for n in (5, 6, 7)]
+    records, _ = collect("refcoco", refcoco(tmp_path, pairs), images=images)
+    assert [(len(r.turns), r.metadata["other_regions"]) for r in records] == [
+        (4, 2),
+        (2, 0),
+        (1, 0),
+    ]
+
+
+def test_refcoco_and_its_images_are_found_under_their_published_names(tmp_path):
+    images = write_coco_images(tmp_path / "train2014")
+    path = refcoco(tmp_path, [expression(0)])
+    expected = collect("refcoco", path, images=images)
+    assert len(expected[0]) == 1
+    assert collect("refcoco", tmp_path, images=tmp_path) == expected
+    path.unlink()
+    assert "holds no finetune_refcoco_train.json" in refused("refcoco", tmp_path, images=images)
+
+
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_pickles_of_refcoco_are_not_read(tmp_path, protocol):
     path = tmp_path / "refs(unc).p"
@@ -187,7 +243,8 @@ def visual_genome(folder: Path, entries: list) -> tuple[Path, Path]:
 
 def test_visual_genome_has_one_sample_an_image(tmp_path):
     entries = [{"id": i, "regions": [region(i, n) for n in range(40)]} for i in (1, 2, 3)]
-    path, images = visual_genome(tmp_path, entries)
+    (tmp_path / "vg").mkdir()
+    path, images = visual_genome(tmp_path / "vg", entries)
     records, skipped = collect("visual-genome", path, images=images)
     assert [(r.key, len(r.turns)) for r in records] == [("1", 10), ("2", 10), ("3", 10)]
     assert records[0].metadata == {"image_id": 1, "other_regions": 30} and not skipped
@@ -201,6 +258,9 @@ def test_visual_genome_has_one_sample_an_image(tmp_path):
             assert {found for found in way if found.startswith(f"phrase {number} ")} <= {text}
     assert len({tuple(r.turns) for r in records}) == 3  # drawn anew for every image
     assert collect("visual-genome", path, images=images, samples_per_split=1)[0] == records
+    assert collect("visual-genome", tmp_path / "vg", images=tmp_path)[0] == records
+    path.unlink()
+    assert "holds no region_descriptions" in refused("visual-genome", images, images=images)
 
 
 def test_regions_of_visual_genome_that_cannot_be_used_are_counted(tmp_path):

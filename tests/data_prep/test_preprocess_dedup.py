@@ -142,14 +142,30 @@ def test_what_is_held_out_is_in_no_sample_of_the_rest(tmp_path):
     assert "hold_out" not in json.loads((tmp_path / "none/preprocess/job.json").read_text())
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 9])
-def test_equal_priorities_are_held_out_once(count):
-    table = np.zeros(5, dtype=dedup.ROW)
+def test_records_about_one_image_are_held_out_together(tmp_path):
+    images = [encoded(make_image(seed)) for seed in range(10)]
+    # Three records about each image, in other splits and under other keys, and ten without one.
+    corpus = [[pair(f"{turn}-{i}", image) for i, image in enumerate(images)] for turn in range(3)]
+    corpus.append([Record(f"text-{i}", caption="one") for i in range(10)])
+    for seed in range(3):
+        job(corpus, tmp_path / f"rest{seed}", hold_out=8, seed=seed)
+        job(corpus, tmp_path / f"held{seed}", hold_out=8, seed=seed, only_held_out=True)
+        rest, out = keys(tmp_path / f"rest{seed}"), keys(tmp_path / f"held{seed}")
+        assert 8 <= len(out) <= 10 and len(rest) + len(out) == 40
+        about = [{key.split("-")[1] for key in found if "text" not in key} for found in (rest, out)]
+        assert not about[0] & about[1] and about[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_equal_priorities_are_held_out_together(count):
+    table = np.zeros(4, dtype=dedup.ROW)
+    table["priority"] = [7, 2**64 - 1, 3, 7]
     rest, out = (
         next(dedup.select([lambda: table], False, None, hold_out=count, only_held_out=only))
         for only in (False, True)
     )
-    assert (out == dedup.KEEP).sum() == min(count, 5)
+    expected = {1: [1], 2: [0, 1, 3], 3: [0, 1, 3]}.get(count, [0, 1, 2, 3])
+    assert np.flatnonzero(out == dedup.KEEP).tolist() == expected
     assert ((rest == dedup.KEEP) == (out == dedup.NOT_HELD_OUT)).all()
     assert ((rest == dedup.HELD_OUT) == (out == dedup.KEEP)).all()
 

@@ -175,10 +175,10 @@ def validation_images_of_rank_1_are_damaged() -> None:
 def _damage_images_of_rank_1(*, training: bool) -> None:
     build = SampleBuilder.build
 
-    def damaged(self, record, measured, augmentation=None):
+    def damaged(self, record, measured, augmentation=None, beside=()):
         if record.images and (augmentation is not None) == training:  # validation augments nothing
             raise BadSampleError("image cannot be decoded")
-        return build(self, record, measured, augmentation)
+        return build(self, record, measured, augmentation, beside)
 
     if RANK == "1":
         SampleBuilder.build = damaged

@@ -140,6 +140,8 @@ def test_messages_that_are_no_conversation_are_refused(model, files):
         ([user, {"role": "system", "content": "x"}], "message 2 has the role 'system'"),
         ([{"from": "human", "value": "x"}], "the content of message 1 must be a text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "with an 'image'"),
+        ([{"role": "user", "content": " "}], "message 1 is empty"),
+        ([user, {"role": "assistant", "content": ""}, user], "message 2 is empty"),
         ([user, shown, user], "message 2 has an image, which only the user may show"),
     ):
         with pytest.raises(InferenceError, match=message):

@@ -123,6 +123,7 @@ def test_a_stage_starts_from_adapters_of_the_same_kind(runs, load):
     [
         (["stage.lora.alpha=32"], "were trained with stage.lora.alpha=16, not 32"),
         (["stage.lora.rank=2"], r"query.lora_A is \(4, 32\) in the checkpoint, \(2, 32\)"),
+        (["stage.lora.rank=2"], "its adapters need the stage.lora that they were made with"),
         (["stage.lora.targets=['*.mlp.*']"], "unexpected: decoder.layers.0.*query.lora_A"),
         (["stage.lora.targets=[]"], "its adapters need the stage.lora that they were made with"),
     ],

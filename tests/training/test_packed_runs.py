@@ -7,8 +7,14 @@ import pytest
 import runs_in_turn
 import tiny_run
 
+from megatron_owl2.config.load import load_config
 from megatron_owl2.data.shards.records import Record
+from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.errors import ConfigError
+from megatron_owl2.mcore import setup
+from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.metrics.data_report import NAME
+from megatron_owl2.training.run_data import open_run_data
 
 pytestmark = pytest.mark.distributed
 
@@ -69,10 +75,28 @@ def test_an_epoch_sees_every_sample_once_and_says_so(runs):
     assert seen == {str(runs / name): (SIZES[name], 1.0, 0) for name in ("a", "b")}
     rows = tiny_run.rows(runs / "whole")
     assert [row["seen"] for row in rows[-1]["sources"]] == [SIZES["a"], SIZES["b"]]
-    assert f"{SIZES['a']:>11,} samples, 1.00 epochs, 0 bad  {runs / 'a'}" in (
+    assert f"{SIZES['a']:>11,} samples, 1.00 epochs, 0 shortened, 0 bad  {runs / 'a'}" in (
         (runs / "1.log").read_text()
     )
     assert "samples with" in (runs / "1.log").read_text(), "the packing is described"
+
+
+def test_further_epochs_are_another_phase(runs):
+    """The empty rows behind the last epoch have taken the places of the next one's first rows."""
+    whole = runs / "whole"
+    config = load_config(whole / "run.yaml", ["train.epochs=2"])
+    setup.initialize(config.parallel)
+    try:
+        tokenizer, resumed = Tokenizer(config.data.tokenizer), directories.latest(whole)
+        assert resumed is not None
+        with pytest.raises(ConfigError, match="come to the end of its 1.*data.phase=2"):
+            open_run_data(config, tokenizer, resumed)
+        config.data.phase, config.train.epochs = 2, 1
+        data = open_run_data(config, tokenizer, resumed)
+        assert [phase.epochs for phase in data.phases] == [1, 1]
+        assert data.steps(config) == 2 * directories.read_progress(resumed)["step"]
+    finally:
+        setup.shutdown()
 
 
 def test_bad_samples_are_counted_by_their_reason(runs):
@@ -81,6 +105,8 @@ def test_bad_samples_are_counted_by_their_reason(runs):
     assert (row["seen"], row["bad"], row["samples"]) == (9, 1, 10)
     ((reason, count),) = row["reasons"].items()
     assert count == 1 and reason.startswith("image cannot be decoded")
+    # The key of a sample is no part of its reason, whatever is in it.
+    assert "bad00001" not in reason and "'" not in reason
     assert f"1 x {reason}" in (runs / "1.log").read_text()
 
 

@@ -22,10 +22,14 @@ class Entries(list):
 def published_file(source: Path, name: str) -> Path:
     """File that an input names: itself, or the one in this folder with the published `name`.
 
-    Raises PreprocessError if the folder does not hold it.
+    Raises PreprocessError if the folder does not hold it, or if the input is neither.
     """
-    if not source.is_dir():
+    if source.is_file():
         return source
+    if not source.is_dir():
+        raise PreprocessError(
+            f"{source} is neither a file nor a folder; name {name}, or the folder that holds it"
+        )
     if not (source / name).is_file():
         raise PreprocessError(
             f"{source} holds no {name}; name the file itself if it has another name"

@@ -46,11 +46,10 @@ class ImageQuestions(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """What reads a split: the images' folder and the folders in it, the file, the name of the data
-    set, and its part of the images."""
+    """What reads a split: the folders in which images may lie, the file, the name of the data set,
+    and its part of the images."""
 
-    images: Path
-    folders: tuple[str, ...]
+    folders: tuple[Path, ...]
     file: str
     corpus: str
     questions: list[ImageQuestions]
@@ -120,14 +119,13 @@ def plan_images(
     `folders` are names of folders that images are published in, `file` is the one that messages
     name, `identity` a digest of all that was read. Raises PreprocessError without `--images`.
     """
-    images = images_folder(file, options)
-    places = image_folders(images, folders)
+    places = image_folders(images_folder(file, options), folders)
     return cut_rows(
         questions,
         options.samples_per_split,
         file,
         f"{corpus} {identity}",
-        lambda some: Payload(images, places, file.name, corpus, list(some)),
+        lambda some: Payload(places, file.name, corpus, list(some)),
     )
 
 
@@ -154,7 +152,7 @@ def read_images(
             continue
         metadata = {"image_id": image_id, "question_ids": used}
         try:
-            image = read_first_image(payload.images, payload.folders, image_names(image_id))
+            image = read_first_image(payload.folders, image_names(image_id))
             first = Turn(IMAGE_PLACEHOLDER + turns[0].question, turns[0].answer)
             yield Record(
                 record_key(image_id, metadata),
@@ -164,7 +162,8 @@ def read_images(
                 metadata=metadata,
             )
         except (SkipError, BadSampleError) as error:
-            yield skipped(error, f"{where} with {len(turns)} questions")
+            plural = "s" if len(turns) > 1 else ""
+            yield skipped(error, f"{where} with {len(turns)} question{plural}")
 
 
 def _turn(pair: Pair) -> Turn:

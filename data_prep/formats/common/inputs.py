@@ -4,7 +4,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -150,16 +150,15 @@ def _read_below(images: Path, name: str) -> bytes:
         raise SkipError(reason, f"{images / path}") from None
 
 
-def image_folders(images: Path, names: Iterable[str]) -> tuple[str, ...]:
-    """Folders, relative to `images`, in which published images may lie: `images` itself, those of
-    these names in it, and those of these names in the folders in it."""
-    below = [path.name for path in list_folder(images)[1]]
-    places = ["", *(f"{folder}/" for folder in below)]
-    found = [f"{place}{name}/" for place in places for name in names]
-    return ("", *(folder for folder in found if (images / folder).is_dir()))
+def image_folders(images: Path, names: Sequence[str]) -> tuple[Path, ...]:
+    """Folders in which published images may lie: `images` itself, those of these names in it, and
+    those of these names in the folders in it."""
+    places = [images, *list_folder(images)[1]]
+    found = [place / name for place in places for name in names]
+    return (images, *(folder for folder in found if folder.is_dir()))
 
 
-def read_first_image(images: Path, folders: Iterable[str], names: Sequence[str]) -> bytes:
+def read_first_image(folders: Sequence[Path], names: Sequence[Any]) -> bytes:
     """Bytes of the first image that is there under one of `names`, in the first of `folders`.
 
     Raises SkipError as `read_image` does; of an image that is nowhere it names the first path.
@@ -167,8 +166,8 @@ def read_first_image(images: Path, folders: Iterable[str], names: Sequence[str])
     for folder in folders:
         for name in names:
             with suppress(MissingImageError):
-                return read_image(images, f"{folder}{name}")
-    raise MissingImageError(images / names[0])
+                return read_image(folder, name)
+    raise MissingImageError(folders[0] / names[0])
 
 
 def shown(value: Any) -> str:
@@ -190,6 +189,10 @@ def caption(value: Any) -> str:
         raise SkipError("caption holds zero bytes: text in UTF-16 or UTF-32?")
     if not (text := strip_text(value)):
         raise SkipError("empty caption")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SkipError("caption is not valid Unicode", shown(value)) from None
     return text
 
 

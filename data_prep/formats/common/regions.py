@@ -5,7 +5,7 @@ and height with three decimals. So it does not depend on whether the image is pa
 the model's square.
 """
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +41,11 @@ def read_region(name: str, phrase: Any, box: Sequence[Any], size: tuple[Any, Any
     """Region of an image of `size` (width, height), with its box (left, top, width, height); both
     in pixels.
 
-    White space in the phrase becomes single spaces, a full stop at its end goes. A box is clipped
-    to the image. Raises SkipError for an empty phrase, and for a box that is empty or lies outside.
+    White space in the phrase becomes single spaces, punctuation marks at its end go. A box is
+    clipped to the image. Raises SkipError for an empty phrase, and for a box that is empty, lies
+    outside or is too thin to be written.
     """
-    words = " ".join(phrase.split()).rstrip(". ") if isinstance(phrase, str) else ""
+    words = " ".join(phrase.split()).rstrip(".,;:?! ") if isinstance(phrase, str) else ""
     if not words:
         raise SkipError("region without a phrase", shown(phrase))
     return Region(name, words, _box_text(box, size))
@@ -63,6 +64,15 @@ def shuffled(regions: Iterable[Region]) -> list[Region]:
     return sorted(regions, key=lambda region: (key_of(region.name), region.name))
 
 
+def one_of_each_phrase(regions: Iterable[Region]) -> list[Region]:
+    """Regions of one image, shuffled; of those with the same phrase, in capitals or not, the first
+    alone, since the phrase does not say which of them it refers to."""
+    by_phrase: dict[str, Region] = {}
+    for region in shuffled(regions):
+        by_phrase.setdefault(region.phrase.casefold(), region)
+    return list(by_phrase.values())
+
+
 def _turn(region: Region) -> Turn:
     if key_of(f"direction of {region.name}") % 2:
         return Turn(draw(region.name, _FIND).format(region.phrase), region.box)
@@ -76,13 +86,18 @@ def _box_text(box: Sequence[Any], size: tuple[Any, Any]) -> str:
     left, top, width, height = box
     edges = []
     for start, length, side in ((left, width, size[0]), (top, height, size[1])):
-        low, high = max(start, 0), min(start + length, side)
+        low, high = max(0, start), min(start + length, side)  # in this order -0.0 becomes 0
         if side <= 0 or high <= low:
             raise SkipError("box is empty or outside the image", f"{list(box)} in {size}")
-        edges.append((low / side, high / side))
+        edges.append((f"{low / side:.3f}", f"{high / side:.3f}"))
     (x1, x2), (y1, y2) = edges
-    return f"[{x1:.3f}, {y1:.3f}, {x2:.3f}, {y2:.3f}]"
+    if x1 == x2 or y1 == y2:
+        raise SkipError("box is too thin for three decimals", f"{list(box)} in {size}")
+    return f"[{x1}, {y1}, {x2}, {y2}]"
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max

@@ -57,7 +57,8 @@ _CHAT_TEMPLATE = """\
     {%- elif message['role'] == 'user' -%}
         {{- 'USER: ' + question(message['content']) + ' ' -}}
     {%- elif message['role'] == 'system' -%}
-        {%- set given = text(message['content']) or (system if loop.first else '') -%}
+        {%- set given = text(message['content']) -%}
+        {%- set given = given if given | trim else (system if loop.first else '') -%}
         {{- given + ' ' if given else '' -}}
     {%- else -%}
         {{- raise_exception("the 'role' of a message must be system, user or assistant; found "

@@ -30,8 +30,9 @@ class Packing:
     row.
 
     A sample takes `tokens_per_image` positions for each image. One beyond `row_length` positions or
-    `images_per_row` images is taken as if it had just these, to which training shortens it. `group`
-    is the number of rows that are balanced over the ranks in a phase that begins now.
+    `images_per_row` images is taken as if it had just these: training shortens it, or leaves it out
+    if no answer fits. `group` is the number of rows that are balanced over the ranks in a phase
+    that begins now.
     """
 
     lengths: Sequence[SampleLengths]
@@ -46,6 +47,17 @@ class Packing:
         text, images = of.text[index].astype(np.int64), of.images[index].astype(np.int64)
         positions = np.clip(text + images * self.tokens_per_image, 1, self.row_length)
         return positions, np.minimum(images, self.images_per_row)
+
+    @property
+    def oversized(self) -> int:
+        """Number of samples that have more positions or images than a row."""
+        count = 0
+        for of in self.lengths:
+            images = of.images.astype(np.int64)
+            positions = of.text + images * self.tokens_per_image
+            beyond = (positions > self.row_length) | (images > self.images_per_row)
+            count += int(np.count_nonzero(beyond))
+        return count
 
     @property
     def identity(self) -> list:
@@ -116,11 +128,12 @@ class PackedOrder:
     def describe(self) -> str:
         """The rows of the first epoch, for the log."""
         samples, rows = self.order.samples_per_epoch, self.rows_before(1)
-        images = int(self._plans[0].images.sum())
+        images, oversized = int(self._plans[0].images.sum()), self.packing.oversized
+        more = f"; {oversized:,} have more than a row, and lose turns" if oversized else ""
         return (
             f"packing: {samples:,} samples with {images:,} images in {rows:,} rows of "
             f"{self.packing.row_length} positions, {self.fill():.1%} filled, "
-            f"{samples / rows:.2f} samples a row"
+            f"{samples / rows:.2f} samples a row{more}"
         )
 
     def _sort(self, group: int) -> list[RowSpec]:

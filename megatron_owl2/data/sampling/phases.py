@@ -32,10 +32,12 @@ class Phase:
     fingerprint: str
     sources: list[dict]  # path, weight, samples and the fingerprint of the manifest
     group: int = 0  # of rows that are balanced over the ranks, if rows are packed
+    epochs: int = 0  # after which rows are empty; 0: none
 
     def describe(self) -> str:
         """The data sets and where each begins, for the log."""
-        lines = [f"data: phase {self.number} from sample {self.start_sample:,}"]
+        unit = "row" if self.group else "sample"
+        lines = [f"data: phase {self.number} from {unit} {self.start_sample:,}"]
         for source in self.sources:
             share = f"{source['weight']:7.2%} of the samples"
             lines.append(f"  {share}  {source['samples']:>13,} samples  {source['path']}")

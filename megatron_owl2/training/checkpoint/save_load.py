@@ -259,7 +259,8 @@ def compare(directory: Path, index: Metadata, wanted: dict[str, tuple[int, ...]]
         for n in sorted(wanted.keys() & stored.keys())
         if wanted[n] != stored[n]
     ]
-    if any(is_adapter(n) for n in stored.keys() - wanted.keys()):
+    misfits = {n for n in stored.keys() | wanted.keys() if stored.get(n) != wanted.get(n)}
+    if any(is_adapter(n) for n in misfits) and any(is_adapter(n) for n in stored):
         problems.append(
             "its adapters need the stage.lora that they were made with, or are merged into the "
             "weights by owl2 convert-to-hf and brought back by owl2 convert-from-hf"

@@ -20,11 +20,18 @@ def bad(source: int) -> str:
     return f"bad/{source}"
 
 
+def shortened(source: int) -> str:
+    """Name of the count of samples of a data set that lost turns or the end of an answer."""
+    return f"shortened/{source}"
+
+
 def count_batch(batch: Batch) -> Counter[str]:
-    """All counts of a micro-batch by name: LOADER_METRICS, and `seen` and `bad` per data set."""
+    """All counts of a micro-batch by name: LOADER_METRICS, and `seen`, `bad` and
+    `shortened` per data set."""
     counts = Counter({metric.name: metric.count(batch) for metric in LOADER_METRICS})
     counts.update(map(seen, batch.sources.tolist()))
     counts.update(bad(sample.source) for sample in batch.bad_samples)
+    counts.update(map(shortened, batch.shortened))
     return counts
 
 
@@ -56,7 +63,7 @@ class MetricAccumulator:
     def __init__(
         self, sources: int, model_ranks: int, device: torch.device, run_totals: dict[str, int]
     ):
-        by_source = [name(index) for name in (seen, bad) for index in range(sources)]
+        by_source = [name(index) for name in (seen, bad, shortened) for index in range(sources)]
         metrics = [metric.name for metric in LOADER_METRICS]
         self.device = device
         self._model_ranks = model_ranks

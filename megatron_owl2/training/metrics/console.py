@@ -13,7 +13,7 @@ def format_console_line(row: dict, config: RunConfig, first_step: int) -> str:
     seconds_per_step = row["seconds"] / (done - first_step)
     parts = [
         f"{config.stage.name} {done:>{len(str(total))}}/{total}",
-        f"loss {row['loss']:.4f}",
+        "loss -" if row["loss"] is None else f"loss {row['loss']:.4f}",
         *(
             f"{kind} {row[f'{kind}_loss']:.4f}"
             for kind in ("image", "text")

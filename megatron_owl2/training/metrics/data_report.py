@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_owl2.data import bad_samples
-from megatron_owl2.training.metrics.accumulator import bad, seen
+from megatron_owl2.training.metrics.accumulator import bad, seen, shortened
 from megatron_owl2.utils.files import write_atomically
 from megatron_owl2.utils.json_text import json_lines, parse_json
 
 NAME = "data_report.json"
-_SAMPLE = re.compile(r"sample '.*?' \(.*?\): ")  # names the sample in front of the reason
+_SAMPLE = re.compile(r"sample ('.*?'|\".*?\") \(.*?\): ")  # names the sample in front of the reason
 _MOST = 5  # reasons of a source in the text
 
 
@@ -31,12 +31,13 @@ def write_data_report(
             "samples": source["samples"],
             "seen": run_totals[seen(index)],
             "epochs": run_totals[seen(index)] / source["samples"],
+            "shortened": run_totals[shortened(index)],
             "bad": run_totals[bad(index)],
             "reasons": dict(reasons.get(index, Counter()).most_common()),
         }
         for index, source in enumerate(sources)
     ]
-    report = {"sources": rows, "shortened_samples": run_totals["shortened_samples"]}
+    report = {"sources": rows}
     write_atomically(output / NAME, json.dumps(report, indent=1, ensure_ascii=False).encode())
     return describe(report)
 
@@ -46,12 +47,10 @@ def describe(report: dict) -> str:
     lines = ["data of the run:"]
     for row in report["sources"]:
         lines.append(
-            f"  {row['seen']:>11,} samples, {row['epochs']:.2f} epochs, {row['bad']:,} bad  "
-            f"{row['path']}"
+            f"  {row['seen']:>11,} samples, {row['epochs']:.2f} epochs, {row['shortened']:,} "
+            f"shortened, {row['bad']:,} bad  {row['path']}"
         )
         lines += [f"{count:>15,} x {reason}" for reason, count in [*row["reasons"].items()][:_MOST]]
-    if report["shortened_samples"]:
-        lines.append(f"  {report['shortened_samples']:>11,} of them lost turns or their end")
     return "\n".join(lines)
 
 

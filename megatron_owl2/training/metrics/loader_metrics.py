@@ -24,6 +24,10 @@ class Interval:
     tokens: float
 
 
+def _per_second(total: float, interval: Interval) -> float:
+    return total / interval.seconds
+
+
 @dataclass(frozen=True)
 class LoaderMetric:
     """One number counted of every micro-batch.
@@ -39,12 +43,17 @@ class LoaderMetric:
     count: Callable[[Batch], float]
     of_each_rank: bool = False
     reported_as: str | None = None
-    report: Callable[[float, Interval], float] = lambda total, interval: total / interval.seconds
+    report: Callable[[float, Interval], float | None] = _per_second
     over_run: bool = False
 
 
 def _measured(name: str) -> Callable[[Batch], float]:
     return lambda batch: batch.measurements[name]
+
+
+def _milliseconds_of_a_read(total: float, interval: Interval) -> float | None:
+    """None where every sample of the interval was unusable."""
+    return total / interval.reads * 1e3 if interval.reads else None
 
 
 LOADER_METRICS = (
@@ -80,17 +89,17 @@ LOADER_METRICS = (
         _measured("read_seconds"),
         of_each_rank=True,
         reported_as="read_milliseconds",
-        report=lambda total, interval: total / interval.reads * 1e3,
+        report=_milliseconds_of_a_read,
     ),
     LoaderMetric(
         "decode_seconds",
         _measured("decode_seconds"),
         of_each_rank=True,
         reported_as="decode_milliseconds",
-        report=lambda total, interval: total / interval.reads * 1e3,
+        report=_milliseconds_of_a_read,
     ),
     LoaderMetric("bad_samples", lambda batch: batch.bad, over_run=True),
-    LoaderMetric("shortened_samples", lambda batch: batch.shortened, over_run=True),
+    LoaderMetric("shortened_samples", lambda batch: len(batch.shortened), over_run=True),
     LoaderMetric("read_retries", _measured("read_retries"), of_each_rank=True, over_run=True),
     LoaderMetric("worker_restarts", _measured("worker_restarts"), of_each_rank=True, over_run=True),
 )
