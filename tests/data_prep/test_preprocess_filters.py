@@ -151,7 +151,7 @@ def test_a_broken_image_is_named_by_file_key_id_and_number(tmp_path, two_reading
         "input0, key gif, id 'gif', image 2 of 2: GIF",
         "input0, key small, id 'small', image 2 of 2: 9 x 9 pixels",
         "input0, key cut, id 7",
-        "talk, key odd, id 8: ",
+        "input0, key odd, id 8: ",
     )
     assert len(examples) == len(starts)
     for start in starts:
