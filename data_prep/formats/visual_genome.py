@@ -2,8 +2,8 @@
 phrase, x, y, width, height}]}].
 
 `--images` is the folder that holds the images, IMAGE_ID.jpg, or the published folders of them,
-VG_100K and VG_100K_2, or one above these. They must have the published sizes, since
-boxes are in pixels.
+VG_100K and VG_100K_2, or one above these. They must have the published sizes, since boxes are in
+pixels.
 """
 
 from collections.abc import Iterator

@@ -26,8 +26,8 @@ def shortened(source: int) -> str:
 
 
 def count_batch(batch: Batch) -> Counter[str]:
-    """All counts of a micro-batch by name: LOADER_METRICS, and `seen`, `bad` and
-    `shortened` per data set."""
+    """All counts of a micro-batch by name: LOADER_METRICS, and `seen`, `bad` and `shortened`
+    per data set."""
     counts = Counter({metric.name: metric.count(batch) for metric in LOADER_METRICS})
     counts.update(map(seen, batch.sources.tolist()))
     counts.update(bad(sample.source) for sample in batch.bad_samples)
