@@ -33,26 +33,32 @@ Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: `images` are paths, `gold` is the answer to show beside the model's."""
+    """One thing to ask: `images` are paths, or files' bytes where the benchmark holds them inside,
+    and `gold` is the answer to show beside the model's. The images come before the text, unless it
+    is `placed`: then it has a placeholder for each of them."""
 
     id: Id
     text: str
-    images: tuple[Path, ...]
+    images: tuple[Path | bytes, ...]
     skill: str
     gold: str
+    placed: bool = False
 
     def prompt(self, suffix: str, template: Template = OWL2) -> str:
         """The prompt of the model's template, images first; owl2's is that of official inference.
         It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
         the answer's first token, which carries its own leading space, directly after the colon."""
-        return prompt(IMAGE_PLACEHOLDER * len(self.images) + self.text + suffix, template)
+        before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
+        return prompt(before + self.text + suffix, template)
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """The entry of a benchmark: its files, its way of asking, and its scoring rule.
 
-    Its questions are found in a folder by the pattern `file`, its gold by `gold_file`. Result files
+    Its questions are found in a folder by the pattern `file`, its gold by `gold_file`; a benchmark
+    of `many_files` takes all that match, and its readers get the folder, or the file that was
+    named, and list them by `files_of`. Result files
     name a question `id_field` and the model's text `answer_field`, as the benchmark's own do.
     `suffix` follows every question; the token limits are those of the official evaluation.
 
@@ -74,6 +80,7 @@ class Benchmark:
     read_gold: Callable[[Path], Gold]
     score: Callable[..., dict]
     variants: tuple[str, ...] = ()  # of the scoring rule, the default first
+    many_files: bool = False
 
 
 def read(
@@ -84,23 +91,30 @@ def read(
     Images are looked for in `images/` beside the file. Raises TaskError for missing or
     ambiguous files, unreadable content, questions without gold, and images that are not there.
     """
-    path = _find(data, benchmark.file)
+    path = _find(data, benchmark.file, benchmark.many_files)
     same = benchmark.gold_file == benchmark.file
     gold = read_gold(benchmark, path if same else _gold_beside(path, benchmark.gold_file))
     questions = benchmark.read_questions(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
-    for tag in (IMAGE_PLACEHOLDER, "<image>"):  # ours and LLaVA's
-        if marked := [question.id for question in questions if tag in question.text]:
-            raise TaskError(
-                f"{path}: the text of question {marked[0]!r} holds {tag}, which stands for images "
-                "only; take it out"
-            )
+    _check_tags(path, questions)
     # os.path, as no name is too long or too odd for it
-    lost = sorted({image for q in questions for image in q.images if not os.path.isfile(image)})
-    if lost:
+    files = {image for q in questions for image in q.images if isinstance(image, Path)}
+    if lost := sorted(image for image in files if not os.path.isfile(image)):
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
     return questions, {question.id: gold[question.id] for question in questions}
+
+
+def _check_tags(path: Path, questions: list[Question]) -> None:
+    """Refusal of texts with another number of placeholders than the images placed in them."""
+    for tag in (IMAGE_PLACEHOLDER, "<image>"):  # ours and LLaVA's
+        for question in questions:
+            ours = question.placed and tag == IMAGE_PLACEHOLDER
+            if question.text.count(tag) != (len(question.images) if ours else 0):
+                raise TaskError(
+                    f"{path}: the text of question {question.id!r} holds {tag}, which stands for "
+                    "images only; take it out"
+                )
 
 
 def read_gold(benchmark: Benchmark, path: str | Path) -> Gold:
@@ -108,7 +122,7 @@ def read_gold(benchmark: Benchmark, path: str | Path) -> Gold:
 
     Raises TaskError for missing or ambiguous files and unreadable content.
     """
-    path = _find(path, benchmark.gold_file)
+    path = _find(path, benchmark.gold_file, benchmark.many_files)
     gold = benchmark.read_gold(path)
     if not gold:
         raise TaskError(f"{path} holds no question")
@@ -144,14 +158,21 @@ def score(
     return benchmark.score(predictions, gold, variant)
 
 
-def _find(data: str | Path, pattern: str) -> Path:
-    """`data` if it is a file, else the only file in it that matches."""
+def files_of(path: Path, pattern: str) -> list[Path]:
+    """The file itself, or all files of a folder that match, sorted, for tasks of `many_files`."""
+    return [path] if path.is_file() else _matching(path, pattern)
+
+
+def _find(data: str | Path, pattern: str, many: bool) -> Path:
+    """`data` if it is a file, else the only file in it that matches; the folder, if `many` may."""
     data = Path(data)
     if data.is_file():
         return data
     if not data.is_dir():
         raise TaskError(f"{data} does not exist")
     found = _matching(data, pattern)
+    if many:
+        return data
     if len(found) > 1:
         raise TaskError(f"{_several(found, pattern)}; name one of them")
     return found[0]

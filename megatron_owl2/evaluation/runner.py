@@ -133,28 +133,37 @@ def table(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def _images_of(question: Question, read: Callable[[Path], torch.Tensor]) -> list[torch.Tensor]:
+def _images_of(
+    question: Question, read: Callable[[Path | bytes], torch.Tensor]
+) -> list[torch.Tensor]:
     shown = []
-    for path in question.images:
+    for image in question.images:
         try:
-            shown.append(read(path))
+            shown.append(read(image))
         except (OSError, BadSampleError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise TaskError(f"{path}: {reason} (the image of question {question.id!r})") from None
+            raise TaskError(
+                f"{_place(image)}: {reason} (the image of question {question.id!r})"
+            ) from None
     return shown
 
 
-def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Path], torch.Tensor]:
+def _place(image: Path | bytes) -> str:
+    return str(image.resolve()) if isinstance(image, Path) else "inside the question file"
+
+
+def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Path | bytes], torch.Tensor]:
     """A reader of images [3, size, size] in uint8, cached: questions about one image that follow
     each other get the same tensor object, which the generator encodes once."""
     size, to_square = model.vision.image_size, images.square_resize(model)
     black = torch.zeros(3, size, size, dtype=torch.uint8)
 
     @lru_cache(maxsize=settings.batch_size)
-    def read(path: Path) -> torch.Tensor:
+    def read(image: Path | bytes) -> torch.Tensor:
         if settings.blind:
             return black
-        return images.load_square(path.read_bytes(), size, to_square=to_square)
+        data = image.read_bytes() if isinstance(image, Path) else image
+        return images.load_square(data, size, to_square=to_square)
 
     return read
 
@@ -173,5 +182,5 @@ def _prediction(
         "question": question.text,
         "skill": question.skill,
         "gold": question.gold,
-        "images": [str(path.resolve()) for path in question.images],
+        "images": [_place(image) for image in question.images],
     }
