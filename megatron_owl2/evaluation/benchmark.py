@@ -25,6 +25,7 @@ from megatron_owl2.evaluation.rows import (
 from megatron_owl2.utils.files import is_hidden
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation leaves
+SUBMISSION = "submission_"  # and what a file for the benchmark's server is called, before its name
 
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 
@@ -33,13 +34,14 @@ Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: `images` are paths, `gold` is the answer to show beside the model's."""
+    """One thing to ask: `images` are paths, `gold` is the answer to show beside the model's, None
+    if it was never published."""
 
     id: Id
     text: str
     images: tuple[Path, ...]
     skill: str
-    gold: str
+    gold: str | None
 
     def prompt(self, suffix: str, template: Template = OWL2) -> str:
         """The prompt of the model's template, images first; owl2's is that of official inference.
@@ -60,6 +62,9 @@ class Benchmark:
     and `score(predictions, gold)`, with a third argument if there are `variants`, the tables that
     `scoring` describes. The readers check every field that the questions and the score need (`rows`
     helps) and raise TaskError naming the file.
+
+    `submission(predictions, gold)` gives name and content of the file that the benchmark's server or
+    published scorer takes. Only then questions may be asked without gold, which is {} there.
     """
 
     about: str  # one line for the help of tools/evaluate.py
@@ -74,19 +79,25 @@ class Benchmark:
     read_gold: Callable[[Path], Gold]
     score: Callable[..., dict]
     variants: tuple[str, ...] = ()  # of the scoring rule, the default first
+    # Of the tables that `score` gives, as they are printed. Where "accuracy" is none of them, a
+    # question has no score of its own.
+    columns: tuple[str, ...] = ("accuracy", "majority", "n")
+    submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
 
 
 def read(
-    benchmark: Benchmark, data: str | Path, limit: int | None = None
+    benchmark: Benchmark, data: str | Path, limit: int | None = None, *, with_gold: bool = True
 ) -> tuple[list[Question], Gold]:
     """The questions, at most `limit`, and {id: gold row} of them, from a folder or question file.
 
-    Images are looked for in `images/` beside the file. Raises TaskError for missing or
-    ambiguous files, unreadable content, questions without gold, and images that are not there.
+    Images are looked for in `images/` beside the file. `with_gold` False reads a set whose answers
+    are not published; its gold is {}. Raises TaskError for missing or ambiguous files, unreadable
+    content, questions without gold, and images that are not there.
     """
+    if not with_gold and benchmark.submission is None:
+        raise TaskError("this task has no file for a server; its questions need their gold")
     path = _find(data, benchmark.file)
-    same = benchmark.gold_file == benchmark.file
-    gold = read_gold(benchmark, path if same else _gold_beside(path, benchmark.gold_file))
+    gold = _gold_of(benchmark, path) if with_gold else {}
     questions = benchmark.read_questions(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
@@ -100,7 +111,13 @@ def read(
     lost = sorted({image for q in questions for image in q.images if not os.path.isfile(image)})
     if lost:
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
-    return questions, {question.id: gold[question.id] for question in questions}
+    return questions, {question.id: gold[question.id] for question in questions if with_gold}
+
+
+def _gold_of(benchmark: Benchmark, questions: Path) -> Gold:
+    if benchmark.gold_file == benchmark.file:
+        return read_gold(benchmark, questions)
+    return read_gold(benchmark, _gold_beside(questions, benchmark.gold_file))
 
 
 def read_gold(benchmark: Benchmark, path: str | Path) -> Gold:
