@@ -15,6 +15,7 @@ from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, score_ta
 LETTERS = "ABCDEFGHIJ"
 # What mPLUG-Owl2's own scripts ask with; their apostrophe is the curly one.
 ANSWER_WITH_LETTER = "\nAnswer with the option’s letter from the given choices directly."
+COLUMNS = ("accuracy", "majority", "unresolved", "n")  # of the tables of `score_choices`
 
 Pick = Callable[[str, Mapping], str]  # an answer and its row to a letter, "" if it is none
 

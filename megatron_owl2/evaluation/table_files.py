@@ -30,7 +30,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=2):
         if len(line) != len(names):
             raise TaskError(f"{path}: row {number} has {len(line)} fields of {len(names)}")
-    return [{name: field or None for name, field in zip(names, line)} for line in lines]
+    return [
+        {name: field or None for name, field in zip(names, line, strict=True)} for line in lines
+    ]
 
 
 def read_lines(path: Path, delimiter: str = ",") -> list[list[str]]:

@@ -1,6 +1,5 @@
 """ScienceQA (Lu et al. 2022), IMG test: the questions of the test split that have an image."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,20 +83,6 @@ def score(predictions: Mapping, gold: Mapping) -> dict:
     return choices.score_choices(predictions, gold, pick)
 
 
-def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
-    """The result file of ScienceQA's evaluation; an answer that is no choice is -1."""
-    picked = {i: pick(predictions[i], row) for i, row in gold.items()}
-    correct = sum(letter == gold[i]["answer"] for i, letter in picked.items())
-    content = {
-        "acc": 100 * correct / len(gold),
-        "correct": correct,
-        "count": len(gold),
-        "results": {i: choices.LETTERS.index(x) if x else -1 for i, x in picked.items()},
-        "outputs": {i: predictions[i] for i in gold},
-    }
-    return "scienceqa.json", json.dumps(content, ensure_ascii=False, indent=1).encode()
-
-
 BENCHMARK = Benchmark(
     about="ScienceQA's test questions with an image, multiple choice",
     file="problems.json",
@@ -110,4 +95,5 @@ BENCHMARK = Benchmark(
     read_questions=read_questions,
     read_gold=read_gold,
     score=score,
+    columns=choices.COLUMNS,
 )

@@ -103,5 +103,8 @@ BENCHMARK = Benchmark(
     read_questions=read_questions,
     read_gold=read_gold,
     score=score,
+    columns=choices.COLUMNS,
+    submission=submission,
+    unanswered_rows=True,
     variants=("first_character", "whole_answer"),
 )
