@@ -70,7 +70,7 @@ def stated_letter(answer: str, row: Mapping) -> str:
     for found in (said, begun):
         if found:
             return _if_option(found[1], row)
-    alone = set(re.findall(rf"(?<![\w'])([{options}])(?![\w'’])(?! [a-z])", answer))
+    alone = set(re.findall(rf"(?<![\w'])(?!A [a-z])([{options}])(?![\w'’])", answer))
     return alone.pop() if len(alone) == 1 else ""
 
 
