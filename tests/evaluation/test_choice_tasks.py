@@ -1,9 +1,16 @@
 """Multiple choice about images: published files to prompts, answers to options and scores."""
 
+import base64
+import csv
+import io
 import json
 import logging
+import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -170,3 +177,157 @@ def test_seed_bench_asks_about_images_and_counts_videos(tmp_path, caplog):
     dump(file, {"questions": [seed(1, 1, "E")]})
     with pytest.raises(TaskError, match="'answer' is 'E', wanted 'a' or 'b'"):
         asked("seed_bench", tmp_path)
+
+
+def png(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tsv(path: Path, rows: list[dict], delimiter: str = "\t") -> Path:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def mmbench_rows() -> list[dict]:
+    """Question 7 in two passes and question 8, of three options, in three."""
+    red, blue = (base64.b64encode(png(color)).decode() for color in ("red", "blue"))
+    shown = {"source": "x", "comment": "", "split": "dev"}
+    seven = shown | {"question": 'is it\n"red"?', "hint": "look", "category": "color"}
+    seven |= {"l2-category": "coarse_perception", "C": "", "D": ""}
+    eight = shown | {"question": "which?", "hint": "", "category": "logic", "D": ""}
+    eight |= {"l2-category": "logic_reasoning"}
+    return [
+        seven | {"index": 7, "A": "yes", "B": "no", "answer": "A", "image": red},
+        eight | {"index": 8, "A": "x", "B": "y", "C": "z", "answer": "C", "image": blue},
+        seven | {"index": 1000007, "A": "no", "B": "yes", "answer": "B", "image": "7"},
+        eight | {"index": 1000008, "A": "y", "B": "z", "C": "x", "answer": "B", "image": blue},
+        eight | {"index": 2000008, "A": "z", "B": "x", "C": "y", "answer": "A", "image": "8"},
+    ]
+
+
+def test_mmbench_is_right_if_every_pass_is(tmp_path):
+    write_tsv(tmp_path / "mmbench_dev_20230712.tsv", mmbench_rows())
+    questions, gold, prompts = asked("mmbench", tmp_path)
+    assert prompts[7] == f'USER: <|image|>look\nis it\n"red"?\nA. yes\nB. no{LETTER}'
+    assert prompts[1000008] == f"USER: <|image|>N/A\nwhich?\nA. y\nB. z\nC. x{LETTER}"
+    assert [q.images for q in questions.values()] == [
+        (png(color),) for color in ("red", "blue", "red", "blue", "blue")
+    ]
+    right = {7: "A", 8: "C. z", 1000007: "yes", 1000008: "(B)", 2000008: "z"}
+    assert marks("mmbench", right, gold) == {
+        "CP": (100.0, 1),
+        "LR": (100.0, 1),
+        "color": (100.0, 1),
+        "logic": (100.0, 1),
+        "all": (100.0, 2),
+    }
+    table = benchmark.score(TASKS["mmbench"], right | {2000008: "I cannot see it"}, gold)
+    assert table["overall"]["accuracy"] == 50.0 and table["overall"]["unresolved"] == 1
+    assert table["overall"]["vanilla"] == table["skills"]["LR"]["vanilla"] == 100.0
+    assert table["skills"]["LR"]["accuracy"] == 0.0
+    # One letter for all is right in the first passes only.
+    assert benchmark.score(TASKS["mmbench"], dict.fromkeys(gold, "A"), gold)["overall"] == {
+        "accuracy": 0.0,
+        "majority": 0.0,
+        "n": 2,
+        "vanilla": 50.0,
+        "unresolved": 0,
+    }
+
+
+def test_mmbench_without_answers_becomes_the_servers_spreadsheet(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "answer"} for row in mmbench_rows()]
+    rows[0]["question"] = "<a> & \x0bb?"
+    write_tsv(tmp_path / "mmbench_test_20230712.tsv", rows)
+    questions, gold, _ = asked("mmbench", tmp_path)
+    assert not benchmark.has_answers(gold) and questions[7].gold is None
+    name, content = TASKS["mmbench"].submission({i: f"{i}!" for i in gold}, gold)
+    assert name == "mmbench.xlsx"
+    sheet = zipfile.ZipFile(io.BytesIO(content)).read("xl/worksheets/sheet1.xml")
+    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+    cells = [
+        ["".join(cell.itertext()) for cell in row]
+        for row in ElementTree.fromstring(sheet).iter(f"{space}row")
+    ]
+    assert cells[0] == ["index", "question", "A", "B", "C", "D", "prediction"]
+    assert cells[1] == ["7", "<a> & b?", "yes", "no", "", "", "7!"]
+    assert cells[2] == ["8", "which?", "x", "y", "z", "", "8!"] and len(cells) == 6
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        (0, {"answer": "C"}, "index 7 has the answer C, which is no option"),
+        (1, {"B": ""}, "index 8 must have options from A on"),
+        (2, {"image": "6"}, r"'image' holds no image, .* \(index 1000007\)"),
+        (4, {"index": 8}, "repeat a index, such as 8"),
+        (0, {"question": ""}, r"'question' is None, wanted a text \(row 1\)"),
+    ],
+)
+def test_mmbench_names_what_is_wrong(tmp_path, row, change, message):
+    rows = mmbench_rows()
+    rows[row] |= change
+    write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows)
+    with pytest.raises(TaskError, match=message):
+        asked("mmbench", tmp_path)
+
+
+def qbench(**changes) -> dict:
+    row = {"img_path": "00001.jpg", "question": "Is it clear?", "candidates": ["Yes", "No"]}
+    return row | {"correct_ans": "No", "type": 0, "concern": 0} | changes
+
+
+def test_q_bench_in_both_forms(tmp_path):
+    rows = [
+        qbench(),
+        qbench(candidates=["Dark", "Bright", "Fine"], correct_ans="Dark", type=2, concern=3),
+        qbench(type=1, concern=0, candidates=["Blur", "No"]),
+    ]
+    dump(tmp_path / "llvisionqa_dev.json", rows)
+    image = draw(tmp_path / "images/00001.jpg")
+    questions, gold, prompts = asked("q_bench", tmp_path)
+    assert prompts[0] == f"USER: <|image|>Is it clear?\nA. Yes\nB. No{LETTER}"
+    assert {q.images for q in questions.values()} == {(image,)}
+    expected = {
+        "yes-or-no": (100.0, 1),
+        "what": (0.0, 1),
+        "how": (100.0, 1),
+        "distortion": (50.0, 2),
+        "in-context other": (100.0, 1),
+        "all": (66.67, 3),
+    }
+    said = {0: "B.", 1: "It is dark", 2: "A"}
+    assert marks("q_bench", said, gold) == expected
+    name, content = TASKS["q_bench"].submission(said, gold)
+    assert json.loads(content)[0] == {
+        key: value for key, value in qbench(response="B.").items() if key != "correct_ans"
+    }
+    assert name == "q_bench.json"
+
+    table = [
+        {"id": i, "question": row["question"], "image": {"bytes": png("red"), "path": "x.jpg"}}
+        | {f"option{n}": o for n, o in enumerate([*row["candidates"], "N/A", "N/A"][:4])}
+        | {"question_type": row["type"], "question_concern": row["concern"]}
+        | {"correct_choice": "BAB"[i]}
+        for i, row in enumerate(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "dev.parquet")
+    questions, gold, prompts_of_table = asked("q_bench", tmp_path / "dev.parquet")
+    assert prompts_of_table == prompts and questions[2].images == (png("red"),)
+    assert marks("q_bench", said, gold) == expected
+
+    hidden = [{k: v for k, v in row.items() if k != "correct_ans"} for row in rows]
+    dump(tmp_path / "llvisionqa_dev.json", hidden)
+    assert not benchmark.has_answers(asked("q_bench", tmp_path)[1])
+    dump(tmp_path / "llvisionqa_dev.json", [qbench(correct_ans="Maybe")])
+    with pytest.raises(TaskError, match=r"row 0 \(from 0\), 'Maybe', is none of"):
+        asked("q_bench", tmp_path)
+    dump(tmp_path / "llvisionqa_dev.json", [qbench(concern=4)])
+    with pytest.raises(TaskError, match="concern of row 0 .* is 4, not 0 to 3"):
+        asked("q_bench", tmp_path)
