@@ -25,7 +25,7 @@ from megatron_owl2.evaluation.rows import (
     whole_number,
     words,
 )
-from megatron_owl2.evaluation.scoring import check_ids, percent, score_table
+from megatron_owl2.evaluation.scoring import check_ids, grouped_table, percent
 
 NO, YES, UNCLEAR = "0", "1", "2"  # as the published files write them
 
@@ -105,17 +105,17 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "yes_no") -> dict:
         i: yes_or_no(predictions[i]) if variant == "yes_no" else _judged(predictions[i], row)
         for i, row in gold.items()
     }
-    table: dict = {"overall": {}, "skills": {}}
-    for field in ("category", "skill"):
-        part = score_table(
-            [(row[field], row, said[i]) for i, row in gold.items()],
-            lambda row: row["answer"],
-            lambda answer, row: float(_is_right(answer, row)),
-        )
-        for name, row in part["skills"].items():
-            row |= _grouped({i: r for i, r in gold.items() if r[field] == name}, said)
-        table["overall"] = part["overall"]
-        table["skills"] |= part["skills"]
+    fields = ("category", "skill")
+    table = grouped_table(
+        said,
+        gold,
+        fields,
+        lambda row: row["answer"],
+        lambda answer, row: float(_is_right(answer, row)),
+    )
+    for name, row in table["skills"].items():
+        inside = {i: r for i, r in gold.items() if name in (r[field] for field in fields)}
+        row |= _grouped(inside, said)
     table["overall"] |= _grouped(gold, said)
     return table
 

@@ -22,7 +22,7 @@ from megatron_owl2.evaluation.rows import (
     whole_number,
     words,
 )
-from megatron_owl2.evaluation.scoring import check_ids, score_table
+from megatron_owl2.evaluation.scoring import check_ids, grouped_table
 from megatron_owl2.evaluation.xlsx import spreadsheet
 
 _COPY = 1_000_000
@@ -64,10 +64,10 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
     ]
 
 
-def _images(path: Path, encoded: dict[int, str]) -> dict[int, bytes]:
+def _images(path: Path, encoded: dict[int, str]) -> dict[Id, bytes]:
     """The images by index; passes of a question share theirs."""
     decoded: dict[str, bytes] = {}
-    images = {}
+    images: dict[Id, bytes] = {}
     for index, value in encoded.items():
         if len(value) <= _REFERENCE and value.strip().isdigit():
             value = encoded.get(int(value), value)
@@ -115,31 +115,30 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "exact_matching") 
     passes: dict[int, list[Id]] = defaultdict(list)
     for i in gold:
         passes[i % _COPY].append(i)
-    table = {"overall": {}, "skills": {}}
-    for field in ("skill", "category"):
-        circular = _table(gold, picked, field, passes)
-        vanilla = _table(gold, picked, field, {i: [i] for i in passes if i in gold})
-        for name, row in circular["skills"].items():
-            row["vanilla"] = vanilla["skills"].get(name, {}).get("accuracy")
-        table["overall"] = circular["overall"] | {"vanilla": vanilla["overall"]["accuracy"]}
-        table["skills"] |= circular["skills"]
-    table["overall"]["unresolved"] = list(picked.values()).count("-")
+    table = _table(gold, picked, passes)
+    vanilla = _table(gold, picked, {i: [i] for i in passes if i in gold})
+    table["overall"] |= {
+        "vanilla": vanilla["overall"]["accuracy"],
+        "unresolved": list(picked.values()).count("-"),
+    }
+    for name, row in table["skills"].items():
+        row["vanilla"] = vanilla["skills"].get(name, {}).get("accuracy")
     return table
 
 
-def _table(
-    gold: Mapping, picked: Mapping[Id, str], field: str, passes: Mapping[int, list[Id]]
-) -> dict:
-    items = [
-        (
-            gold[ids[0]][field],
-            {"answers": [gold[i]["answer"] for i in ids]},
-            "".join(picked[i] for i in ids),
-        )
-        for ids in passes.values()
-    ]
-    return score_table(
-        items,
+def _table(gold: Mapping, picked: Mapping[Id, str], passes: Mapping[int, list[Id]]) -> dict:
+    rows = {
+        question: {
+            "answers": [gold[i]["answer"] for i in ids],
+            "skill": gold[ids[0]]["skill"],
+            "category": gold[ids[0]]["category"],
+        }
+        for question, ids in passes.items()
+    }
+    return grouped_table(
+        {question: "".join(picked[i] for i in ids) for question, ids in passes.items()},
+        rows,
+        ("skill", "category"),
         lambda row: row["answers"][0],
         lambda letters, row: float(
             all(letter == answer for letter, answer in zip(cycle(letters), row["answers"]))

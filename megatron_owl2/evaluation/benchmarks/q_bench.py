@@ -11,7 +11,15 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import encoded_image, named_image
-from megatron_owl2.evaluation.rows import Optional, list_of, read_rows, text, whole_number, words
+from megatron_owl2.evaluation.rows import (
+    Id,
+    Optional,
+    list_of,
+    read_rows,
+    text,
+    whole_number,
+    words,
+)
 
 _TYPES = ("yes-or-no", "what", "how")
 _CONCERNS = ("distortion", "other", "in-context distortion", "in-context other")
@@ -33,11 +41,11 @@ _TABLED = {f"option{n}": Optional(text, "N/A") for n in range(4)} | {
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
     """The questions in the file's order."""
+    images: dict[Id, Path | bytes] = {}
     if _is_table(path):
-        rows = read_rows(path, {"image": encoded_image})
-        images = [row["image"] for row in rows]
+        images |= enumerate(row["image"] for row in read_rows(path, {"image": encoded_image}))
     else:
-        images = [named_image(path, row["img_path"]) for row in gold.values()]
+        images |= {i: named_image(path, row["img_path"]) for i, row in gold.items()}
     return [
         Question(
             id=i,
