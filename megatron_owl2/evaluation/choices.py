@@ -82,12 +82,17 @@ def _if_option(letter: str, row: Mapping) -> str:
 
 
 def score_choices(
-    predictions: Mapping, gold: Mapping, pick: Pick, skills: Sequence[str] = ("skill",)
+    predictions: Mapping,
+    gold: Mapping,
+    pick: Pick,
+    skills: Sequence[str] = ("skill",),
+    equal_skills: bool = False,
 ) -> dict:
     """Accuracy of picked letters over all questions and within groups of them.
 
-    `skills` are the fields that say a question's groups, of which it may be in several. Raises
-    ScoreError for missing or unknown ids and for questions without a published answer.
+    `skills` are the fields that say a question's groups, of which it may be in several;
+    `equal_skills` is as in `score_table`. Raises ScoreError for missing or unknown ids and for
+    questions without a published answer.
     """
     check_ids(predictions, gold)
     check_answers(gold)
@@ -98,6 +103,7 @@ def score_choices(
         skills,
         lambda row: row["answer"],
         lambda letter, row: float(letter == row["answer"]),
+        equal_skills,
     )
     for field in skills:
         groups = group_by_skill((row[field], picked[i]) for i, row in gold.items())

@@ -1,43 +1,19 @@
 """MMBench: rows of its TSV to passes, passes to questions, predictions to the server's file."""
 
 import base64
-import csv
 import io
+import json
 import zipfile
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from benchmark_files import LETTER, TASKS, asked, marks, png
+from benchmark_files import LETTER, TASKS, asked, marks, mmbench_rows, png, write_tsv
 
+from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import benchmark
-
-
-def write_tsv(path: Path, rows: list[dict], delimiter: str = "\t") -> Path:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def mmbench_rows() -> list[dict]:
-    """Question 7 in two passes and question 8, of three options, in three."""
-    red, blue = (base64.b64encode(png(color)).decode() for color in ("red", "blue"))
-    shown = {"source": "x", "comment": "", "split": "dev"}
-    seven = shown | {"question": 'is it\n"red"?', "hint": "look", "category": "color"}
-    seven |= {"l2-category": "coarse_perception", "C": "", "D": ""}
-    eight = shown | {"question": "which?", "hint": "", "category": "logic", "D": ""}
-    eight |= {"l2-category": "logic_reasoning"}
-    return [
-        seven | {"index": 7, "A": "yes", "B": "no", "answer": "A", "image": red},
-        eight | {"index": 8, "A": "x", "B": "y", "C": "z", "answer": "C", "image": blue},
-        seven | {"index": 1000007, "A": "no", "B": "yes", "answer": "B", "image": "7"},
-        eight | {"index": 1000008, "A": "y", "B": "z", "C": "x", "answer": "B", "image": blue},
-        eight | {"index": 2000008, "A": "z", "B": "x", "C": "y", "answer": "A", "image": "8"},
-    ]
+from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation.runner import Settings
+from megatron_owl2.mcore import setup
 
 
 def test_mmbench_is_right_if_every_pass_is(tmp_path):
@@ -105,3 +81,44 @@ def test_mmbench_names_what_is_wrong(tmp_path, row, change, message):
     write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows)
     with pytest.raises(TaskError, match=message):
         asked("mmbench", tmp_path)
+
+
+class NamesColors:
+    """A generator that answers with the image's colour; `seen` are the images of its calls."""
+
+    seen: list = []
+
+    def __init__(self, loaded):
+        pass
+
+    def generate(self, prompts, images, max_new_tokens, min_new_tokens):
+        self.seen.append([image for (image,) in images])
+        return ["red" if image[0].any() else "blue" for (image,) in images]
+
+
+def test_images_inside_the_file_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Generator", NamesColors)
+    monkeypatch.setattr(NamesColors, "seen", [])
+    setup.initialize(ParallelConfig())
+    loaded = type("Loaded", (), {"config": ModelConfig(vision=VisionConfig(image_size=28))})
+
+    def evaluate(rows: list[dict]) -> dict:
+        write_tsv(tmp_path / "mmbench_dev.tsv", rows)
+        questions, gold = benchmark.read(TASKS["mmbench"], tmp_path)
+        return runner.evaluate(loaded, "mmbench", questions, gold, output, Settings(), {})
+
+    output, rows = tmp_path / "out", mmbench_rows()
+    scores = evaluate(rows)["overall"]
+    assert scores["n"] == 2 and scores["unresolved"] == 5
+    (images,) = NamesColors.seen
+    assert images[0] is images[2] and images[1] is images[4]  # encoded once
+    answers = list(map(json.loads, (output / "predictions.jsonl").read_text().splitlines()))
+    assert [row["prediction"] for row in answers] == ["red", "blue", "red", "blue", "blue"]
+    assert answers[0]["images"] == ["inside the question file"]
+    for row in rows:
+        row.pop("answer")
+    (output / "submission_mmbench.xlsx").unlink()
+    assert "overall" not in evaluate(rows) and (output / "submission_mmbench.xlsx").exists()
+    rows[1]["image"] = base64.b64encode(b"no image" * 9).decode()
+    with pytest.raises(TaskError, match="inside the question file: .* the image of question 8"):
+        evaluate(rows)

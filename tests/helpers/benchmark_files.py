@@ -1,5 +1,7 @@
 """Files of benchmarks written for tests, and what the tasks make of them."""
 
+import base64
+import csv
 import io
 import json
 from pathlib import Path
@@ -43,3 +45,29 @@ def png(color: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (40, 40), color).save(file, "PNG")
     return file.getvalue()
+
+
+def write_tsv(path: Path, rows: list[dict], delimiter: str = "\t") -> Path:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def mmbench_rows() -> list[dict]:
+    """Question 7 in two passes and question 8, of three options, in three."""
+    red, blue = (base64.b64encode(png(color)).decode() for color in ("red", "blue"))
+    shown = {"source": "x", "comment": "", "split": "dev"}
+    seven = shown | {"question": 'is it\n"red"?', "hint": "look", "category": "color"}
+    seven |= {"l2-category": "coarse_perception", "C": "", "D": ""}
+    eight = shown | {"question": "which?", "hint": "", "category": "logic", "D": ""}
+    eight |= {"l2-category": "logic_reasoning"}
+    return [
+        seven | {"index": 7, "A": "yes", "B": "no", "answer": "A", "image": red},
+        eight | {"index": 8, "A": "x", "B": "y", "C": "z", "answer": "C", "image": blue},
+        seven | {"index": 1000007, "A": "no", "B": "yes", "answer": "B", "image": "7"},
+        eight | {"index": 1000008, "A": "y", "B": "z", "C": "x", "answer": "B", "image": blue},
+        eight | {"index": 2000008, "A": "z", "B": "x", "C": "y", "answer": "A", "image": "8"},
+    ]
