@@ -85,7 +85,7 @@ def read_gold(path: Path) -> Gold:
             raise TaskError(f"{file} is none of AGIEval's sets; take it out of the folder")
         for n, row in enumerate(read_rows(file, _FIELDS)):
             choice = name not in _FORMULAS
-            answer = row["label"] or (None if choice else row["answer"])
+            answer = row["label"] or row["answer"]
             if choice and answer:
                 answer = "".join(sorted({letter for letter in answer if letter in _LETTERS}))
             if not answer or (choice and not 1 <= len(row["options"]) <= len(_LETTERS)):
