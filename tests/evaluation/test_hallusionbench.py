@@ -43,7 +43,7 @@ def test_hallusionbench_counts_questions_over_figures_and_figures_over_questions
     predictions = dict(zip(gold, said, strict=True))
     table = benchmark.score(TASKS["hallusionbench"], predictions, gold)
     shown = {
-        name: [row[column] for column in ("accuracy", "qAcc", "fAcc", "n", "unclear")]
+        name: [row[column] for column in ("accuracy", "qAcc", "fAcc", "n", "unresolved")]
         for name, row in (table["skills"] | {"all": table["overall"]}).items()
     }
     assert shown == {
@@ -56,7 +56,12 @@ def test_hallusionbench_counts_questions_over_figures_and_figures_over_questions
     replies = ["correct", "Correct.", "incorrect", "correct", "unclear", "correct"]
     judged = dict(zip(gold, replies, strict=True))
     overall = benchmark.score(TASKS["hallusionbench"], judged, gold, "judged")["overall"]
-    assert [overall[x] for x in ("accuracy", "qAcc", "fAcc", "unclear")] == [83.33, 66.67, 66.67, 1]
+    assert [overall[x] for x in ("accuracy", "qAcc", "fAcc", "unresolved")] == [
+        83.33,
+        66.67,
+        66.67,
+        1,
+    ]
     name, content = TASKS["hallusionbench"].submission(predictions, gold)
     assert name == "HallusionBench_result.json"
     row = hallusion_rows()[4] | {"model_prediction": "I do not know"}

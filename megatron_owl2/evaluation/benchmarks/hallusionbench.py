@@ -96,7 +96,8 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "yes_no") -> dict:
     """Accuracy per question (aAcc), qAcc and fAcc, overall, per category and per subcategory.
 
     qAcc is the share of questions that are right for all of their figures, fAcc that of figures
-    with all of their questions right; figure 0 of VS is none. "yes_no" reads the word from an
+    with all of their questions right; figure 0 of VS is none. `unresolved` counts answers that are
+    neither yes nor no. "yes_no" reads the word from an
     answer; with "judged" the predictions are the replies of a language model that was asked whether
     the answers are "correct", "incorrect" or "unclear". Raises ScoreError.
     """
@@ -153,7 +154,7 @@ def _grouped(gold: Mapping, said: Mapping[Id, str]) -> dict[str, float | int]:
     return {
         "qAcc": _share_of_all(questions.values()),
         "fAcc": _share_of_all(figures.values()),
-        "unclear": sum(said[i] == UNCLEAR for i in gold),
+        "unresolved": sum(said[i] == UNCLEAR for i in gold),
     }
 
 
@@ -189,7 +190,7 @@ BENCHMARK = Benchmark(
     read_gold=read_gold,
     score=score,
     variants=("yes_no", "judged"),
-    columns=("accuracy", "qAcc", "fAcc", "majority", "n"),
+    columns=("accuracy", "qAcc", "fAcc", "majority", "unresolved", "n"),
     submission=submission,
     unanswered_rows=True,
 )
