@@ -22,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--limit", type=int, help="ask the first N questions only")
     parser.add_argument(
+        "--no-gold",
+        action="store_true",
+        help="the answers are not published: write predictions and the server's file, no scores",
+    )
+    parser.add_argument(
         "--prompt-suffix",
         help="after every question, with its own leading space, instead of the task's",
     )
@@ -52,11 +57,16 @@ def run(options: argparse.Namespace) -> int:
     )
     about = {"model": options.checkpoint, "data": options.data}
     task = registry.find_benchmarks()[options.task]
-    questions, gold = benchmark.read(task, options.data, options.limit)
+    questions, gold = benchmark.read(
+        task, options.data, options.limit, with_gold=not options.no_gold
+    )
     loaded = load_model(options.checkpoint, options.precision)
     result = runner.evaluate(loaded, options.task, questions, gold, options.output, settings, about)
     if is_first_rank():
-        print(runner.table(result))
+        if benchmark.has_answers(gold):
+            print(runner.table(result, task.columns))
+        else:
+            print(f"{len(questions)} answers to questions without gold are in {options.output}")
     return 0
 
 

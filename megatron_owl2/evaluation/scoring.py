@@ -30,10 +30,16 @@ def score_table(
     items: Sequence[tuple[str, Mapping, str]],
     gold_answer: Callable[[Mapping], str],
     accuracy: Callable[[str, Mapping], float],
+    equal_skills: bool = False,
 ) -> dict:
-    """Rows per skill and overall from (skill, gold row, prediction); accuracy is 0 to 1."""
+    """Rows per skill and overall from (skill, gold row, prediction); accuracy is 0 to 1.
+
+    With `equal_skills` overall is the mean of the skills, however many questions each has, and
+    `by_question` that of the questions.
+    """
     skills: dict[str, dict] = {}
     total, without_looking = 0.0, 0.0
+    shares: list[tuple[float, float]] = []
     for skill, pairs in sorted(group_by_skill((skill, pair) for skill, *pair in items).items()):
         counts = Counter(gold_answer(row) for row, _ in pairs)
         majority = min(counts, key=lambda answer: (-counts[answer], answer))
@@ -41,7 +47,35 @@ def score_table(
         blind = sum(accuracy(majority, row) for row, _ in pairs)
         skills[skill] = _row(right, blind, len(pairs))
         total, without_looking = total + right, without_looking + blind
-    return {"overall": _row(total, without_looking, len(items)), "skills": skills}
+        shares.append((right / len(pairs), blind / len(pairs)))
+    overall = _row(total, without_looking, len(items))
+    if equal_skills:
+        by_skill = _row(sum(r for r, _ in shares), sum(b for _, b in shares), len(shares))
+        overall |= by_skill | {"n": len(items), "by_question": overall["accuracy"]}
+    return {"overall": overall, "skills": skills}
+
+
+def grouped_table(
+    predictions: Mapping,
+    gold: Mapping,
+    fields: Sequence[str],
+    gold_answer: Callable[[Mapping], str],
+    accuracy: Callable[[str, Mapping], float],
+    equal_skills: bool = False,
+) -> dict:
+    """`score_table` of rows that are in a group by each of several fields, all under "skills"; the
+    first field's are the ones that `equal_skills` means."""
+    tables = [
+        score_table(
+            [(row[field], row, predictions[i]) for i, row in gold.items()],
+            gold_answer,
+            accuracy,
+            equal_skills,
+        )
+        for field in fields
+    ]
+    skills = {name: row for table in tables for name, row in table["skills"].items()}
+    return {"overall": tables[0]["overall"], "skills": skills}
 
 
 def _row(right: float, majority: float, n: int) -> dict:

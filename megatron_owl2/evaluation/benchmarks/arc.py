@@ -1,0 +1,110 @@
+"""ARC (Clark et al. 2018): school science, multiple choice, from AI2's JSON lines or Parquet.
+
+The file that is named says which set and split are asked; OpenCompass asks dev, lm-eval test.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation import choices
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
+from megatron_owl2.evaluation.rows import (
+    Optional,
+    list_of,
+    object_of,
+    read_rows,
+    rows_by_id,
+    text,
+    words,
+)
+
+_OPTIONS = object_of(text=list_of(text), label=list_of(words))
+_STEM = object_of(stem=words, choices=list_of(object_of(text=text, label=words)))
+
+
+def _question(value: Any, name: str) -> Any:
+    """AI2's object with the options inside it, or the text that Hugging Face's table has."""
+    return _STEM(value, name) if isinstance(value, dict) else words(value, name)
+
+
+_FIELDS = {
+    "id": words,
+    "question": _question,
+    "choices": Optional(_OPTIONS),
+    "answerKey": words,
+}
+
+
+def read_questions(path: Path, gold: Gold) -> list[Question]:
+    """The questions as OpenCompass's generation task words them, whatever the options' labels."""
+    return [
+        Question(
+            id=i,
+            text="\n".join([f"Question: {row['question']}", *choices.lettered(row["options"])]),
+            images=(),
+            skill=row["skill"],
+            gold=row["answer"],
+        )
+        for i, row in gold.items()
+    ]
+
+
+def read_gold(path: Path) -> Gold:
+    """The rows by id; the options labelled A to E or 1 to 5 are lettered in their order.
+
+    Raises TaskError for an answer that is the label of none.
+    """
+    name = re.search("ARC-(?:Challenge|Easy)", str(path.resolve()))
+    gold = {}
+    for i, row in rows_by_id(path, read_rows(path, _FIELDS), "id").items():
+        question, labels, options = _parts(row)
+        if row["answerKey"] not in labels or len(labels) != len(options):
+            raise TaskError(
+                f"{path}: the answer of question {i!r} is {row['answerKey']!r}, its options are "
+                f"labelled {', '.join(labels) or 'nothing'}"
+            )
+        gold[i] = {
+            "question": question,
+            "options": options,
+            "answer": choices.LETTERS[labels.index(row["answerKey"])],
+            "skill": name[0] if name else "ARC",
+        }
+    return gold
+
+
+def _parts(row: Mapping) -> tuple[str, list[str], list[str]]:
+    """Question, labels and options."""
+    if isinstance(row["question"], dict):
+        listed = row["question"]["choices"]
+        labels, options = [c["label"] for c in listed], [c["text"] for c in listed]
+        return row["question"]["stem"], labels, options
+    listed = row["choices"] or {"label": [], "text": []}
+    return row["question"], listed["label"], listed["text"]
+
+
+def score(predictions: Mapping, gold: Mapping, variant: str = "generation") -> dict:
+    """Accuracy of the letters that the model says; raises ScoreError.
+
+    "generation" is that; other evaluations compare how likely the options are instead.
+    """
+    return choices.score_choices(predictions, gold, choices.stated_letter)
+
+
+BENCHMARK = Benchmark(
+    about="ARC, multiple choice in school science",
+    file="ARC-*.jsonl",
+    gold_file="ARC-*.jsonl",
+    id_field="id",
+    answer_field="answer",
+    suffix="\nAnswer:",
+    max_new_tokens=10,
+    min_new_tokens=1,
+    read_questions=read_questions,
+    read_gold=read_gold,
+    score=score,
+    variants=("generation",),
+    columns=choices.COLUMNS,
+)
