@@ -63,8 +63,8 @@ class Benchmark:
     `scoring` describes. The readers check every field that the questions and the score need (`rows`
     helps) and raise TaskError naming the file.
 
-    `submission(predictions, gold)` gives name and content of the file that the benchmark's server or
-    published scorer takes. Only then questions may be asked without gold, which is {} there.
+    `submission(predictions, gold)` gives name and content of the file that the benchmark's server
+    or published scorer takes. Only then questions may be asked without gold, which is {} there.
     """
 
     about: str  # one line for the help of tools/evaluate.py

@@ -59,8 +59,8 @@ def evaluate(
 
     Writes predictions.jsonl, scores.json and, if every question was asked, the file for the
     benchmark's server to `output`. `questions` and `gold` come from `benchmark.read`; without gold
-    there are no scores. `about` (names of model and data) is kept with the scores. Every process of a
-    tensor-parallel group calls this and the first one writes. Raises TaskError, ScoreError and
+    there are no scores. `about` (names of model and data) is kept with the scores. Every process of
+    a tensor-parallel group calls this and the first one writes. Raises TaskError, ScoreError and
     InferenceError.
     """
     benchmark = find_benchmarks()[name]
