@@ -1,7 +1,7 @@
 """Rows of benchmark files and predictions, checked field by field before anything is scored.
 
-A file is a JSON list, JSON lines, or an object with the list under a key. What a field may hold is
-said by a reader of its value, such as `text` or `one_of("yes", "no")`.
+A file is a JSON list, JSON lines, an object with the list under a key, or an object of rows by id.
+What a field may hold is said by a reader of its value, such as `text` or `one_of("yes", "no")`.
 """
 
 from collections import Counter
@@ -153,6 +153,35 @@ def read_rows(path: Path, fields: Mapping[str, Reader], key: str | None = None) 
                 f"{path} is not in the format that the task reads: {misfit} ({place})"
             ) from None
     return rows
+
+
+def read_rows_by_key(path: Path, fields: Mapping[str, Reader]) -> dict[Id, dict]:
+    """Rows of a file that is one object, {id: row}; otherwise as `read_rows`.
+
+    Raises TaskError also for an id that comes twice.
+    """
+    read = object_of(**fields)
+    content = _read(path, lambda data: parse_json(data, _object_without_repeats))
+    if not isinstance(content, dict):
+        raise TaskError(f"{path} is not in the format that the task reads: it must be an object")
+    rows: dict[Id, dict] = {}
+    for i, row in content.items():
+        try:
+            rows[text(i, "id")] = read(row, "")
+        except Misfit as misfit:
+            where = short(repr(i))
+            raise TaskError(
+                f"{path} is not in the format that the task reads: {misfit} (entry {where})"
+            ) from None
+    return rows
+
+
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        repeated = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"an object has {short(repr(repeated))} twice")
+    return table
 
 
 def rows_by_id(path: Path, rows: list[dict], field: str) -> dict[Id, dict]:
