@@ -15,6 +15,7 @@ from data_prep.splits import Skipped
 from megatron_owl2.errors import PreprocessError
 
 _EXAMPLES = 5  # kept for each reason to skip
+_LISTED = 10_000  # samples of a reason that are listed if something is wrong with them
 _HALF = 20  # bars on each side of a score's limit
 _KIB = 1024
 _HISTOGRAMS = {
@@ -32,14 +33,15 @@ _HISTOGRAMS = {
 
 
 class StatisticsBuilder:
-    """Counts of one split or of several: skipped samples by reason with examples, and histograms of
-    what was read (as found) and kept (as stored). A histogram with k edges has k + 1 counts; both
-    ends are open."""
+    """Counts of one split or of several: skipped samples by reason with examples and, where
+    something is wrong with them, a list (bounded by _LISTED), and histograms of what was read (as
+    found) and kept (as stored). A histogram with k edges has k + 1 counts; both ends are open."""
 
     def __init__(self, filters: Filters):
         self.edges = histogram_edges(filters)
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.faults: dict[str, list[str]] = {}
         self.columns: set[str] = set()
         self.histograms = {
             kind: {name: [0] * (len(edges) + 1) for name, (_, edges) in self.edges.items()}
@@ -49,8 +51,9 @@ class StatisticsBuilder:
     def skip(self, skipped: Skipped) -> None:
         """Count of one more sample that was left out."""
         self.skipped[skipped.reason] += 1
-        if self.skipped[skipped.reason] <= _EXAMPLES:
-            self.examples.setdefault(skipped.reason, []).append(skipped.detail)
+        _keep(self.examples, skipped.reason, [skipped.detail], _EXAMPLES)
+        if not skipped.expected:
+            _keep(self.faults, skipped.reason, [skipped.detail], _LISTED)
 
     def count(self, kind: str, stats: ImageStats) -> None:
         """Count of one more record in the histograms of kind "read" or "kept"."""
@@ -62,6 +65,7 @@ class StatisticsBuilder:
         return {
             "skipped": self.skipped,
             "examples": self.examples,
+            "faults": self.faults,
             "columns": sorted(self.columns),
             "histograms": self.histograms,
         }
@@ -71,12 +75,27 @@ class StatisticsBuilder:
         self.skipped.update(counts["skipped"])
         self.columns.update(counts["columns"])
         for reason, details in counts["examples"].items():
-            known = self.examples.setdefault(reason, [])
-            known += details[: _EXAMPLES - len(known)]
+            _keep(self.examples, reason, details, _EXAMPLES)
+        for reason, details in counts.get("faults", {}).items():  # not in older states
+            _keep(self.faults, reason, details, _LISTED)
         for kind, histograms in counts["histograms"].items():
             for name, more in histograms.items():
                 total = self.histograms[kind][name]
                 total[:] = map(sum, zip(total, more, strict=True))
+
+    def reasons(self) -> list[str]:
+        """Reasons to skip, the most frequent one first."""
+        return sorted(self.skipped, key=lambda reason: (-self.skipped[reason], reason))
+
+    def skipped_lines(self) -> bytes:
+        """JSON lines {"reason", "detail"} of the samples that something is wrong with, and of
+        examples of the others; the same bytes for any workers and partitions."""
+        rows = (
+            {"reason": reason, "detail": detail}
+            for reason in self.reasons()
+            for detail in self.faults.get(reason) or self.examples[reason]
+        )
+        return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
     def check_scores(self, names: Iterable[str]) -> None:
         """Check of the names of scores; raises PreprocessError for one that no record has."""
@@ -87,6 +106,12 @@ class StatisticsBuilder:
                     f"no record has a score {name!r}; the columns that hold numbers are: "
                     f"{', '.join(sorted(self.columns)) or 'none'}"
                 )
+
+
+def _keep(known: dict[str, list[str]], reason: str, details: list[str], most: int) -> None:
+    """Addition of the details that `most` of a reason leave room for."""
+    kept = known.setdefault(reason, [])
+    kept += details[: most - len(kept)]
 
 
 def histogram_edges(filters: Filters) -> dict[str, tuple[str, list[float]]]:
@@ -132,7 +157,6 @@ class Statistics:
         unread: Sequence[UnreadFile] = (),
     ) -> "Statistics":
         """Statistics from the counts of all splits; the most frequent reason comes first."""
-        reasons = sorted(builder.skipped, key=lambda reason: (-builder.skipped[reason], reason))
         histograms = {
             name: {
                 "unit": unit,
@@ -147,8 +171,8 @@ class Statistics:
             shards=len(rows),
             bytes=sum(row["bytes"] for row in rows),
             asked=asked,
-            skipped={reason: builder.skipped[reason] for reason in reasons},
-            examples={reason: builder.examples[reason] for reason in reasons},
+            skipped={reason: builder.skipped[reason] for reason in builder.reasons()},
+            examples={reason: builder.examples[reason] for reason in builder.reasons()},
             histograms=histograms,
             unread=count_unread(unread),
         )

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data_prep.splits import Skipped
 from megatron_owl2.data.images import image_size
 from megatron_owl2.data.pillow_images import MAX_PIXELS, MAX_SIDE
 from megatron_owl2.data.shards.records import Record
@@ -58,6 +57,17 @@ def number_columns(record: Record) -> set[str]:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Limit that a record breaks: the reason, what was measured, the number of the image (from 0)
+    if it is one's, and whether the limit was chosen rather than that of decoding."""
+
+    reason: str
+    measured: str
+    image: int | None = None
+    chosen: bool = True
+
+
+@dataclass(frozen=True)
 class Filters:
     """Limits on images (sides in pixels, longer by shorter side), on captions (characters;
     conversations are left alone) and on named scores. With `decode` every image is decoded, so
@@ -76,36 +86,35 @@ class Filters:
         """Names of the scores that have a limit."""
         return self.min_score.keys() | self.max_score.keys()
 
-    def refuse(self, record: Record, stats: ImageStats) -> Skipped | None:
-        """Reason why a record does not stay, or None."""
-        for reason, value in self._broken_limits(record, stats):
-            return Skipped(reason, f"{record.key}: {value}")
-        return None
+    def refuse(self, record: Record, stats: ImageStats) -> Refusal | None:
+        """First limit that a record breaks, or None."""
+        return next(self._broken_limits(record, stats), None)
 
-    def _broken_limits(self, record: Record, stats: ImageStats) -> Iterator[tuple[str, object]]:
-        for size in stats.sizes:
+    def _broken_limits(self, record: Record, stats: ImageStats) -> Iterator[Refusal]:
+        for number, size in enumerate(stats.sizes):
             shape = "{} x {} pixels".format(*size)
             if math.prod(size) > MAX_PIXELS or max(size) > MAX_SIDE:
-                yield f"more than {MAX_PIXELS} pixels, or a side above {MAX_SIDE}", shape
+                reason = f"more than {MAX_PIXELS} pixels, or a side above {MAX_SIDE}"
+                yield Refusal(reason, shape, number, chosen=False)
             if self.min_side is not None and min(size) < self.min_side:
-                yield f"smaller side below {self.min_side} pixels", shape
+                yield Refusal(f"smaller side below {self.min_side} pixels", shape, number)
             aspect = max(size) / min(size)
             if self.max_aspect is not None and aspect > self.max_aspect:
-                yield f"aspect ratio above {self.max_aspect:g}", shape
+                yield Refusal(f"aspect ratio above {self.max_aspect:g}", shape, number)
         if record.caption is not None:
             length = f"{stats.characters} characters"
             if self.min_caption is not None and stats.characters < self.min_caption:
-                yield f"caption below {self.min_caption} characters", length
+                yield Refusal(f"caption below {self.min_caption} characters", length)
             if self.max_caption is not None and stats.characters > self.max_caption:
-                yield f"caption above {self.max_caption} characters", length
+                yield Refusal(f"caption above {self.max_caption} characters", length)
         for name in sorted(self.score_names):
             value = stats.scores.get(name)
             if value is None:
-                yield f"no score {name}", f"it has {sorted(record.metadata)}"
+                yield Refusal(f"no score {name}", f"it has {sorted(record.metadata)}")
             elif value < self.min_score.get(name, -math.inf):
-                yield f"{name} below {self.min_score[name]:g}", f"{value:g}"
+                yield Refusal(f"{name} below {self.min_score[name]:g}", f"{value:g}")
             elif value > self.max_score.get(name, math.inf):
-                yield f"{name} above {self.max_score[name]:g}", f"{value:g}"
+                yield Refusal(f"{name} above {self.max_score[name]:g}", f"{value:g}")
 
 
 def _number(value: object) -> float | None:

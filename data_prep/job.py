@@ -9,7 +9,7 @@ depend on neither.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -151,7 +151,7 @@ def _write(
 def _select(state: JobState, splits: Sequence[InputSplit], settings: Settings) -> None:
     """Selection among the records of all splits: duplicates and the sample."""
     statistics = StatisticsBuilder(settings.filters)
-    for result in _complete("scanned", {split.name: state.scan_result(split) for split in splits}):
+    for result in _complete("scanned", splits, state.scan_result):
         statistics.add(result)
     statistics.check_scores(settings.filters.score_names)
     tables = [partial(np.load, state.scan(split)) for split in splits]
@@ -171,35 +171,46 @@ def _select(state: JobState, splits: Sequence[InputSplit], settings: Settings) -
 
 
 def _finish(state: JobState, plan: InputPlan, settings: Settings) -> Statistics:
-    """Report, page and, last, manifest of a data set whose splits are all written."""
+    """List of what was left out, report, page and, last, manifest of a data set whose splits are
+    all written."""
     splits = plan.splits
     statistics = StatisticsBuilder(settings.filters)
     if settings.two_readings:
-        scans = {split.name: state.scan_result(split) for split in splits}
-        for result in _complete("scanned", scans):
+        for result in _complete("scanned", splits, state.scan_result):
             statistics.add(result)
-    results = _complete("written", {split.name: state.result(split) for split in splits})
-    for result in results:
+    rows = []
+    for result in _complete("written", splits, state.result):
         statistics.add(result)
+        rows += result["rows"]
+    write_atomically(state.skipped, statistics.skipped_lines())
     statistics.check_scores(settings.filters.score_names)
-    rows = [row for result in results for row in result["rows"]]
     asked = settings.sample if isinstance(settings.sample, int) else None
     report = Statistics.of(statistics, rows, asked, plan.unread)
     if not rows:
-        raise PreprocessError(f"no sample was kept, so {state.output} is not a data set: {report}")
+        raise PreprocessError(
+            f"no sample was kept, so {state.output} is not a data set: {report}\n"
+            f"listed in {state.skipped}"
+        )
     write_atomically(state.output / REPORT, report.to_json())
     write_html_report(state.output, state.output / PAGE, report, rows, settings.filters)
     write_manifest(state.output, rows)
     return report
 
 
-def _complete(verb: str, results: dict[str, dict | None]) -> list[dict]:
-    """Results of all splits; raises PreprocessError naming those that have none."""
-    missing = [name for name, result in results.items() if result is None]
+def _complete(
+    verb: str, splits: Sequence[InputSplit], load: Callable[[InputSplit], dict | None]
+) -> Iterator[dict]:
+    """Results of all splits, one in memory at a time; raises PreprocessError naming those that have
+    none."""
+    missing = []
+    for split in splits:
+        if (result := load(split)) is None:
+            missing.append(split.name)
+        elif not missing:
+            yield result
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise PreprocessError(
-            f"{len(missing)} of {len(results)} splits are not {verb} yet: "
+            f"{len(missing)} of {len(splits)} splits are not {verb} yet: "
             f"{', '.join(missing[:_NAMED])}{more}; run their partitions (again)"
         )
-    return [result for result in results.values() if result is not None]

@@ -1,8 +1,9 @@
 """State of a job in its output folder, by which runs continue and machines share the work.
 
-Below `preprocess/`, job.json describes the job, and scan/, selection/ and parts/ hold complete
-results. Work in progress lies in unfinished/, in a folder of the process that does it, and is
-moved out as a whole; so nothing that was interrupted looks finished.
+Below `preprocess/`, job.json describes the job, scan/, selection/ and parts/ hold complete results,
+and skipped.jsonl lists what a finished job left out. Work in progress lies in unfinished/, in a
+folder of the process that does it, and is moved out as a whole; so nothing that was interrupted
+looks finished.
 """
 
 import json
@@ -33,6 +34,7 @@ class JobState:
         self.output = output
         self._work = output / _WORK
         self.selection = self._work / "selection"
+        self.skipped = self._work / "skipped.jsonl"
 
     def claim(self, job: dict[str, Any]) -> None:
         """Claim of an empty folder; raises PreprocessError if it is or holds anything else."""

@@ -48,7 +48,12 @@ class InputPlan:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Sample that was left out: the reason (a category, to be counted) and which sample it was."""
+    """Sample that was left out: the reason (a category, to be counted) and which sample it was.
+
+    `expected` says that nothing is wrong with it: a filter, a duplicate or the draw of a sample
+    left it out, or its download had failed. Of these examples are kept, of the others all.
+    """
 
     reason: str
     detail: str
+    expected: bool = False

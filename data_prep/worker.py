@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from data_prep import dedup
 from data_prep.corpus_statistics import StatisticsBuilder
 from data_prep.filters import Filters, ImageStats, measure, number_columns
+from data_prep.formats.common.inputs import SkipError, shown, skipped
 from data_prep.job_state import JobState
 from data_prep.reencode import Reencoding
 from data_prep.split_pool import Tick
 from data_prep.splits import InputSplit, Skipped
 from megatron_owl2.data.image_files import kind, why_not_read
-from megatron_owl2.data.images import decode
+from megatron_owl2.data.images import decode, image_size
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.shards.writer import ShardWriter
 from megatron_owl2.errors import BadSampleError, PreprocessError
@@ -123,7 +125,7 @@ def _examine(
     for position, item in enumerate(settings.read(split.payload)):
         tick(item)
         if isinstance(item, Record) and item.key in keys:
-            item = Skipped("key occurs twice", item.key)
+            item = Skipped("key occurs twice", _where(split.origin.name, item))
         if isinstance(item, Record):
             keys.add(item.key)
             item = _judge(settings, split, statistics, item, position)
@@ -142,34 +144,29 @@ def _judge(
 ) -> _Candidate | Skipped:
     """Decision about one record; cheap checks come first, to decode few images in vain."""
     statistics.columns.update(number_columns(record))
-    for image in record.images:
+    where = partial(_where, split.origin.name, record)
+    for number, image in enumerate(record.images):
         if not settings.reencoding.accepts(image):
-            return _not_accepted(record.key, image)
+            return skipped(_not_accepted(image), where(number))
     try:
         stats = measure(record, settings.filters.score_names)
     except BadSampleError as error:
-        return Skipped("image cannot be read", f"{record.key}: {error}")
+        return Skipped("image cannot be read", f"{where(_first_unreadable(record))}: {error}")
     statistics.count("read", stats)
     refused = settings.filters.refuse(record, stats)
     if refused is not None:
-        return refused
+        detail = f"{where(refused.image)}: {refused.measured}"
+        return Skipped(refused.reason, detail, expected=refused.chosen)
     if isinstance(settings.sample, float) and not settings.two_readings:
         drawn = dedup.priority(record, split, settings.seed)
         if not dedup.below_fraction(drawn, settings.sample):
-            return Skipped(_NOT_SAMPLED, record.key)
-    try:
-        change = _to_reencode(settings, record, stats)
-    except BadSampleError as error:
-        return Skipped(str(error), record.key)
+            return Skipped(_NOT_SAMPLED, where(), expected=True)
     pixels: list[torch.Tensor | None] = []
-    for image, changes in zip(record.images, change, strict=True):
+    for number, (image, size) in enumerate(zip(record.images, stats.sizes, strict=True)):
         try:
-            decoded = decode(image) if changes or settings.filters.decode else None
-        except BadSampleError as error:
-            reason = "image cannot be decoded"
-            detail = str(error).removeprefix(f"{reason}: ")
-            return Skipped(reason, f"{record.key}: {detail}")
-        pixels.append(decoded if changes else None)
+            pixels.append(_checked(settings, image, size))
+        except SkipError as error:
+            return skipped(error, where(number))
     return _Candidate(record, position, stats, tuple(pixels))
 
 
@@ -194,14 +191,16 @@ def _selected(
             break
         if decision == dedup.KEEP:
             stats = measure(item, settings.filters.score_names)
-            change = _to_reencode(settings, item, stats)
-            pixels = [decode(i) if c else None for i, c in zip(item.images, change, strict=True)]
+            needed = map(settings.reencoding.needed, item.images, stats.sizes)
+            pixels = [decode(i) if n else None for i, n in zip(item.images, needed, strict=True)]
             yield _Candidate(item, place, stats, tuple(pixels))
         elif decision == dedup.DUPLICATE:
             assert settings.deduplicate is not None  # or there would be no duplicates
-            statistics.skip(Skipped(_DUPLICATES[settings.deduplicate], item.key))
+            reason, where = _DUPLICATES[settings.deduplicate], _where(split.origin.name, item)
+            statistics.skip(Skipped(reason, where, expected=True))
         else:
-            statistics.skip(Skipped(_LEFT_OUT[decision], item.key))
+            where = _where(split.origin.name, item)
+            statistics.skip(Skipped(_LEFT_OUT[decision], where, expected=True))
         position, content, decision = next(expected, (None, None, None))
     if position is not None:
         raise PreprocessError(
@@ -210,9 +209,19 @@ def _selected(
         )
 
 
-def _to_reencode(settings: Settings, record: Record, stats: ImageStats) -> list[bool]:
-    """Whether each image is encoded anew; raises BadSampleError if JPEG cannot hold one."""
-    return list(map(settings.reencoding.needed, record.images, stats.sizes))
+def _checked(settings: Settings, image: bytes, size: tuple[int, int]) -> torch.Tensor | None:
+    """Pixels of an image that is to be encoded anew, None of one that is stored as it is; raises
+    SkipError if JPEG cannot hold it, or if it is decoded in vain."""
+    try:
+        changes = settings.reencoding.needed(image, size)
+    except BadSampleError as error:
+        raise SkipError(str(error)) from None
+    try:
+        decoded = decode(image) if changes or settings.filters.decode else None
+    except BadSampleError as error:
+        reason = "image cannot be decoded"
+        raise SkipError(reason, str(error).removeprefix(f"{reason}: ")) from None
+    return decoded if changes else None
 
 
 def _encoded(settings: Settings, candidate: _Candidate) -> tuple[bytes, ...]:
@@ -222,15 +231,34 @@ def _encoded(settings: Settings, candidate: _Candidate) -> tuple[bytes, ...]:
     return tuple(image if pixels is None else encode(pixels) for image, pixels in pairs)
 
 
-def _not_accepted(key: str, image: bytes) -> Skipped:
+def _where(file: str, record: Record, image: int | None = None) -> str:
+    """Place of a record that is left out: file of the input, key, id and, if it has several images,
+    the number of the one (from 0) that it is left out for."""
+    named = [file, f"key {record.key}"]
+    if "id" in record.metadata:
+        named.append(f"id {shown(record.metadata['id'])}")
+    if image is not None and len(record.images) > 1:
+        named.append(f"image {image + 1} of {len(record.images)}")
+    return ", ".join(named)
+
+
+def _first_unreadable(record: Record) -> int | None:
+    """Number of the first image whose header cannot be read."""
+    for number, image in enumerate(record.images):
+        try:
+            image_size(image)
+        except BadSampleError:
+            return number
+    return None
+
+
+def _not_accepted(image: bytes) -> SkipError:
     """Reason why shards do not hold an image of its kind."""
     reason = "image is not JPEG, PNG or WebP"
     if name := kind(image):
-        return Skipped(
-            f"{reason} (--max-side or --jpeg-quality stores it as JPEG)", f"{key}: {name}"
-        )
-    return Skipped(reason, f"{key}: {why_not_read(image)}")
+        return SkipError(f"{reason} (--max-side or --jpeg-quality stores it as JPEG)", name)
+    return SkipError(reason, why_not_read(image))
 
 
 def _not_storable(record: Record, error: BadSampleError) -> Skipped:
-    return Skipped("record cannot be stored", f"{record.key}: {error}")
+    return Skipped("record cannot be stored", f"{_where(record.source, record)}: {error}")

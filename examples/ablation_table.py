@@ -69,7 +69,9 @@ def draw(found: dict, path: Path) -> None:
             axis.set_xticks([place + 0.2 for place in range(len(DATA))], list(DATA.values()))
             axis.set_title(name)
         axes[0].set_ylabel("% of exact answers")
-        axes[0].legend(frameon=False)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+        )
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ content}]}]; an entry may name several images, and have a text before the first 
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from data_prep.formats.common.inputs import (
     skipped,
 )
 from data_prep.formats.common.messages import (
-    SYSTEM,
     Message,
     part_names,
     read_messages,
@@ -34,6 +34,8 @@ from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import is_json_list, json_lines, parse_json
 
 _FIELDS = ("conversations", "messages")
+# Keys by which collections name files, and which are not read (but image_id, video_length).
+_MEDIA = re.compile(r"(image|img|video|audio)s?(_?(file|path|url|file_?name)s?)?", re.IGNORECASE)
 _NO_FILES = ("data:", "http://", "https://")  # beginnings of what is not looked for in --images
 
 
@@ -55,7 +57,7 @@ class Conversations:
             )
         check_data(source)
         data = source.read_bytes()
-        entries = _parse(data, source)
+        unit, entries = _parse(data, source)
         images = options.images
         if images or any(_names_files(entry) for _, entry in entries):
             images = images_folder(source, options)
@@ -65,52 +67,58 @@ class Conversations:
             InputSplit(
                 f"{name}-{start // options.samples_per_split:05d}",
                 f"{digest} from {start}",
-                (start, entries[start : start + options.samples_per_split], images, source),
+                (unit, entries[start : start + options.samples_per_split], images, source),
                 source,
             )
             for start in range(0, len(entries), options.samples_per_split)
         ]
         return InputPlan(splits)
 
-    def read(self, payload: tuple[int, list, Path | None, Path]) -> Iterator[Record | Skipped]:
-        """Records of consecutive entries; the key is the entry's number in the file.
+    def read(self, payload: tuple[str, list, Path | None, Path]) -> Iterator[Record | Skipped]:
+        """Records of consecutive entries; the key is the number of the line in the file, from 1, or
+        of the entry in its list, from 0.
 
-        A tag in a question is the place of the next image; without any tag all images come before
-        the first question. White space around tags that begin a question is dropped, other text
-        stays. In an answer a tag is text. Answers before the first question go, as LLaVA's code
-        does it, and so does a question without an answer at the end; `metadata["dropped_turns"]`
-        counts them.
+        A tag in a question is the place of the next image, in any letter case if the entry has
+        images; without any tag all images come before the first question. White space around tags
+        that begin a question is dropped, other text stays. In an answer a tag is text.
+
+        What both `image` and `images` name must be the same and is taken once; an empty text or
+        list and null name nothing. Video, audio, and images under other keys alone, lose the entry.
+
+        Answers before the first question go, as LLaVA's code does it, and so does a question
+        without an answer at the end; `metadata["dropped_turns"]` counts them.
         """
-        start, entries, images, source = payload
-        for index, (place, entry) in enumerate(entries, start):
+        unit, entries, images, source = payload
+        for number, entry in entries:
             name = entry.get("id") if isinstance(entry, dict) else None
-            where = f"{source.name}, {place}, id {shown(name)}"
-            if entry is _BROKEN:
+            where = f"{source.name}, {unit} {number}, id {shown(name)}"
+            if entry is _BrokenLine:
                 yield Skipped("line is not JSON", where)
                 continue
             try:
-                yield _record(index, entry, images, source.stem)
+                yield _record(number, entry, images, source.stem)
             except (SkipError, BadSampleError) as error:
                 yield skipped(error, where)
 
 
-_BROKEN = "broken"  # in place of an entry: a line that is not JSON
+class _BrokenLine:
+    """Stand-in for an entry whose line is not JSON; the class itself, which pickle keeps one."""
 
 
-def _parse(data: bytes, source: Path) -> list[tuple[str, Any]]:
-    """Place, for messages, and content of every entry."""
+def _parse(data: bytes, source: Path) -> tuple[str, list[tuple[int, Any]]]:
+    """What the numbers count, lines or entries of a list, and number and content of every entry."""
     try:
         if is_json_list(data):
-            entries = [(f"entry {index}", entry) for index, entry in enumerate(parse_json(data))]
+            entries = list(enumerate(parse_json(data)))
             if not entries:
                 raise PreprocessError(f"{source} holds no conversation: its list is empty")
-            return entries
+            return "entry", entries
         entries = []
         for number, line in json_lines(data):
             try:
-                entries.append((f"line {number}", parse_json(line)))
+                entries.append((number, parse_json(line)))
             except ValueError:
-                entries.append((f"line {number}", _BROKEN))
+                entries.append((number, _BrokenLine))
     except ValueError as error:
         raise PreprocessError(f"{source} is not JSON: {error}") from None
     if not any(isinstance(entry, dict) for _, entry in entries):
@@ -120,7 +128,7 @@ def _parse(data: bytes, source: Path) -> list[tuple[str, Any]]:
         raise PreprocessError(
             f"{source} must hold a list of conversations; it holds one object ({keys})"
         )
-    return entries
+    return "line", entries
 
 
 def _names_files(entry: Any) -> bool:
@@ -132,11 +140,36 @@ def _names_files(entry: Any) -> bool:
 
 
 def _listed(entry: dict) -> list[Any]:
-    """What `image` and `images` name, each one name or a list of them."""
-    found: list = []
-    for value in (entry.get("image"), entry.get("images")):
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return found
+    """What `image` and `images` name, the same list once."""
+    image, images = _named(entry, "image"), _named(entry, "images")
+    return image if image == images else image + images
+
+
+def _named(entry: dict, key: str) -> list[Any]:
+    """What a key names: one name, a list of them, or nothing."""
+    value = entry.get(key)
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
+
+
+def _check_keys(entry: dict, has_images: bool) -> None:
+    """Check that an entry names no video or audio, and its images by the keys that are read and
+    alike; raises SkipError.
+
+    Other keys beside images say where these come from.
+    """
+    for key, value in entry.items():
+        kind = _MEDIA.fullmatch(key)
+        if not value or not kind or key in ("image", "images"):
+            continue
+        if kind[1].lower() in ("video", "audio"):
+            raise SkipError("video and audio are not read", f"{key}: {shown(value)}")
+        if not has_images:
+            reason = "images are named by another key than image and images"
+            raise SkipError(reason, f"{key}: {shown(value)}")
+    image, images = _named(entry, "image"), _named(entry, "images")
+    if image and images and image != images:
+        both = f"{shown(image)} and {shown(images)}"
+        raise SkipError("image and images name different files", both)
 
 
 def _messages(entry: dict) -> Any:
@@ -148,10 +181,12 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
         raise SkipError("entry is not an object")
     if (found := _messages(entry)) is None:
         raise SkipError("no conversations or messages", ", ".join(map(shown, entry)))
-    system, messages = _system(entry, read_messages(found))
-    messages, dropped = take_turns(messages)
+    has_images = bool(_listed(entry) or part_names(found))
+    _check_keys(entry, has_images)
+    conversation = take_turns(read_messages(found, has_images))
+    system, messages = _system(entry, conversation.system), conversation.turns
     names = _image_names(entry, messages)
-    if names and any(message.places for message in dropped):
+    if names and any(message.places for message in conversation.dropped):
         raise SkipError("image tag in a question that is dropped")
     texts = [message.text for message in messages]
     if names and not any(message.places for message in messages):
@@ -159,29 +194,26 @@ def _record(index: int, entry: Any, images: Path | None, source: str) -> Record:
     if not all(texts):
         raise SkipError("empty turn")
     metadata = {"id": entry["id"]} if "id" in entry else {}
+    dropped = len(conversation.dropped)
     return Record(
         key=f"{index:09d}",
         images=tuple(_image(name, images) for name in names),
         turns=tuple(map(Turn, texts[::2], texts[1::2])),
         system=system,
         source=source,
-        metadata=metadata | ({"dropped_turns": len(dropped)} if dropped else {}),
+        metadata=metadata | ({"dropped_turns": dropped} if dropped else {}),
     )
 
 
-def _system(entry: dict, messages: list[Message]) -> tuple[str, list[Message]]:
-    """The text before the first turn, of the entry or of a system turn, and the other messages."""
+def _system(entry: dict, of_turn: str) -> str:
+    """The text before the first turn, of the entry or `of_turn`, a system turn."""
     top = entry.get("system")
     if top is not None and not isinstance(top, str):
         raise SkipError("system is not a text", shown(top))
-    texts = [strip_text(top or "")]
-    if messages and messages[0].speaker == SYSTEM:
-        texts.append(messages[0].text)
-        messages = messages[1:]
-    texts = list(dict.fromkeys(text for text in texts if text))
+    texts = list(dict.fromkeys(text for text in (strip_text(top or ""), of_turn) if text))
     if len(texts) > 1:
         raise SkipError("system text and another one in a system turn")
-    return "".join(texts), messages
+    return "".join(texts)
 
 
 def _image_names(entry: dict, messages: list[Message]) -> list[Any]:

@@ -191,7 +191,7 @@ def _sample(item: Sample | Skipped) -> _Row | Skipped:
 
 def _record(key: str, image: bytes | None, row: dict[str, Any], source: str) -> Record | Skipped:
     if row.get("status") != "success":
-        return Skipped(f"status {row.get('status')}", key)
+        return Skipped(f"status {row.get('status')}", key, expected=True)
     if not image:
         return Skipped("no image", key)
     metadata = scalars(row, without=_BOOKKEEPING)
@@ -225,7 +225,7 @@ def _not_there(path: Path, found: int) -> Iterator[Skipped]:
         where = f"shard {path.stem}: " + ", ".join(f"{n} x {message}" for message, n in known)
         for name in _FAILURES:
             failures += counts[name]
-            yield from [Skipped(f"status {name}", where)] * counts[name]
+            yield from [Skipped(f"status {name}", where, expected=True)] * counts[name]
     lost = max(0, counts["count"] - failures - found)
     yield from [Skipped("counted in the statistics but not there", f"shard {path.stem}")] * lost
 

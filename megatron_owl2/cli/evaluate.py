@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     loaded = load_model(options.checkpoint, options.precision)
     result = runner.evaluate(loaded, options.task, questions, gold, options.output, settings, about)
     if is_first_rank():
-        if gold:
+        if benchmark.has_answers(gold):
             print(runner.table(result, task.columns))
         else:
             print(f"{len(questions)} answers to questions without gold are in {options.output}")

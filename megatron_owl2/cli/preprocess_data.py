@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_owl2.cli.command import Command
 from megatron_owl2.cli.measure_lengths import describe, measure, read_tokenizer
-from megatron_owl2.cli.options import count, score_limit
+from megatron_owl2.cli.options import count, number, score_limit
 from megatron_owl2.config.templates import OWL2, TEMPLATES
 from megatron_owl2.errors import DataError, PreprocessError
 
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("image", "pair"),
         help="keep the first of samples with the same image, or the same image and text",
     )
-    add("--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1")
+    add(
+        "--sample", type=_sample, metavar="N", help="keep N samples, or a fraction like 0.1 or 1e-3"
+    )
     add(
         "--hold-out",
         type=count,
@@ -181,10 +183,15 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _summary(outcome: "Outcome", output: Path) -> str:
     from data_prep.job import PAGE
+    from data_prep.job_state import JobState
 
     if outcome.report is not None:
         state = "finished" if outcome.finished else "was finished already, nothing done"
-        return f"{state}; {outcome.report}\nlook at {output / PAGE}"
+        text = f"{state}; {outcome.report}\nlook at {output / PAGE}"
+        listed = JobState(output).skipped
+        if outcome.report.skipped and listed.exists():  # not in folders of earlier versions
+            text += f"; what was left out is listed in {listed}"
+        return text
     if outcome.selected:
         return "selected; now run the partitions again, then --merge"
     verb = "scanned" if outcome.scanned else "written"
@@ -193,31 +200,36 @@ def _summary(outcome: "Outcome", output: Path) -> str:
 
 
 def _quality(text: str) -> int:
-    value = int(text)
+    value = number(text, int)
     if not 1 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
-    return value
+    return int(value)
 
 
 def _ratio(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 1 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
 
 def _sample(text: str) -> int | float:
-    value = float(text) if "." in text else int(text)
-    if value <= 0 or (isinstance(value, float) and value >= 1):
-        raise argparse.ArgumentTypeError(f"{text} is neither a number of samples nor below 1")
-    return value
+    samples, fraction = number(text, int), number(text)
+    if samples >= 1:
+        return int(samples)
+    if not 0 < fraction < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of samples, such as 1000, nor a fraction between 0 and "
+            "1, such as 0.1 or 1e-3"
+        )
+    return fraction
 
 
 def _partition(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not slash or not 0 <= int(index) < int(count):
+    index, partitions = (number(part, int) for part in (text.partition("/")[::2]))
+    if not 0 <= index < partitions:
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")
-    return int(index), int(count)
+    return int(index), int(partitions)
 
 
 main = Command(

@@ -34,29 +34,34 @@ Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: `images` are paths, `gold` is the answer to show beside the model's, None
-    if it was never published."""
+    """One thing to ask: `images` are paths, or files' bytes where the benchmark holds them inside,
+    and `gold` is the answer to show beside the model's, None if it was never published. The images
+    come before the text, unless it is `placed`: then it has a placeholder for each of them."""
 
     id: Id
     text: str
-    images: tuple[Path, ...]
+    images: tuple[Path | bytes, ...]
     skill: str
     gold: str | None
+    placed: bool = False
 
     def prompt(self, suffix: str, template: Template = OWL2) -> str:
         """The prompt of the model's template, images first; owl2's is that of official inference.
         It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
         the answer's first token, which carries its own leading space, directly after the colon."""
-        return prompt(IMAGE_PLACEHOLDER * len(self.images) + self.text + suffix, template)
+        before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
+        return prompt(before + self.text + suffix, template)
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """The entry of a benchmark: its files, its way of asking, and its scoring rule.
 
-    Its questions are found in a folder by the pattern `file`, its gold by `gold_file`. Result files
-    name a question `id_field` and the model's text `answer_field`, as the benchmark's own do.
-    `suffix` follows every question; the token limits are those of the official evaluation.
+    Its questions are found in a folder by the pattern `file`, its gold by `gold_file`; a benchmark
+    of `many_files` takes all that match, and its readers get the folder, or the file that was
+    named, and list them by `files_of`. Result files name a question `id_field` and the model's text
+    `answer_field`, as the benchmark's own do. `suffix` follows every question; the token limits are
+    those of the official evaluation.
 
     `read_questions(file, gold)` gives the questions, `read_gold(gold_file)` the gold rows by id,
     and `score(predictions, gold)`, with a third argument if there are `variants`, the tables that
@@ -64,7 +69,9 @@ class Benchmark:
     helps) and raise TaskError naming the file.
 
     `submission(predictions, gold)` gives name and content of the file that the benchmark's server
-    or published scorer takes. Only then questions may be asked without gold, which is {} there.
+    or published scorer takes. Only then questions may be asked without gold, which is {} there; or,
+    if the benchmark has `unanswered_rows`, the rows with None as their `answer`, as they also are
+    where it is not published.
     """
 
     about: str  # one line for the help of tools/evaluate.py
@@ -83,6 +90,8 @@ class Benchmark:
     # question has no score of its own.
     columns: tuple[str, ...] = ("accuracy", "majority", "n")
     submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
+    many_files: bool = False
+    unanswered_rows: bool = False
 
 
 def read(
@@ -91,27 +100,29 @@ def read(
     """The questions, at most `limit`, and {id: gold row} of them, from a folder or question file.
 
     Images are looked for in `images/` beside the file. `with_gold` False reads a set whose answers
-    are not published; its gold is {}. Raises TaskError for missing or ambiguous files, unreadable
-    content, questions without gold, and images that are not there.
+    are not published; its gold is {} or has no answers. Raises TaskError for missing or ambiguous
+    files, unreadable content, questions without gold, and images that are not there.
     """
     if not with_gold and benchmark.submission is None:
         raise TaskError("this task has no file for a server; its questions need their gold")
-    path = _find(data, benchmark.file)
-    gold = _gold_of(benchmark, path) if with_gold else {}
+    path = _find(data, benchmark.file, benchmark.many_files)
+    gold = _gold_of(benchmark, path) if with_gold or benchmark.unanswered_rows else {}
+    if not with_gold:
+        gold = {i: row | {"answer": None} for i, row in gold.items()}
     questions = benchmark.read_questions(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
-    for tag in (IMAGE_PLACEHOLDER, "<image>"):  # ours and LLaVA's
-        if marked := [question.id for question in questions if tag in question.text]:
-            raise TaskError(
-                f"{path}: the text of question {marked[0]!r} holds {tag}, which stands for images "
-                "only; take it out"
-            )
+    _check_tags(path, questions)
     # os.path, as no name is too long or too odd for it
-    lost = sorted({image for q in questions for image in q.images if not os.path.isfile(image)})
-    if lost:
+    files = {image for q in questions for image in q.images if isinstance(image, Path)}
+    if lost := sorted(image for image in files if not os.path.isfile(image)):
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
-    return questions, {question.id: gold[question.id] for question in questions if with_gold}
+    return questions, {question.id: gold[question.id] for question in questions if gold}
+
+
+def has_answers(gold: Gold) -> bool:
+    """Whether predictions can be scored: there is gold, and not all of it unanswered."""
+    return any(row.get("answer", "") is not None for row in gold.values())
 
 
 def _gold_of(benchmark: Benchmark, questions: Path) -> Gold:
@@ -120,12 +131,24 @@ def _gold_of(benchmark: Benchmark, questions: Path) -> Gold:
     return read_gold(benchmark, _gold_beside(questions, benchmark.gold_file))
 
 
+def _check_tags(path: Path, questions: list[Question]) -> None:
+    """Refusal of texts with another number of placeholders than the images placed in them."""
+    for tag in (IMAGE_PLACEHOLDER, "<image>"):  # ours and LLaVA's
+        for question in questions:
+            ours = question.placed and tag == IMAGE_PLACEHOLDER
+            if question.text.count(tag) != (len(question.images) if ours else 0):
+                raise TaskError(
+                    f"{path}: the text of question {question.id!r} holds {tag}, which stands for "
+                    "images only; take it out"
+                )
+
+
 def read_gold(benchmark: Benchmark, path: str | Path) -> Gold:
     """{id: row} as `benchmark.score` takes it, from the benchmark's folder or its gold file.
 
     Raises TaskError for missing or ambiguous files and unreadable content.
     """
-    path = _find(path, benchmark.gold_file)
+    path = _find(path, benchmark.gold_file, benchmark.many_files)
     gold = benchmark.read_gold(path)
     if not gold:
         raise TaskError(f"{path} holds no question")
@@ -161,14 +184,21 @@ def score(
     return benchmark.score(predictions, gold, variant)
 
 
-def _find(data: str | Path, pattern: str) -> Path:
-    """`data` if it is a file, else the only file in it that matches."""
+def files_of(path: Path, pattern: str) -> list[Path]:
+    """The file itself, or all files of a folder that match, sorted, for tasks of `many_files`."""
+    return [path] if path.is_file() else _matching(path, pattern)
+
+
+def _find(data: str | Path, pattern: str, many: bool) -> Path:
+    """`data` if it is a file, else the only file in it that matches; the folder, if `many` may."""
     data = Path(data)
     if data.is_file():
         return data
     if not data.is_dir():
         raise TaskError(f"{data} does not exist")
     found = _matching(data, pattern)
+    if many:
+        return data
     if len(found) > 1:
         raise TaskError(f"{_several(found, pattern)}; name one of them")
     return found[0]

@@ -1,11 +1,15 @@
-"""Image files that a benchmark names: by a path, or by a number as COCO names its files."""
+"""Images of a benchmark: files named by a path or, as COCO names its files, by a number, and bytes
+inside its rows."""
 
+import base64
 import re
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation.rows import short
+from megatron_owl2.evaluation.rows import Misfit, short
 from megatron_owl2.utils.files import is_hidden
 
 IMAGES = "images"  # folder beside the question file
@@ -24,6 +28,25 @@ def named_image(questions: Path, name: str) -> Path:
             f"{questions}: {short(repr(name))} is no path in {questions.parent / IMAGES}"
         )
     return questions.parent / IMAGES / path
+
+
+def one_of_named(questions: Path, *names: str) -> Path:
+    """The first of these files that is there, as archives are unpacked at several depths, else the
+    path of the first name."""
+    paths = [named_image(questions, name) for name in names]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def encoded_image(value: Any, name: str) -> bytes:
+    """A reader of an image that a row holds: base64 text, or bytes as Hugging Face's tables have
+    them, alone or as {"bytes", "path"}."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(data, str):
+        with suppress(ValueError):
+            data = base64.b64decode("".join(data.split()), validate=True)
+    if not isinstance(data, bytes) or not data:
+        raise Misfit(name, "holds no image, in base64 or as bytes")
+    return data
 
 
 class NumberedImages:

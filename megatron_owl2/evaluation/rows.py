@@ -1,7 +1,8 @@
 """Rows of benchmark files and predictions, checked field by field before anything is scored.
 
-A file is a JSON list, JSON lines, an object with the list under a key, or an object of rows by id.
-What a field may hold is said by a reader of its value, such as `text` or `one_of("yes", "no")`.
+A file is a JSON list, JSON lines, an object with the list under a key or with rows as its values,
+or a table. What a field may hold is said by a reader of its value, such as `text` or
+`one_of("yes", "no")`.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation import table_files
 from megatron_owl2.utils.json_text import is_json_list, parse_json, parse_json_lines
 
 Id = int | str
@@ -143,9 +145,32 @@ def read_rows(path: Path, fields: Mapping[str, Reader], key: str | None = None) 
     The rows lie under `key` of an object if one is given. Raises TaskError naming the file, the
     place and the field.
     """
-    read = object_of(**fields)
+    return _checked(path, object_of(**fields), _placed_rows(path, key))
+
+
+def read_object(path: Path, reader: Reader) -> dict[str, Any]:
+    """{name: value} of a file that is one object, its values as `reader` gives them.
+
+    Raises TaskError as `read_rows` does, and for a name that comes twice.
+    """
+    content = _read(path, lambda data: parse_json(data, _without_repeats))
+    if not isinstance(content, dict):
+        raise TaskError(f"{path} is not in the format that the task reads: it must be an object")
+    values = _checked(path, reader, [(f"entry {name!r}", row) for name, row in content.items()])
+    return dict(zip(content, values, strict=True))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        repeated = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"an object has {short(repr(repeated))} twice")
+    return table
+
+
+def _checked(path: Path, read: Reader, placed: Iterable[tuple[str, Any]]) -> list[Any]:
     rows = []
-    for place, row in _placed_rows(path, key):
+    for place, row in placed:
         try:
             rows.append(read(row, ""))
         except Misfit as misfit:
@@ -153,35 +178,6 @@ def read_rows(path: Path, fields: Mapping[str, Reader], key: str | None = None) 
                 f"{path} is not in the format that the task reads: {misfit} ({place})"
             ) from None
     return rows
-
-
-def read_rows_by_key(path: Path, fields: Mapping[str, Reader]) -> dict[Id, dict]:
-    """Rows of a file that is one object, {id: row}; otherwise as `read_rows`.
-
-    Raises TaskError also for an id that comes twice.
-    """
-    read = object_of(**fields)
-    content = _read(path, lambda data: parse_json(data, _object_without_repeats))
-    if not isinstance(content, dict):
-        raise TaskError(f"{path} is not in the format that the task reads: it must be an object")
-    rows: dict[Id, dict] = {}
-    for i, row in content.items():
-        try:
-            rows[text(i, "id")] = read(row, "")
-        except Misfit as misfit:
-            where = short(repr(i))
-            raise TaskError(
-                f"{path} is not in the format that the task reads: {misfit} (entry {where})"
-            ) from None
-    return rows
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        repeated = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"an object has {short(repr(repeated))} twice")
-    return table
 
 
 def rows_by_id(path: Path, rows: list[dict], field: str) -> dict[Id, dict]:
@@ -214,6 +210,9 @@ def read_value(path: Path, key: str) -> Any:
 
 def _placed_rows(path: Path, key: str | None) -> list[tuple[str, Any]]:
     """Place, for messages, and content of every row."""
+    if path.suffix.lower() in table_files.SUFFIXES:
+        table = table_files.read_table(path)
+        return [(f"row {number}", row) for number, row in enumerate(table, start=1)]
     if key is None:
         return _read(path, _list_or_lines)
     content = _read(path, parse_json)

@@ -22,6 +22,7 @@ from megatron_owl2.evaluation.benchmark import (
     Benchmark,
     Gold,
     Question,
+    has_answers,
 )
 from megatron_owl2.evaluation.benchmark import score as score_predictions
 from megatron_owl2.evaluation.registry import find_benchmarks
@@ -78,6 +79,7 @@ def evaluate(
     generator = Generator(loaded)
     template = TEMPLATES[loaded.config.template]
     predictions: dict[int | str, str] = {}
+    scored = has_answers(gold)
     started = time.perf_counter()
     with (
         # A path may hold bytes that are no text; escaped they are JSON as well.
@@ -98,7 +100,9 @@ def evaluate(
             )
             for question, answer in zip(batch, answers, strict=True):
                 predictions[question.id] = answer
-                row = _prediction(benchmark, question, answer, gold, settings.variant)
+                row = _prediction(
+                    benchmark, question, answer, gold if scored else {}, settings.variant
+                )
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(len(batch))
     seconds = time.perf_counter() - started
@@ -113,7 +117,7 @@ def evaluate(
         "variant": settings.variant or next(iter(benchmark.variants), None),
         "seconds": round(seconds, 2),
         "questions_per_second": round(len(questions) / seconds, 2),
-        **(score_predictions(benchmark, predictions, gold, settings.variant) if gold else {}),
+        **(score_predictions(benchmark, predictions, gold, settings.variant) if scored else {}),
     }
     if main:
         if benchmark.submission and settings.limit is None:
@@ -155,28 +159,37 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def _images_of(question: Question, read: Callable[[Path], torch.Tensor]) -> list[torch.Tensor]:
+def _images_of(
+    question: Question, read: Callable[[Path | bytes], torch.Tensor]
+) -> list[torch.Tensor]:
     shown = []
-    for path in question.images:
+    for image in question.images:
         try:
-            shown.append(read(path))
+            shown.append(read(image))
         except (OSError, BadSampleError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise TaskError(f"{path}: {reason} (the image of question {question.id!r})") from None
+            raise TaskError(
+                f"{_place(image)}: {reason} (the image of question {question.id!r})"
+            ) from None
     return shown
 
 
-def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Path], torch.Tensor]:
+def _place(image: Path | bytes) -> str:
+    return str(image.resolve()) if isinstance(image, Path) else "inside the question file"
+
+
+def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Path | bytes], torch.Tensor]:
     """A reader of images [3, size, size] in uint8, cached: questions about one image that follow
     each other get the same tensor object, which the generator encodes once."""
     size, to_square = model.vision.image_size, images.square_resize(model)
     black = torch.zeros(3, size, size, dtype=torch.uint8)
 
     @lru_cache(maxsize=settings.batch_size)
-    def read(path: Path) -> torch.Tensor:
+    def read(image: Path | bytes) -> torch.Tensor:
         if settings.blind:
             return black
-        return images.load_square(path.read_bytes(), size, to_square=to_square)
+        data = image.read_bytes() if isinstance(image, Path) else image
+        return images.load_square(data, size, to_square=to_square)
 
     return read
 
@@ -197,5 +210,5 @@ def _prediction(
         "question": question.text,
         "skill": question.skill,
         "gold": question.gold,
-        "images": [str(path.resolve()) for path in question.images],
+        "images": [_place(image) for image in question.images],
     }

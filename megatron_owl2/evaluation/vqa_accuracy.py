@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, score_table
 
-VARIANTS = ("owl2", "official", "evalai")
+VARIANTS: tuple[str, ...] = ("owl2", "official", "evalai")
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

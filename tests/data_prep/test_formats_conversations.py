@@ -3,12 +3,17 @@
 import codecs
 import gzip
 import json
+import pickle
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from read_corpus import collect, refused, write_images
 from tiny_data import encoded, make_image
 
+from data_prep.formats.registry import FORMATS
+from data_prep.splits import ReadOptions
 from megatron_owl2.data.shards.records import Turn
 
 
@@ -22,6 +27,7 @@ def write(path: Path, entries: list) -> Path:
     return path
 
 
+SYSTEM = {"from": "system", "value": "x"}
 HELLO = {"id": 1, "conversations": talk("Hi", "Hello")}
 
 
@@ -32,7 +38,11 @@ def test_lines_and_lists_give_the_same_records(tmp_path, size):
         collect("conversations", write(tmp_path / name, entries), samples_per_split=size)
         for name in ("talk.json", "talk.jsonl")
     ]
-    assert found[0] == found[1] and len(found[0][0]) == 5 and not found[0][1]
+    (of_list, skipped), (of_lines, others) = found
+    assert [r.key for r in of_list] == [f"{number:09d}" for number in range(5)]
+    assert [r.key for r in of_lines] == [f"{number:09d}" for number in range(1, 6)]
+    assert [replace(r, key="") for r in of_list] == [replace(r, key="") for r in of_lines]
+    assert len(of_list) == 5 and not skipped and not others
 
 
 TEXT = f"{json.dumps(HELLO)}\n{json.dumps(HELLO)}"
@@ -59,8 +69,12 @@ def test_files_are_read_as_editors_save_them(tmp_path, data):
 def test_a_broken_line_costs_no_other(tmp_path):
     path = write(tmp_path / "talk.jsonl", [HELLO, '{"id": 2, "conv', "", HELLO, "[1]"])
     records, skipped = collect("conversations", path)
-    assert len(records) == 2
+    assert [r.key for r in records] == ["000000001", "000000004"]  # as an editor counts lines
     assert skipped == {"line is not JSON": 1, "entry is not an object": 1}
+    format_ = FORMATS["conversations"]
+    (split,) = format_.plan(path, ReadOptions()).splits
+    elsewhere = pickle.loads(pickle.dumps(split.payload))  # as worker processes get it
+    assert list(format_.read(elsewhere)) == list(format_.read(split.payload))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +112,9 @@ def test_what_holds_no_conversations_is_refused_by_name(tmp_path, data, reason):
         ({"image": [["1.jpg"]]}, 0),
         ({"image": []}, 0),
         ({"image": [], "images": ["1.jpg"]}, 1),
-        ({"image": "1.jpg", "images": ["2.jpg"]}, 0),
+        ({"image": "", "images": ["1.jpg"]}, 1),
+        ({"image": "1.jpg", "images": ""}, 1),
+        ({"image": "1.jpg", "images": ["1.jpg"]}, 1),
     ],
 )
 def test_a_list_of_one_image_is_that_image(tmp_path, names, kept):
@@ -113,9 +129,91 @@ def test_a_list_of_one_image_is_that_image(tmp_path, names, kept):
         assert skipped == {"fewer image tags than images": 1}
 
 
+def test_images_that_are_named_twice_are_taken_once_and_must_agree(tmp_path):
+    images = write_images(tmp_path / "images")
+    entries = [
+        {"image": "1.jpg", "images": ["1.jpg"], "conversations": talk("What?", "red")},
+        {"image": ["1.jpg", "2.jpg"], "images": ["1.jpg", "2.jpg"], "messages": talk("q", "a")},
+        {"image": "1.jpg", "images": ["2.jpg"], "conversations": talk("What?", "red")},
+        {"image": "1.jpg", "images": ["1.jpg", "1.jpg"], "conversations": talk("What?", "red")},
+    ]
+    records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
+    assert [len(r.images) for r in records] == [1, 2]
+    assert skipped == {"image and images name different files": 2}
+
+
+@pytest.mark.parametrize("none", ["", None, []])
+def test_text_samples_of_a_mixed_file_name_no_image(tmp_path, none):
+    entries = [HELLO | {"image": none}, HELLO | {"images": none}, HELLO | {"video": none}]
+    records, skipped = collect("conversations", write(tmp_path / "t.json", entries))
+    assert [r.images for r in records] == [()] * 3 and not skipped
+
+
+MEDIA, OTHER_KEY, MEDIA_TAG, PART = (
+    "video and audio are not read",
+    "images are named by another key than image and images",
+    "tag of a video or an audio file in a question",
+    "part of a message is neither a text nor an image",
+)
+
+
+def test_entries_with_files_that_are_not_read_are_not_taken_for_text(tmp_path):
+    keys = {key: MEDIA for key in ("video", "videos", "audio", "audios", "video_path", "Audio")}
+    keys |= {key: OTHER_KEY for key in ("image_path", "image_paths", "Image", "image_url", "img")}
+    left_out = [(HELLO | {key: value}, why) for key, why in keys.items() for value in ("x", ["x"])]
+    left_out += [
+        ({"conversations": talk("<video>\nWhat?", "a")}, MEDIA_TAG),
+        ({"conversations": talk("q", "a", "What do you hear?\n<Audio> ", "b")}, MEDIA_TAG),
+        ({"image": "1.jpg", "conversations": talk("<image> or <video>?", "a")}, MEDIA_TAG),
+        *(
+            ({"messages": [{"role": "user", "content": [{"type": kind}]}]}, PART)
+            for kind in ("video", "input_audio")
+        ),
+    ]
+    kept = [HELLO | {key: [7]} for key in ("image_id", "image_size", "video_length")]
+    kept.append({"conversations": talk("Does <video> work in HTML 4?", "<video> is new")})
+    kept.append({"image": "", "video": "", "conversations": talk("q", "a")})
+    path = write(tmp_path / "t.json", [entry for entry, _ in left_out] + kept)
+    records, skipped = collect("conversations", path, images=write_images(tmp_path / "images"))
+    assert [r.images for r in records] == [()] * len(kept)
+    assert skipped == Counter(reason for _, reason in left_out)
+
+
+def test_other_keys_beside_an_image_are_about_it_but_not_video(tmp_path):
+    entry = HELLO | {"image": "1.jpg", "image_url": "http://x/1.jpg"}
+    path = write(tmp_path / "t.json", [entry, entry | {"video": "1.mp4"}])
+    records, skipped = collect("conversations", path, images=write_images(tmp_path / "images"))
+    assert [len(r.images) for r in records] == [1] and skipped == {MEDIA: 1}
+
+
+def test_a_tag_of_any_letter_case_is_a_place_where_the_entry_has_images(tmp_path):
+    images = write_images(tmp_path / "images")
+    entries = [
+        {"image": "1.jpg", "conversations": talk("<Image>\nWhat?", "<IMAGE>")},
+        {"images": ["1.jpg", "2.jpg"], "conversations": talk("<IMAGE><image>", "a")},
+        {"conversations": talk("A custom <Image> element?", "yes")},
+        {"image": "1.jpg", "conversations": talk("<image> is <Image>?", "yes")},
+    ]
+    records, skipped = collect("conversations", write(tmp_path / "t.json", entries), images=images)
+    assert [r.turns[0].question for r in records] == [
+        "<|image|>What?",
+        "<|image|><|image|>",
+        "A custom <Image> element?",
+    ]
+    assert records[0].turns[0].answer == "<IMAGE>"
+    assert skipped == {"more image tags than images": 1}
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("user", "assistant"), ("Human", "GPT"), ("human", "chatgpt"), (" user ", "gpt")],
+    [
+        ("user", "assistant"),
+        ("Human", "GPT"),
+        ("human", "chatgpt"),
+        (" user ", "gpt"),
+        ("human", "bing"),
+        ("user", "Bard"),
+    ],
 )
 def test_other_names_of_the_speakers(tmp_path, first, second):
     entry = {"conversations": talk("q", "a", "r", "b", first=first, second=second)}
@@ -146,7 +244,7 @@ def test_messages_of_openai(tmp_path):
         (Turn("Hi", "Ho"),),
         (Turn("What <|image|>is it?", "red"),),
     ]
-    assert skipped == {"a message has no text": 1}
+    assert skipped == {"part of a message is neither a text nor an image": 1}
 
 
 def test_a_first_answer_and_a_last_question_go_alone_and_are_counted(tmp_path):
@@ -169,24 +267,43 @@ def test_a_first_answer_and_a_last_question_go_alone_and_are_counted(tmp_path):
 
 def test_reasons_name_what_was_met(tmp_path):
     entries = [
-        {"id": "s", "conversations": [*talk("q", "a"), {"from": "system", "value": "x"}]},
+        {"id": "s", "conversations": [*talk("q", "a"), SYSTEM]},
         {"id": "t", "system": ["x"], "conversations": talk("q", "a")},
-        {"id": "u", "system": "y", "conversations": [{"from": "system", "value": "x"}]},
-        {"id": "b", "conversations": talk("q", "a", second="bing")},
+        {"id": "u", "system": "y", "conversations": [SYSTEM, *talk("q", "a")]},
+        {"id": "v", "conversations": [SYSTEM, SYSTEM, *talk("q", "a")]},
+        {"id": "b", "conversations": talk("q", "a", second="tool")},
         {"id": "n", "conversations": [{"value": "q"}]},
         {"id": "o", "chat": []},
         {"id": "l", "conversations": talk("q", "a", second="x" * 1000)},
     ]
-    _, skipped = collect("conversations", write(tmp_path / "t.json", entries))
-    assert skipped == {
-        "system turn after the first turn": 1,
-        "system is not a text": 1,
-        "system text and another one in a system turn": 1,
-        "speaker 'bing' is neither human nor gpt": 1,
-        "speaker None is neither human nor gpt": 1,
-        f"speaker '{'x' * 20}' is neither human nor gpt": 1,
-        "no conversations or messages": 1,
-    }
+    (split,) = (
+        FORMATS["conversations"].plan(write(tmp_path / "t.json", entries), ReadOptions()).splits
+    )
+    found = list(FORMATS["conversations"].read(split.payload))
+    assert [(item.reason, item.detail.partition("id ")[2]) for item in found] == [
+        ("system turn after the first turn", "'s': human, gpt, system"),
+        ("system is not a text", "'t': ['x']"),
+        ("system text and another one in a system turn", "'u'"),
+        ("several system turns", "'v': system, system, human, gpt"),
+        ("speaker is neither human nor gpt", "'b': 'tool'"),
+        ("speaker is neither human nor gpt", "'n': None"),
+        ("no conversations or messages", "'o': 'id', 'chat'"),
+        ("speaker is neither human nor gpt", f"'l': '{'x' * 76}..."),
+    ]
+
+
+def test_all_speakers_are_shown_where_turns_are_out_of_order(tmp_path):
+    entries = [
+        {"conversations": [SYSTEM, *talk("q", "a"), SYSTEM]},
+        {"conversations": [SYSTEM, *talk("q", "a"), *talk("q", "a", first="gpt", second="human")]},
+    ]
+    path = write(tmp_path / "t.json", entries)
+    (split,) = FORMATS["conversations"].plan(path, ReadOptions()).splits
+    details = [item.detail for item in FORMATS["conversations"].read(split.payload)]
+    assert [detail.rpartition(": ")[2] for detail in details] == [
+        "system, human, gpt, system",
+        "system, human, gpt, gpt, human",
+    ]
 
 
 COCO = {

@@ -125,6 +125,12 @@ def test_image_parts_are_places_and_name_their_files(tmp_path, images):
     assert "names images; say where" in refused("conversations", tmp_path / "talk.json")
 
 
+def test_text_parts_follow_each_other_as_chat_templates_write_them(tmp_path):
+    answer = [{"type": "text", "text": "Two"}, {"type": "text", "text": " parts."}]
+    (record,), _ = read(tmp_path, [{"messages": ask("What", " is\n", "it?", answer=answer)}])
+    assert record.turns == (Turn("What is\nit?", "Two parts."),)
+
+
 def test_image_parts_that_cannot_be_read_are_counted(tmp_path):
     url = {"type": "image_url", "image_url": {"url": "http://x/1.jpg"}}
     bad = {"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}
@@ -194,9 +200,10 @@ def test_sharegpt_as_published(tmp_path):
         {"id": "QWJhYvA_0"},
         {"id": "QWJhYvA_17", "dropped_turns": 1},
         {"id": "i6IyJda_0", "dropped_turns": 1},
+        {"id": "z_0"},
     ]
     assert records[0].turns == (Turn("Write two", html),)
-    assert skipped == {"no turns": 2, "speaker 'bard' is neither human nor gpt": 1}
+    assert skipped == {"no turns": 2}
 
 
 def test_llava_instruct_as_published(tmp_path, images):

@@ -187,7 +187,7 @@ def test_unusable_conversations_are_counted(images, tmp_path):
         "system turn after the first turn": {
             "conversations": [human("q"), gpt("a"), message("system", "s")]
         },
-        "speaker 'bing' is neither human nor gpt": {"conversations": [message("bing", "s")]},
+        "speaker is neither human nor gpt": {"conversations": [message("tool", "s")]},
         "a message has no text": {"conversations": [human("q"), gpt(None)]},
         "no turns": {"conversations": [gpt("a"), human("q")]},
         "conversations is not a list of messages": {"conversations": "q"},
@@ -240,8 +240,15 @@ def test_wrong_use_is_a_clear_error(tars, images, tmp_path):
     assert "is not a file" in failed(tool(tars, "conversations", out))
     assert "not from img2dataset" in failed(tool(tmp_path, "img2dataset", out))
     assert "leave out --images" in failed(tool(tars, "img2dataset", out, "--images", tmp_path))
-    for partition in ("3/3", "1", "-1/3", "a/b"):
-        assert "--partition" in failed(tool(tars, "img2dataset", out, f"--partition={partition}"))
+    for partition in ("3/3", "1", "-1/3", "a/b", "1/b"):
+        said = failed(tool(tars, "img2dataset", out, f"--partition={partition}"))
+        assert f"--partition: '{partition}' is not I/N with I from 0 to N-1" in said
+    for sample in ("abc", "1e3", "1.0", "0", "-3", "nan", ""):
+        said = failed(tool(tars, "img2dataset", out, f"--sample={sample}"))
+        assert f"--sample: '{sample}' is neither a number of samples, such as 1000" in said
+    for option in ("--max-aspect", "--jpeg-quality", "--min-side"):
+        said = failed(tool(tars, "img2dataset", out, f"{option}=abc"))
+        assert f"{option}: abc is not " in said
     assert "--workers" in failed(tool(tars, "img2dataset", out, "--workers", 0))
     text = tmp_path / "t.json"
     text.write_text("{")
@@ -251,6 +258,12 @@ def test_wrong_use_is_a_clear_error(tars, images, tmp_path):
     write_json(text, [{"image": "2.png", "conversations": []}])
     assert "--images DIR" in failed(tool(text, "conversations", out))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("sample", "readings"), [("1e-3", 1), ("0.5", 1), (".5", 1), ("1000", 2)])
+def test_a_sample_is_a_number_or_a_fraction(tars, tmp_path, sample, readings):
+    out = succeeded(tool(tars, "img2dataset", tmp_path, "--sample", sample, "--plan"))
+    assert out.endswith(f", {readings} readings\n")
 
 
 def test_files_whose_shards_cannot_be_named_are_told_with_what_to_do(tars, tmp_path):

@@ -48,7 +48,10 @@ def test_duplicate_images_keep_the_first(doubled, tmp_path):
     job(doubled, tmp_path, deduplicate="image")
     assert keys(tmp_path) == ["first", "text", "b", "as-png", "text-again"]
     assert report(tmp_path)["skipped"] == {"duplicate image": 6}
-    assert report(tmp_path)["examples"]["duplicate image"][:2] == ["same", "other-text"]
+    assert report(tmp_path)["examples"]["duplicate image"][:2] == [
+        "input0, key same",
+        "input0, key other-text",
+    ]
 
 
 def test_duplicate_pairs_need_the_same_text_too(doubled, tmp_path):

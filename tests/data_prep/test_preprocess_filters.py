@@ -1,13 +1,14 @@
 """Sample filters of preprocessing, and the stored form of images."""
 
 import io
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from preprocess_run import job, keys, pair, records, report
+from preprocess_run import job, keys, pair, records, report, succeeded, tool
 from tiny_data import encoded, make_image
 
 from data_prep.filters import Filters
@@ -50,7 +51,9 @@ def test_every_filter_counts_by_its_own_reason(tmp_path):
         "caption below 5 characters": 1,
         "caption above 12 characters": 1,
     }
-    assert report(tmp_path)["examples"]["smaller side below 20 pixels"] == ["small: 40 x 19 pixels"]
+    assert report(tmp_path)["examples"]["smaller side below 20 pixels"] == [
+        "input0, key small: 40 x 19 pixels"
+    ]
 
 
 def test_scores_have_limits_on_both_sides(tmp_path):
@@ -83,7 +86,9 @@ def test_a_score_that_no_record_has_is_an_error_that_names_those_there_are(tmp_p
 @pytest.mark.parametrize("two_readings", [False, True])
 def test_limits_of_a_score_do_not_hide_why_no_record_could_be_read(tmp_path, two_readings):
     content = [[Skipped("no image", "row 1"), pair("page", b"<html>404</html>", clip=0.5)]]
-    reasons = "(?s)kept 0, skipped 2\n.*  1 x image is not .* \\(such as page: it is an HTML"
+    reasons = (
+        "(?s)kept 0, skipped 2\n.*  1 x image is not .* \\(such as input0, key page: it is an HTML"
+    )
     reasons += ".*\\)\n  1 x no image"
     limits = Filters(min_score={"clip": 0.3})
     with pytest.raises(PreprocessError, match=reasons):
@@ -118,6 +123,57 @@ def test_broken_images(tmp_path):
     assert page.count("cannot be decoded") == 3 and page.count("data:image/jpeg") == 1
 
 
+@pytest.mark.parametrize("two_readings", [False, True])
+def test_a_broken_image_is_named_by_file_key_id_and_number(tmp_path, two_readings):
+    good = encoded(make_image(1, 200, 100))
+    turns = (Turn("q", "a"),)
+    bad = {
+        "cut": broken(good),
+        "head": b"\xff\xd8\xff" + b"nothing" * 9,
+        "gif": encoded(make_image(1), "GIF"),
+        "small": encoded(make_image(1, 9, 9)),
+    }
+    content = [
+        pair("good"),
+        *(
+            Record(key, (good, image), turns=turns, metadata={"id": key})
+            for key, image in bad.items()
+        ),
+        Record("cut", (good,), turns=turns, metadata={"id": 7}),
+        Record("odd", (good,), turns=turns, source="talk", metadata={"id": 8, "x": float("nan")}),
+    ]
+    limits = Filters(min_side=20)
+    job([content], tmp_path, filters=limits, sample=9 if two_readings else None)
+    examples = {detail for (detail,) in report(tmp_path)["examples"].values()}
+    starts = (
+        "input0, key cut, id 'cut', image 2 of 2: ",
+        "input0, key head, id 'head', image 2 of 2: ",
+        "input0, key gif, id 'gif', image 2 of 2: GIF",
+        "input0, key small, id 'small', image 2 of 2: 9 x 9 pixels",
+        "input0, key cut, id 7",
+        "talk, key odd, id 8: ",
+    )
+    assert len(examples) == len(starts)
+    for start in starts:
+        assert any(example.startswith(start) for example in examples), (start, examples)
+
+
+def test_a_broken_image_of_a_conversation_is_named_by_its_line(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.jpg").write_bytes(encoded(make_image(1)))
+    (tmp_path / "images/2.jpg").write_bytes(broken(encoded(make_image(1, 200, 100))))
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    entries = [
+        {"id": "a", "image": "1.jpg", "conversations": turns},
+        {"id": "b", "image": ["1.jpg", "2.jpg", "1.jpg"], "conversations": turns},
+    ]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, entries)))
+    said = succeeded(tool(path, "conversations", tmp_path / "set", "--images", tmp_path / "images"))
+    assert keys(tmp_path / "set") == ["000000001"]
+    assert "(such as talk.jsonl, key 000000003, id 'b', image 2 of 3: " in said
+
+
 def test_reasons_name_the_kind_of_an_image_and_the_option(tmp_path):
     content = [
         *(pair(kind, encoded(make_image(1), kind)) for kind in ("GIF", "BMP", "TIFF")),
@@ -131,17 +187,17 @@ def test_reasons_name_the_kind_of_an_image_and_the_option(tmp_path):
     found = report(tmp_path / "first")
     assert found["examples"] == {
         "image is not JPEG, PNG or WebP (--max-side or --jpeg-quality stores it as JPEG)": [
-            "GIF: GIF",
-            "BMP: BMP",
-            "TIFF: TIFF",
+            "input0, key GIF: GIF",
+            "input0, key BMP: BMP",
+            "input0, key TIFF: TIFF",
         ],
         "image is not JPEG, PNG or WebP": [
-            "page: it is an HTML page, left by a failed download",
-            "avif: AVIF is not read; convert it to JPEG or PNG",
+            "input0, key page: it is an HTML page, left by a failed download",
+            "input0, key avif: AVIF is not read; convert it to JPEG or PNG",
         ],
         "image cannot be read": [
-            "header: image header cannot be read: its PNG header is damaged or of a variant that "
-            "is not read"
+            "input0, key header: image header cannot be read: its PNG header is damaged or of a "
+            "variant that is not read"
         ],
     }
     assert report(tmp_path / "second") == found

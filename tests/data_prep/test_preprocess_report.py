@@ -1,18 +1,22 @@
 """Corpus report of preprocessing: counts, histograms, and the page to look at."""
 
 import base64
+import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
+from itertools import chain
 
 import pytest
-from preprocess_run import job, pair, pairs, report
+from preprocess_run import job, pair, pairs, report, succeeded, tool, tree
 from tiny_data import encoded, make_image
 
-from data_prep.corpus_statistics import histogram_edges
+from data_prep.corpus_statistics import StatisticsBuilder, histogram_edges
 from data_prep.filters import Filters
 from data_prep.splits import Skipped
 from megatron_owl2.data.images import image_size
 from megatron_owl2.data.shards.records import Record, Turn
+from megatron_owl2.errors import PreprocessError
 
 VOID = {"meta", "img", "rect", "line"}
 HOSTILE = "<script>alert('1')</script>\"&amp; \ud800"
@@ -80,6 +84,85 @@ def test_only_the_first_examples_are_kept(tmp_path):
     job([*contents, [pair("good")]], tmp_path)
     assert report(tmp_path)["skipped"] == {"bad": 12}
     assert report(tmp_path)["examples"] == {"bad": ["0.0", "0.1", "0.2", "0.3", "1.0"]}
+
+
+def skipped_lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "preprocess/skipped.jsonl").open()]
+
+
+@pytest.mark.parametrize("two_readings", [False, True])
+def test_every_fault_is_listed_and_of_choices_five_examples(tmp_path, two_readings):
+    image = encoded(make_image(1, 200, 100))
+    contents = [
+        [
+            *(Skipped("bad", f"{split}.{i}\ud800") for i in range(8)),
+            *(pair(f"{i}", caption="long" * (i + 1)) for i in range(6)),
+            *(pair(f"cut{i}", image[: len(image) // 2]) for i in range(4)),
+        ]
+        for split in range(3)
+    ]
+    options = {"filters": Filters(min_caption=8), "sample": 4 if two_readings else None}
+    outcome = job(contents, tmp_path / "one", **options)
+    lines = skipped_lines(tmp_path / "one")
+    listed = Counter(line["reason"] for line in lines)
+    assert listed["bad"] == 24 and listed["image cannot be decoded"] == 12
+    assert listed["caption below 8 characters"] == 3
+    assert listed["not in the sample"] == (5 if two_readings else 0)
+    assert [line["reason"] for line in lines] == list(
+        chain.from_iterable([reason] * listed[reason] for reason in outcome.report.skipped)
+    )
+    assert [line["detail"] for line in lines if line["reason"] == "bad"] == [
+        f"{split}.{i}\ud800" for split in range(3) for i in range(8)
+    ]
+    assert all(len(examples) <= 5 for examples in report(tmp_path / "one")["examples"].values())
+    if not two_readings:
+        for index in (1, 0):
+            job(contents, tmp_path / "shared/one", partition=(index, 2), **options)
+        job(contents, tmp_path / "shared/one", merge=True, **options)
+        assert tree(tmp_path / "shared/one") == tree(tmp_path / "one")
+
+
+def test_at_most_ten_thousand_faults_of_a_reason_are_listed(tmp_path):
+    contents = [[Skipped("bad", f"{split}.{i}") for i in range(6000)] for split in range(2)]
+    job([*contents, [Skipped("bad", "2.0"), Skipped("odd", "2.1"), pair("good")]], tmp_path)
+    lines = skipped_lines(tmp_path)
+    assert len(lines) == 10_001 and report(tmp_path)["skipped"] == {"bad": 12_001, "odd": 1}
+    assert lines[9999]["detail"] == "1.3999" and lines[-1] == {"reason": "odd", "detail": "2.1"}
+    builder = StatisticsBuilder(Filters())
+    for number in range(20_000):
+        builder.skip(Skipped("bad", str(number)))
+        builder.skip(Skipped("chosen", str(number), expected=True))
+    state = builder.to_json()
+    assert len(state["faults"]["bad"]) == 10_000 and "chosen" not in state["faults"]
+
+
+def test_a_corpus_of_faults_alone_is_listed_too(tmp_path):
+    with pytest.raises(PreprocessError, match=r"(?s)no sample was kept.*preprocess/skipped\.jsonl"):
+        job([[Skipped("bad", "1"), Skipped("bad", "2")]], tmp_path)
+    assert [line["detail"] for line in skipped_lines(tmp_path)] == ["1", "2"]
+
+
+def test_states_of_earlier_versions_are_listed_by_their_examples(tmp_path):
+    contents = [[pair("a"), *(Skipped("bad", f"{i}") for i in range(9))], [pair("b")]]
+    job(contents, tmp_path, partition=(0, 2))
+    path = tmp_path / "preprocess/parts/part0.json"
+    state = json.loads(path.read_text())
+    del state["faults"]
+    path.write_text(json.dumps(state))
+    job(contents, tmp_path, partition=(1, 2))
+    job(contents, tmp_path, merge=True)
+    assert report(tmp_path)["skipped"] == {"bad": 9}
+    assert [line["detail"] for line in skipped_lines(tmp_path)] == ["0", "1", "2", "3", "4"]
+
+
+def test_the_summary_names_the_list_of_what_was_left_out(tmp_path):
+    source = tmp_path / "talk.json"
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    source.write_text(json.dumps([{"conversations": turns}, 7]))
+    listed = f"{tmp_path / 'set' / 'preprocess/skipped.jsonl'}"
+    assert listed in succeeded(tool(source, "conversations", tmp_path / "set"))
+    source.write_text(json.dumps([{"conversations": turns}]))
+    assert "skipped.jsonl" not in succeeded(tool(source, "conversations", tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from processes import group_is_gone, wait_until
 
 from data_prep.job import preprocess
 from data_prep.reencode import Reencoding
-from data_prep.splits import InputPlan, InputSplit
+from data_prep.splits import InputPlan, InputSplit, Skipped
 from data_prep.worker import Settings
 from megatron_owl2.errors import PreprocessError
 
@@ -53,8 +53,10 @@ def corpus():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_bytes_do_not_depend_on_workers_or_partitions(corpus, tmp_path, name):
     options = OPTIONS[name] | {"samples_per_shard": 2}
+    corpus = [[Skipped("bad", f"{i}.{j}") for j in range(9)] + c for i, c in enumerate(corpus)]
     job(corpus, tmp_path / "one/set", **options)
     expected = tree(tmp_path / "one/set")
+    assert expected["preprocess/skipped.jsonl"].count(b'"bad"') == 45
     assert 10 <= report(tmp_path / "one/set")["kept"] <= 30
     assert {"report.json", "report.html", "manifest.json"} < expected.keys()
 

@@ -1,7 +1,8 @@
 """Messages of a conversation: speakers, texts, and the places of images in questions.
 
 A message is {from, value} as LLaVA and ShareGPT have it, or {role, content} as OpenAI has it,
-whose content is a text or a list of parts.
+whose content is a text or a list of parts. The texts of parts follow each other without anything
+between them, as the chat templates of transformers and the exported processor's write them.
 """
 
 import re
@@ -13,15 +14,18 @@ from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, strip_text
 
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 _TAG = re.compile(f"<image>|{re.escape(IMAGE_PLACEHOLDER)}")  # LLaVA's tag and mPLUG-Owl2's
+_TAG_OF_ANY_CASE = re.compile(_TAG.pattern, re.IGNORECASE)
+_UNREAD_TAG = re.compile("<video>|<audio>", re.IGNORECASE)
 _SPEAKERS = {  # of LLaVA and ShareGPT, of OpenAI, and of collections of ShareGPT
     "human": HUMAN,
     "user": HUMAN,
     "gpt": GPT,
     "assistant": GPT,
     "chatgpt": GPT,
+    "bing": GPT,
+    "bard": GPT,
     "system": SYSTEM,
 }
-_ROLE = 20  # characters of an unknown speaker in a reason
 _NAMES = ("image_url", "image", "path", "url")  # where a part or its image_url names a file
 
 
@@ -57,11 +61,34 @@ class Message:
         return leading + text
 
 
-def read_messages(messages: Any) -> list[Message]:
-    """The messages of an entry; raises SkipError naming what they lack."""
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of an entry: the text before the first turn, the messages from the first
+    question to the last answer, and those that are dropped, answers before and a question without
+    an answer after."""
+
+    system: str
+    turns: list[Message]
+    dropped: list[Message]
+
+
+def read_messages(messages: Any, has_images: bool) -> list[Message]:
+    """The messages of an entry; raises SkipError naming what they lack.
+
+    Tags of images count in any letter case if the entry has images. Otherwise another case is text,
+    such as an element of a markup language, and so is a tag of a video or audio file that neither
+    begins nor ends a question.
+    """
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise SkipError("conversations is not a list of messages", shown(messages))
-    return [Message(speaker, _pieces(m, speaker)) for m in messages for speaker in [_speaker(m)]]
+    tag = _TAG_OF_ANY_CASE if has_images else _TAG
+    found = [
+        Message(speaker, _pieces(m, speaker, tag)) for m in messages for speaker in [_speaker(m)]
+    ]
+    for message in found:
+        if message.speaker == HUMAN and _has_unread_tag(message.text, has_images):
+            raise SkipError("tag of a video or an audio file in a question", shown(message.text))
+    return found
 
 
 def part_names(messages: Any) -> list[Any]:
@@ -75,32 +102,35 @@ def part_names(messages: Any) -> list[Any]:
     return found
 
 
-def take_turns(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The messages from the first question to the last answer, and those that are dropped: answers
-    before, a question without an answer after. Raises SkipError if they do not alternate."""
+def take_turns(messages: list[Message]) -> Conversation:
+    """The messages by what becomes of them; raises SkipError if they do not alternate."""
     speakers = [message.speaker for message in messages]
-    first = speakers.index(HUMAN) if HUMAN in speakers else len(speakers)
-    last = len(speakers) - (speakers[-1:] == [HUMAN])
-    kept = speakers[first:last]
-    if SYSTEM in speakers:
+    turns = messages[1:] if speakers[:1] == [SYSTEM] else messages
+    order = speakers[len(messages) - len(turns) :]
+    if order[:1] == [SYSTEM]:
+        raise SkipError("several system turns", ", ".join(speakers))
+    if SYSTEM in order:
         raise SkipError("system turn after the first turn", ", ".join(speakers))
+    first = order.index(HUMAN) if HUMAN in order else len(order)
+    last = len(order) - (order[-1:] == [HUMAN])
+    kept = order[first:last]
     if not kept:
         raise SkipError("no turns")
     if kept != [HUMAN, GPT] * (len(kept) // 2):
         raise SkipError("human and gpt do not take turns", ", ".join(speakers))
-    return messages[first:last], messages[:first] + messages[last:]
+    system = "" if turns is messages else messages[0].text
+    return Conversation(system, turns[first:last], turns[:first] + turns[last:])
 
 
 def _speaker(message: dict) -> str:
     role = next((message[key] for key in ("from", "role") if message.get(key) is not None), None)
     speaker = _SPEAKERS.get(role.strip().lower()) if isinstance(role, str) else None
     if speaker is None:
-        named = role[:_ROLE] if isinstance(role, str) else role
-        raise SkipError(f"speaker {shown(named)} is neither human nor gpt")
+        raise SkipError("speaker is neither human nor gpt", shown(role))
     return speaker
 
 
-def _pieces(message: dict, speaker: str) -> list[str | Place]:
+def _pieces(message: dict, speaker: str, tag: re.Pattern[str]) -> list[str | Place]:
     content = next((message[k] for k in ("value", "content") if message.get(k) is not None), None)
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     pieces: list[str | Place] = []
@@ -111,18 +141,27 @@ def _pieces(message: dict, speaker: str) -> list[str | Place]:
                 raise SkipError("image part outside a question")
             pieces.append(Place(_part_name(part)))
         elif kind == "text" and isinstance(part.get("text"), str):
-            pieces += _split(part["text"]) if speaker == HUMAN else [part["text"]]
-        else:
+            pieces += _split(part["text"], tag) if speaker == HUMAN else [part["text"]]
+        elif kind == "text" or not isinstance(kind, str):
             raise SkipError("a message has no text", shown(content))
+        else:
+            raise SkipError("part of a message is neither a text nor an image", shown(kind))
     return pieces
 
 
-def _split(question: str) -> list[str | Place]:
-    texts = _TAG.split(question)
+def _split(question: str, tag: re.Pattern[str]) -> list[str | Place]:
+    texts = tag.split(question)
     pieces: list[str | Place] = [texts[0]]
     for text in texts[1:]:
         pieces += [Place(), text]
     return pieces
+
+
+def _has_unread_tag(question: str, has_images: bool) -> bool:
+    """Whether a question has a place of a video or an audio file."""
+    found = list(_UNREAD_TAG.finditer(question))
+    at_an_end = found and (found[0].start() == 0 or found[-1].end() == len(question))
+    return bool(found and (has_images or at_an_end))
 
 
 def _part_name(part: dict) -> Any:

@@ -52,7 +52,7 @@ def read_tar(path: Path) -> Iterator[Sample | Skipped]:
         archives, why_cut = _archives(file, read)
         runs = [run for archive in archives for run in _put_together(archive)]
         for run in runs:
-            yield _sample(run, read)
+            yield _sample(path, run, read)
         if not (runs or fault or why_cut):
             yield Skipped("tar file without a sample", str(path))
         if fault or why_cut:
@@ -137,11 +137,12 @@ def _put_together(runs: list[_Run]) -> list[_Run]:
     return kept
 
 
-def _sample(run: _Run, read: Callable[[int, int], bytes]) -> Sample | Skipped:
+def _sample(path: Path, run: _Run, read: Callable[[int, int], bytes]) -> Sample | Skipped:
     if run.repeated:
-        return Skipped("a member of the sample occurs twice", run.key)
+        return Skipped("a member of the sample occurs twice", f"{path.name}, {run.key}")
     if any(length > _LARGEST for _, length in run.members.values()):
-        return Skipped(f"a member larger than {_LARGEST >> 30} GiB", run.key)
+        reason = f"a member larger than {_LARGEST >> 30} GiB"
+        return Skipped(reason, f"{path.name}, {run.key}")
     members = {name: read(start, start + length) for name, (start, length) in run.members.items()}
     return run.key, members
 

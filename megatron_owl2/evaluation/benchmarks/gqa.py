@@ -16,19 +16,21 @@ from megatron_owl2.evaluation.rows import (
     Optional,
     identifier,
     object_of,
-    read_rows_by_key,
+    read_object,
     words,
 )
 from megatron_owl2.evaluation.scoring import check_ids, score_table
 
 _SKILL = "question"
-_ANSWERS = {"answer": words, "types": Optional(object_of(structural=words), {"structural": _SKILL})}
+_ANSWERS = object_of(
+    answer=words, types=Optional(object_of(structural=words), {"structural": _SKILL})
+)
 _NO_MARKS = str.maketrans("", "", string.punctuation)
 
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
     """The questions of a file of GQA, which holds their gold too."""
-    rows = read_rows_by_key(path, {"question": words, "imageId": identifier})
+    rows = read_object(path, object_of(question=words, imageId=identifier))
     return [
         Question(
             id=i,
@@ -43,7 +45,7 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
 
 def read_gold(path: Path) -> Gold:
     """The rows of a file of GQA by question id."""
-    return read_rows_by_key(path, _ANSWERS)
+    return dict(read_object(path, _ANSWERS))
 
 
 def score(predictions: Mapping, gold: Mapping, variant: str = "exact") -> dict:
