@@ -149,6 +149,8 @@ def table(scores: dict, columns: Sequence[str] = ("accuracy", "majority", "n")) 
         )
     if unclear := scores["overall"].get("unclear"):
         lines.append(f'{unclear} answers have no "yes" and count as "yes", as the rule has it')
+    if note := scores["overall"].get("note"):
+        lines.append(note)
     return "\n".join(lines)
 
 

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, score_table
 
-VARIANTS: tuple[str, ...] = ("owl2", "official", "evalai")
-
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(_NUMBERS)}
@@ -133,7 +131,12 @@ def _by_evalai(prediction: str, answers: list[str]) -> Compared:
     return evalai_answer(prediction), [evalai_answer(answer) for answer in answers]
 
 
-_COMPARED = dict(zip(VARIANTS, (_by_owl2, _by_official, _by_evalai), strict=True))
+_COMPARED: dict[str, Callable[[str, list[str]], Compared]] = {
+    "owl2": _by_owl2,
+    "official": _by_official,
+    "evalai": _by_evalai,
+}
+VARIANTS = tuple(_COMPARED)
 
 
 def _accuracy(prediction: str, answers: list[str]) -> float:

@@ -45,7 +45,7 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
 
 def read_gold(path: Path) -> Gold:
     """The rows of a file of GQA by question id."""
-    return dict(read_object(path, _ANSWERS))
+    return {**read_object(path, _ANSWERS)}
 
 
 def score(predictions: Mapping, gold: Mapping, variant: str = "exact") -> dict:

@@ -18,17 +18,25 @@ _ANSWERS = {"question_id": identifier, "answers": list_of(text, at_least=2)}
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
     """The questions of a file of TextVQA, which holds their gold too."""
+    return [question(path, row, gold) for row in question_rows(path)]
+
+
+def question_rows(path: Path) -> list[dict]:
+    """Rows of a file with their checked `question_id`, `question` and `image_id`."""
     rows = read_rows(path, _QUESTION, "data")
-    return [
-        Question(
-            id=i,
-            text=row["question"],
-            images=(named_image(path, f"{row['image_id']}.jpg"),),
-            skill=_SKILL,
-            gold=gold[i]["majority"] if gold else None,
-        )
-        for i, row in rows_by_id(path, rows, "question_id").items()
-    ]
+    return list(rows_by_id(path, rows, "question_id").values())
+
+
+def question(path: Path, row: dict, gold: Gold, more: str = "") -> Question:
+    """The question of a row of the file `path`, with more text after it."""
+    i = row["question_id"]
+    return Question(
+        id=i,
+        text=row["question"] + more,
+        images=(named_image(path, f"{row['image_id']}.jpg"),),
+        skill=_SKILL,
+        gold=gold[i]["majority"] if gold else None,
+    )
 
 
 def read_gold(path: Path) -> Gold:

@@ -23,21 +23,20 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
     """
     file = _tokens_beside(path)
     tokens = rows_by_id(file, read_rows(file, _TOKENS, "data"), "image_id")
-    questions = textvqa.read_questions(path, gold)
-    images = [image.stem for question in questions for image in question.images]
-    if unread := [image for image in images if image not in tokens]:
+    rows = textvqa.question_rows(path)
+    if unread := [row["image_id"] for row in rows if row["image_id"] not in tokens]:
         raise TaskError(
             f"{file}: {len(unread)} questions of {path.name} are about images that have no "
             f"tokens, such as {unread[0]}"
         )
     return [
-        replace(question, text=f"{question.text}\n{_line(tokens[image]['ocr_tokens'])}")
-        for question, image in zip(questions, images, strict=True)
+        textvqa.question(path, row, gold, _line(tokens[row["image_id"]]["ocr_tokens"]))
+        for row in rows
     ]
 
 
 def _line(tokens: list[str]) -> str:
-    return f"Reference OCR token: {', '.join(tokens)}"
+    return f"\nReference OCR token: {', '.join(tokens)}"
 
 
 def _tokens_beside(questions: Path) -> Path:

@@ -35,7 +35,7 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
         Question(
             id=i,
             text=row["question"],
-            images=(named_image(path, i),),
+            images=(named_image(path, row["image"]),),
             skill=gold[i]["skill"] if gold else _SKILL,
             gold=gold[i]["majority"] if gold else None,
         )
