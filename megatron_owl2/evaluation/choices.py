@@ -5,12 +5,10 @@ a rule cannot read as an option counts as wrong and as `unresolved`; nothing is 
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from megatron_owl2.errors import ScoreError, TaskError
-from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, score_table
+from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, grouped_table
 
 LETTERS = "ABCDEFGHIJ"
 # What mPLUG-Owl2's own scripts ask with; their apostrophe is the curly one.
@@ -70,7 +68,7 @@ def stated_letter(answer: str, row: Mapping) -> str:
     for found in (said, begun):
         if found:
             return _if_option(found[1], row)
-    alone = set(re.findall(rf"(?<![\w'])([{options}])(?![\w'’])(?! [a-z])", answer))
+    alone = set(re.findall(rf"(?<![\w'])(?!A [a-z])([{options}])(?![\w'’])", answer))
     return alone.pop() if len(alone) == 1 else ""
 
 
@@ -94,19 +92,18 @@ def score_choices(
     check_ids(predictions, gold)
     check_answers(gold)
     picked = {i: pick(predictions[i], row) for i, row in gold.items()}
-    table: dict[str, Any] = {}
+    table = grouped_table(
+        picked,
+        gold,
+        skills,
+        lambda row: row["answer"],
+        lambda letter, row: float(letter == row["answer"]),
+    )
     for field in skills:
-        part = score_table(
-            [(row[field], row, picked[i]) for i, row in gold.items()],
-            lambda row: row["answer"],
-            lambda letter, row: float(letter == row["answer"]),
-        )
         groups = group_by_skill((row[field], picked[i]) for i, row in gold.items())
-        for name, row in part["skills"].items():
-            row["unresolved"] = Counter(groups[name])[""]
-        table.setdefault("overall", part["overall"])
-        table["skills"] = table.get("skills", {}) | part["skills"]
-    table["overall"]["unresolved"] = Counter(picked.values())[""]
+        for name, letters in groups.items():
+            table["skills"][name]["unresolved"] = letters.count("")
+    table["overall"]["unresolved"] = list(picked.values()).count("")
     return table
 
 

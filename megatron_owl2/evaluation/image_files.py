@@ -37,6 +37,22 @@ def one_of_named(questions: Path, *names: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
+def images_in(questions: Path, name: str) -> tuple[Path, ...]:
+    """The images of a folder in `images/`, in the order of their names, numbers in them by value;
+    raises TaskError if there are none."""
+    folder = named_image(questions, name)
+    found = [path for path in folder.iterdir() if _is_image(path)] if folder.is_dir() else []
+    if not found:
+        raise TaskError(f"{folder} has no images; the frames of {name!r} go there")
+    return tuple(sorted(found, key=lambda path: (_by_value(path.stem), path.name)))
+
+
+def _by_value(name: str) -> list[tuple[int, str]]:
+    """A key that sorts frame_9 before frame_10."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
 def encoded_image(value: Any, name: str) -> bytes:
     """A reader of an image that a row holds: base64 text, or bytes as Hugging Face's tables have
     them, alone or as {"bytes", "path"}."""

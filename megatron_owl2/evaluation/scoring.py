@@ -44,6 +44,24 @@ def score_table(
     return {"overall": _row(total, without_looking, len(items)), "skills": skills}
 
 
+def grouped_table(
+    predictions: Mapping,
+    gold: Mapping,
+    fields: Sequence[str],
+    gold_answer: Callable[[Mapping], str],
+    accuracy: Callable[[str, Mapping], float],
+) -> dict:
+    """`score_table` of rows that are in a group by each of several fields, all under "skills"."""
+    tables = [
+        score_table(
+            [(row[field], row, predictions[i]) for i, row in gold.items()], gold_answer, accuracy
+        )
+        for field in fields
+    ]
+    skills = {name: row for table in tables for name, row in table["skills"].items()}
+    return {"overall": tables[0]["overall"], "skills": skills}
+
+
 def _row(right: float, majority: float, n: int) -> dict:
     return {"accuracy": percent(right, n), "majority": percent(majority, n), "n": n}
 

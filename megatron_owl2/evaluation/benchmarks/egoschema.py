@@ -1,0 +1,94 @@
+"""EgoSchema (Mangalam et al. 2023): a choice of five about three minutes of egocentric video.
+
+The frames to be shown are the image files in `images/<q_uid>/`, in the order of their names.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation import choices
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
+from megatron_owl2.evaluation.image_files import images_in
+from megatron_owl2.evaluation.rows import (
+    read_object,
+    read_rows,
+    rows_by_id,
+    whole_number,
+    words,
+)
+
+ANSWERS = "subset_answers.json"
+_OPTIONS = tuple(f"option {n}" for n in range(5))
+_FIELDS = dict.fromkeys(_OPTIONS, words) | {"q_uid": words, "question": words}
+
+
+def read_questions(path: Path, gold: Gold) -> list[Question]:
+    """The questions, each about all frames in its folder."""
+    return [
+        Question(
+            id=i,
+            text=choices.show(row["question"], row["options"]),
+            images=images_in(path, str(i)),
+            skill=row["skill"],
+            gold=row["answer"],
+        )
+        for i, row in gold.items()
+    ]
+
+
+def read_gold(path: Path) -> Gold:
+    """The questions whose answers were published, in subset_answers.json beside the file; without
+    it all questions, unanswered, as the validation server wants them.
+
+    Raises TaskError for answers to questions that are not there, or above 4.
+    """
+    rows = rows_by_id(path, read_rows(path, _FIELDS), "q_uid")
+    answers: dict[str, int | None] = dict.fromkeys(map(str, rows))
+    if (published := path.parent / ANSWERS).is_file():
+        answers = read_object(published, whole_number)
+        for i, answer in answers.items():
+            if i not in rows or answer is None or answer >= len(_OPTIONS):
+                fault = f"is {answer}, not 0 to 4" if i in rows else f"has no question in {path}"
+                raise TaskError(f"{published}: the answer to {i!r} {fault}")
+    return {
+        i: {
+            "question": rows[i]["question"],
+            "options": [rows[i][option] for option in _OPTIONS],
+            "answer": None if answer is None else choices.LETTERS[answer],
+            "skill": "egoschema",
+        }
+        for i, answer in answers.items()
+    }
+
+
+def score(predictions: Mapping, gold: Mapping, variant: str = "generation") -> dict:
+    """Accuracy of generated answers, by a letter or the text of one option; raises ScoreError."""
+    return choices.score_choices(predictions, gold, choices.letter_or_text)
+
+
+def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
+    """{q_uid: option} for the validation server, from 0; -1 is an answer that chose none."""
+    picked = {i: choices.letter_or_text(predictions[i], row) for i, row in gold.items()}
+    chosen = {i: choices.LETTERS.index(x) if x else -1 for i, x in picked.items()}
+    return "egoschema.json", json.dumps(chosen).encode()
+
+
+BENCHMARK = Benchmark(
+    about="EgoSchema, multiple choice about frames of a video",
+    file="questions.json",
+    gold_file="questions.json",
+    id_field="q_uid",
+    answer_field="answer",
+    suffix=choices.ANSWER_WITH_LETTER,
+    max_new_tokens=10,
+    min_new_tokens=1,
+    read_questions=read_questions,
+    read_gold=read_gold,
+    score=score,
+    variants=("generation",),
+    columns=choices.COLUMNS,
+    submission=submission,
+    unanswered_rows=True,
+)

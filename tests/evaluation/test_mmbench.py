@@ -1,0 +1,107 @@
+"""MMBench: rows of its TSV to passes, passes to questions, predictions to the server's file."""
+
+import base64
+import csv
+import io
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from benchmark_files import LETTER, TASKS, asked, marks, png
+
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation import benchmark
+
+
+def write_tsv(path: Path, rows: list[dict], delimiter: str = "\t") -> Path:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def mmbench_rows() -> list[dict]:
+    """Question 7 in two passes and question 8, of three options, in three."""
+    red, blue = (base64.b64encode(png(color)).decode() for color in ("red", "blue"))
+    shown = {"source": "x", "comment": "", "split": "dev"}
+    seven = shown | {"question": 'is it\n"red"?', "hint": "look", "category": "color"}
+    seven |= {"l2-category": "coarse_perception", "C": "", "D": ""}
+    eight = shown | {"question": "which?", "hint": "", "category": "logic", "D": ""}
+    eight |= {"l2-category": "logic_reasoning"}
+    return [
+        seven | {"index": 7, "A": "yes", "B": "no", "answer": "A", "image": red},
+        eight | {"index": 8, "A": "x", "B": "y", "C": "z", "answer": "C", "image": blue},
+        seven | {"index": 1000007, "A": "no", "B": "yes", "answer": "B", "image": "7"},
+        eight | {"index": 1000008, "A": "y", "B": "z", "C": "x", "answer": "B", "image": blue},
+        eight | {"index": 2000008, "A": "z", "B": "x", "C": "y", "answer": "A", "image": "8"},
+    ]
+
+
+def test_mmbench_is_right_if_every_pass_is(tmp_path):
+    write_tsv(tmp_path / "mmbench_dev_20230712.tsv", mmbench_rows())
+    questions, gold, prompts = asked("mmbench", tmp_path)
+    assert prompts[7] == f'USER: <|image|>look\nis it\n"red"?\nA. yes\nB. no{LETTER}'
+    assert prompts[1000008] == f"USER: <|image|>N/A\nwhich?\nA. y\nB. z\nC. x{LETTER}"
+    assert [q.images for q in questions.values()] == [
+        (png(color),) for color in ("red", "blue", "red", "blue", "blue")
+    ]
+    right = {7: "A", 8: "C. z", 1000007: "yes", 1000008: "(B)", 2000008: "z"}
+    assert marks("mmbench", right, gold) == {
+        "CP": (100.0, 1),
+        "LR": (100.0, 1),
+        "color": (100.0, 1),
+        "logic": (100.0, 1),
+        "all": (100.0, 2),
+    }
+    table = benchmark.score(TASKS["mmbench"], right | {2000008: "I cannot see it"}, gold)
+    assert table["overall"]["accuracy"] == 50.0 and table["overall"]["unresolved"] == 1
+    assert table["overall"]["vanilla"] == table["skills"]["LR"]["vanilla"] == 100.0
+    assert table["skills"]["LR"]["accuracy"] == 0.0
+    # One letter for all is right in the first passes only.
+    assert benchmark.score(TASKS["mmbench"], dict.fromkeys(gold, "A"), gold)["overall"] == {
+        "accuracy": 0.0,
+        "majority": 0.0,
+        "n": 2,
+        "vanilla": 50.0,
+        "unresolved": 0,
+    }
+
+
+def test_mmbench_without_answers_becomes_the_servers_spreadsheet(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "answer"} for row in mmbench_rows()]
+    rows[0]["question"] = "<a> & \x0bb?"
+    write_tsv(tmp_path / "mmbench_test_20230712.tsv", rows)
+    questions, gold, _ = asked("mmbench", tmp_path)
+    assert not benchmark.has_answers(gold) and questions[7].gold is None
+    name, content = TASKS["mmbench"].submission({i: f"{i}!" for i in gold}, gold)
+    assert name == "mmbench.xlsx"
+    sheet = zipfile.ZipFile(io.BytesIO(content)).read("xl/worksheets/sheet1.xml")
+    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+    cells = [
+        ["".join(cell.itertext()) for cell in row]
+        for row in ElementTree.fromstring(sheet).iter(f"{space}row")
+    ]
+    assert cells[0] == ["index", "question", "A", "B", "C", "D", "prediction"]
+    assert cells[1] == ["7", "<a> & b?", "yes", "no", "", "", "7!"]
+    assert cells[2] == ["8", "which?", "x", "y", "z", "", "8!"] and len(cells) == 6
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        (0, {"answer": "C"}, "index 7 has the answer C, which is no option"),
+        (1, {"B": ""}, "index 8 must have options from A on"),
+        (2, {"image": "6"}, r"'image' holds no image, .* \(index 1000007\)"),
+        (4, {"index": 8}, "repeat a index, such as 8"),
+        (0, {"question": ""}, r"'question' is None, wanted a text \(row 1\)"),
+    ],
+)
+def test_mmbench_names_what_is_wrong(tmp_path, row, change, message):
+    rows = mmbench_rows()
+    rows[row] |= change
+    write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows)
+    with pytest.raises(TaskError, match=message):
+        asked("mmbench", tmp_path)
