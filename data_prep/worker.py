@@ -77,7 +77,7 @@ def scan_split(settings: Settings, state: JobState, split: InputSplit, tick: Tic
         try:
             content = dedup.content(record)
         except BadSampleError as error:
-            statistics.skip(_not_storable(record, error))
+            statistics.skip(_not_storable(split, record, error))
             continue
         rows.append(
             (
@@ -111,7 +111,7 @@ def write_split(settings: Settings, state: JobState, split: InputSplit, tick: Ti
                 try:
                     writer.write(record)
                 except BadSampleError as error:
-                    statistics.skip(_not_storable(record, error))
+                    statistics.skip(_not_storable(split, record, error))
                     continue
                 statistics.count("kept", stats)
         state.keep_split(split, shards, {"rows": writer.rows} | statistics.to_json())
@@ -260,5 +260,5 @@ def _not_accepted(image: bytes) -> SkipError:
     return SkipError(reason, why_not_read(image))
 
 
-def _not_storable(record: Record, error: BadSampleError) -> Skipped:
-    return Skipped("record cannot be stored", f"{_where(record.source, record)}: {error}")
+def _not_storable(split: InputSplit, record: Record, error: BadSampleError) -> Skipped:
+    return Skipped("record cannot be stored", f"{_where(split.origin.name, record)}: {error}")
