@@ -308,6 +308,9 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     assert again == {key: written[key] for key in ("overall", "skills")}
     assert run_tool(monkeypatch, "evaluate", *score, data / "annotations.json") == 2
     assert "gold questions have no prediction" in capsys.readouterr().err
+    assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 0
+    assert f"2 answers to questions without gold are in {output}" in capsys.readouterr().out
+    assert "overall" not in json.loads((output / "scores.json").read_text())
     options[1] = tmp_path
     assert run_tool(monkeypatch, "evaluate", *options) == 2
     assert "error: " in capsys.readouterr().err
