@@ -151,13 +151,21 @@ def read_rows(path: Path, fields: Mapping[str, Reader], key: str | None = None) 
 def read_object(path: Path, reader: Reader) -> dict[str, Any]:
     """{name: value} of a file that is one object, its values as `reader` gives them.
 
-    Raises TaskError as `read_rows` does.
+    Raises TaskError as `read_rows` does, and for a name that comes twice.
     """
-    content = _read(path, parse_json)
+    content = _read(path, lambda data: parse_json(data, _without_repeats))
     if not isinstance(content, dict):
         raise TaskError(f"{path} is not in the format that the task reads: it must be an object")
     values = _checked(path, reader, [(f"entry {name!r}", row) for name, row in content.items()])
     return dict(zip(content, values, strict=True))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        repeated = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"an object has {short(repr(repeated))} twice")
+    return table
 
 
 def _checked(path: Path, read: Reader, placed: Iterable[tuple[str, Any]]) -> list[Any]:

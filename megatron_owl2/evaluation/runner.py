@@ -139,7 +139,8 @@ def table(scores: dict, columns: Sequence[str] = ("accuracy", "majority", "n")) 
             for column, head in zip(columns, heads, strict=True)
         ]
         lines.append("  ".join([f"{name:<{width}}", *values]))
-    more = {k: v for k, v in scores["overall"].items() if k in ("precision", "recall", "f1")}
+    named = ("precision", "recall", "f1", "perception", "cognition")
+    more = {k: v for k, v in scores["overall"].items() if k in named}
     if more:
         lines.append("  ".join(f"{name} {value:.2f}" for name, value in more.items()))
     if unreachable := scores["overall"].get("unreachable"):
@@ -149,6 +150,8 @@ def table(scores: dict, columns: Sequence[str] = ("accuracy", "majority", "n")) 
         )
     if unclear := scores["overall"].get("unclear"):
         lines.append(f'{unclear} answers have no "yes" and count as "yes", as the rule has it')
+    if note := scores["overall"].get("note"):
+        lines.append(note)
     return "\n".join(lines)
 
 

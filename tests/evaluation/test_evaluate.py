@@ -264,6 +264,26 @@ def test_scores_do_not_outlive_their_predictions(fake, tmp_path):
     assert not (tmp_path / "out/scores.json").exists()
 
 
+def test_the_file_for_a_server_is_of_all_questions_of_this_evaluation(fake, tmp_path):
+    folder, out = write_vqa(tmp_path / "vqa"), tmp_path / "out"
+    questions, gold = benchmark.read(TASKS["vqav2"], folder)
+    runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
+    file = out / "submission_evalai.json"
+    rows = [{"question_id": i, "answer": a} for i, a in ((1, "red"), (2, "3"), (3, "blue"))]
+    assert json.loads(file.read_text()) == rows
+    runner.evaluate(
+        fake, "vqav2", *benchmark.read(TASKS["vqav2"], folder, 2), out, Settings(limit=2), {}
+    )
+    assert not file.exists()  # that of other predictions, and none of some questions
+    next(folder.glob("*annotations.json")).unlink()
+    questions, gold = benchmark.read(TASKS["vqav2"], folder, with_gold=False)
+    result = runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
+    assert json.loads(file.read_text()) == rows
+    assert "overall" not in result and json.loads((out / "scores.json").read_text()) == result
+    row = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])
+    assert (row["answer"], row["score"], row["gold"]) == ("red", None, None)
+
+
 @pytest.mark.parametrize("tag", ["<image>", "<|image|>"])
 def test_a_tag_in_a_question_is_no_text(tmp_path, tag):
     row = {"question_id": 1, "image": "1.jpg", "text": f"{tag}\nis it?", "label": "no"}
@@ -288,6 +308,9 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     assert again == {key: written[key] for key in ("overall", "skills")}
     assert run_tool(monkeypatch, "evaluate", *score, data / "annotations.json") == 2
     assert "gold questions have no prediction" in capsys.readouterr().err
+    assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 0
+    assert f"2 answers to questions without gold are in {output}" in capsys.readouterr().out
+    assert "overall" not in json.loads((output / "scores.json").read_text())
     options[1] = tmp_path
     assert run_tool(monkeypatch, "evaluate", *options) == 2
     assert "error: " in capsys.readouterr().err

@@ -5,18 +5,14 @@ import pytest
 from megatron_owl2.errors import ScoreError
 from megatron_owl2.evaluation.benchmarks.pope import score as pope
 from megatron_owl2.evaluation.benchmarks.pope import yes_or_no
-from megatron_owl2.evaluation.benchmarks.vqav2 import normalize_answer
-from megatron_owl2.evaluation.benchmarks.vqav2 import score as vqa
 from megatron_owl2.evaluation.scoring import exact_match
+from megatron_owl2.evaluation.vqa_accuracy import normalize_answer
+from megatron_owl2.evaluation.vqa_accuracy import score as vqa
 
 
 def annotation(answers, kind="colour"):
-    """A VQAv2 annotation from its annotators' answers."""
-    return {
-        "question_type": kind,
-        "multiple_choice_answer": max(answers, key=answers.count),
-        "answers": [{"answer": a, "answer_id": i} for i, a in enumerate(answers, 1)],
-    }
+    """Gold of VQA from its annotators' answers."""
+    return {"skill": kind, "majority": max(answers, key=answers.count), "answers": answers}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""POPE (Li et al. 2023): whether an object is in the image, to be answered with yes or no."""
+"""POPE (Li et al. 2023): whether an object is in the image, to be answered with yes or no.
+
+coco_pope_random.json has 2,910 rows in the version that mPLUG-Owl2's figures are of (commit e3e3926
+of POPE's repository) and 3,000 in later ones: `n` in the scores tells which was asked.
+"""
 
 import re
 from collections import Counter
