@@ -37,8 +37,11 @@ class KeyValueCache:
     ) -> list["DecodeLayer"]:
         """Layers for one new token in each of the first rows, at positions int64 [b] that end at
         `longest`; `together` if all do."""
-        count = len(positions)
-        places = None if together else (torch.arange(count, device=positions.device), positions)
+        count, places = len(positions), None
+        if not together:  # rows of the layer seen as [rows * kv_heads * 2 * positions, d]
+            heads = 2 * self._layers[0].shape[1]
+            first = torch.arange(count * heads, device=positions.device) * self.positions
+            places = first + positions.repeat_interleave(heads)
         return [DecodeLayer(layer[:count], places, longest) for layer in self._layers]
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -71,11 +74,12 @@ class PrefillLayer:
 class DecodeLayer:
     """One layer's cache during the pass of one new token for each of its rows.
 
-    `places` are rows and positions int64 [b] of the tokens, None if all are the last of `longest`.
+    `places` are where the tokens' keys and values go, int64 [b * kv_heads * 2] in rows of d
+    numbers; None if all are the last of `longest`.
     """
 
     cached: torch.Tensor
-    places: tuple[torch.Tensor, torch.Tensor] | None
+    places: torch.Tensor | None
     longest: int
 
     def extend(self, key_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +88,7 @@ class DecodeLayer:
         if self.places is None:
             self.cached[:, :, :, self.longest - 1] = key_value
         else:
-            rows, positions = self.places
-            self.cached[rows, :, :, positions] = key_value
+            size = key_value.shape[-1]
+            self.cached.view(-1, size).index_copy_(0, self.places, key_value.reshape(-1, size))
         key, value = self.cached[:, :, :, : self.longest].unbind(2)
         return key, value

@@ -32,8 +32,8 @@ class TextDecoder:
         caches: Sequence[DecodeLayer],
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """tokens and positions int64 [b]; mask bool [b, 1, 1, all positions so far], or None if
-        all sequences are equally long."""
+        """tokens and positions int64 [b]; mask [b, 1, 1, all positions so far] is added to the
+        scores, None if all sequences are equally long."""
         x = self.model.embedding(tokens)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         for layer, cache in zip(self.layers, caches, strict=True):
