@@ -14,6 +14,7 @@ from megatron_owl2.config.templates import OWL2, Template
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation.prompts import OFFICIAL_USER, PROMPTS, OfficialPrompt
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,
@@ -46,11 +47,16 @@ class Question:
     placed: bool = False
 
     def prompt(self, suffix: str, template: Template = OWL2) -> str:
-        """The prompt of the model's template, images first; owl2's is that of official inference.
-        It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
-        the answer's first token, which carries its own leading space, directly after the colon."""
+        """The prompt of the model's template, images first, up to `ASSISTANT:`."""
+        return prompt(self._with_placeholders() + suffix, template)
+
+    def official_prompt(self, suffix: str, assistant: str) -> str:
+        """The prompt of published evaluation code, whose white space is kept as it is."""
+        return OFFICIAL_USER + self._with_placeholders() + suffix + assistant
+
+    def _with_placeholders(self) -> str:
         before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
-        return prompt(before + self.text + suffix, template)
+        return before + self.text
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ class Benchmark:
     Its questions are found in a folder by the pattern `file`, its gold by `gold_file`; a benchmark
     of `many_files` takes all that match, and its readers get the folder, or the file that was
     named, and list them by `files_of`. Result files name a question `id_field` and the model's text
-    `answer_field`, as the benchmark's own do. `suffix` follows every question; the token limits are
-    those of the official evaluation.
+    `answer_field`, as the benchmark's own do. `suffix` follows every question, `official` says what
+    does in the prompt of that name; the token limits are those of the official evaluation. `split`
+    is the one that is asked where the name of the file does not tell it.
 
     `read_questions(file, gold)` gives the questions, `read_gold(gold_file)` the gold rows by id,
     and `score(predictions, gold)`, with a third argument if there are `variants`, the tables that
@@ -92,6 +99,22 @@ class Benchmark:
     submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
     many_files: bool = False
     unanswered_rows: bool = False
+    official: OfficialPrompt = OfficialPrompt()
+    split: str | None = None
+
+    def suffix_of(self, prompt: str, suffix: str | None = None) -> str:
+        """What follows a question in the prompt of this name, unless another suffix is given."""
+        if prompt not in PROMPTS:
+            raise TaskError(f"there is no prompt {prompt!r}; known: {', '.join(PROMPTS)}")
+        if suffix is None and prompt == "official":
+            suffix = self.official.suffix
+        return self.suffix if suffix is None else suffix
+
+    def prompt_text(self, question: Question, prompt: str, suffix: str, template: Template) -> str:
+        """The whole prompt of a question under the name `prompt`."""
+        if prompt == "official":
+            return question.official_prompt(suffix, self.official.assistant)
+        return question.prompt(suffix, template)
 
 
 def read(

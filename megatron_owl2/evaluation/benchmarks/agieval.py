@@ -135,4 +135,5 @@ BENCHMARK = Benchmark(
     read_gold=read_gold,
     score=score,
     many_files=True,
+    split="test",
 )

@@ -104,4 +104,5 @@ BENCHMARK = Benchmark(
     variants=("generation",),
     columns=choices.COLUMNS,
     many_files=True,
+    split="test",
 )

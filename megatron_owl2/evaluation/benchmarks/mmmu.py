@@ -231,4 +231,5 @@ BENCHMARK = Benchmark(
     score=score,
     variants=("official", "owl2"),
     many_files=True,
+    split="val",
 )

@@ -8,6 +8,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import one_of_named
+from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
 from megatron_owl2.evaluation.rows import (
     Optional,
     list_of,
@@ -96,4 +97,6 @@ BENCHMARK = Benchmark(
     read_gold=read_gold,
     score=score,
     columns=choices.COLUMNS,
+    official=ADAPTER_CHOICE,
+    split="test",
 )
