@@ -95,7 +95,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     from megatron_owl2.evaluation import registry
 
     benchmarks = registry.find_benchmarks()
-    tasks = "\n".join(registry.describe(*item) for item in benchmarks.items())
+    width = max(map(len, benchmarks))
+    tasks = "\n".join(registry.describe(*item, width) for item in benchmarks.items())
     parser.epilog = f"tasks:\n{tasks}"
     parser.add_argument("--task", required=True, choices=benchmarks, help="one of those below")
     parser.add_argument("--variant", help="of the task's scoring rule, where it has several")

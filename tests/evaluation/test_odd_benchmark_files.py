@@ -134,7 +134,7 @@ def test_questions_of_a_folder_of_several_sets_find_their_gold(tmp_path, name, o
         ("pope", [pope(image=["1.jpg"])], r"'image' is \['1.jpg'\], wanted a text \(entry 1\)"),
         ("pope", {"questions": [pope()]}, r"'question_id' is missing; it has 'questions'"),
         ("text", [dialogue("user", "assistant")], r"\(human, gpt\); it is 'user', 'assistant'"),
-        ("text", [dialogue(*["human", "gpt"] * 9)], r"it is 'human', .*, \.\.\.$"),
+        ("text", [dialogue(*["human", "gpt"] * 9)], r"it is 'human', .*, \.\.\. \(entry 1\)$"),
         ("text", [dialogue("human", "gpt", image="1.jpg")], "1 has an image, which this task"),
         ("text", [dialogue("human", "gpt", images=["1.jpg"])], "1 has an image, which this task"),
     ],

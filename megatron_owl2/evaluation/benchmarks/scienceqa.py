@@ -13,6 +13,7 @@ from megatron_owl2.evaluation.rows import (
     Optional,
     list_of,
     object_of,
+    place_of,
     read_object,
     text,
     whole_number,
@@ -56,7 +57,7 @@ def read_gold(path: Path) -> Gold:
         if row["answer"] >= len(row["choices"]):
             raise TaskError(
                 f"{path}: the answer of problem {i!r} is {row['answer']}, but it has "
-                f"{len(row['choices'])} choices, counted from 0"
+                f"{len(row['choices'])} choices, counted from 0{place_of(row)}"
             )
         gold[i] = {
             "question": row["question"],
