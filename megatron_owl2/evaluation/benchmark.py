@@ -5,6 +5,7 @@ any of them.
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,11 @@ PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation l
 SUBMISSION = "submission_"  # and what a file for the benchmark's server is called, before its name
 
 SHORT_ANSWER = " Answer the question using a single word or phrase."
+
+_SPLIT = re.compile(
+    r"(?i)(?:^|[^a-z])(test-?dev|test|train|val|dev|random|popular|adversarial)(?![a-z])"
+)
+_WRONG = ("", "no", "yes")  # one of which no rule takes for right
 
 Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
 
@@ -143,6 +149,17 @@ def read(
     return questions, {question.id: gold[question.id] for question in questions if gold}
 
 
+def question_file(benchmark: Benchmark, data: str | Path) -> Path:
+    """The file with the questions, or the folder of a task of many; raises TaskError as `read`."""
+    return _find(data, benchmark.file, benchmark.many_files)
+
+
+def split_of(benchmark: Benchmark, path: Path) -> str | None:
+    """The split of a question file: by its name, else the only one that the benchmark asks."""
+    found = None if path.is_dir() else _SPLIT.search(path.stem)
+    return found[1].replace("test-dev", "testdev") if found else benchmark.split
+
+
 def has_answers(gold: Gold) -> bool:
     """Whether predictions can be scored: there is gold, and not all of it unanswered."""
     return any(row.get("answer", "") is not None for row in gold.values())
@@ -199,12 +216,34 @@ def score(
     Raises TaskError for a variant that the benchmark does not have, and ScoreError.
     """
     predictions = with_ids_of(gold, predictions)
+    check_variant(benchmark, variant)
     if variant is None:
         return benchmark.score(predictions, gold)
-    if variant not in benchmark.variants:
+    return benchmark.score(predictions, gold, variant)
+
+
+def check_variant(benchmark: Benchmark, variant: str | None) -> None:
+    """Refusal of a variant that the benchmark does not have, as TaskError."""
+    if variant is not None and variant not in benchmark.variants:
         known = ", ".join(benchmark.variants) or "none"
         raise TaskError(f"this task has no scoring variant {variant!r}; known: {known}")
-    return benchmark.score(predictions, gold, variant)
+
+
+def with_missing_wrong(
+    benchmark: Benchmark, predictions: dict[Id, str], gold: Gold, variant: str | None = None
+) -> tuple[dict[Id, str], int]:
+    """Predictions for all gold, and how many were added: an empty answer for each that is missing,
+    or a no or yes where a rule takes an empty one for right."""
+    predictions = with_ids_of(gold, predictions)
+    missing = {i: row for i, row in gold.items() if i not in predictions}
+    added = {}
+    for i, row in missing.items():
+        added[i] = _WRONG[0]
+        if "accuracy" in benchmark.columns:
+            rights = (score(benchmark, {i: t}, {i: row}, variant)["overall"] for t in _WRONG)
+            graded = zip(_WRONG, rights, strict=True)
+            added[i] = next((t for t, own in graded if not own["accuracy"]), _WRONG[0])
+    return predictions | added, len(added)
 
 
 def files_of(path: Path, pattern: str) -> list[Path]:

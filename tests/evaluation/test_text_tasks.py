@@ -151,7 +151,7 @@ def test_agieval_asks_and_reads_each_kind_of_set(tmp_path):
     assert [scored[name][0] for name in rows] == [100.0, 0.0, 100.0, 100.0, 0.0]
     assert scored["all"] == (60.0, 5)
     lines(tmp_path / "sat-en.jsonl", [exam(label=None)])
-    with pytest.raises(TaskError, match=r"sat-en.jsonl: a row has no answer or no options \(line 1\)"):
+    with pytest.raises(TaskError, match=r"sat-en.jsonl: a row has no answer .*\(line 1\)"):
         asked("agieval", tmp_path)
     lines(tmp_path / "other.jsonl", [exam()])
     with pytest.raises(TaskError, match="other.jsonl is none of AGIEval's sets"):
