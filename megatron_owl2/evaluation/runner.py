@@ -175,10 +175,10 @@ class _Run:
         if answers:
             known = sum(map(len, answers.values()))
             _logger.info("%s: going on after %d answers that are there", self.output, known)
-        names = (SCORES, PREDICTIONS, MISTAKES, *results.FILES)
-        old = [self.output / name for name in names]
-        for path in (*old, *self.output.glob(f"{SUBMISSION}*")):
-            path.unlink(missing_ok=True)  # of the predictions that are replaced
+        for name in (SCORES, PREDICTIONS, MISTAKES, *results.FILES, f"{SUBMISSION}*"):
+            # Of predictions that are replaced, and what a killed process was writing.
+            for path in (*self.output.glob(name), *self.output.glob(f".{name}.*.tmp")):
+                path.unlink(missing_ok=True)
         return None, set(answers)
 
     def ask(self, loaded: LoadedModel, finished: set[int], identity: Mapping[str, Any]) -> None:
