@@ -17,6 +17,8 @@ SUITES = ("paper",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from megatron_owl2.evaluation.prompts import PROMPTS
+
     asked = parser.add_mutually_exclusive_group(required=True)
     _add_task(
         parser, asked, action="append", more="; several, repeated, have a folder each in DATA"
@@ -44,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt",
-        choices=("owl2", "official"),
-        default="owl2",
+        choices=PROMPTS,
+        default=PROMPTS[0],
         help="as the model was trained, or to the byte as published evaluation code asks",
     )
     parser.add_argument(

@@ -40,13 +40,19 @@ def mark_of_model(path: Path) -> str:
 
 
 def mark_of_questions(questions: Sequence[Question], prompts: Iterable[str]) -> str:
-    """A mark of ids, whole prompts and images: of files their names and lengths, as there are too
-    many to read, and the content of those that a benchmark holds inside."""
+    """A mark of ids, whole prompts and names of images."""
     digest = hashlib.sha256()
     for question, prompt in zip(questions, prompts, strict=True):
-        shown = [_mark_of_image(image) for image in question.images]
-        digest.update(repr((question.id, prompt, shown)).encode(errors="backslashreplace"))
+        names = [image.name for image in question.images if isinstance(image, Path)]
+        digest.update(repr((question.id, prompt, names)).encode(errors="backslashreplace"))
     return f"{len(questions)} of {digest.hexdigest()[:32]}"
+
+
+def mark_of_images(questions: Iterable[Question]) -> str:
+    """A mark of the images of some questions: of files the lengths, as they are too many to read,
+    and the content of those that a benchmark holds inside."""
+    marks = [_mark_of_image(image) for question in questions for image in question.images]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
 
 
 def mark_of_gold(gold: Gold) -> str:
@@ -67,7 +73,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _mark_of_image(image: Path | bytes) -> tuple[str, int]:
+def _mark_of_image(image: object) -> int | str:
     if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest(), len(image)
-    return image.name, image.stat().st_size
+        return hashlib.sha256(image).hexdigest()
+    return image.stat().st_size if isinstance(image, Path) else repr(image)

@@ -1,9 +1,9 @@
 """Journals of an evaluation: the answers that are there, a line for every batch.
 
 Every data-parallel group has a journal of its own in the output folder, `journal-<group>.jsonl`:
-first the settings, then {"batch", "answers"} as each batch is done. A process may be killed at any
-moment: a last line that it has torn is cut off, and its batch is asked again. The same batches are
-asked after a restart as before it, so no answer depends on where it came.
+first the settings, then {"batch", "images", "answers"} as each batch is done. A process may be
+killed at any moment: a last line that it has torn is cut off, and its batch is asked again. Batches
+are the same after a restart as before it, so no answer depends on where that came.
 """
 
 import json
@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,23 @@ _logger = logging.getLogger(__name__)
 _PATTERN = "journal-*.jsonl"
 _AGAIN = "begin again with --restart"
 
+
+@dataclass(frozen=True)
+class Batch:
+    """Number of questions of a batch, and a mark of their images."""
+
+    size: int
+    images: str
+
+
 Answers = dict[int, list[str]]  # of a batch, by its number
 
 
-def read_journals(folder: Path, settings: Mapping[str, Any], sizes: Sequence[int]) -> Answers:
+def read_journals(folder: Path, settings: Mapping[str, Any], batches: Sequence[Batch]) -> Answers:
     """The answers of the finished batches in all journals of a folder; torn ends are cut off.
 
-    `sizes` are the numbers of questions of all batches. Raises TaskError for journals of other
+    Answers about other images than a batch has now, such as one that was mended, count as none.
+    Raises TaskError for journals of other
     settings, naming what differs, for damaged ones, and while another process writes them.
     """
     finished: Answers = {}
@@ -49,7 +60,9 @@ def read_journals(folder: Path, settings: Mapping[str, Any], sizes: Sequence[int
                 f"{'; '.join(changed)}; give the same, name another folder, or {_AGAIN}"
             )
         for number, line in enumerate(lines[1:], start=2):
-            batch, answers = _entry(path, number, line, sizes)
+            batch, images, answers = _entry(path, number, line, batches)
+            if images != batches[batch].images:
+                continue
             if finished.setdefault(batch, answers) != answers:
                 raise TaskError(f"{path}: line {number} answers batch {batch} anew; {_AGAIN}")
     return finished
@@ -69,7 +82,7 @@ def journals_in(folder: Path) -> list[Path]:
 
 @contextmanager
 def journal_of(
-    folder: Path, group: int, settings: Mapping[str, Any]
+    folder: Path, group: int, settings: Mapping[str, Any], batches: Sequence[Batch]
 ) -> Iterator[Callable[[int, Sequence[str]], None]]:
     """The journal of a data-parallel group, open and locked: what puts the number and the answers
     of a batch on the disk.
@@ -87,7 +100,9 @@ def journal_of(
 
         if path.stat().st_size == 0:
             write({"settings": settings})
-        yield lambda batch, answers: write({"batch": batch, "answers": list(answers)})
+        yield lambda batch, answers: write(
+            {"batch": batch, "images": batches[batch].images, "answers": list(answers)}
+        )
 
 
 @contextmanager
@@ -122,12 +137,14 @@ def _object(path: Path, number: int, line: bytes) -> dict:
     return row
 
 
-def _entry(path: Path, number: int, line: bytes, sizes: Sequence[int]) -> tuple[int, list[str]]:
+def _entry(
+    path: Path, number: int, line: bytes, batches: Sequence[Batch]
+) -> tuple[int, str, list[str]]:
     row = _object(path, number, line)
-    batch, answers = row.get("batch"), row.get("answers")
-    if not isinstance(batch, int) or not 0 <= batch < len(sizes):
+    batch, images, answers = row.get("batch"), row.get("images"), row.get("answers")
+    if not isinstance(batch, int) or not 0 <= batch < len(batches) or not isinstance(images, str):
         raise TaskError(f"{path} is damaged: line {number} names no batch; {_AGAIN}")
     texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-    if not isinstance(answers, list) or not texts or len(answers) != sizes[batch]:
+    if not isinstance(answers, list) or not texts or len(answers) != batches[batch].size:
         raise TaskError(f"{path} is damaged: line {number} has not its answers; {_AGAIN}")
-    return batch, answers
+    return batch, images, answers

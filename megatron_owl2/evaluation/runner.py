@@ -35,8 +35,8 @@ from megatron_owl2.evaluation.benchmark import (
     has_answers,
 )
 from megatron_owl2.evaluation.benchmark import score as score_predictions
-from megatron_owl2.evaluation.fingerprint import mark_of_gold, mark_of_questions
-from megatron_owl2.evaluation.journal import journal_of, read_journals, remove_journals
+from megatron_owl2.evaluation.fingerprint import mark_of_gold, mark_of_images, mark_of_questions
+from megatron_owl2.evaluation.journal import Batch, journal_of, read_journals, remove_journals
 from megatron_owl2.evaluation.mistakes import MISTAKES, write_mistakes
 from megatron_owl2.evaluation.prompts import PROMPTS
 from megatron_owl2.evaluation.ranks import from_first, together
@@ -136,6 +136,21 @@ def _limits(benchmark: Benchmark, settings: Settings) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class _Identity:
+    """Settings of an evaluation, its batches, and a fingerprint of both."""
+
+    settings: Mapping[str, Any]
+    batches: Sequence[Batch]
+
+    @property
+    def fingerprint(self) -> str:
+        whole = json.dumps(
+            [self.settings, [batch.images for batch in self.batches]], sort_keys=True
+        )
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class _Run:
     """What an evaluation asks and how; `described` is kept with its scores."""
 
@@ -148,17 +163,19 @@ class _Run:
     settings: Settings
     described: Mapping[str, Any]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> _Identity:
         """All that the predictions depend on; where the data lie is no part of it."""
-        return {
+        settings = {
             **{name: value for name, value in self.described.items() if name != "data"},
             "batch_size": self.settings.batch_size,
             "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
             "questions": mark_of_questions(self.questions, self.prompts),
             "gold": mark_of_gold(self.gold),
         }
+        shown = [[self.questions[place] for place in batch] for batch in self.batches]
+        return _Identity(settings, [Batch(len(asked), mark_of_images(asked)) for asked in shown])
 
-    def earlier(self, identity: Mapping[str, Any]) -> tuple[dict | None, set[int]]:
+    def earlier(self, identity: _Identity) -> tuple[dict | None, set[int]]:
         """The result that is there already, or None and the batches that are answered.
 
         Without a result, files of an earlier evaluation are removed. Raises TaskError for answers
@@ -181,7 +198,7 @@ class _Run:
                 path.unlink(missing_ok=True)
         return None, set(answers)
 
-    def ask(self, loaded: LoadedModel, finished: set[int], identity: Mapping[str, Any]) -> None:
+    def ask(self, loaded: LoadedModel, finished: set[int], identity: _Identity) -> None:
         """The answers of this process' data-parallel group, put into its journal."""
         group = parallel_state.get_data_parallel_rank()
         groups = parallel_state.get_data_parallel_world_size()
@@ -194,7 +211,9 @@ class _Run:
         read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
         generator = Generator(loaded)
         with (
-            journal_of(self.output, group, identity) if writes else nullcontext() as keep,
+            journal_of(self.output, group, identity.settings, identity.batches)
+            if writes
+            else nullcontext() as keep,
             tqdm(
                 total=sum(len(self.batches[number]) for number in share),
                 desc=self.described["task"],
@@ -213,7 +232,7 @@ class _Run:
                     keep(number, answers)
                 bar.update(len(batch))
 
-    def conclude(self, identity: Mapping[str, Any], finished: set[int], spent: float) -> dict:
+    def conclude(self, identity: _Identity, finished: set[int], spent: float) -> dict:
         """The result, once all files are written; the one that says it is finished comes last."""
         answers = self._answers(identity)
         if missing := [n for n in range(len(self.batches)) if n not in answers]:
@@ -229,7 +248,7 @@ class _Run:
             "seconds": round(spent, 2),
             "questions_per_second": round(asked / spent, 2),
             **self._scores(said),
-            "fingerprint": _hash(identity),
+            "fingerprint": identity.fingerprint,
         }
         rows = self._rows(said)
         _write_rows(self.output / PREDICTIONS, rows)
@@ -243,8 +262,8 @@ class _Run:
         remove_journals(self.output)
         return result
 
-    def _answers(self, identity: Mapping[str, Any]) -> dict[int, list[str]]:
-        return read_journals(self.output, identity, [len(batch) for batch in self.batches])
+    def _answers(self, identity: _Identity) -> dict[int, list[str]]:
+        return read_journals(self.output, identity.settings, identity.batches)
 
     def _predictions(self, said: Sequence[str]) -> dict[Id, str]:
         return {q.id: answer for q, answer in zip(self.questions, said, strict=True)}
@@ -263,19 +282,15 @@ class _Run:
         ]
 
 
-def _finished(output: Path, identity: Mapping[str, Any]) -> dict | None:
+def _finished(output: Path, identity: _Identity) -> dict | None:
     if not ((output / SCORES).is_file() and (output / PREDICTIONS).is_file()):
         return None
     try:
         result = parse_json((output / SCORES).read_bytes())
     except ValueError:
         return None
-    same = isinstance(result, dict) and result.get("fingerprint") == _hash(identity)
+    same = isinstance(result, dict) and result.get("fingerprint") == identity.fingerprint
     return result if same else None
-
-
-def _hash(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
