@@ -415,9 +415,9 @@ def loaded_once(monkeypatch):
     setup.shutdown()
     load = functools.lru_cache(engine.load_model)
 
-    def cached(path, precision="fp32"):
+    def cached(path, precision="fp32", **more):
         whole = Path(path) == MODEL_OF["export"]
-        return load(path, precision) if whole else engine_load(path, precision)
+        return (load if whole else engine_load)(path, precision, **more)
 
     engine_load = engine.load_model
     monkeypatch.setattr(engine, "load_model", cached)
