@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,17 +210,16 @@ class _Run:
         writes = splitting.rank() == 0
         read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
         generator = Generator(loaded)
-        with (
-            journal_of(self.output, group, identity.settings, identity.batches)
-            if writes
-            else nullcontext() as keep,
-            tqdm(
-                total=sum(len(self.batches[number]) for number in share),
-                desc=self.described["task"],
-                unit=" questions",
-                disable=not (writes and group == 0),
-            ) as bar,
-        ):
+        with ExitStack() as stack:
+            with together(splitting):
+                keep = (
+                    stack.enter_context(
+                        journal_of(self.output, group, identity.settings, identity.batches)
+                    )
+                    if writes
+                    else None
+                )
+            bar = stack.enter_context(self._bar(share, shown=writes and group == 0))
             for number in share:
                 batch = self.batches[number]
                 with together(splitting):
@@ -228,9 +227,14 @@ class _Run:
                 prompts = [self.prompts[place] for place in batch]
                 limits = _limits(self.benchmark, self.settings)
                 answers = generator.generate(prompts, shown, **limits)
-                if keep is not None:
-                    keep(number, answers)
+                with together(splitting):
+                    if keep is not None:
+                        keep(number, answers)
                 bar.update(len(batch))
+
+    def _bar(self, share: Sequence[int], *, shown: bool) -> tqdm:
+        total = sum(len(self.batches[number]) for number in share)
+        return tqdm(total=total, desc=self.described["task"], unit=" questions", disable=not shown)
 
     def conclude(self, identity: _Identity, finished: set[int], spent: float) -> dict:
         """The result, once all files are written; the one that says it is finished comes last."""
