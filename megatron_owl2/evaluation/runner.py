@@ -42,7 +42,8 @@ from megatron_owl2.evaluation.prompts import PROMPTS
 from megatron_owl2.evaluation.ranks import from_first, together
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.rows import Id
-from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.utils.files import replaced_atomically, write_atomically
 from megatron_owl2.utils.json_text import parse_json
 
