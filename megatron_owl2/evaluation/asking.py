@@ -1,6 +1,7 @@
 """Batches of questions, the share of each data-parallel group, and the images that are shown."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.data import images
-from megatron_owl2.errors import BadSampleError, TaskError
+from megatron_owl2.errors import BadSampleError, InferenceError, TaskError
 from megatron_owl2.evaluation.benchmark import Question
 
 ImageReader = Callable[[Path | bytes], torch.Tensor]
@@ -41,6 +42,16 @@ def images_of(question: Question, read: ImageReader) -> list[torch.Tensor]:
                 f"{place_of_image(image)}: {reason} (the image of question {question.id!r})"
             ) from None
     return shown
+
+
+@contextmanager
+def naming(questions: Sequence[Question]) -> Iterator[None]:
+    """Context in which errors of inference, which number prompts, say the questions as well."""
+    try:
+        yield
+    except InferenceError as error:
+        first, last = questions[0].id, questions[-1].id
+        raise InferenceError(f"{error} (of the questions {first!r} to {last!r})") from None
 
 
 def place_of_image(image: Path | bytes) -> str:

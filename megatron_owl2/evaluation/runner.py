@@ -21,6 +21,7 @@ from megatron_owl2.evaluation.asking import (
     batches_of,
     image_reader,
     images_of,
+    naming,
     place_of_image,
     share_of,
 )
@@ -210,7 +211,7 @@ class _Run:
         assert isinstance(splitting, torch.distributed.ProcessGroup)
         writes = splitting.rank() == 0
         read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
-        generator = Generator(loaded)
+        generator, limits = Generator(loaded), _limits(self.benchmark, self.settings)
         with ExitStack() as stack:
             with together(splitting):
                 keep = (
@@ -222,16 +223,16 @@ class _Run:
                 )
             bar = stack.enter_context(self._bar(share, shown=writes and group == 0))
             for number in share:
-                batch = self.batches[number]
+                asked = [self.questions[place] for place in self.batches[number]]
+                prompts = [self.prompts[place] for place in self.batches[number]]
                 with together(splitting):
-                    shown = [images_of(self.questions[place], read) for place in batch]
-                prompts = [self.prompts[place] for place in batch]
-                limits = _limits(self.benchmark, self.settings)
-                answers = generator.generate(prompts, shown, **limits)
+                    shown = [images_of(question, read) for question in asked]
+                with naming(asked):
+                    answers = generator.generate(prompts, shown, **limits)
                 with together(splitting):
                     if keep is not None:
                         keep(number, answers)
-                bar.update(len(batch))
+                bar.update(len(asked))
 
     def _bar(self, share: Sequence[int], *, shown: bool) -> tqdm:
         total = sum(len(self.batches[number]) for number in share)

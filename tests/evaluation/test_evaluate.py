@@ -253,6 +253,9 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 0
     assert f"2 answers to questions without gold are in {output}" in capsys.readouterr().out
     assert "overall" not in json.loads((output / "scores.json").read_text())
+    long = ["--max-new-tokens", 600, "--limit", 2, "--batch-size", 1]
+    assert run_tool(monkeypatch, "evaluate", *options, *long) == 2
+    assert "(of the questions 1000 to 1000)" in capsys.readouterr().err
     options[1] = tmp_path
     assert run_tool(monkeypatch, "evaluate", *options) == 2
     assert "error: " in capsys.readouterr().err
