@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import named_image
+from megatron_owl2.evaluation.prompts import ADAPTER_OPEN
 from megatron_owl2.evaluation.rows import list_of, object_of, read_object, text, words
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, percent
 
@@ -87,4 +88,5 @@ BENCHMARK = Benchmark(
     columns=("score", "unreadable", "n"),
     submission=submission,
     unanswered_rows=True,
+    official=ADAPTER_OPEN,
 )

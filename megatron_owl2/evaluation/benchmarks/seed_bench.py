@@ -9,6 +9,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import one_of_named
+from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
 from megatron_owl2.evaluation.rows import (
     identifier,
     one_of,
@@ -107,4 +108,5 @@ BENCHMARK = Benchmark(
     submission=submission,
     unanswered_rows=True,
     variants=("first_character", "whole_answer"),
+    official=ADAPTER_CHOICE,
 )
