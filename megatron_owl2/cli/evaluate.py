@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="for predictions.jsonl and scores.json")
     parser.add_argument("--blind", action="store_true", help="show black images only")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--frames", type=int, help="of a video, instead of the task's number")
     parser.add_argument("--limit", type=int, help="ask the first N questions only")
     parser.add_argument(
         "--no-gold",
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("batch_size", "limit", "max_new_tokens"):
+    for name in ("batch_size", "limit", "frames", "max_new_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
 
@@ -58,7 +59,11 @@ def run(options: argparse.Namespace) -> int:
     about = {"model": options.checkpoint, "data": options.data}
     task = registry.find_benchmarks()[options.task]
     questions, gold = benchmark.read(
-        task, options.data, options.limit, with_gold=not options.no_gold
+        task,
+        options.data,
+        options.limit,
+        with_gold=not options.no_gold,
+        frames=options.frames,
     )
     loaded = load_model(options.checkpoint, options.precision)
     result = runner.evaluate(loaded, options.task, questions, gold, options.output, settings, about)

@@ -6,7 +6,7 @@ any of them.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_owl2.evaluation.rows import (
     text,
     with_ids_of,
 )
+from megatron_owl2.evaluation.video_files import Video
 from megatron_owl2.utils.files import is_hidden
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation leaves
@@ -30,17 +31,19 @@ SUBMISSION = "submission_"  # and what a file for the benchmark's server is call
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 
 Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
+Image = Path | bytes | Video  # a file, a file's content, or a video of several frames
 
 
 @dataclass(frozen=True)
 class Question:
     """One thing to ask: `images` are paths, or files' bytes where the benchmark holds them inside,
-    and `gold` is the answer to show beside the model's, None if it was never published. The images
-    come before the text, unless it is `placed`: then it has a placeholder for each of them."""
+    or videos, and `gold` is the answer to show beside the model's, None if it was never published.
+    The images come before the text, unless it is `placed`: then it has a placeholder for each of
+    them. One placeholder stands for all frames of a video."""
 
     id: Id
     text: str
-    images: tuple[Path | bytes, ...]
+    images: tuple[Image, ...]
     skill: str
     gold: str | None
     placed: bool = False
@@ -50,7 +53,16 @@ class Question:
         It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
         the answer's first token, which carries its own leading space, directly after the colon."""
         before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
-        return prompt(before + self.text + suffix, template)
+        return prompt(self._with_all_frames(before + self.text) + suffix, template)
+
+    def _with_all_frames(self, text: str) -> str:
+        """The text with a placeholder for every frame, next to each other: to the model that is one
+        placeholder with the rows of all frames, as the official code takes a list of frames."""
+        first, *pieces = text.split(IMAGE_PLACEHOLDER)
+        for image, piece in zip(self.images, pieces, strict=True):
+            count = image.frames if isinstance(image, Video) else 1
+            first += IMAGE_PLACEHOLDER * count + piece
+        return first
 
 
 @dataclass(frozen=True)
@@ -95,13 +107,20 @@ class Benchmark:
 
 
 def read(
-    benchmark: Benchmark, data: str | Path, limit: int | None = None, *, with_gold: bool = True
+    benchmark: Benchmark,
+    data: str | Path,
+    limit: int | None = None,
+    *,
+    with_gold: bool = True,
+    frames: int | None = None,
 ) -> tuple[list[Question], Gold]:
     """The questions, at most `limit`, and {id: gold row} of them, from a folder or question file.
 
-    Images are looked for in `images/` beside the file. `with_gold` False reads a set whose answers
-    are not published; its gold is {} or has no answers. Raises TaskError for missing or ambiguous
-    files, unreadable content, questions without gold, and images that are not there.
+    Images are looked for in `images/` beside the file, videos in `videos/`. `with_gold` False reads
+    a set whose answers are not published; its gold is {} or has no answers. `frames` of a video are
+    shown instead of the benchmark's number. Raises TaskError for missing or ambiguous files,
+    unreadable content, questions without gold, images that are not there, and `frames` without
+    videos.
     """
     if not with_gold and benchmark.submission is None:
         raise TaskError("this task has no file for a server; its questions need their gold")
@@ -113,11 +132,36 @@ def read(
     if not questions:
         raise TaskError(f"{path} holds no question")
     _check_tags(path, questions)
+    if frames is not None:
+        questions = _showing(questions, frames)
+    files = {file for q in questions for image in q.images if (file := file_of(image))}
     # os.path, as no name is too long or too odd for it
-    files = {image for q in questions for image in q.images if isinstance(image, Path)}
-    if lost := sorted(image for image in files if not os.path.isfile(image)):
+    if lost := sorted(file for file in files if not os.path.isfile(file)):
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
     return questions, {question.id: gold[question.id] for question in questions if gold}
+
+
+def file_of(image: Image) -> Path | None:
+    """The file of an image or video, None for an image inside the benchmark's own file."""
+    if isinstance(image, Video):
+        return image.path
+    return image if isinstance(image, Path) else None
+
+
+def _showing(questions: list[Question], frames: int) -> list[Question]:
+    """The questions with `frames` of every video."""
+    if not any(isinstance(image, Video) for question in questions for image in question.images):
+        raise TaskError("frames are of videos, and no question of this task and folder has one")
+    return [
+        replace(
+            question,
+            images=tuple(
+                replace(image, frames=frames) if isinstance(image, Video) else image
+                for image in question.images
+            ),
+        )
+        for question in questions
+    ]
 
 
 def has_answers(gold: Gold) -> bool:

@@ -21,11 +21,15 @@ from megatron_owl2.evaluation.benchmark import (
     SUBMISSION,
     Benchmark,
     Gold,
+    Image,
     Question,
+    file_of,
     has_answers,
 )
 from megatron_owl2.evaluation.benchmark import score as score_predictions
 from megatron_owl2.evaluation.registry import find_benchmarks
+from megatron_owl2.evaluation.video_files import Video
+from megatron_owl2.evaluation.video_frames import read_frames
 from megatron_owl2.inference.engine import Generator, LoadedModel
 
 
@@ -111,6 +115,7 @@ def evaluate(
         "task": name,
         "blind": settings.blind,
         "limit": settings.limit,
+        "frames": _frames_shown(questions),
         "prompt_suffix": suffix,
         "template": template.name,
         **limits,
@@ -163,12 +168,12 @@ def _cell(value: float | None) -> str:
 
 
 def _images_of(
-    question: Question, read: Callable[[Path | bytes], torch.Tensor]
+    question: Question, read: Callable[[Image], list[torch.Tensor]]
 ) -> list[torch.Tensor]:
     shown = []
     for image in question.images:
         try:
-            shown.append(read(image))
+            shown += read(image)
         except (OSError, BadSampleError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise TaskError(
@@ -177,22 +182,32 @@ def _images_of(
     return shown
 
 
-def _place(image: Path | bytes) -> str:
-    return str(image.resolve()) if isinstance(image, Path) else "inside the question file"
+def _frames_shown(questions: list[Question]) -> int | None:
+    """Frames of each video, None without videos."""
+    videos = (image for q in questions for image in q.images if isinstance(image, Video))
+    return max((video.frames for video in videos), default=None)
 
 
-def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Path | bytes], torch.Tensor]:
-    """A reader of images [3, size, size] in uint8, cached: questions about one image that follow
-    each other get the same tensor object, which the generator encodes once."""
+def _place(image: Image) -> str:
+    file = file_of(image)
+    return str(file.resolve()) if file else "inside the question file"
+
+
+def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Image], list[torch.Tensor]]:
+    """A reader of images, or of a video's frames, as [3, size, size] in uint8, cached: questions
+    about one image that follow each other get the same tensor object, which the generator encodes
+    once."""
     size, to_square = model.vision.image_size, images.square_resize(model)
     black = torch.zeros(3, size, size, dtype=torch.uint8)
 
     @lru_cache(maxsize=settings.batch_size)
-    def read(image: Path | bytes) -> torch.Tensor:
+    def read(image: Image) -> list[torch.Tensor]:
         if settings.blind:
-            return black
+            return [black] * (image.frames if isinstance(image, Video) else 1)
+        if isinstance(image, Video):
+            return [to_square(frame, size) for frame in read_frames(image)]
         data = image.read_bytes() if isinstance(image, Path) else image
-        return images.load_square(data, size, to_square=to_square)
+        return [images.load_square(data, size, to_square=to_square)]
 
     return read
 

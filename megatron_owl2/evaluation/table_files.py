@@ -19,12 +19,16 @@ SUFFIXES = {".parquet", *_DELIMITERS}
 def read_table(path: Path) -> list[dict[str, Any]]:
     """The rows of a table whose kind the file's name says.
 
-    Parquet keeps its types; TSV and CSV hold texts in UTF-8, None where a field is empty. Raises
-    TaskError naming the file for content that is no such table.
+    Parquet keeps its types; TSV and CSV hold texts in UTF-8, None where a field is empty. A CSV
+    whose names are separated by tabs is a TSV, as TGIF-QA's are. Raises TaskError naming the file
+    for content that is no such table.
     """
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path)
-    names, *lines = read_lines(path, _DELIMITERS[path.suffix.lower()]) or [[]]
+    delimiter = _DELIMITERS[path.suffix.lower()]
+    names, *lines = read_lines(path, delimiter) or [[]]
+    if len(names) == 1 and "\t" in names[0]:
+        names, *lines = read_lines(path, "\t")
     if len(set(names)) < len(names):
         raise TaskError(f"{path}: two columns have one name: {', '.join(names)}")
     for number, line in enumerate(lines, start=2):

@@ -1,6 +1,7 @@
 """EgoSchema (Mangalam et al. 2023): a choice of five about three minutes of egocentric video.
 
-The frames to be shown are the image files in `images/<q_uid>/`, in the order of their names.
+What is shown are the image files in `images/<q_uid>/`, in the order of their names, or where there
+is no such folder frames of `videos/<q_uid>.mp4`.
 """
 
 import json
@@ -9,8 +10,8 @@ from pathlib import Path
 
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices
-from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
-from megatron_owl2.evaluation.image_files import images_in
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Image, Question
+from megatron_owl2.evaluation.image_files import images_in, named_image
 from megatron_owl2.evaluation.rows import (
     read_object,
     read_rows,
@@ -18,24 +19,40 @@ from megatron_owl2.evaluation.rows import (
     whole_number,
     words,
 )
+from megatron_owl2.evaluation.video_files import VIDEOS, Video, VideoFolder
 
+FRAMES = 5  # of a video, with which version 1 did best
 ANSWERS = "subset_answers.json"
 _OPTIONS = tuple(f"option {n}" for n in range(5))
 _FIELDS = dict.fromkeys(_OPTIONS, words) | {"q_uid": words, "question": words}
 
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
-    """The questions, each about all frames in its folder."""
+    """The questions, each about all frames in its folder, or about its video."""
+    shown = _Shown(path)
     return [
         Question(
             id=i,
             text=choices.show(row["question"], row["options"]),
-            images=images_in(path, str(i)),
+            images=shown.of(str(i)),
             skill=row["skill"],
             gold=row["answer"],
         )
         for i, row in gold.items()
     ]
+
+
+class _Shown:
+    """What is shown for a question; frames that were taken before come first."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._videos = VideoFolder(path) if (path.parent / VIDEOS).is_dir() else None
+
+    def of(self, uid: str) -> tuple[Image, ...]:
+        if self._videos is None or named_image(self._path, uid).is_dir():
+            return images_in(self._path, uid)
+        return (Video(self._videos.find(uid), FRAMES),)
 
 
 def read_gold(path: Path) -> Gold:
