@@ -2,11 +2,14 @@
 
 owl2 evaluate --checkpoint CKPT_OR_HF_DIR --task NAME --data PATH --output DIR
 owl2 evaluate score --task NAME --predictions FILE --gold FILE
+owl2 evaluate requests ... and owl2 evaluate judge ... are for answers that a language model judges
 """
 
 import argparse
 import json
+from pathlib import Path
 
+from megatron_owl2.cli import judge
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
 from megatron_owl2.errors import ScoreError
 
@@ -77,20 +80,27 @@ def run(options: argparse.Namespace) -> int:
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     _add_task(parser)
-    parser.add_argument("--predictions", required=True, help="JSON lines or a JSON list")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--predictions", help="JSON lines or a JSON list")
+    given.add_argument("--replies", help="a judge's, as `judge` writes them")
     parser.add_argument("--gold", required=True, help="the published answers")
 
 
 def score(options: argparse.Namespace) -> int:
-    from megatron_owl2.evaluation import benchmark, registry
+    from megatron_owl2.evaluation import benchmark, judge_files, registry
 
     task = registry.find_benchmarks()[options.task]
-    predictions = benchmark.read_predictions(task, options.predictions)
     gold = benchmark.read_gold(task, options.gold)
     try:
-        scores = benchmark.score(task, predictions, gold, options.variant)
+        if options.replies:
+            replies = judge_files.read_replies(Path(options.replies))
+            scores = judge_files.score_replies(task, replies, gold)
+        else:
+            predictions = benchmark.read_predictions(task, options.predictions)
+            scores = benchmark.score(task, predictions, gold, options.variant)
     except ScoreError as error:
-        raise ScoreError(f"{options.predictions} and {options.gold}: {error}") from None
+        given = options.replies or options.predictions
+        raise ScoreError(f"{given} and {options.gold}: {error}") from None
     print(json.dumps(scores, indent=1))
     return 0
 
@@ -108,5 +118,9 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 _SCORE = Command(verb="evaluate", help=__doc__, add_arguments=add_score_arguments, run=score)
 main = Command(
-    verb="evaluate", help=__doc__, add_arguments=add_arguments, run=run, modes={"score": _SCORE}
+    verb="evaluate",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    modes={"score": _SCORE} | judge.MODES,
 ).main

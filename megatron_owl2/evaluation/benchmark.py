@@ -14,6 +14,7 @@ from megatron_owl2.config.templates import OWL2, Template
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation.judge import Judge
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,
@@ -104,6 +105,7 @@ class Benchmark:
     submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
     many_files: bool = False
     unanswered_rows: bool = False
+    judge: Judge | None = None  # where answers are, or can be, judged by a language model
 
 
 def read(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_owl2.evaluation.benchmark import Gold, Question
+from megatron_owl2.evaluation.judge import Judge
 from megatron_owl2.evaluation.rows import Id, identifier, read_rows, rows_by_id, words
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, percent, score_table
 from megatron_owl2.evaluation.video_files import Video
@@ -95,3 +96,31 @@ def submission(predictions: Mapping[Id, str], gold: Gold) -> tuple[str, bytes]:
         for i, row in gold.items()
     ]
     return "video_qa.json", json.dumps(rows, ensure_ascii=False).encode()
+
+
+_PROMPT = """\
+You compare answers to questions about videos with the right ones. Go by the meaning: synonyms, \
+paraphrases and more general or more exact words for the same thing are right, and the answer need \
+not repeat the right one. Decide whether the prediction matches.
+---
+Question: {question}
+Correct answer: {reference}
+Predicted answer: {prediction}
+
+Reply with nothing but a Python dictionary with the keys 'pred', which is 'yes' or 'no', and \
+'score', a whole number from 0, no match, to 5, a full match, such as {'pred': 'no', 'score': 1}."""
+
+
+def _fields(answer: str, row: Mapping) -> dict[str, str]:
+    return {"question": row["question"], "reference": row["answer"], "prediction": answer}
+
+
+JUDGE = Judge(
+    prompt=_PROMPT,
+    fields=_fields,
+    model="gpt-3.5-turbo",
+    max_tokens=64,
+    readable=lambda reply: verdict(reply) is not None,
+    attempts=5,
+    variant="judged",
+)

@@ -29,4 +29,5 @@ BENCHMARK = Benchmark(
     columns=video_qa.COLUMNS,
     submission=video_qa.submission,
     unanswered_rows=True,
+    judge=video_qa.JUDGE,
 )
