@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         options.limit,
         with_gold=not options.no_gold,
         frames=options.frames,
+        variant=options.variant,
     )
     loaded = load_model(options.checkpoint, options.precision)
     result = runner.evaluate(loaded, options.task, questions, gold, options.output, settings, about)

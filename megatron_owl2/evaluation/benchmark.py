@@ -5,8 +5,8 @@ any of them.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.judge import Judge
+from megatron_owl2.evaluation.likelihood import Candidates
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,
@@ -40,7 +41,8 @@ class Question:
     """One thing to ask: `images` are paths, or files' bytes where the benchmark holds them inside,
     or videos, and `gold` is the answer to show beside the model's, None if it was never published.
     The images come before the text, unless it is `placed`: then it has a placeholder for each of
-    them. One placeholder stands for all frames of a video."""
+    them. One placeholder stands for all frames of a video. With `candidates` the most likely of
+    them is the answer, by its letter, and nothing is generated."""
 
     id: Id
     text: str
@@ -48,6 +50,7 @@ class Question:
     skill: str
     gold: str | None
     placed: bool = False
+    candidates: Candidates | None = None
 
     def prompt(self, suffix: str, template: Template = OWL2) -> str:
         """The prompt of the model's template, images first; owl2's is that of official inference.
@@ -55,6 +58,16 @@ class Question:
         the answer's first token, which carries its own leading space, directly after the colon."""
         before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
         return prompt(self._with_all_frames(before + self.text) + suffix, template)
+
+    def candidate_prompts(self, suffix: str, template: Template = OWL2) -> list[str]:
+        """The prompts before the candidates' texts, empty ones for plain text."""
+        assert self.candidates is not None
+        return [
+            replace(self, text=context).prompt(suffix, template)
+            if self.candidates.in_template
+            else ""
+            for context, _ in self.candidates.pairs
+        ]
 
     def _with_all_frames(self, text: str) -> str:
         """The text with a placeholder for every frame, next to each other: to the model that is one
@@ -105,6 +118,10 @@ class Benchmark:
     submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
     many_files: bool = False
     unanswered_rows: bool = False
+    # Variants that ask otherwise: they read questions with `candidates`, whose letters are scored.
+    by_likelihood: Mapping[str, Callable[[Path, Gold], list[Question]]] = field(
+        default_factory=dict
+    )
     judge: Judge | None = None  # where answers are, or can be, judged by a language model
 
 
@@ -115,12 +132,14 @@ def read(
     *,
     with_gold: bool = True,
     frames: int | None = None,
+    variant: str | None = None,
 ) -> tuple[list[Question], Gold]:
     """The questions, at most `limit`, and {id: gold row} of them, from a folder or question file.
 
     Images are looked for in `images/` beside the file, videos in `videos/`. `with_gold` False reads
     a set whose answers are not published; its gold is {} or has no answers. `frames` of a video are
-    shown instead of the benchmark's number. Raises TaskError for missing or ambiguous files,
+    shown instead of the benchmark's number. A `variant` of the score may ask by the likelihood of
+    candidates. Raises TaskError for missing or ambiguous files,
     unreadable content, questions without gold, images that are not there, and `frames` without
     videos.
     """
@@ -130,7 +149,8 @@ def read(
     gold = _gold_of(benchmark, path) if with_gold or benchmark.unanswered_rows else {}
     if not with_gold:
         gold = {i: row | {"answer": None} for i, row in gold.items()}
-    questions = benchmark.read_questions(path, gold)[:limit]
+    reader = benchmark.by_likelihood.get(variant or "", benchmark.read_questions)
+    questions = reader(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
     _check_tags(path, questions)

@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_owl2.config.schema import ModelConfig
-from megatron_owl2.config.templates import TEMPLATES
+from megatron_owl2.config.templates import TEMPLATES, Template
 from megatron_owl2.data import images
 from megatron_owl2.errors import BadSampleError, TaskError
+from megatron_owl2.evaluation import likelihood
 from megatron_owl2.evaluation.benchmark import (
     PREDICTIONS,
     SCORES,
@@ -69,7 +70,7 @@ def evaluate(
     InferenceError.
     """
     benchmark = find_benchmarks()[name]
-    suffix = benchmark.suffix if settings.suffix is None else settings.suffix
+    suffix = _suffix(benchmark, questions, settings)
     limits = {
         key: getattr(benchmark if getattr(settings, key) is None else settings, key)
         for key in ("max_new_tokens", "min_new_tokens")
@@ -97,11 +98,7 @@ def evaluate(
     ):
         for first in range(0, len(questions), settings.batch_size):
             batch = questions[first : first + settings.batch_size]
-            answers = generator.generate(
-                [question.prompt(suffix, template) for question in batch],
-                [_images_of(question, read_image) for question in batch],
-                **limits,
-            )
+            answers = _ask(generator, batch, read_image, suffix, template, limits)
             for question, answer in zip(batch, answers, strict=True):
                 predictions[question.id] = answer
                 row = _prediction(
@@ -130,6 +127,16 @@ def evaluate(
             (Path(output) / f"{SUBMISSION}{file_name}").write_bytes(content)
         (Path(output) / SCORES).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _suffix(benchmark: Benchmark, questions: list[Question], settings: Settings) -> str:
+    """What follows every question; raises TaskError where it cannot."""
+    candidates = questions[0].candidates
+    if candidates is None:
+        return benchmark.suffix if settings.suffix is None else settings.suffix
+    if settings.suffix and not candidates.in_template:
+        raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")
+    return settings.suffix or ""
 
 
 def table(scores: dict, columns: Sequence[str] = ("accuracy", "majority", "n")) -> str:
@@ -165,6 +172,23 @@ def _cell(value: float | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def _ask(
+    generator: Generator,
+    batch: list[Question],
+    read_image: Callable[[Image], list[torch.Tensor]],
+    suffix: str,
+    template: Template,
+    limits: dict[str, int],
+) -> list[str]:
+    """The model's answers, generated or chosen by their likelihood."""
+    shown = [_images_of(question, read_image) for question in batch]
+    if batch[0].candidates is None:
+        prompts = [question.prompt(suffix, template) for question in batch]
+        return generator.generate(prompts, shown, **limits)
+    asked = [(q.candidates, q.candidate_prompts(suffix, template)) for q in batch if q.candidates]
+    return likelihood.answers(generator, asked, shown, len(batch))
 
 
 def _images_of(

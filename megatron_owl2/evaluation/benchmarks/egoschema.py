@@ -6,10 +6,11 @@ is no such folder frames of `videos/<q_uid>.mp4`.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import choices
+from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Image, Question
 from megatron_owl2.evaluation.image_files import images_in, named_image
 from megatron_owl2.evaluation.rows import (
@@ -23,6 +24,10 @@ from megatron_owl2.evaluation.video_files import VIDEOS, Video, VideoFolder
 
 FRAMES = 5  # of a video, with which version 1 did best
 ANSWERS = "subset_answers.json"
+_YES_OR_NO = (
+    "Given question '{}', is answer '{}' correct?\nDo you think that the answer to the given "
+    "question is correct. Please answer yes or no."
+)
 _OPTIONS = tuple(f"option {n}" for n in range(5))
 _FIELDS = dict.fromkeys(_OPTIONS, words) | {"q_uid": words, "question": words}
 
@@ -39,6 +44,22 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
             gold=row["answer"],
         )
         for i, row in gold.items()
+    ]
+
+
+def read_by_likelihood(path: Path, gold: Gold) -> list[Question]:
+    """The questions as version 1 was evaluated: of every option whether it is right, and how likely
+    "Yes" is then."""
+    return [
+        replace(
+            question,
+            candidates=likelihood.Candidates(
+                tuple((_YES_OR_NO.format(row["question"], o), "Yes") for o in row["options"]),
+                likelihood.total,
+                in_template=True,
+            ),
+        )
+        for question, row in zip(read_questions(path, gold), gold.values(), strict=True)
     ]
 
 
@@ -81,7 +102,11 @@ def read_gold(path: Path) -> Gold:
 
 
 def score(predictions: Mapping, gold: Mapping, variant: str = "generation") -> dict:
-    """Accuracy of generated answers, by a letter or the text of one option; raises ScoreError."""
+    """Accuracy of answers, by a letter or the text of one option; raises ScoreError.
+
+    Under "generation" the model says them; under "yes" they are the options with the likeliest
+    "Yes".
+    """
     return choices.score_choices(predictions, gold, choices.letter_or_text)
 
 
@@ -104,7 +129,8 @@ BENCHMARK = Benchmark(
     read_questions=read_questions,
     read_gold=read_gold,
     score=score,
-    variants=("generation",),
+    variants=("generation", "yes"),
+    by_likelihood={"yes": read_by_likelihood},
     columns=choices.COLUMNS,
     submission=submission,
     unanswered_rows=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import choices
+from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Image, Question
 from megatron_owl2.evaluation.image_files import one_of_named
 from megatron_owl2.evaluation.rows import (
@@ -53,7 +53,11 @@ _FIELDS = dict.fromkeys(_CHOICES, words) | {
     "question_type_id": whole_number,
     "segment": Optional(_segment),
 }
-_PICKS = {"first_character": choices.first_character, "whole_answer": choices.whole_answer}
+_PICKS = {
+    "first_character": choices.first_character,
+    "whole_answer": choices.whole_answer,
+    "likelihood": choices.whole_answer,
+}
 
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
@@ -67,6 +71,23 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
             gold=row["answer"],
         )
         for i, row in gold.items()
+    ]
+
+
+def read_by_likelihood(path: Path, gold: Gold) -> list[Question]:
+    """The questions as SEED-Bench's own evaluation asks them: which option is the likeliest answer
+    to the question alone."""
+    return [
+        replace(
+            question,
+            candidates=likelihood.Candidates(
+                tuple((row["question"], option) for option in row["options"]),
+                likelihood.total,
+                in_template=True,
+                ends=True,
+            ),
+        )
+        for question, row in zip(read_questions(path, gold), gold.values(), strict=True)
     ]
 
 
@@ -125,7 +146,8 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "first_character")
     alone if there are both.
 
     "first_character" looks at no more of an answer, as lmms-eval does; "whole_answer" wants the
-    letter alone, as LLaVA's evaluation does. Raises ScoreError.
+    letter alone, as LLaVA's evaluation does; "likelihood" is of the letters of the options with the
+    least loss. Raises ScoreError.
     """
     both = len({row["kind"] for row in gold.values()}) > 1
     skills = ("skill", "kind") if both else ("skill",)
@@ -153,5 +175,6 @@ BENCHMARK = Benchmark(
     columns=choices.COLUMNS,
     submission=submission,
     unanswered_rows=True,
-    variants=("first_character", "whole_answer"),
+    variants=tuple(_PICKS),
+    by_likelihood={"likelihood": read_by_likelihood},
 )
