@@ -2,14 +2,15 @@
 
 owl2 evaluate --checkpoint CKPT_OR_HF_DIR --task NAME --data PATH --output DIR
 owl2 evaluate score --task NAME --predictions FILE --gold FILE
-owl2 evaluate requests ... and owl2 evaluate judge ... are for answers that a language model judges
+owl2 evaluate requests and judge are for answers that a language model judges,
+owl2 evaluate rating-sheet and tally for those that people rate; each has its --help.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from megatron_owl2.cli import judge
+from megatron_owl2.cli import judge, rating
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
 from megatron_owl2.errors import ScoreError
 
@@ -123,5 +124,5 @@ main = Command(
     help=__doc__,
     add_arguments=add_arguments,
     run=run,
-    modes={"score": _SCORE} | judge.MODES,
+    modes={"score": _SCORE} | judge.MODES | rating.MODES,
 ).main
