@@ -17,10 +17,10 @@ def reference_score(predictions: Mapping[Id, str], gold: Mapping[Id, Mapping]) -
     Raises TaskError if pycocoevalcap or Java is not installed, or Java fails.
     """
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+        from pycocoevalcap.bleu.bleu import Bleu  # pyright: ignore
+        from pycocoevalcap.cider.cider import Cider  # pyright: ignore
+        from pycocoevalcap.rouge.rouge import Rouge  # pyright: ignore
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # pyright: ignore
     except ImportError:
         raise TaskError(
             "this variant needs pycocoevalcap: pip install 'megatron-owl2[captions]'"
