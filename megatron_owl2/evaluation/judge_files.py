@@ -127,10 +127,11 @@ def score_replies(benchmark: Benchmark, replies: Replies, gold: Gold) -> dict:
     benchmark's rule says. Raises ScoreError for questions that a run has no reply for.
     """
     judge, tables = judge_of(benchmark), []
+    known = set(map(str, gold))
     for run in sorted(replies.texts):
         texts = {i: replies.chosen(judge, run, i)[1] for i in gold}
         said = {i: reply for i, reply in texts.items() if reply is not None}
-        unknown = {i: "" for i in replies.texts[run] if i not in set(map(str, gold))}
+        unknown = {i: "" for i in replies.texts[run] if i not in known}
         if len(said) < len(gold):
             lost = next(i for i in gold if i not in said)
             raise ScoreError(

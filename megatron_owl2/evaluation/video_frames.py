@@ -47,21 +47,28 @@ def read_frames(video: Video) -> list[torch.Tensor]:
 
 def _packets(path: Path) -> int:
     """The number of packets of the video stream; raises TaskError if the file was cut."""
+    count, is_cut, end = 0, False, 0.0
     with _stream(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        if any(packet.is_corrupt for packet in packets) or stream.frames > len(packets):
-            states = f" of {stream.frames}" if stream.frames else ""
+        for packet in container.demux(stream):
+            if packet.size:  # the last one is empty, to flush the decoder
+                count += 1
+                is_cut |= packet.is_corrupt
+                stop = (packet.pts or 0) + (packet.duration or 0)
+                end = max(end, float(stop * packet.time_base))
+        if is_cut or stream.frames > count:
+            stated = f" of {stream.frames}" if stream.frames else ""
             raise TaskError(
-                f"{path} is cut: it holds {len(packets)}{states} frames; copy or download it again"
+                f"{path} is cut: it holds {count}{stated} frames; copy or download it again"
             )
-        last = max((float(p.pts * p.time_base) for p in packets if p.pts is not None), default=None)
-        stated = (container.duration or 0) / 1e6  # microseconds
-        if last is not None and len(packets) > 1 and last < _SHORT * stated:
+        duration = (container.duration or 0) / 1e6  # from microseconds
+        if count and end < _SHORT * duration:
             _logger.warning(
                 "%s states a duration of %.1f s and ends after %.1f s; it may have been cut",
-                path, stated, last,
-            )  # fmt: skip
-        return len(packets)
+                path,
+                duration,
+                end,
+            )
+    return count
 
 
 def _decode(video: Video, numbers: list[int]) -> tuple[list[torch.Tensor], int]:

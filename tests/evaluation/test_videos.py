@@ -9,13 +9,16 @@ import pytest
 import torch
 from benchmark_files import LETTER, TASKS, asked, draw, dump, marks
 
+from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.conversation import prompt_ids
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import benchmark, video_qa
+from megatron_owl2.evaluation import benchmark, runner, video_qa
 from megatron_owl2.evaluation.benchmark import Question
+from megatron_owl2.evaluation.runner import Settings
 from megatron_owl2.evaluation.video_files import Video, frame_numbers
 from megatron_owl2.evaluation.video_frames import read_frames
+from megatron_owl2.mcore import setup
 
 av = pytest.importorskip("av")
 SHORT = " Answer the question using a single word or phrase. ASSISTANT:"
@@ -82,9 +85,11 @@ def test_the_frames_of_a_file_are_read(tmp_path, name, codec):
         read_frames(Video(path, 1, (8.0, 9.0)))
 
 
-def test_an_animated_gif_is_a_video(tmp_path):
+def test_an_animated_gif_is_a_video(tmp_path, caplog):
     shown = read_frames(Video(film(tmp_path / "a.gif", 17, "gif"), 4))
     assert [round(f.float().mean().item() / 50) for f in shown] == [0, 1, 2, 3]
+    levels(Video(film(tmp_path / "b.gif", 2, "gif", rate=1), 4))
+    assert not caplog.records
 
 
 def test_what_a_file_says_of_its_duration_is_not_believed(tmp_path, caplog):
@@ -95,7 +100,7 @@ def test_what_a_file_says_of_its_duration_is_not_believed(tmp_path, caplog):
         number = np.array(wrong, ">f8").tobytes()
         path.write_bytes(data[: place + 3] + number + data[place + 11 :])
         assert levels(Video(path, 3)) == [1, 4, 6]
-    assert f"{path} states a duration of 1000000.0 s and ends after 1.6 s" in caplog.text
+    assert f"{path} states a duration of 1000000.0 s and ends after 1.8 s" in caplog.text
     path.write_bytes(data[:place] + b"\xec\x89" + data[place + 2 :])  # none: a void element
     assert levels(Video(path, 3)) == [1, 4, 6]
 
@@ -195,6 +200,49 @@ def test_tgif_asks_about_gifs(tmp_path):
     questions, gold, _ = asked("tgif_qa", tmp_path)
     assert questions[0].images == (Video(path, 4),)
     assert marks("tgif_qa", {0: "TWO"}, gold) == {"how": (100.0, 1), "all": (100.0, 1)}
+
+
+class Counts:
+    """A generator that answers with the grey levels of what it is shown."""
+
+    def __init__(self, loaded):
+        pass
+
+    def generate(self, prompts, images, max_new_tokens, min_new_tokens):
+        assert [p.count("<|image|>") for p in prompts] == [len(row) for row in images]
+        assert all(i.shape == (3, 28, 28) and i.dtype == torch.uint8 for r in images for i in r)
+        return [" ".join(str(round(i.float().mean().item() / 10)) for i in row) for row in images]
+
+
+def test_the_evaluation_shows_frames_to_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Generator", Counts)
+    setup.initialize(ParallelConfig())
+    rows = [
+        {"id": n, "video_id": n, "question": "which?", "answer": answer}
+        for n, answer in ((1, "2 6 10 14"), (2, "0 0 0 1"))
+    ]
+    dump(tmp_path / "test_qa.json", rows)
+    film(tmp_path / "videos/video1.mp4", 17)
+    path = film(tmp_path / "videos/video2.mp4", 2)
+    config = ModelConfig(vision=VisionConfig(image_size=28))
+    loaded, task = type("Loaded", (), {"config": config}), TASKS["msrvtt_qa"]
+
+    def evaluate(frames: int | None, blind: bool) -> dict:
+        questions, gold = benchmark.read(task, tmp_path, frames=frames)
+        settings = Settings(blind=blind, batch_size=2)
+        out = tmp_path / "out"
+        return runner.evaluate(loaded, "msrvtt_qa", questions, gold, out, settings, {})
+
+    result = evaluate(None, False)
+    assert result["overall"]["accuracy"] == 100.0 and result["frames"] == 4
+    row = json.loads((tmp_path / "out/predictions.jsonl").read_text().splitlines()[1])
+    assert row["images"] == [str(path)] and row["answer"] == "0 0 0 1"
+    assert evaluate(1, True)["frames"] == 1
+    row = json.loads((tmp_path / "out/predictions.jsonl").read_text().splitlines()[0])
+    assert row["answer"] == "0"
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(TaskError, match=r"video2.mp4 (cannot be decoded|holds no video)"):
+        evaluate(None, False)
 
 
 @pytest.mark.parametrize(
