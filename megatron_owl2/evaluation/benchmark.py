@@ -6,16 +6,14 @@ any of them.
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_owl2.config.templates import OWL2, Template
-from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.judge import Judge
-from megatron_owl2.evaluation.likelihood import Candidates
+from megatron_owl2.evaluation.question import Question, file_of, showing
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,
@@ -24,7 +22,6 @@ from megatron_owl2.evaluation.rows import (
     text,
     with_ids_of,
 )
-from megatron_owl2.evaluation.video_files import Video
 from megatron_owl2.utils.files import is_hidden
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"  # what an evaluation leaves
@@ -33,50 +30,6 @@ SUBMISSION = "submission_"  # and what a file for the benchmark's server is call
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 
 Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
-Image = Path | bytes | Video  # a file, a file's content, or a video of several frames
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to ask: `images` are paths, or files' bytes where the benchmark holds them inside,
-    or videos, and `gold` is the answer to show beside the model's, None if it was never published.
-    The images come before the text, unless it is `placed`: then it has a placeholder for each of
-    them. One placeholder stands for all frames of a video. With `candidates` the most likely of
-    them is the answer, by its letter, and nothing is generated."""
-
-    id: Id
-    text: str
-    images: tuple[Image, ...]
-    skill: str
-    gold: str | None
-    placed: bool = False
-    candidates: Candidates | None = None
-
-    def prompt(self, suffix: str, template: Template = OWL2) -> str:
-        """The prompt of the model's template, images first; owl2's is that of official inference.
-        It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
-        the answer's first token, which carries its own leading space, directly after the colon."""
-        before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
-        return prompt(self._with_all_frames(before + self.text) + suffix, template)
-
-    def candidate_prompts(self, suffix: str, template: Template = OWL2) -> list[str]:
-        """The prompts before the candidates' texts, empty ones for plain text."""
-        assert self.candidates is not None
-        return [
-            replace(self, text=context).prompt(suffix, template)
-            if self.candidates.in_template
-            else ""
-            for context, _ in self.candidates.pairs
-        ]
-
-    def _with_all_frames(self, text: str) -> str:
-        """The text with a placeholder for every frame, next to each other: to the model that is one
-        placeholder with the rows of all frames, as the official code takes a list of frames."""
-        first, *pieces = text.split(IMAGE_PLACEHOLDER)
-        for image, piece in zip(self.images, pieces, strict=True):
-            count = image.frames if isinstance(image, Video) else 1
-            first += IMAGE_PLACEHOLDER * count + piece
-        return first
 
 
 @dataclass(frozen=True)
@@ -155,35 +108,12 @@ def read(
         raise TaskError(f"{path} holds no question")
     _check_tags(path, questions)
     if frames is not None:
-        questions = _showing(questions, frames)
+        questions = showing(questions, frames)
     files = {file for q in questions for image in q.images if (file := file_of(image))}
     # os.path, as no name is too long or too odd for it
     if lost := sorted(file for file in files if not os.path.isfile(file)):
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
     return questions, {question.id: gold[question.id] for question in questions if gold}
-
-
-def file_of(image: Image) -> Path | None:
-    """The file of an image or video, None for an image inside the benchmark's own file."""
-    if isinstance(image, Video):
-        return image.path
-    return image if isinstance(image, Path) else None
-
-
-def _showing(questions: list[Question], frames: int) -> list[Question]:
-    """The questions with `frames` of every video."""
-    if not any(isinstance(image, Video) for question in questions for image in question.images):
-        raise TaskError("frames are of videos, and no question of this task and folder has one")
-    return [
-        replace(
-            question,
-            images=tuple(
-                replace(image, frames=frames) if isinstance(image, Video) else image
-                for image in question.images
-            ),
-        )
-        for question in questions
-    ]
 
 
 def has_answers(gold: Gold) -> bool:

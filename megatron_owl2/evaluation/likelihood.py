@@ -67,7 +67,7 @@ def answers(
 ) -> list[str]:
     """For each question the letter of its most likely candidate, the first of equals.
 
-    `asked` are candidates with their prompts in the model's template, which are empty where the
+    `asked` are candidates with their prompts in the model's template, which are left where the
     candidates are plain text; `images` are those of each question. At most `batch_size` texts are
     in a batch. Raises InferenceError as the generator does.
     """

@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 
 from megatron_owl2.data import pillow_images
 from megatron_owl2.errors import ScoreError, TaskError
-from megatron_owl2.evaluation.benchmark import Image, Question
+from megatron_owl2.evaluation.question import Image, Question
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,

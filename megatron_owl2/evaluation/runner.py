@@ -22,12 +22,10 @@ from megatron_owl2.evaluation.benchmark import (
     SUBMISSION,
     Benchmark,
     Gold,
-    Image,
-    Question,
-    file_of,
     has_answers,
 )
 from megatron_owl2.evaluation.benchmark import score as score_predictions
+from megatron_owl2.evaluation.question import Image, Question, file_of, frames_shown
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.video_files import Video
 from megatron_owl2.evaluation.video_frames import read_frames
@@ -112,7 +110,7 @@ def evaluate(
         "task": name,
         "blind": settings.blind,
         "limit": settings.limit,
-        "frames": _frames_shown(questions),
+        "frames": frames_shown(questions),
         "prompt_suffix": suffix,
         "template": template.name,
         **limits,
@@ -187,7 +185,11 @@ def _ask(
     if batch[0].candidates is None:
         prompts = [question.prompt(suffix, template) for question in batch]
         return generator.generate(prompts, shown, **limits)
-    asked = [(q.candidates, q.candidate_prompts(suffix, template)) for q in batch if q.candidates]
+    asked = [
+        (q.candidates, [one.prompt(suffix, template) for one in q.for_candidates()])
+        for q in batch
+        if q.candidates
+    ]
     return likelihood.answers(generator, asked, shown, len(batch))
 
 
@@ -204,12 +206,6 @@ def _images_of(
                 f"{_place(image)}: {reason} (the image of question {question.id!r})"
             ) from None
     return shown
-
-
-def _frames_shown(questions: list[Question]) -> int | None:
-    """Frames of each video, None without videos."""
-    videos = (image for q in questions for image in q.images if isinstance(image, Video))
-    return max((video.frames for video in videos), default=None)
 
 
 def _place(image: Image) -> str:

@@ -58,7 +58,7 @@ def compared(task: str, data, variant: str, loss) -> tuple[list[str], list]:
     """The letters for all questions, and the texts that were compared."""
     questions, _ = benchmark.read(TASKS[task], data, variant=variant)
     generator = Likes(loss)
-    asked = [(q.candidates, q.candidate_prompts("")) for q in questions]
+    asked = [(q.candidates, [one.prompt("") for one in q.for_candidates()]) for q in questions]
     letters = likelihood.answers(generator, asked, [list(q.images) for q in questions], 3)
     assert generator.sizes == [3] * (len(generator.asked) // 3) + [len(generator.asked) % 3]
     return letters, generator

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices, likelihood
-from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Image, Question
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import images_in, named_image
+from megatron_owl2.evaluation.question import Image
 from megatron_owl2.evaluation.rows import (
     read_object,
     read_rows,

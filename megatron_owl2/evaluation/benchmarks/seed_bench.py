@@ -14,8 +14,9 @@ from typing import Any
 
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices, likelihood
-from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Image, Question
+from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import one_of_named
+from megatron_owl2.evaluation.question import Image
 from megatron_owl2.evaluation.rows import (
     Misfit,
     Optional,
