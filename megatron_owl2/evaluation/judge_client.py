@@ -22,6 +22,7 @@ from megatron_owl2.utils.files import truncate_jsonl
 if TYPE_CHECKING:
     import httpx
 
+_LONGEST_WAIT = 60.0  # seconds between two tries
 _MAY_PASS = {408, 409, 429}  # and all from 500 on: what another try may not meet
 
 
@@ -31,7 +32,8 @@ class Server:
 
     `base_url` ends before `/chat/completions`, as `https://api.openai.com/v1`; `key` goes into the
     header, if there is one. At most `concurrency` requests are under way, each is tried `tries`
-    times with waits from `pause` seconds on that double up to a minute, or as the server says.
+    times with waits from `pause` seconds on that double up to a minute, or as long as the
+    server says.
     """
 
     base_url: str
@@ -112,11 +114,11 @@ def _ask(
     """The id and the text of the reply."""
     import httpx
 
-    pause, reason = server.pause, "it was stopped"
+    delay, reason = 0.0, "it was stopped"
     for attempt in range(server.tries):
-        if attempt and stop.wait(pause):
+        if stop.wait(delay):
             break
-        pause = min(2 * pause, 60.0)
+        delay = min(server.pause * 2**attempt, _LONGEST_WAIT)
         try:
             answer = client.post(f"{server.base_url.rstrip('/')}/chat/completions", json=body)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
@@ -129,17 +131,17 @@ def _ask(
         reason = f"status {answer.status_code}: {short(answer.text)}"
         if answer.status_code not in _MAY_PASS and answer.status_code < 500:
             raise JudgeError(f"{server.base_url} refuses request {i}: {reason}")
-        pause = _asked_to_wait(answer, pause)
+        delay = _asked_to_wait(answer, delay)
     raise JudgeError(
         f"{server.base_url} did not answer request {i} in {server.tries} tries: {reason}; start "
         "again to go on"
     )
 
 
-def _asked_to_wait(answer: "httpx.Response", pause: float) -> float:
-    """Seconds to wait: what the server says, at most a minute, else `pause`."""
+def _asked_to_wait(answer: "httpx.Response", delay: float) -> float:
+    """Seconds to wait: what the server says, at most a minute, else `delay`."""
     said = answer.headers.get("Retry-After", "")
-    return min(float(said), 60.0) if said.isdecimal() else pause
+    return min(float(said), _LONGEST_WAIT) if said.isdecimal() else delay
 
 
 def _text(answer: "httpx.Response", i: str) -> str:

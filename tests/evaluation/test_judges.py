@@ -295,13 +295,18 @@ def test_without_a_server_the_address_is_named(tmp_path):
 
 
 def test_as_many_requests_are_under_way_as_are_allowed(tmp_path):
-    together = threading.Barrier(3, timeout=30)
+    together, lock, counts = threading.Barrier(3, timeout=30), threading.Lock(), [0, 0]
 
     class Together:
         """A client whose requests go on when three are under way."""
 
         def post(self, url, json):
+            with lock:
+                counts[0] += 1
+                counts[1] = max(counts)
             together.wait()
+            with lock:
+                counts[0] -= 1
             return type("Answer", (), {"status_code": 200, "json": lambda self: said, "text": ""})()
 
     said = {"choices": [{"message": {"content": None}}]}
@@ -309,6 +314,7 @@ def test_as_many_requests_are_under_way_as_are_allowed(tmp_path):
     server = Server("http://x", concurrency=3)
     found = list(judge_client._answers(Together(), server, requests))
     assert sorted(found) == [(i, "") for i in sorted(requests)]  # a refusal has no text
+    assert counts == [0, 3]
 
 
 def test_damaged_files_are_named(tmp_path):
