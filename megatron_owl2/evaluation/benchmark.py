@@ -5,14 +5,17 @@ any of them.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_owl2.config.templates import Template
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.judge import Judge
+from megatron_owl2.evaluation.prompts import PROMPTS, OfficialPrompt
 from megatron_owl2.evaluation.question import Question, file_of, showing
 from megatron_owl2.evaluation.rows import (
     Id,
@@ -29,6 +32,11 @@ SUBMISSION = "submission_"  # and what a file for the benchmark's server is call
 
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 
+_SPLIT = re.compile(
+    r"(?i)(?:^|[^a-z])(test-?dev|test|train|val|dev|random|popular|adversarial)(?![a-z])"
+)
+_WRONG = ("", "no", "yes")  # one of which no rule takes for right
+
 Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
 
 
@@ -39,8 +47,9 @@ class Benchmark:
     Its questions are found in a folder by the pattern `file`, its gold by `gold_file`; a benchmark
     of `many_files` takes all that match, and its readers get the folder, or the file that was
     named, and list them by `files_of`. Result files name a question `id_field` and the model's text
-    `answer_field`, as the benchmark's own do. `suffix` follows every question; the token limits are
-    those of the official evaluation.
+    `answer_field`, as the benchmark's own do. `suffix` follows every question, `official` says what
+    does in the prompt of that name; the token limits are those of the official evaluation. `split`
+    is the one that is asked where the name of the file does not tell it.
 
     `read_questions(file, gold)` gives the questions, `read_gold(gold_file)` the gold rows by id,
     and `score(predictions, gold)`, with a third argument if there are `variants`, the tables that
@@ -76,6 +85,32 @@ class Benchmark:
         default_factory=dict
     )
     judge: Judge | None = None  # where answers are, or can be, judged by a language model
+    official: OfficialPrompt = OfficialPrompt()
+    split: str | None = None
+
+    def suffix_of(self, prompt: str, suffix: str | None = None, variant: str | None = None) -> str:
+        """What follows a question in the prompt of this name, unless another suffix is given:
+        nothing in variants by likelihood."""
+        if prompt not in PROMPTS:
+            raise TaskError(f"there is no prompt {prompt!r}; known: {', '.join(PROMPTS)}")
+        if variant in self.by_likelihood:
+            return suffix or ""
+        if suffix is None and prompt == "official":
+            suffix = self.official.suffix
+        return self.suffix if suffix is None else suffix
+
+    def prompts_of(
+        self, question: Question, prompt: str, suffix: str, template: Template
+    ) -> list[str]:
+        """The prompt of a question, or those before each of its candidates in the template."""
+        asked = question.for_candidates() if question.candidates else [question]
+        return [self.prompt_text(one, prompt, suffix, template) for one in asked]
+
+    def prompt_text(self, question: Question, prompt: str, suffix: str, template: Template) -> str:
+        """The whole prompt of a question under the name `prompt`."""
+        if prompt == "official":
+            return question.official_prompt(suffix, self.official.assistant)
+        return question.prompt(suffix, template)
 
 
 def read(
@@ -114,6 +149,17 @@ def read(
     if lost := sorted(file for file in files if not os.path.isfile(file)):
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
     return questions, {question.id: gold[question.id] for question in questions if gold}
+
+
+def question_file(benchmark: Benchmark, data: str | Path) -> Path:
+    """The file with the questions, or the folder of a task of many; raises TaskError as `read`."""
+    return _find(data, benchmark.file, benchmark.many_files)
+
+
+def split_of(benchmark: Benchmark, path: Path) -> str | None:
+    """The split of a question file: by its name, else the only one that the benchmark asks."""
+    found = None if path.is_dir() else _SPLIT.search(path.stem)
+    return found[1].replace("test-dev", "testdev") if found else benchmark.split
 
 
 def has_answers(gold: Gold) -> bool:
@@ -172,12 +218,34 @@ def score(
     Raises TaskError for a variant that the benchmark does not have, and ScoreError.
     """
     predictions = with_ids_of(gold, predictions)
+    check_variant(benchmark, variant)
     if variant is None:
         return benchmark.score(predictions, gold)
-    if variant not in benchmark.variants:
+    return benchmark.score(predictions, gold, variant)
+
+
+def check_variant(benchmark: Benchmark, variant: str | None) -> None:
+    """Refusal of a variant that the benchmark does not have, as TaskError."""
+    if variant is not None and variant not in benchmark.variants:
         known = ", ".join(benchmark.variants) or "none"
         raise TaskError(f"this task has no scoring variant {variant!r}; known: {known}")
-    return benchmark.score(predictions, gold, variant)
+
+
+def with_missing_wrong(
+    benchmark: Benchmark, predictions: dict[Id, str], gold: Gold, variant: str | None = None
+) -> tuple[dict[Id, str], int]:
+    """Predictions for all gold, and how many were added: an empty answer for each that is missing,
+    or a no or yes where a rule takes an empty one for right."""
+    predictions = with_ids_of(gold, predictions)
+    missing = {i: row for i, row in gold.items() if i not in predictions}
+    added = {}
+    for i, row in missing.items():
+        added[i] = _WRONG[0]
+        if "accuracy" in benchmark.columns:
+            rights = (score(benchmark, {i: t}, {i: row}, variant)["overall"] for t in _WRONG)
+            graded = zip(_WRONG, rights, strict=True)
+            added[i] = next((t for t, own in graded if not own["accuracy"]), _WRONG[0])
+    return predictions | added, len(added)
 
 
 def files_of(path: Path, pattern: str) -> list[Path]:

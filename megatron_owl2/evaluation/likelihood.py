@@ -67,14 +67,18 @@ def answers(
 ) -> list[str]:
     """For each question the letter of its most likely candidate, the first of equals.
 
-    `asked` are candidates with their prompts in the model's template, which are left where the
-    candidates are plain text; `images` are those of each question. At most `batch_size` texts are
+    `asked` are candidates with their prompts in the model's template, none where the candidates are
+    plain text; `images` are those of each question. At most `batch_size` texts are
     in a batch. Raises InferenceError as the generator does.
     """
     rows = [
         (number, *_ids(candidates, prompt, pair, generator.tokenizer))
         for number, (candidates, prompts) in enumerate(asked)
-        for prompt, pair in zip(prompts, candidates.pairs, strict=True)
+        for prompt, pair in zip(
+            prompts if candidates.in_template else [""] * len(candidates.pairs),
+            candidates.pairs,
+            strict=True,
+        )
     ]
     found: list[Found] = []
     for first in range(0, len(rows), batch_size):

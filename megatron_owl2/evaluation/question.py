@@ -9,6 +9,7 @@ from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.likelihood import Candidates
+from megatron_owl2.evaluation.prompts import OFFICIAL_USER
 from megatron_owl2.evaluation.rows import Id
 from megatron_owl2.evaluation.video_files import Video
 
@@ -32,15 +33,20 @@ class Question:
     candidates: Candidates | None = None
 
     def prompt(self, suffix: str, template: Template = OWL2) -> str:
-        """The prompt of the model's template, images first; owl2's is that of official inference.
-        It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
-        the answer's first token, which carries its own leading space, directly after the colon."""
+        """The prompt of the model's template, images first, up to `ASSISTANT:`."""
         return prompt(self._with_placeholders() + suffix, template)
+
+    def official_prompt(self, suffix: str, assistant: str) -> str:
+        """The prompt of published evaluation code, whose white space is kept as it is."""
+        return OFFICIAL_USER + self._with_placeholders() + suffix + assistant
 
     def for_candidates(self) -> "list[Question]":
         """The questions behind which the candidates' texts stand, if these are in the template."""
-        pairs = self.candidates.pairs if self.candidates else ()
-        return [replace(self, text=context, candidates=None) for context, _ in pairs]
+        if self.candidates is None or not self.candidates.in_template:
+            return []
+        return [
+            replace(self, text=context, candidates=None) for context, _ in self.candidates.pairs
+        ]
 
     def _with_placeholders(self) -> str:
         """The text with a placeholder for every image, and for every frame of a video next to each

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_owl2.errors import ScoreError
 
 RATINGS = ("A", "B", "C", "D")  # that people give, the best first
+_LISTED = 10  # ids in a message
 
 
 def exact_match(predictions: Mapping, gold: Mapping) -> dict:
@@ -113,9 +114,11 @@ def check_ids(predictions: Mapping, gold: Mapping) -> None:
         raise ScoreError("the gold holds no question")
     missing = [i for i in gold if i not in predictions]
     if missing:
+        listed = ", ".join(map(repr, missing[:_LISTED]))
+        more = ", ..." if len(missing) > _LISTED else ""
         raise ScoreError(
-            f"{len(missing)} of {len(gold)} gold questions have no prediction, such as "
-            f"{missing[0]!r}; score against the gold that was asked"
+            f"{len(missing)} of {len(gold)} gold questions have no prediction: {listed}{more}; "
+            "score against the gold that was asked, or count these as wrong (--missing wrong)"
         )
     unknown = [i for i in predictions if i not in gold]
     known = set(map(str, gold)) if unknown else set()

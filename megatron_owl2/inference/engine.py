@@ -43,11 +43,14 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
+def load_model(
+    path: str | Path, precision: Precision = "fp32", *, tensor_parallel: int | None = None
+) -> LoadedModel:
     """The model of a checkpoint (run directory, its `checkpoints/` or one `iter_*`) or HF export.
 
-    Under torchrun the weights are split over all its processes (tensor parallel), and every
-    process must make the same calls. `precision` is fp32 or bf16. Raises InferenceError for a
+    Under torchrun the weights are split over `tensor_parallel` of its processes, all of them if
+    that is None, and these must make the same calls; other groups of as many hold the model once
+    more. `precision` is fp32 or bf16. Raises InferenceError for a
     directory that is neither or has no fitting tokenizer, CheckpointError and ConversionError for
     damaged ones, ConfigError if the processes cannot split the model.
     """
@@ -67,7 +70,13 @@ def load_model(path: str | Path, precision: Precision = "fp32") -> LoadedModel:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
     except ConfigError as error:
         raise InferenceError(f"{path}: {error}") from None
-    config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config.parallel = ParallelConfig(tensor=tensor_parallel or world_size)
+    if world_size % config.parallel.tensor:
+        raise ConfigError(
+            f"{world_size} processes cannot be divided into groups of {config.parallel.tensor} "
+            "(tensor parallel); start a multiple of it"
+        )
     if exported:  # padded here, and not when a checkpoint was made
         decoder = config.model.decoder
         decoder.vocab_multiple = math.lcm(decoder.vocab_multiple, config.parallel.tensor)

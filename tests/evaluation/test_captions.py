@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation import benchmark, tables
 from megatron_owl2.evaluation.cider import approximate_ptb, cider_d
 from megatron_owl2.evaluation.registry import find_benchmarks
 
@@ -185,7 +185,7 @@ def test_captions_are_scored_over_the_set_and_not_alone():
     loud = {i: text.upper() + "." for i, text in CANDIDATES.items()}
     near = benchmark.score(TASKS["coco_caption"], loud, gold)
     assert near["overall"]["cider_d"] == expected and "not exactly" in near["overall"]["note"]
-    printed = runner.table(near, TASKS["coco_caption"].columns).splitlines()
+    printed = tables.table(near, TASKS["coco_caption"].columns).splitlines()
     assert printed[0].split() == ["skill", "cider_d", "n"]
     assert printed[-2].split() == ["all", f"{expected:.2f}", "3"]
     assert printed[-1] == near["overall"]["note"]

@@ -189,7 +189,7 @@ def test_msrvtt_and_msvd_ask_about_numbered_videos(tmp_path):
     (tmp_path / "youtube_mapping.txt").write_text("-4wsuPCjDBc_5_15 vid7010\n")
     assert asked("msvd_qa", tmp_path)[0][7].images == (Video(named, 4),)
     (tmp_path / "youtube_mapping.txt").write_text("-4wsuPCjDBc_5_15\n")
-    with pytest.raises(TaskError, match="youtube_mapping.txt: row 1 must be a name and a number"):
+    with pytest.raises(TaskError, match="youtube_mapping.txt: line 1 must be a name and a number"):
         asked("msvd_qa", tmp_path)
 
 

@@ -16,6 +16,7 @@ from megatron_owl2.evaluation.rows import (
     Optional,
     list_of,
     object_of,
+    place_of,
     read_rows,
     rows_by_id,
     text,
@@ -105,7 +106,7 @@ def read_gold(path: Path) -> Gold:
         if row["answerKey"] not in labels or len(labels) != len(options):
             raise TaskError(
                 f"{path}: the answer of question {i!r} is {row['answerKey']!r}, its options are "
-                f"labelled {', '.join(labels) or 'nothing'}"
+                f"labelled {', '.join(labels) or 'nothing'}{place_of(row)}"
             )
         gold[i] = {
             "question": question,

@@ -13,6 +13,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import images_in, named_image
+from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
 from megatron_owl2.evaluation.question import Image
 from megatron_owl2.evaluation.rows import (
     read_object,
@@ -135,4 +136,5 @@ BENCHMARK = Benchmark(
     columns=choices.COLUMNS,
     submission=submission,
     unanswered_rows=True,
+    official=ADAPTER_CHOICE,
 )

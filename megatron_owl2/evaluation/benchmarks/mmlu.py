@@ -130,10 +130,10 @@ def read_gold(path: Path) -> Gold:
 def _rows(file: Path) -> list[dict]:
     """Question, options and answer of a file, which has no line of names."""
     rows = []
-    for number, fields in enumerate(read_lines(file), start=1):
+    for place, fields in read_lines(file):
         if len(fields) != len(_LETTERS) + 2 or fields[-1].strip() not in tuple(_LETTERS):
             raise TaskError(
-                f"{file} is not in the format that the task reads: row {number} must be a "
+                f"{file} is not in the format that the task reads: {place} must be a "
                 "question, four options and A, B, C or D"
             )
         question, *options, answer = fields
@@ -168,4 +168,5 @@ BENCHMARK = Benchmark(
     by_likelihood={"opencompass": read_as_opencompass, "lm_eval": read_as_lm_eval},
     columns=choices.COLUMNS,
     many_files=True,
+    split="test",
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import named_image
 from megatron_owl2.evaluation.judge import Judge
+from megatron_owl2.evaluation.prompts import ADAPTER_OPEN
 from megatron_owl2.evaluation.rows import list_of, object_of, read_object, text, words
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, percent
 
@@ -124,4 +125,5 @@ BENCHMARK = Benchmark(
         again="\nThe grade, a number from 0.0 to 1.0: ",
         warmer=True,
     ),
+    official=ADAPTER_OPEN,
 )

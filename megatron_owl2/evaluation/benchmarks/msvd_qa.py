@@ -31,9 +31,9 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
 def _names(mapping: Path) -> dict[str, tuple[str]]:
     """{number: name of the file}, {} without a mapping."""
     names = {}
-    for number, fields in enumerate(read_lines(mapping, " ") if mapping.is_file() else [], start=1):
+    for place, fields in read_lines(mapping, " ") if mapping.is_file() else []:
         if len(fields) != 2:
-            raise TaskError(f"{mapping}: row {number} must be a name and a number such as vid1")
+            raise TaskError(f"{mapping}: {place} must be a name and a number such as vid1")
         names[fields[1]] = (fields[0],)
     return names
 

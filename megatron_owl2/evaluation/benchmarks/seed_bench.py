@@ -16,6 +16,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import one_of_named
+from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
 from megatron_owl2.evaluation.question import Image
 from megatron_owl2.evaluation.rows import (
     Misfit,
@@ -178,4 +179,5 @@ BENCHMARK = Benchmark(
     unanswered_rows=True,
     variants=tuple(_PICKS),
     by_likelihood={"likelihood": read_by_likelihood},
+    official=ADAPTER_CHOICE,
 )
