@@ -136,9 +136,9 @@ def _run_several(options: argparse.Namespace, settings) -> int:
 
 
 def _load(options: argparse.Namespace):
-    from megatron_owl2.inference import engine
+    from megatron_owl2.inference import loading
 
-    return engine.load_model(
+    return loading.load_model(
         options.checkpoint, options.precision, tensor_parallel=options.tensor_parallel
     )
 

@@ -3,6 +3,7 @@
 The paper contradicts itself in places; that is recorded in `NOTES` and not mended.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 NOTES = {
@@ -25,7 +26,8 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A published figure: the value that `path` leads to in the scores of the task.
+    """A published figure: the value that `path` leads to in the scores of the task, None if it is
+    not known here.
 
     `split` is the paper's; where the file names are splits of their own (`own_split`), only scores
     of that one are its counterpart. `notes` are keys of NOTES.
@@ -35,7 +37,7 @@ class Figure:
     task: str
     metric: str
     path: tuple[str, ...]
-    value: float
+    value: float | None
     split: str
     notes: tuple[str, ...] = ()
     own_split: bool = False
@@ -55,13 +57,14 @@ def _arc(name: str, value: float) -> Figure:
     return Figure(3, "arc", f"{name} accuracy", path, value, "test", ("likelihood",))
 
 
-def _pope(split: str, values: dict[str, float], *notes: str) -> list[Figure]:
+def _pope(split: str, values: Mapping[str, float | None], *notes: str) -> list[Figure]:
     return [
         Figure(9, "pope", metric, ("overall", metric), value, split, notes, own_split=True)
         for metric, value in values.items()
     ]
 
 
+_POPE = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 FIGURES = (
     Figure(1, "coco_caption", "CIDEr", ("overall", "cider_d"), 137.3, "test", ("caption",)),
     Figure(1, "flickr30k", "CIDEr", ("overall", "cider_d"), 85.1, "test", ("caption",)),
@@ -96,7 +99,7 @@ FIGURES = (
         {"accuracy": 86.20, "precision": 89.46, "recall": 82.06, "f1": 85.60, "yes_ratio": 45.86},
         "pope_cut",
     ),
-    *_pope("adversarial", {"f1": 83.80}),
+    *_pope("adversarial", dict.fromkeys(_POPE) | {"f1": 83.80}),
     Figure(None, "mmhal_bench", "score", ("overall", "score"), 2.17, "test", ("mmhal",)),
     Figure(None, "mmhal_bench", "hallucinations", ("overall", "hallucinations"), 56.0, "test"),
 )

@@ -40,8 +40,8 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
     if figures:
         return [_row(benchmark, result, figure) for figure in figures]
     metric = benchmark.columns[0]
-    own = Figure(None, result["task"], metric, ("overall", metric), 0.0, "")
-    return [_row(benchmark, result, own, in_paper=False)]
+    own = Figure(None, result["task"], metric, ("overall", metric), None, "")
+    return [_row(benchmark, result, own)]
 
 
 def write(
@@ -79,9 +79,7 @@ def _value(result: Mapping[str, Any], path: Sequence[str]) -> Any:
     return found
 
 
-def _row(
-    benchmark: Benchmark, result: Mapping[str, Any], figure: Figure, *, in_paper: bool = True
-) -> Row:
+def _row(benchmark: Benchmark, result: Mapping[str, Any], figure: Figure) -> Row:
     remarks = []
     if "overall" not in result:
         remarks.append("no scores: answers not published, or a judge's")
@@ -95,7 +93,7 @@ def _row(
         task=figure.task,
         metric=figure.metric,
         ours=_value(result, figure.path),
-        paper=figure.value if in_paper else None,
+        paper=figure.value,
         n=_value(result, (*figure.path[:-1], "n")) or result["questions"],
         prompt=result["prompt"],
         variant=result["variant"],

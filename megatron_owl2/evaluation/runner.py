@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ from megatron_owl2.evaluation.question import Question, frames_shown
 from megatron_owl2.evaluation.ranks import from_first, together
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.rows import Id
-from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.utils.files import replaced_atomically, write_atomically
 from megatron_owl2.utils.json_text import parse_json
 
@@ -214,25 +215,29 @@ class _Run:
         writes = splitting.rank() == 0
         read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
         generator = Generator(loaded)
-        with (
-            journal_of(self.output, group, identity.settings, identity.batches)
-            if writes
-            else nullcontext() as keep,
-            tqdm(
-                total=sum(len(self.batches[number]) for number in share),
-                desc=self.described["task"],
-                unit=" questions",
-                disable=not (writes and group == 0),
-            ) as bar,
-        ):
+        with ExitStack() as stack:
+            with together(splitting):
+                keep = (
+                    stack.enter_context(
+                        journal_of(self.output, group, identity.settings, identity.batches)
+                    )
+                    if writes
+                    else None
+                )
+            bar = stack.enter_context(self._bar(share, shown=writes and group == 0))
             for number in share:
                 batch = self.batches[number]
                 with together(splitting):
                     shown = [images_of(self.questions[place], read) for place in batch]
                 answers = self._answered(generator, batch, shown)
-                if keep is not None:
-                    keep(number, answers)
+                with together(splitting):
+                    if keep is not None:
+                        keep(number, answers)
                 bar.update(len(batch))
+
+    def _bar(self, share: Sequence[int], *, shown: bool) -> tqdm:
+        total = sum(len(self.batches[number]) for number in share)
+        return tqdm(total=total, desc=self.described["task"], unit=" questions", disable=not shown)
 
     def _answered(
         self, generator: Generator, batch: range, shown: Sequence[list[torch.Tensor]]

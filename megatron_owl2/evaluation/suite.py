@@ -13,7 +13,7 @@ from megatron_owl2.evaluation import benchmark, results, runner
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.ranks import together
 from megatron_owl2.evaluation.registry import find_benchmarks
-from megatron_owl2.inference.engine import LoadedModel
+from megatron_owl2.inference.loading import LoadedModel
 
 _logger = logging.getLogger(__name__)
 

@@ -99,6 +99,8 @@ def test_the_command_is_there_and_nothing_is_from_the_checkout(installed):
     code = "import data_prep, megatron_owl2 as m; print(m.__file__, data_prep.__file__)"
     for path in installed.succeed("python", "-c", code).split():
         assert path.startswith(str(installed.bin.parent))
+    package = "lib/*/site-packages/megatron_owl2"
+    assert list(installed.bin.parent.glob(f"{package}/evaluation/templates/mistakes.html"))
     wrong = installed.run("owl2", "plam")
     assert wrong.returncode == 2 and "did you mean 'plan'?" in wrong.stderr
 

@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_owl2.evaluation import benchmarks, runner
 from megatron_owl2.evaluation.registry import find_benchmarks
-from megatron_owl2.inference import engine
+from megatron_owl2.inference import loading
 from megatron_owl2.mcore import setup
 
 COUNTING = '''
@@ -141,7 +141,7 @@ def test_the_evaluation_asks_a_new_benchmark(counting, tmp_path, monkeypatch, ca
     config = ModelConfig(vision=VisionConfig(image_size=28))
     monkeypatch.setattr(runner, "Generator", Replies)
     monkeypatch.setattr(
-        engine, "load_model", lambda *_, **__: type("Loaded", (), {"config": config})
+        loading, "load_model", lambda *_, **__: type("Loaded", (), {"config": config})
     )
     setup.initialize(ParallelConfig())
     (tmp_path / "model").mkdir()

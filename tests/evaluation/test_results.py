@@ -9,6 +9,7 @@ import sys
 import pytest
 from benchmark_files import TASKS, draw, dump
 from evaluations import build_corpus, build_model, write_vqa
+from paths import ROOT
 
 from megatron_owl2.cli.evaluate import main
 from megatron_owl2.errors import TaskError
@@ -214,3 +215,10 @@ def test_scoring_needs_no_torch(tmp_path):
     assert done.returncode == 2
     listed = "11 of 12 gold questions have no prediction: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...; "
     assert listed in done.stderr and "--missing wrong" in done.stderr
+
+
+def test_the_documentation_lists_all_tasks():
+    text = (ROOT / "docs/evaluation.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(TASKS) <= listed

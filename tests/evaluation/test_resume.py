@@ -11,6 +11,7 @@ from paths import HELPERS
 
 from megatron_owl2.cli.evaluate import main
 from megatron_owl2.evaluation.asking import batches_of, share_of
+from megatron_owl2.evaluation.journal import journal_of
 
 pytestmark = pytest.mark.distributed
 
@@ -171,3 +172,9 @@ def test_a_killed_rank_leaves_what_one_process_ends(options, whole, tmp_path):
     lines = (tmp_path / "journal-1.jsonl").read_bytes().count(b"\n")
     assert lines == 2 and main([*options, "--output", str(tmp_path)]) == 0
     assert predictions(tmp_path) == predictions(whole)
+
+
+def test_two_evaluations_do_not_write_one_journal(options, tmp_path, capsys):
+    with journal_of(tmp_path, 0, {}, []):
+        assert main([*options, "--output", str(tmp_path)]) == 2
+    assert "another process writes" in capsys.readouterr().err
