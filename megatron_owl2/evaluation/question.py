@@ -39,8 +39,11 @@ class Question:
 
     def for_candidates(self) -> "list[Question]":
         """The questions behind which the candidates' texts stand, if these are in the template."""
-        pairs = self.candidates.pairs if self.candidates else ()
-        return [replace(self, text=context, candidates=None) for context, _ in pairs]
+        if self.candidates is None or not self.candidates.in_template:
+            return []
+        return [
+            replace(self, text=context, candidates=None) for context, _ in self.candidates.pairs
+        ]
 
     def _with_placeholders(self) -> str:
         """The text with a placeholder for every image, and for every frame of a video next to each

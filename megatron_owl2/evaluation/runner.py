@@ -29,7 +29,8 @@ from megatron_owl2.evaluation.question import Image, Question, file_of, frames_s
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.video_files import Video
 from megatron_owl2.evaluation.video_frames import read_frames
-from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _ask(
         for q in batch
         if q.candidates
     ]
-    return likelihood.answers(generator, asked, shown, len(batch))
+    return likelihood.answers(generator, asked, shown)
 
 
 def _images_of(

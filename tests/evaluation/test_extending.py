@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_owl2.evaluation import benchmarks, runner
 from megatron_owl2.evaluation.registry import find_benchmarks
-from megatron_owl2.inference import engine
+from megatron_owl2.inference import loading
 from megatron_owl2.mcore import setup
 
 COUNTING = '''
@@ -140,7 +140,7 @@ def test_the_evaluation_asks_a_new_benchmark(counting, tmp_path, monkeypatch, ca
 
     config = ModelConfig(vision=VisionConfig(image_size=28))
     monkeypatch.setattr(runner, "Generator", Replies)
-    monkeypatch.setattr(engine, "load_model", lambda *_: type("Loaded", (), {"config": config}))
+    monkeypatch.setattr(loading, "load_model", lambda *_: type("Loaded", (), {"config": config}))
     setup.initialize(ParallelConfig())
     options = ["--checkpoint", "unused", "--data", counting, "--output", tmp_path / "out"]
     assert run_tool(monkeypatch, "--task", "counting", *options) == 0
