@@ -84,8 +84,9 @@ def ask(options: argparse.Namespace) -> int:
     if options.concurrency < 1:
         raise UsageError("--concurrency must be at least 1")
     key = os.environ.get(options.api_key_env) if options.api_key_env else None
-    if options.api_key_env and not key:
-        raise UsageError(f"--api-key-env: the variable {options.api_key_env} is not set")
+    if options.api_key_env and not (key and key.isascii() and key.isprintable()):
+        fault = "is no key of a server" if key else "is not set"
+        raise UsageError(f"--api-key-env: the variable {options.api_key_env} {fault}")
     from megatron_owl2.evaluation import judge_client, judge_files
 
     requests = judge_files.read_requests(Path(options.requests))

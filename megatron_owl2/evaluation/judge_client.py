@@ -123,7 +123,7 @@ def _ask(
             answer = client.post(f"{server.base_url.rstrip('/')}/chat/completions", json=body)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise JudgeError(f"{server.base_url} is no address of a server: {error}") from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
             continue
         if answer.status_code == 200:
@@ -156,4 +156,4 @@ def _text(answer: "httpx.Response", i: str) -> str:
             f"the answer to request {i} is no chat completion: {short(answer.text)}; is the "
             "address one of OpenAI's interface, as https://HOST/v1?"
         )
-    return text
+    return text.encode(errors="replace").decode()  # JSON can say a half of a surrogate pair

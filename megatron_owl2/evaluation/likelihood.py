@@ -5,7 +5,7 @@ Importing this needs no torch; the generator that is passed in has it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from megatron_owl2.data.conversation import prompt_ids
 from megatron_owl2.data.tokenizer import Tokenizer
@@ -15,18 +15,10 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_owl2.inference.engine import Generator
+    from megatron_owl2.inference.likelihood import LogLikelihood
 
 
-class Found(Protocol):
-    """What `Generator.log_likelihoods` gives: the sum of log probabilities, and of how many ids."""
-
-    @property
-    def total(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-Measure = Callable[[Found, str], float]  # of what was found for a text; the largest is chosen
+Measure = Callable[["LogLikelihood", str], float]  # of a text's likelihood; the largest is chosen
 
 
 @dataclass(frozen=True)
@@ -44,17 +36,17 @@ class Candidates:
     ends: bool = False
 
 
-def total(found: Found, text: str) -> float:
+def total(found: "LogLikelihood", text: str) -> float:
     """The likelihood of the whole text."""
     return found.total
 
 
-def per_position(found: Found, text: str) -> float:
+def per_position(found: "LogLikelihood", text: str) -> float:
     """The mean over the text and its BOS, which OpenCompass divides by, too."""
     return found.total / (found.tokens + 1)
 
 
-def per_character(found: Found, text: str) -> float:
+def per_character(found: "LogLikelihood", text: str) -> float:
     """The mean over characters without the leading space, as lm-eval's acc_norm."""
     return found.total / max(1, len(text.removeprefix(" ")))
 
@@ -63,32 +55,24 @@ def answers(
     generator: "Generator",
     asked: Sequence[tuple[Candidates, Sequence[str]]],
     images: Sequence[Sequence["torch.Tensor"]],
-    batch_size: int,
 ) -> list[str]:
     """For each question the letter of its most likely candidate, the first of equals.
 
     `asked` are candidates with their prompts in the model's template, none where the candidates are
-    plain text; `images` are those of each question. At most `batch_size` texts are
-    in a batch. Raises InferenceError as the generator does.
+    plain text; `images` are those of each question. Raises InferenceError as the generator does.
     """
-    rows = [
-        (number, *_ids(candidates, prompt, pair, generator.tokenizer))
-        for number, (candidates, prompts) in enumerate(asked)
-        for prompt, pair in zip(
-            prompts if candidates.in_template else [""] * len(candidates.pairs),
-            candidates.pairs,
-            strict=True,
-        )
-    ]
-    found: list[Found] = []
-    for first in range(0, len(rows), batch_size):
-        numbers, contexts, texts = zip(*rows[first : first + batch_size], strict=True)
-        shown = [images[number] if asked[number][0].in_template else [] for number in numbers]
-        found += generator.log_likelihoods(contexts, texts, shown)
-    each = iter(found)
+    contexts, texts, shown = [], [], []
+    for (candidates, prompts), of_question in zip(asked, images, strict=True):
+        prompts = prompts if candidates.in_template else [""] * len(candidates.pairs)
+        for prompt, pair in zip(prompts, candidates.pairs, strict=True):
+            context, text = _ids(candidates, prompt, pair, generator.tokenizer)
+            contexts.append(context)
+            texts.append(text)
+            shown.append(of_question if candidates.in_template else [])
+    found = iter(generator.log_likelihoods(contexts, texts, shown))
     letters = []
     for candidates, _ in asked:
-        values = [candidates.measure(next(each), text) for _, text in candidates.pairs]
+        values = [candidates.measure(next(found), text) for _, text in candidates.pairs]
         letters.append(LETTERS[values.index(max(values))])
     return letters
 

@@ -246,7 +246,7 @@ class _Run:
         asked = [(self.questions[place].candidates, self.prompts[place]) for place in batch]
         compared = [(candidates, prompts) for candidates, prompts in asked if candidates]
         if compared:
-            return likelihood.answers(generator, compared, shown, self.settings.batch_size)
+            return likelihood.answers(generator, compared, shown)
         limits = _limits(self.benchmark, self.settings)
         return generator.generate([prompt for _, (prompt,) in asked], shown, **limits)
 

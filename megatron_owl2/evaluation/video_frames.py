@@ -54,7 +54,7 @@ def _packets(path: Path) -> int:
                 count += 1
                 is_cut |= packet.is_corrupt
                 stop = (packet.pts or 0) + (packet.duration or 0)
-                end = max(end, float(stop * packet.time_base))
+                end = max(end, float(stop * (packet.time_base or 0)))
         if is_cut or stream.frames > count:
             stated = f" of {stream.frames}" if stream.frames else ""
             raise TaskError(

@@ -143,10 +143,11 @@ def test_mmvet_from_predictions_to_a_mean_of_runs(tmp_path, monkeypatch, capsys)
             "ocr": {"score": 100.0, "unreadable": 0, "n": 1},
         },
     }
-    monkeypatch.delenv("KEY_OF_JUDGE")
-    with pytest.raises(SystemExit):
-        main([*ask, "--api-key-env", "KEY_OF_JUDGE"])
-    assert "the variable KEY_OF_JUDGE is not set" in capsys.readouterr().err
+    for key, fault in (("", "is not set"), ("a\nb", "is no key of a server")):
+        monkeypatch.setenv("KEY_OF_JUDGE", key)
+        with pytest.raises(SystemExit):
+            main([*ask, "--api-key-env", "KEY_OF_JUDGE"])
+        assert f"the variable KEY_OF_JUDGE {fault}" in capsys.readouterr().err
 
 
 def test_runs_have_a_mean_and_a_deviation():
@@ -253,11 +254,18 @@ def test_a_client_tries_again_and_goes_on(tmp_path):
     path = tmp_path / "replies.jsonl"
     path.write_text(json.dumps(reply("1.1.a", "old")) + '\n{"custom_id": "1.1.b", "te')
     requests = {f"1.1.{i}": BODY for i in "abcde"}
-    with judge(lambda body, number: [429, 503, "fine"][min(number - 1, 2)]) as (url, asked):
+    with judge(lambda body, number: [429, 503, "fine", "\ud800"][min(number - 1, 3)]) as (
+        url,
+        asked,
+    ):
         server = Server(url, concurrency=1, pause=0.01)
         assert ask_all(requests, path, server) == 4
     assert len(asked) == 6 and asked[0][2] is None
-    assert rows_of(path) == [reply("1.1.a", "old"), *(reply(f"1.1.{i}", "fine") for i in "bcde")]
+    assert rows_of(path) == [
+        reply("1.1.a", "old"),
+        reply("1.1.b", "fine"),
+        *(reply(f"1.1.{i}", "?") for i in "cde"),
+    ]
 
 
 @pytest.mark.parametrize(

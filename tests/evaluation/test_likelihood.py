@@ -1,7 +1,6 @@
 """Answers by likelihood: the texts and ids that are compared, and the letters that come out."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, likelihood, runner
 from megatron_owl2.evaluation.likelihood import Candidates
 from megatron_owl2.evaluation.runner import Settings
+from megatron_owl2.inference.likelihood import LogLikelihood
 from megatron_owl2.mcore import setup
 
 
@@ -29,27 +29,20 @@ def spell(ids) -> str:
     return "".join(marks.get(i) or chr(i) for i in ids)
 
 
-@dataclass
-class Found:
-    total: float
-    tokens: int
-
-
 class Likes:
     """A generator for which `loss(text)` is the loss of a text; it keeps what was asked."""
 
     tokenizer = Spelled()
 
     def __init__(self, loss):
-        self.loss, self.asked, self.sizes, self.images = loss, [], [], []
+        self.loss, self.asked, self.images = loss, [], []
 
     def log_likelihoods(self, prompts, continuations, images):
         pairs = [(spell(p), spell(c)) for p, c in zip(prompts, continuations, strict=True)]
         self.asked += pairs
         self.images += images
-        self.sizes.append(len(pairs))
         return [
-            Found(-self.loss(text), len(ids))
+            LogLikelihood(-self.loss(text), len(ids), greedy=False)
             for (_, text), ids in zip(pairs, continuations, strict=True)
         ]
 
@@ -59,9 +52,7 @@ def compared(task: str, data, variant: str, loss) -> tuple[list[str], list]:
     questions, _ = benchmark.read(TASKS[task], data, variant=variant)
     generator = Likes(loss)
     asked = [(q.candidates, [one.prompt("") for one in q.for_candidates()]) for q in questions]
-    letters = likelihood.answers(generator, asked, [list(q.images) for q in questions], 3)
-    assert generator.sizes == [3] * (len(generator.asked) // 3) + [len(generator.asked) % 3]
-    return letters, generator
+    return likelihood.answers(generator, asked, [list(q.images) for q in questions]), generator
 
 
 def mmlu(folder):
@@ -130,9 +121,9 @@ def test_arc_compares_options_in_three_ways(tmp_path):
     ]
     _, generator = compared("arc", tmp_path, "lm_eval_norm", loss)
     assert generator.asked == [(f"<s> {after}", " ice"), (f"<s> {after}", " a very long reason")]
-    assert likelihood.per_position(Found(-6.0, 2), "x") == -2.0
-    assert likelihood.per_character(Found(-6.0, 2), " xyz") == -2.0
-    assert likelihood.total(Found(-6.0, 2), " xyz") == -6.0
+    assert likelihood.per_position(LogLikelihood(-6.0, 2, greedy=False), "x") == -2.0
+    assert likelihood.per_character(LogLikelihood(-6.0, 2, greedy=False), " xyz") == -2.0
+    assert likelihood.total(LogLikelihood(-6.0, 2, greedy=False), " xyz") == -6.0
 
 
 def test_seed_bench_compares_options_as_answers_about_the_image(tmp_path):
@@ -189,5 +180,5 @@ def test_the_evaluation_asks_and_scores_a_variant_by_likelihood(tmp_path, monkey
 def test_texts_of_plain_candidates_are_tokenised_with_their_context():
     candidates = Candidates((("a", " b"), ("", "c")), likelihood.total)
     generator = Likes(lambda text: 1.0)
-    likelihood.answers(generator, [(candidates, ["", ""])], [[torch.zeros(1)]], 9)
+    likelihood.answers(generator, [(candidates, ["", ""])], [[torch.zeros(1)]])
     assert generator.asked == [("<s> a", " b"), ("<s>", " c")] and generator.images == [[], []]
