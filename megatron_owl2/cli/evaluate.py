@@ -4,12 +4,15 @@ owl2 evaluate --checkpoint CKPT_OR_HF_DIR --task NAME --data PATH --output DIR
 owl2 evaluate --checkpoint CKPT_OR_HF_DIR --suite paper --data ROOT --output DIR
 owl2 evaluate score --task NAME --predictions FILE --gold FILE
 torchrun --nproc-per-node 8 --no-python owl2 evaluate --tensor-parallel 1 ...
+owl2 evaluate requests and judge are for answers that a language model judges,
+owl2 evaluate rating-sheet and tally for those that people rate; each has its --help.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from megatron_owl2.cli import judge, rating
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
 from megatron_owl2.errors import ScoreError
 
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--blind", action="store_true", help="show black images only")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--frames", type=int, help="of a video, instead of the task's number")
     parser.add_argument("--limit", type=int, help="ask the first N questions only")
     parser.add_argument(
         "--no-gold",
@@ -69,11 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("batch_size", "limit", "max_new_tokens", "tensor_parallel"):
+    for name in ("batch_size", "limit", "frames", "max_new_tokens", "tensor_parallel"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     if options.variant and (options.suite or len(options.task) > 1):
         raise UsageError("--variant is of one task; score the others' predictions under theirs")
+    if options.frames and (options.suite or len(options.task) > 1):
+        raise UsageError("--frames is of one task")
 
     from megatron_owl2.mcore.setup import setup
 
@@ -89,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
         variant=options.variant,
+        frames=options.frames,
         restart=options.restart,
     )
     if options.suite is None and len(options.task) == 1:
@@ -150,7 +157,9 @@ def _about(options: argparse.Namespace) -> dict[str, str]:
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     _add_task(parser, parser, required=True)
-    parser.add_argument("--predictions", required=True, help="JSON lines or a JSON list")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--predictions", help="JSON lines or a JSON list")
+    given.add_argument("--replies", help="a judge's, as `judge` writes them")
     parser.add_argument("--gold", required=True, help="the published answers")
     parser.add_argument(
         "--missing",
@@ -161,21 +170,26 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def score(options: argparse.Namespace) -> int:
-    from megatron_owl2.evaluation import benchmark, registry
+    from megatron_owl2.evaluation import benchmark, judge_files, registry
 
     task = registry.find_benchmarks()[options.task]
-    predictions = benchmark.read_predictions(task, options.predictions)
     gold = benchmark.read_gold(task, options.gold)
     missing = {}
     try:
-        if options.missing == "wrong":
-            predictions, count = benchmark.with_missing_wrong(
-                task, predictions, gold, options.variant
-            )
-            missing = {"missing": count}
-        scores = benchmark.score(task, predictions, gold, options.variant)
+        if options.replies:
+            replies = judge_files.read_replies(Path(options.replies))
+            scores = judge_files.score_replies(task, replies, gold)
+        else:
+            predictions = benchmark.read_predictions(task, options.predictions)
+            if options.missing == "wrong":
+                predictions, count = benchmark.with_missing_wrong(
+                    task, predictions, gold, options.variant
+                )
+                missing = {"missing": count}
+            scores = benchmark.score(task, predictions, gold, options.variant)
     except ScoreError as error:
-        raise ScoreError(f"{options.predictions} and {options.gold}: {error}") from None
+        given = options.replies or options.predictions
+        raise ScoreError(f"{given} and {options.gold}: {error}") from None
     print(json.dumps({**missing, **scores}, indent=1))
     return 0
 
@@ -194,5 +208,9 @@ def _add_task(parser: argparse.ArgumentParser, asked, *, more: str = "", **how) 
 
 _SCORE = Command(verb="evaluate", help=__doc__, add_arguments=add_score_arguments, run=score)
 main = Command(
-    verb="evaluate", help=__doc__, add_arguments=add_arguments, run=run, modes={"score": _SCORE}
+    verb="evaluate",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    modes={"score": _SCORE} | judge.MODES | rating.MODES,
 ).main

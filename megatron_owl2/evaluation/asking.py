@@ -10,9 +10,11 @@ import torch
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.data import images
 from megatron_owl2.errors import BadSampleError, InferenceError, TaskError
-from megatron_owl2.evaluation.benchmark import Question
+from megatron_owl2.evaluation.question import Image, Question, file_of
+from megatron_owl2.evaluation.video_files import Video
+from megatron_owl2.evaluation.video_frames import read_frames
 
-ImageReader = Callable[[Path | bytes], torch.Tensor]
+ImageReader = Callable[[Image], list[torch.Tensor]]  # of an image, or of the frames of a video
 
 
 def batches_of(count: int, size: int) -> list[range]:
@@ -35,7 +37,7 @@ def images_of(question: Question, read: ImageReader) -> list[torch.Tensor]:
     shown = []
     for image in question.images:
         try:
-            shown.append(read(image))
+            shown += read(image)
         except (OSError, BadSampleError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise TaskError(
@@ -54,23 +56,26 @@ def naming(questions: Sequence[Question]) -> Iterator[None]:
         raise InferenceError(f"{error} (of the questions {first!r} to {last!r})") from None
 
 
-def place_of_image(image: Path | bytes) -> str:
-    """Where an image lies, for rows and messages."""
-    return str(image.resolve()) if isinstance(image, Path) else "inside the question file"
+def place_of_image(image: Image) -> str:
+    """Where an image or video lies, for rows and messages."""
+    file = file_of(image)
+    return str(file.resolve()) if file else "inside the question file"
 
 
 def image_reader(model: ModelConfig, cached: int, *, blind: bool) -> ImageReader:
-    """A reader of images [3, size, size] in uint8, black ones if `blind`, with a cache: questions
-    about one image that follow each other get the same tensor object, which the generator encodes
-    once."""
+    """A reader of images and frames [3, size, size] in uint8, black ones if `blind`, with a cache:
+    questions about one image that follow each other get the same tensor object, which the generator
+    encodes once."""
     size, to_square = model.vision.image_size, images.square_resize(model)
     black = torch.zeros(3, size, size, dtype=torch.uint8)
 
     @lru_cache(maxsize=cached)
-    def read(image: Path | bytes) -> torch.Tensor:
+    def read(image: Image) -> list[torch.Tensor]:
         if blind:
-            return black
+            return [black] * (image.frames if isinstance(image, Video) else 1)
+        if isinstance(image, Video):
+            return [to_square(frame, size) for frame in read_frames(image)]
         data = image.read_bytes() if isinstance(image, Path) else image
-        return images.load_square(data, size, to_square=to_square)
+        return [images.load_square(data, size, to_square=to_square)]
 
     return read

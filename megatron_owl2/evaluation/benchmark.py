@@ -6,16 +6,17 @@ any of them.
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_owl2.config.templates import OWL2, Template
-from megatron_owl2.data.conversation import prompt
+from megatron_owl2.config.templates import Template
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation.prompts import OFFICIAL_USER, PROMPTS, OfficialPrompt
+from megatron_owl2.evaluation.judge import Judge
+from megatron_owl2.evaluation.prompts import PROMPTS, OfficialPrompt
+from megatron_owl2.evaluation.question import Question, file_of, showing
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,
@@ -37,32 +38,6 @@ _SPLIT = re.compile(
 _WRONG = ("", "no", "yes")  # one of which no rule takes for right
 
 Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to ask: `images` are paths, or files' bytes where the benchmark holds them inside,
-    and `gold` is the answer to show beside the model's, None if it was never published. The images
-    come before the text, unless it is `placed`: then it has a placeholder for each of them."""
-
-    id: Id
-    text: str
-    images: tuple[Path | bytes, ...]
-    skill: str
-    gold: str | None
-    placed: bool = False
-
-    def prompt(self, suffix: str, template: Template = OWL2) -> str:
-        """The prompt of the model's template, images first, up to `ASSISTANT:`."""
-        return prompt(self._with_placeholders() + suffix, template)
-
-    def official_prompt(self, suffix: str, assistant: str) -> str:
-        """The prompt of published evaluation code, whose white space is kept as it is."""
-        return OFFICIAL_USER + self._with_placeholders() + suffix + assistant
-
-    def _with_placeholders(self) -> str:
-        before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
-        return before + self.text
 
 
 @dataclass(frozen=True)
@@ -105,16 +80,31 @@ class Benchmark:
     submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
     many_files: bool = False
     unanswered_rows: bool = False
+    # Variants that ask otherwise: they read questions with `candidates`, whose letters are scored.
+    by_likelihood: Mapping[str, Callable[[Path, Gold], list[Question]]] = field(
+        default_factory=dict
+    )
+    judge: Judge | None = None  # where answers are, or can be, judged by a language model
     official: OfficialPrompt = OfficialPrompt()
     split: str | None = None
 
-    def suffix_of(self, prompt: str, suffix: str | None = None) -> str:
-        """What follows a question in the prompt of this name, unless another suffix is given."""
+    def suffix_of(self, prompt: str, suffix: str | None = None, variant: str | None = None) -> str:
+        """What follows a question in the prompt of this name, unless another suffix is given:
+        nothing in variants by likelihood."""
         if prompt not in PROMPTS:
             raise TaskError(f"there is no prompt {prompt!r}; known: {', '.join(PROMPTS)}")
+        if variant in self.by_likelihood:
+            return suffix or ""
         if suffix is None and prompt == "official":
             suffix = self.official.suffix
         return self.suffix if suffix is None else suffix
+
+    def prompts_of(
+        self, question: Question, prompt: str, suffix: str, template: Template
+    ) -> list[str]:
+        """The prompt of a question, or those before each of its candidates in the template."""
+        asked = question.for_candidates() if question.candidates else [question]
+        return [self.prompt_text(one, prompt, suffix, template) for one in asked]
 
     def prompt_text(self, question: Question, prompt: str, suffix: str, template: Template) -> str:
         """The whole prompt of a question under the name `prompt`."""
@@ -124,13 +114,22 @@ class Benchmark:
 
 
 def read(
-    benchmark: Benchmark, data: str | Path, limit: int | None = None, *, with_gold: bool = True
+    benchmark: Benchmark,
+    data: str | Path,
+    limit: int | None = None,
+    *,
+    with_gold: bool = True,
+    frames: int | None = None,
+    variant: str | None = None,
 ) -> tuple[list[Question], Gold]:
     """The questions, at most `limit`, and {id: gold row} of them, from a folder or question file.
 
-    Images are looked for in `images/` beside the file. `with_gold` False reads a set whose answers
-    are not published; its gold is {} or has no answers. Raises TaskError for missing or ambiguous
-    files, unreadable content, questions without gold, and images that are not there.
+    Images are looked for in `images/` beside the file, videos in `videos/`. `with_gold` False reads
+    a set whose answers are not published; its gold is {} or has no answers. `frames` of a video are
+    shown instead of the benchmark's number. A `variant` of the score may ask by the likelihood of
+    candidates. Raises TaskError for missing or ambiguous files,
+    unreadable content, questions without gold, images that are not there, and `frames` without
+    videos.
     """
     if not with_gold and benchmark.submission is None:
         raise TaskError("this task has no file for a server; its questions need their gold")
@@ -138,13 +137,16 @@ def read(
     gold = _gold_of(benchmark, path) if with_gold or benchmark.unanswered_rows else {}
     if not with_gold:
         gold = {i: row | {"answer": None} for i, row in gold.items()}
-    questions = benchmark.read_questions(path, gold)[:limit]
+    reader = benchmark.by_likelihood.get(variant or "", benchmark.read_questions)
+    questions = reader(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
     _check_tags(path, questions)
+    if frames is not None:
+        questions = showing(questions, frames)
+    files = {file for q in questions for image in q.images if (file := file_of(image))}
     # os.path, as no name is too long or too odd for it
-    files = {image for q in questions for image in q.images if isinstance(image, Path)}
-    if lost := sorted(image for image in files if not os.path.isfile(image)):
+    if lost := sorted(file for file in files if not os.path.isfile(file)):
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
     return questions, {question.id: gold[question.id] for question in questions if gold}
 

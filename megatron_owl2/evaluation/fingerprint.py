@@ -10,7 +10,9 @@ from typing import Any
 from xxhash import xxh3_128
 
 from megatron_owl2.errors import CheckpointError
-from megatron_owl2.evaluation.benchmark import Gold, Question
+from megatron_owl2.evaluation.benchmark import Gold
+from megatron_owl2.evaluation.question import Image, Question, file_of
+from megatron_owl2.evaluation.video_files import Video
 from megatron_owl2.training.checkpoint import directories
 
 _WHOLE = 64 << 20  # bytes of a file up to which all of it is read
@@ -39,18 +41,20 @@ def mark_of_model(path: Path) -> str:
     return digest.hexdigest()
 
 
-def mark_of_questions(questions: Sequence[Question], prompts: Iterable[str]) -> str:
-    """A mark of ids, whole prompts and names of images."""
+def mark_of_questions(questions: Sequence[Question], prompts: Iterable[Sequence[str]]) -> str:
+    """A mark of ids, whole prompts, texts that are compared, and names of images."""
     digest = hashlib.sha256()
-    for question, prompt in zip(questions, prompts, strict=True):
-        names = [image.name for image in question.images if isinstance(image, Path)]
-        digest.update(repr((question.id, prompt, names)).encode(errors="backslashreplace"))
+    for question, asked in zip(questions, prompts, strict=True):
+        names = [file.name for image in question.images if (file := file_of(image))]
+        compared = question.candidates.pairs if question.candidates else ()
+        content = repr((question.id, list(asked), compared, names))
+        digest.update(content.encode(errors="backslashreplace"))
     return f"{len(questions)} of {digest.hexdigest()[:32]}"
 
 
 def mark_of_images(questions: Iterable[Question]) -> str:
     """A mark of the images of some questions: of files the lengths, as they are too many to read,
-    and the content of those that a benchmark holds inside."""
+    of videos also which frames, and the content of those that a benchmark holds inside."""
     marks = [_mark_of_image(image) for question in questions for image in question.images]
     return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
 
@@ -73,7 +77,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _mark_of_image(image: object) -> int | str:
+def _mark_of_image(image: Image) -> object:
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
-    return image.stat().st_size if isinstance(image, Path) else repr(image)
+    if isinstance(image, Video):
+        return image.path.stat().st_size, image.frames, image.segment, image.unit
+    return image.stat().st_size

@@ -11,7 +11,9 @@ import simplejpeg
 from megatron_owl2.data import images
 from megatron_owl2.data.image_resize import resize
 from megatron_owl2.errors import BadSampleError
-from megatron_owl2.evaluation.benchmark import Benchmark, Question
+from megatron_owl2.evaluation.benchmark import Benchmark
+from megatron_owl2.evaluation.question import Image, Question
+from megatron_owl2.evaluation.video_files import Video
 from megatron_owl2.utils.files import write_atomically
 from megatron_owl2.utils.html_page import render
 
@@ -98,7 +100,7 @@ class _Thumbnails:
     def __init__(self, *, blind: bool):
         self._blind, self._made, self.left_out = blind, 0, 0
 
-    def of(self, shown: Sequence[Any]) -> list[dict[str, str]]:
+    def of(self, shown: Sequence[Image]) -> list[dict[str, str]]:
         """JPEGs of the first images of a question, or why there is none."""
         if self._blind:
             return [{"jpeg": "", "why": "shown black"}] if shown else []
@@ -112,7 +114,9 @@ class _Thumbnails:
         return found
 
 
-def _thumbnail(image: Any) -> dict[str, str]:
+def _thumbnail(image: Image) -> dict[str, str]:
+    if isinstance(image, Video):  # decoding one takes seconds
+        return {"jpeg": "", "why": f"video {image.path.name}"}
     try:
         pixels = images.decode(image if isinstance(image, bytes) else image.read_bytes())
     except (OSError, BadSampleError):

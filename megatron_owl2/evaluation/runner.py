@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import results
+from megatron_owl2.evaluation import likelihood, results
 from megatron_owl2.evaluation.asking import (
     batches_of,
     image_reader,
@@ -31,7 +31,6 @@ from megatron_owl2.evaluation.benchmark import (
     SUBMISSION,
     Benchmark,
     Gold,
-    Question,
     check_variant,
     has_answers,
 )
@@ -40,6 +39,7 @@ from megatron_owl2.evaluation.fingerprint import mark_of_gold, mark_of_images, m
 from megatron_owl2.evaluation.journal import Batch, journal_of, read_journals, remove_journals
 from megatron_owl2.evaluation.mistakes import MISTAKES, write_mistakes
 from megatron_owl2.evaluation.prompts import PROMPTS
+from megatron_owl2.evaluation.question import Question, frames_shown
 from megatron_owl2.evaluation.ranks import from_first, together
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.rows import Id
@@ -57,8 +57,8 @@ class Settings:
 
     `blind` replaces every image by a black one (uint8 zeros, before normalisation): what the
     model scores without looking. `prompt` is a name of `prompts.PROMPTS`; `suffix` follows every
-    question as it stands, with its own leading space. `restart` forgets the answers that an
-    evaluation left in the directory.
+    question as it stands, with its own leading space. `frames` are shown of a video. `restart`
+    forgets the answers that an evaluation left in the directory.
     """
 
     blind: bool = False
@@ -69,6 +69,7 @@ class Settings:
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     variant: str | None = None
+    frames: int | None = None
     restart: bool = False
 
 
@@ -96,13 +97,16 @@ def evaluate(
     """
     benchmark = find_benchmarks()[name]
     check_variant(benchmark, settings.variant)
-    suffix = benchmark.suffix_of(settings.prompt, settings.suffix)
+    suffix = benchmark.suffix_of(settings.prompt, settings.suffix, settings.variant)
+    if suffix and questions[0].candidates and not questions[0].candidates.in_template:
+        raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")
     template = TEMPLATES[loaded.config.template]
     described = {
         **about,
         "task": name,
         "blind": settings.blind,
         "limit": settings.limit,
+        "frames": frames_shown(questions),
         "prompt": settings.prompt,
         "prompt_suffix": suffix,
         "template": template.name,
@@ -113,7 +117,7 @@ def evaluate(
         benchmark,
         questions,
         gold,
-        [benchmark.prompt_text(q, settings.prompt, suffix, template) for q in questions],
+        [benchmark.prompts_of(q, settings.prompt, suffix, template) for q in questions],
         batches_of(len(questions), settings.batch_size),
         Path(output),
         settings,
@@ -159,7 +163,7 @@ class _Run:
     benchmark: Benchmark
     questions: Sequence[Question]
     gold: Gold
-    prompts: Sequence[str]
+    prompts: Sequence[list[str]]  # of each question one, or one for each of its candidates
     batches: Sequence[range]
     output: Path
     settings: Settings
@@ -223,12 +227,12 @@ class _Run:
                 )
             bar = stack.enter_context(self._bar(share, shown=writes and group == 0))
             for number in share:
-                asked = [self.questions[place] for place in self.batches[number]]
-                prompts = [self.prompts[place] for place in self.batches[number]]
+                batch = self.batches[number]
+                asked = [self.questions[place] for place in batch]
                 with together(splitting):
                     shown = [images_of(question, read) for question in asked]
                 with naming(asked):
-                    answers = generator.generate(prompts, shown, **limits)
+                    answers = self._answered(generator, batch, shown)
                 with together(splitting):
                     if keep is not None:
                         keep(number, answers)
@@ -237,6 +241,17 @@ class _Run:
     def _bar(self, share: Sequence[int], *, shown: bool) -> tqdm:
         total = sum(len(self.batches[number]) for number in share)
         return tqdm(total=total, desc=self.described["task"], unit=" questions", disable=not shown)
+
+    def _answered(
+        self, generator: Generator, batch: range, shown: Sequence[list[torch.Tensor]]
+    ) -> list[str]:
+        """The model's answers to a batch, generated or chosen by their likelihood."""
+        asked = [(self.questions[place].candidates, self.prompts[place]) for place in batch]
+        compared = [(candidates, prompts) for candidates, prompts in asked if candidates]
+        if compared:
+            return likelihood.answers(generator, compared, shown)
+        limits = _limits(self.benchmark, self.settings)
+        return generator.generate([prompt for _, (prompt,) in asked], shown, **limits)
 
     def conclude(self, identity: _Identity, finished: set[int], spent: float) -> dict:
         """The result, once all files are written; the one that says it is finished comes last."""

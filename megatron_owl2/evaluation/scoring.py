@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_owl2.errors import ScoreError
 
+RATINGS = ("A", "B", "C", "D")  # that people give, the best first
 _LISTED = 10  # ids in a message
 
 
@@ -90,6 +91,12 @@ def group_by_skill(pairs: Iterable[tuple[str, Any]]) -> dict[str, list]:
     for skill, item in pairs:
         groups[skill].append(item)
     return groups
+
+
+def count_ratings(ratings: Sequence[str]) -> dict[str, int]:
+    """{rating: how often} with their number `n`."""
+    counts = Counter(ratings)
+    return {rating: counts[rating] for rating in RATINGS} | {"n": len(ratings)}
 
 
 def percent(part: float, whole: float) -> float:

@@ -92,7 +92,14 @@ def run_job(
 
 def _read(job: Job, settings: runner.Settings) -> tuple[list[Question], Gold]:
     entry = find_benchmarks()[job.task]
-    return benchmark.read(entry, job.data, settings.limit, with_gold=job.with_gold)
+    return benchmark.read(
+        entry,
+        job.data,
+        settings.limit,
+        with_gold=job.with_gold,
+        frames=settings.frames,
+        variant=settings.variant,
+    )
 
 
 def _evaluate(

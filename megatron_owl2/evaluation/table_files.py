@@ -19,12 +19,15 @@ SUFFIXES = {".parquet", *_DELIMITERS}
 def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(place, row) of a table whose kind the file's name says.
 
-    Parquet keeps its types; TSV and CSV hold texts in UTF-8, None where a field is empty. Raises
-    TaskError naming the file and the place for content that is no such table.
+    Parquet keeps its types; TSV and CSV hold texts in UTF-8, None where a field is empty. A CSV
+    whose names are separated by tabs is a TSV, as TGIF-QA's are. Raises TaskError naming the file
+    and the place for content that is no such table.
     """
     if path.suffix.lower() == ".parquet":
         return [(f"row {n}", row) for n, row in enumerate(_read_parquet(path), start=1)]
     (_, names), *lines = read_lines(path, _DELIMITERS[path.suffix.lower()]) or [("", [])]
+    if len(names) == 1 and "\t" in names[0]:
+        (_, names), *lines = read_lines(path, "\t")
     if len(set(names)) < len(names):
         raise TaskError(f"{path}: two columns have one name: {', '.join(names)}")
     for place, fields in lines:

@@ -12,10 +12,13 @@ from PIL import Image
 
 from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_owl2.config.templates import TEMPLATES
+from megatron_owl2.data import images
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, runner
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.runner import Settings
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
 
 pytestmark = pytest.mark.distributed
@@ -259,6 +262,30 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     options[1] = tmp_path
     assert run_tool(monkeypatch, "evaluate", *options) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_command_line_compares_likelihoods(corpus, model, tmp_path, monkeypatch, capsys):
+    image = next((corpus / "eval/seen/images").iterdir())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/i").write_bytes(image.read_bytes())
+    texts = ["red", "a green circle .", "two", "blue"]
+    row = {"question": "what color ?", "answer": "A", "data_type": "image", "data_id": "i"}
+    row |= {"question_id": "1", "question_type_id": 1}
+    row |= dict(zip(["choice_a", "choice_b", "choice_c", "choice_d"], texts, strict=True))
+    (tmp_path / "SEED-Bench.json").write_text(json.dumps({"questions": [row]}))
+    options = ["--checkpoint", model, "--task", "seed_bench", "--variant", "likelihood"]
+    out = tmp_path / "out"
+    assert run_tool(monkeypatch, "evaluate", *options, "--data", tmp_path, "--output", out) == 0
+    said = json.loads((out / "predictions.jsonl").read_text())["prediction"]
+    loaded = load_model(model)
+    ids = [1, *loaded.tokenizer.encode("USER: "), -200]
+    ids += loaded.tokenizer.encode("what color ? ASSISTANT:")
+    endings = [[*loaded.tokenizer.encode(text), 2] for text in texts]
+    pixels = images.load_square(image.read_bytes(), 28)
+    found = Generator(loaded).log_likelihoods([ids] * 4, endings, [[pixels]] * 4)
+    values = [one.total for one in found]
+    assert len(set(values)) == 4 and said == "ABCD"[values.index(max(values))]
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "all"
 
 
 def test_command_line_generates(corpus, model, monkeypatch, capsys):

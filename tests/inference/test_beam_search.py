@@ -14,14 +14,16 @@ from megatron_owl2.inference.requests import Request
 PROMPTS = [[1, 40, IMAGE_TOKEN_ID, 50, 60, 70], [1, 9, 8, 7, 6], [1, 200, 100, IMAGE_TOKEN_ID]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hub(tmp_path_factory):
+    yield from offline(tmp_path_factory.getbasetemp() / "modules")
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("beams")
-    hub = offline(folder / "modules")
-    next(hub)
     directory = export(grouped_model(), folder / "hf", tokenizer=small_tokenizer(folder))
-    yield load(directory).eval(), Generator(load_model(directory))
-    next(hub, None)
+    return load(directory).eval(), Generator(load_model(directory))
 
 
 @pytest.mark.parametrize("beams", [2, 3, 5])
