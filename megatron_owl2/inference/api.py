@@ -102,22 +102,22 @@ class InferenceModel:
 
     def request(self, conversation: Conversation, options: GenerationOptions) -> Request:
         """The request that asks for the answer to a conversation; raises as `generate` does."""
-        template = TEMPLATES[self.config.template]
-        ids = asking_ids(
-            conversation.questions,
-            conversation.answers,
-            self.tokenizer,
-            template,
-            conversation.system,
-        )
-        return Request(ids, [self._pixels(image) for image in conversation.images], options)
+        images = [self.pixels(image) for image in conversation.images]
+        return Request(self.prompt_ids(conversation), images, options)
 
-    def _pixels(self, image: ImageInput | list[ImageInput]) -> torch.Tensor:
-        """The square uint8 [3, H, W] of an image, [frames, 3, H, W] of a list of frames."""
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """The ids, with -200 for every image, that ask for the answer to a conversation."""
+        template = TEMPLATES[self.config.template]
+        questions, answers = conversation.questions, conversation.answers
+        return asking_ids(questions, answers, self.tokenizer, template, conversation.system)
+
+    def pixels(self, image: ImageInput | list[ImageInput]) -> torch.Tensor:
+        """The square uint8 [3, H, W] of an image, [frames, 3, H, W] of a list of frames; raises
+        InferenceError and OSError as `generate` does."""
         if isinstance(image, list | tuple):
             if not image:
                 raise InferenceError("a video is a list of frames, and this one has none")
-            return torch.stack([self._pixels(frame) for frame in image])
+            return torch.stack([self.pixels(frame) for frame in image])
         size, to_square = self.config.vision.image_size, image_processing.square_resize(self.config)
         return to_square(read_image(image), size)
 

@@ -1,6 +1,6 @@
 """Inference engine: completions of prompts with images, their tokens as they come, likelihoods."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -33,21 +33,52 @@ class Generator:
             expand(request, self.config, f"prompt {number}")
             for number, request in enumerate(requests, start=1)
         ]
-        found: dict[int, Completion] = {}
-        together = [i for i, request in enumerate(requests) if request.options.beams == 1]
-        for i, request in enumerate(requests):
-            if request.options.beams > 1:
-                found[i] = beam_search(self.loaded, request)
-        tokens: dict[int, list[Token]] = {i: [] for i in together}
-        for i, token in self._tokens([requests[i] for i in together], text=False):
-            tokens[together[i]].append(token)
-        for i, of_request in tokens.items():
-            found[i] = self._completion(requests[i], of_request, len(rows[i].tokens))
+        positions = max(
+            (
+                len(row.tokens) + request.options.max_new_tokens - 1
+                for row, request in zip(rows, requests, strict=True)
+            ),
+            default=1,
+        )
+        found = dict(self.as_they_end(requests, min(len(requests), _MAX_BATCH), positions))
         return [found[i] for i in range(len(requests))]
+
+    def as_they_end(
+        self, requests: Iterable[Request], max_batch: int, max_positions: int
+    ) -> Iterator[tuple[int, Completion]]:
+        """(place of a request, its completion) as they end, in any order.
+
+        The next request is taken when fewer than `max_batch` are under way, so their images need
+        not be in memory at once; `max_positions` is the longest prompt's with its answer. Raises
+        InferenceError as `requests.expand` does when it comes to such a request.
+        """
+        coming, scheduler = enumerate(requests), None
+        under_way: dict[int, tuple[int, Request, list[Token]]] = {}
+        while True:
+            while len(under_way) < max_batch and (taken := next(coming, None)):
+                place, request = taken
+                if request.options.beams > 1:
+                    yield place, beam_search(self.loaded, request)
+                    continue
+                scheduler = scheduler or Scheduler(self.loaded, max_batch, max_positions)
+                number = scheduler.add(request, f"prompt {place + 1}", text=False)
+                under_way[number] = place, request, []
+            if not under_way or scheduler is None:
+                return
+            for token in scheduler.step():
+                place, request, tokens = under_way[token.request]
+                tokens.append(token)
+                if token.finish_reason is not None:
+                    del under_way[token.request]
+                    yield place, self._completion(request, tokens)
 
     def stream(self, request: Request) -> Iterator[Token]:
         """The tokens of one request as they come. Raises InferenceError as `complete` does."""
-        return (token for _, token in self._tokens([request], text=True))
+        positions = len(expand(request, self.config, "the prompt").tokens)
+        scheduler = Scheduler(self.loaded, 1, positions + request.options.max_new_tokens - 1)
+        scheduler.add(request)
+        while scheduler.active or scheduler.waiting:
+            yield from scheduler.step()
 
     def generate(
         self,
@@ -88,22 +119,7 @@ class Generator:
         """Log probabilities of continuations after their prompts; see `likelihood`."""
         return log_likelihoods(self.loaded, prompts, continuations, images)
 
-    def _tokens(self, requests: Sequence[Request], *, text: bool) -> Iterator[tuple[int, Token]]:
-        """(index of the request, token) until all have ended."""
-        if not requests:
-            return
-        rows = [expand(r, self.config, f"prompt {n}") for n, r in enumerate(requests, start=1)]
-        positions = max(
-            len(row.tokens) + request.options.max_new_tokens - 1
-            for row, request in zip(rows, requests, strict=True)
-        )
-        scheduler = Scheduler(self.loaded, min(len(requests), _MAX_BATCH), positions)
-        numbers = {scheduler.add(request, text=text): i for i, request in enumerate(requests)}
-        while scheduler.active or scheduler.waiting:
-            for token in scheduler.step():
-                yield numbers[token.request], token
-
-    def _completion(self, request: Request, tokens: list[Token], positions: int) -> Completion:
+    def _completion(self, request: Request, tokens: list[Token]) -> Completion:
         """The completion that tokens make, which carry text only if there are stop strings."""
         reason: FinishReason | None = tokens[-1].finish_reason
         assert reason is not None, "the last token ends the answer"
@@ -115,7 +131,7 @@ class Generator:
             text=text.strip(),
             finish_reason=reason,
             logprobs=logprobs[: len(ids)] if request.options.logprobs else None,
-            prompt_positions=positions,
+            prompt_positions=len(expand(request, self.config, "the prompt").tokens),
         )
 
 
