@@ -107,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
             ports=frozenset(options.image_url_port),
         )
     name = options.model_name or Path(options.checkpoint).resolve().name
-    server.serve(loaded, bound, name=name, limits=limits, fetcher=fetcher)
+    service = server.build_service(loaded, name=name, limits=limits, fetcher=fetcher)
+    server.serve(service, bound)
     return 0
 
 

@@ -43,33 +43,33 @@ def listen(host: str, port: int) -> socket.socket:
         raise ServingError(f"{host}:{port} cannot be listened on: {reason}") from None
 
 
-def serve(
+def build_service(
     loaded: LoadedModel,
-    bound: socket.socket,
     *,
     name: str,
     limits: Limits,
     fetcher: ImageFetcher | None = None,
     scheduler: Scheduler | None = None,
-) -> None:
-    """Answer requests on a bound socket until SIGTERM or SIGINT, which let those that are open end.
+) -> Service:
+    """The service of a loaded model, alone or on rank 0, while the other ranks `follow`.
 
-    Raises ServingError if the engine fails. Under torchrun rank 0 calls it, the others `follow`.
     `scheduler` is one with `limits.max_batch` unless given.
     """
     inbox = Inbox()
-    alone = torch.distributed.get_world_size() == 1
-    engine = Engine(
-        scheduler or Scheduler(loaded, max_batch=limits.max_batch),
-        inbox if alone else RankSource(inbox),
-        inbox,
-    )
-    service = Service(loaded, engine, name=name, limits=limits, fetcher=fetcher)
+    source = inbox if torch.distributed.get_world_size() == 1 else RankSource(inbox)
+    engine = Engine(scheduler or Scheduler(loaded, max_batch=limits.max_batch), source, inbox)
+    return Service(loaded, engine, name=name, limits=limits, fetcher=fetcher)
+
+
+def serve(service: Service, bound: socket.socket) -> None:
+    """Answer requests on a bound socket until SIGTERM or SIGINT, which let those that are open end.
+
+    Raises ServingError if the engine fails.
+    """
     asyncio.run(_serve(service, bound))
-    if engine.failure:
-        raise ServingError(
-            f"the engine failed: {type(engine.failure).__name__}: {engine.failure}"
-        ) from engine.failure
+    if failure := service.engine.failure:
+        message = f"the engine failed: {type(failure).__name__}: {failure}"
+        raise ServingError(message) from failure
 
 
 def follow(loaded: LoadedModel, *, limits: Limits) -> None:
@@ -111,18 +111,12 @@ async def _serve(service: Service, bound: socket.socket) -> None:
         timeout_graceful_shutdown=int(limits.grace_seconds) + _BACKSTOP_SECONDS,
     )
     server = _Server(config, service.name)
-
-    def end() -> None:
-        service.drain()
-        server.should_exit = True
-
     loop = asyncio.get_running_loop()
     with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread, as in tests
         for kind in _SIGNALS:
-            loop.add_signal_handler(kind, end)
-    service.engine.start(on_failure=end)
+            loop.add_signal_handler(kind, service.end)
+    service.start(on_end=lambda: setattr(server, "should_exit", True))
     try:
         await server.serve(sockets=[bound])
     finally:
-        await service.engine.stop()
-        service.builder.close()
+        await service.stop()

@@ -1,7 +1,7 @@
 """Service behind the routes: the model, its engine, its limits, and the places of requests."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_owl2.inference.engine import LoadedModel
@@ -66,11 +66,26 @@ class Service:
             return f"the engine failed: {type(self.engine.failure).__name__}"
         return "shutting down" if self.draining else None
 
-    def drain(self) -> None:
-        """Take no more requests, and end those that are left after `grace_seconds`."""
-        if self.draining:  # asked again: now
+    def start(self, on_end: Callable[[], None]) -> None:
+        """Begin to serve, in the event loop; `on_end` is called there when the end begins."""
+        self._loop, self._on_end = asyncio.get_running_loop(), on_end
+        self.engine.start(on_failure=self.end)
+
+    def end(self) -> None:
+        """Take no more requests, and end those that are left after `grace_seconds`, or at once if
+        asked again."""
+        if self.draining:
             self.engine.close(shutting_down())
             return
         self.draining = True
-        loop = asyncio.get_running_loop()
-        loop.call_later(self.limits.grace_seconds, self.engine.close, shutting_down())
+        self._loop.call_later(self.limits.grace_seconds, self.engine.close, shutting_down())
+        self._on_end()
+
+    def end_from_thread(self) -> None:
+        """`end`, from another thread."""
+        self._loop.call_soon_threadsafe(self.end)
+
+    async def stop(self) -> None:
+        """End all threads, and the other ranks."""
+        await self.engine.stop()
+        self.builder.close()
