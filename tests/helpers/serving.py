@@ -127,11 +127,13 @@ class Reply:
 
 
 @contextlib.contextmanager
-def running(loaded: LoadedModel, limits: Limits | None = None, **options: Any) -> Iterator[Running]:
+def running(
+    loaded: LoadedModel, limits: Limits | None = None, name: str = "tiny", **options: Any
+) -> Iterator[Running]:
     """A server on a free port; `options` are those of build_service."""
     bound = server.listen("127.0.0.1", 0)
     host, port = bound.getsockname()
-    service = server.build_service(loaded, name="tiny", limits=limits or Limits(), **options)
+    service = server.build_service(loaded, name=name, limits=limits or Limits(), **options)
     failure: list[ServingError] = []
 
     def run() -> None:
