@@ -1,4 +1,4 @@
-"""Server of a model on HTTP: the chat API of OpenAI, with images, and a page to try it.
+"""Server of a model: OpenAI's chat API, with images, and a page to try it.
 
 owl2 serve --checkpoint CKPT_OR_HF_DIR --port 8000
 torchrun --nproc-per-node 2 --no-python owl2 serve --checkpoint CKPT_OR_HF_DIR

@@ -20,11 +20,17 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "megatron": "megatron-core"}
 # Imported where they are used, with an error that names the extra.
 OPTIONAL = {
     "aiohttp": "remote",  # of fsspec[http]
+    "h11": "serve",
     "matplotlib": "report",
+    "prometheus_client": "serve",
     "pyarrow": "parquet",
+    "pydantic": "serve",
+    "pydantic_core": "serve",  # of pydantic
+    "starlette": "serve",
     "transformers": "hf",
     "transformer_engine": "gpu",
     "triton": "gpu",  # torch for GPUs brings it
+    "uvicorn": "serve",
     "wandb": "wandb",
 }
 

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 import time
 
 import psutil
@@ -10,6 +11,7 @@ from hf_dirs import export
 from processes import killed_by_errors, start, torchrun, wait_until
 from serving import Running, asked, image_url, offline, tiny_model
 
+from megatron_owl2 import serving
 from megatron_owl2.cli.main import main
 from megatron_owl2.inference.scheduler import Scheduler
 from megatron_owl2.serving import engine_loop
@@ -111,3 +113,12 @@ def test_options_that_do_not_fit(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--checkpoint", "x", "--image-url-port", "8080"])
     assert "needs --allow-image-urls" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_refused_with_the_fix(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "megatron_owl2.serving.server")
+    monkeypatch.delattr(serving, "server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if not installed
+    assert main(["serve", "--checkpoint", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: owl2 serve needs uvicorn: pip install 'megatron-owl2[serve]'\n"
