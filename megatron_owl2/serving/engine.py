@@ -13,6 +13,8 @@ from megatron_owl2.serving import engine_loop
 from megatron_owl2.serving.api_error import ApiError, shutting_down
 from megatron_owl2.serving.engine_loop import Admit, Cancel, Event, Inbox, Source, Stop
 
+_STOP_SECONDS = 30.0  # for the step under way; one that hangs, as when another rank died, is left
+
 
 class Answer:
     """Tokens of one request, as they come; ends after the one with a finish reason.
@@ -102,7 +104,7 @@ class Engine:
         """End all requests and the thread, on other ranks too."""
         self.close(shutting_down())
         self._inbox.put(Stop())
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, _STOP_SECONDS)
 
     def _run(self) -> None:
         try:

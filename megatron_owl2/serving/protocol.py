@@ -43,6 +43,8 @@ _IGNORED = {
 # Of messages, which clients send back as they got them.
 _MESSAGE_NEUTRAL = ("refusal", "annotations", "audio", "tool_calls", "function_call")
 
+_MAX_PARTS = 4096  # messages of a request, and parts of a message
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -79,7 +81,9 @@ class ChatMessage(_Strict):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(
+        max_length=_MAX_PARTS
+    )
 
     @field_validator("content", mode="before")
     @classmethod
@@ -100,7 +104,7 @@ class ChatRequest(_Strict):
     is 1). A seed that is not given is drawn.
     """
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_PARTS)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)

@@ -160,6 +160,7 @@ def test_clients_send_messages_back_as_they_got_them(client, server):
         ({"stop": ""}, 400, "stop.0", "at least 1 character"),
         ({"stream_options": {}}, 400, "stream_options", "need stream"),
         ({"messages": []}, 400, "messages", "at least 1 item"),
+        ({"messages": [{"role": "user", "content": "x"}] * 5000}, 400, "messages", "at most 4096"),
         ({"messages": "hi"}, 400, "messages", "valid list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "required"),
