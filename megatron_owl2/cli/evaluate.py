@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     setup()
     from megatron_owl2.evaluation import benchmark, registry, runner
-    from megatron_owl2.inference.engine import load_model
+    from megatron_owl2.inference.loading import load_model
 
     settings = runner.Settings(
         blind=options.blind,

@@ -26,7 +26,8 @@ from megatron_owl2.evaluation.benchmark import (
 )
 from megatron_owl2.evaluation.benchmark import score as score_predictions
 from megatron_owl2.evaluation.registry import find_benchmarks
-from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 
 
 @dataclass(frozen=True)

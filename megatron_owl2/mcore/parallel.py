@@ -148,6 +148,8 @@ class ParallelContext:
             return gather_from_sequence_parallel_region(
                 x, tensor_parallel_output_grad=True, group=self.groups.tp
             )
+        if self.tensor_parallel_size == 1:
+            return x
         return copy_to_tensor_model_parallel_region(x, group=self.groups.tp)
 
     def sum_row_outputs(self, x: torch.Tensor) -> torch.Tensor:
@@ -190,6 +192,8 @@ class ParallelContext:
 
     def gather_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate x [..., n/tp] over the tensor-parallel ranks to [..., n]."""
+        if self.tensor_parallel_size == 1:
+            return x
         return gather_from_tensor_model_parallel_region(x, group=self.groups.tp)
 
     def mark_sequence_parallel(self, *parameters: torch.nn.Parameter) -> None:

@@ -1,5 +1,8 @@
 """The LLaMA-2 decoder with modality-adaptive layers (paper, section 3.2)."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -14,19 +17,12 @@ from megatron_owl2.model.lora import Adapters
 from megatron_owl2.model.modality import Modality, ModalityNorm, ModalityQKV
 
 
-class KeyValueCache:
-    """Keys and values that one attention layer has seen, [s, b, kv_heads/tp, d] each."""
-
-    def __init__(self):
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
+class LayerCache(Protocol):
+    """Interface of the key/value cache of one attention layer during one pass."""
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the new positions; returns all keys and values so far."""
-        if self.key is not None and self.value is not None:
-            key, value = torch.cat([self.key, key]), torch.cat([self.value, value])
-        self.key, self.value = key, value
-        return key, value
+        """Keep the new keys and values [s, b, kv_heads/tp, d]; returns those to attend to."""
+        ...
 
 
 class Decoder(nn.Module):
@@ -54,11 +50,11 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         *,
         attention_mask: AttentionMask | None = None,
-        caches: dict[int, KeyValueCache] | None = None,
+        caches: Sequence[LayerCache] | None = None,
     ) -> torch.Tensor:
         """position_ids [b, s]; attention is causal unless `attention_mask` (bool [b, 1, s, s'],
-        True where allowed) says more, and stays within the sequences of packed rows; `caches` by
-        layer number extend the context."""
+        True where allowed) says more, and stays within the sequences of packed rows; `caches`, one
+        for each layer of the model, extend the context."""
         rotary = rotary_tables(position_ids, self.config, x.dtype)
         with self.kernels.fp8_context():
             for number, layer in zip(self.layers.numbers(), self.layers, strict=True):

@@ -1,5 +1,6 @@
 """mPLUG-Owl2 model (paper, figure 2): ViT, abstractor, visual tokens among the words, decoder."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,7 +15,7 @@ from megatron_owl2.mcore.packed_sequences import PackedSequences
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.attention import AttentionMask
-from megatron_owl2.model.decoder import Decoder, KeyValueCache
+from megatron_owl2.model.decoder import Decoder, LayerCache
 from megatron_owl2.model.kernels.elementwise import build_elementwise
 from megatron_owl2.model.lora import token_keys
 from megatron_owl2.model.modality import Modality
@@ -120,7 +121,7 @@ class Owl2(MegatronModule):
         position_ids: torch.Tensor,
         *,
         attention_mask: AttentionMask | None = None,
-        caches: dict[int, KeyValueCache] | None = None,
+        caches: Sequence[LayerCache] | None = None,
         sample_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [s, b, h] behind this chunk's decoder layers.

@@ -8,7 +8,8 @@ from hf_dirs import OWL2, run_tool, small_tokenizer
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
-from megatron_owl2.inference.engine import Generator, load_model
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import load_model
 
 PROMPT = "USER: <|image|>What is this? ASSISTANT:"
 

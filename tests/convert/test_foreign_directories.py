@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from megatron_owl2.convert.safetensors_io import TensorReader
 from megatron_owl2.convert.sources import from_owl2
 from megatron_owl2.errors import ConversionError
-from megatron_owl2.inference.engine import load_model
+from megatron_owl2.inference.loading import load_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 460616\n"
 

@@ -35,7 +35,8 @@ from megatron_owl2.convert.sources import from_checkpoint, from_llama_and_clip, 
 from megatron_owl2.convert.verify.compare import compare
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.errors import CheckpointError, ConfigError
-from megatron_owl2.inference.engine import Generator, load_model
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import load_model
 from megatron_owl2.model.flops import Load, training_flops
 from megatron_owl2.model.layer_stack import weights
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exported import ATTENTIONS, answers, batch, export, grouped_model, load, offline
+from id_tokenizer import IdTokenizer
+from left_padding import left_padded
 from transformers import DynamicCache
 
 from megatron_owl2.convert.mapping import constants
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
-from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.inference.engine import Generator, LoadedModel
-from megatron_owl2.inference.inputs import left_padded
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.model.owl2 import Owl2
 
 
@@ -48,7 +49,7 @@ def prompts_and_images() -> tuple[list[list[int]], list[list[torch.Tensor]]]:
 def test_logits_of_our_model(ours, grouped, attention):
     prompts, images = prompts_and_images()
     inputs = batch(5, prompts, images)
-    rows = left_padded(prompts, 5, "cpu")
+    rows = left_padded(prompts, 5)
     with torch.no_grad():
         visual = ours.encode_images(inputs["pixel_values"])
         hidden_states = ours.hidden_states(
@@ -77,7 +78,7 @@ def test_a_padded_batch_answers_like_its_rows_and_like_our_generator(ours, group
     ]
     assert together == alone
     assert len({len(row) for row in together}) > 2
-    generator = Generator(LoadedModel(ours, ours.model, Tokenizer))
+    generator = Generator(LoadedModel(ours, ours.model, IdTokenizer(ours.model.decoder.vocab_size)))
     assert generator.generate_ids(prompts, images, 12) == together
 
 

@@ -26,7 +26,8 @@ from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.images import decode, resize_square
 from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 
 pytestmark = pytest.mark.slow
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import hf_dirs
 import pytest
 import torch
+from left_padding import left_padded
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_owl2.config.schema import (
@@ -17,7 +18,6 @@ from megatron_owl2.config.schema import (
     VisionConfig,
 )
 from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.inference.inputs import left_padded
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
@@ -68,7 +68,7 @@ def load(directory: Path, **options) -> PreTrainedModel:
 
 def batch(size: int, prompts: list[list[int]], images: list[list]) -> dict[str, torch.Tensor]:
     """Left-padded inputs of prompts with placeholders -200."""
-    rows = left_padded(prompts, size, "cpu")
+    rows = left_padded(prompts, size)
     flat = [image for row in images for image in row]
     return {
         "input_ids": rows.tokens,

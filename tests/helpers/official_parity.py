@@ -13,6 +13,7 @@ from pathlib import Path
 import prepared  # noqa: F401
 import runs_in_turn
 import torch
+from id_tokenizer import IdTokenizer
 from paths import DATA
 from processes import run_ranks
 from safetensors.torch import load_file
@@ -23,8 +24,8 @@ from megatron_owl2.convert.hf_weights import load_hf_weights, read_hf_config
 from megatron_owl2.convert.verify import verify as verification
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
-from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
@@ -242,7 +243,7 @@ def _greedy(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
         # The image of the text-only sample is a dummy, which takes its turn but is not shown.
         pairs = zip(prompts, images, strict=True)
         shown = [row if IMAGE_TOKEN_ID in ids else [] for ids, row in pairs]
-        loaded = LoadedModel(model, config.model, Tokenizer)  # only its EOS matters, LLaMA's
+        loaded = LoadedModel(model, config.model, IdTokenizer(config.model.decoder.vocab_size))
         found = Generator(loaded).generate_ids(prompts, shown, steps)
     differ = {
         sample: sum(a != b for a, b in zip_longest(ids, recorded[sample]["new_ids"]))

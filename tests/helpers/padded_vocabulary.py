@@ -14,7 +14,8 @@ import torch
 
 from megatron_owl2.convert.verify.compare import compare
 from megatron_owl2.convert.verify.verify import Verification
-from megatron_owl2.inference.engine import Generator, load_model
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
 from megatron_owl2.training.checkpoint import save_load
 

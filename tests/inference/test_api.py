@@ -14,7 +14,8 @@ from megatron_owl2.data import images
 from megatron_owl2.data.conversation import asking_ids, prompt
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.api import InferenceModel, read_image
-from megatron_owl2.inference.engine import Generator, load_model
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import load_model
 
 QUESTION = "badal bamer <|image|> dinap"
 
@@ -67,7 +68,7 @@ def test_images_are_resized_in_the_mode_of_the_model(tmp_path):
 
 def engine(model: InferenceModel, questions, pixels) -> list[str]:
     """What the engine answers to questions with placeholders and images of the model's size."""
-    return model._generator.generate([prompt(q) for q in questions], pixels, 12)
+    return model.generator.generate([prompt(q) for q in questions], pixels, 12)
 
 
 def test_placeholders_come_first_unless_the_question_has_them(model, files):
@@ -105,7 +106,7 @@ def test_without_images_a_placeholder_is_text(model):
     text = "badal <|image|> dinap</s>"
     ids = asking_ids([[text]], [], model.tokenizer)
     assert -200 not in ids and model.tokenizer.eos_id not in ids
-    expected = model._generator.generate([ids], [[]], 12)
+    expected = model.generator.generate([ids], [[]], 12)
     assert model.generate([text], max_new_tokens=12) == expected
 
 
@@ -122,7 +123,7 @@ def test_messages_are_continued(model, files):
     questions = [["", "badal"], ["<|image|> ", ""]]
     ids = asking_ids(questions, ["bamer</s>"], model.tokenizer, OWL2, "kunat")
     assert ids.count(-200) == 2 and ids.count(model.tokenizer.eos_id) == 1
-    expected = model._generator.generate([ids], [pixels], 12)
+    expected = model.generator.generate([ids], [pixels], 12)
     assert model.generate([messages, "badal"], max_new_tokens=12) == [
         *expected,
         model.generate("badal", max_new_tokens=12),
@@ -161,7 +162,7 @@ def test_a_model_is_asked_in_its_template(tmp_path, files):
     pixels = images.resize_square(read_image(files[0]), model.config.vision.image_size)
     text = prompt("<|image|>badal", TEMPLATES["vicuna_v1"])
     assert "<|image|>\nbadal" in text and text.startswith("A chat between")
-    expected = model._generator.generate([text], [[pixels]], 12)
+    expected = model.generator.generate([text], [[pixels]], 12)
     assert [model.generate("badal", files[:1], max_new_tokens=12)] == expected
     assert expected != engine(model, ["<|image|>badal"], [[pixels]])
 

@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 from hf_dirs import export
+from id_tokenizer import IdTokenizer
+from left_padding import left_padded
 from paths import DATA
 from safetensors.torch import load_file
 
@@ -20,10 +22,13 @@ from megatron_owl2.config.schema import (
 from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
-from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import InferenceError
-from megatron_owl2.inference.engine import Generator, LoadedModel, load_model
-from megatron_owl2.inference.inputs import left_padded
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel, load_model
+from megatron_owl2.inference.model_runner import ModelRunner
+from megatron_owl2.inference.options import GenerationOptions
+from megatron_owl2.inference.requests import Request
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.owl2 import Owl2
@@ -93,7 +98,7 @@ def recompute(loaded, prompt_ids, images, steps, min_new_tokens=1) -> list[int]:
     new: list[int] = []
     pixels = torch.stack(images) if images else torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
     for step in range(steps):
-        inputs = left_padded([[*prompt_ids, *new]], loaded.config.tokens_per_image, "cpu")
+        inputs = left_padded([[*prompt_ids, *new]], loaded.config.tokens_per_image)
         with torch.no_grad():
             logits = loaded.model(
                 inputs.tokens,
@@ -123,7 +128,7 @@ def test_cached_answers_equal_full_recomputation(loaded, expected):
     assert len(lengths) > 2 and 12 in lengths  # rows end at different steps, some not at all
 
 
-def test_a_left_padded_batch_gives_the_answers_of_its_rows_alone(loaded, expected):
+def test_a_batch_gives_the_answers_of_its_rows_alone(loaded, expected):
     prompts, images = cases(loaded)
     assert len({len(p) for p in prompts}) > 3
     assert Generator(loaded).generate_ids(prompts, images, 12) == expected
@@ -132,17 +137,16 @@ def test_a_left_padded_batch_gives_the_answers_of_its_rows_alone(loaded, expecte
     assert Generator(loaded).generate_ids(batch[0], batch[1], 12) == batch[2]
 
 
-def test_padding_changes_no_logit(loaded):
+def test_other_prompts_change_no_log_probability(loaded):
     prompts, images = cases(loaded)
+    options = GenerationOptions(6, 6, logprobs=True)
+    requests = [Request(p, i, options) for p, i in zip(prompts, images, strict=True)]
     generator = Generator(loaded)
-    seen = []
-    next_logits = generator._next_logits
-    generator._next_logits = lambda *args: seen.append(next_logits(*args)) or seen[-1].clone()
-    generator.generate_ids(prompts, images, 1)
-    for prompt_ids, row in zip(prompts, images, strict=True):
-        generator.generate_ids([prompt_ids], [row], 1)
-    assert torch.isfinite(seen[0]).all()
-    torch.testing.assert_close(seen[0], torch.cat(seen[1:]), rtol=1e-4, atol=1e-4)
+    together = generator.complete(requests)
+    alone = [generator.complete([request])[0] for request in requests]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    logprobs = [torch.tensor([one.logprobs for one in these]) for these in (together, alone)]
+    torch.testing.assert_close(*logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_order_of_images_matters_and_follows_the_prompt(loaded):
@@ -180,19 +184,19 @@ def test_min_and_max_new_tokens(loaded, expected):
 
 def test_generation_stops_when_every_row_has_ended(loaded, monkeypatch):
     calls = []
-    generator = Generator(loaded)
-    next_logits = generator._next_logits
+    decode = ModelRunner.decode
 
-    def ends_at_once(*args):
+    def ends_at_once(runner, *args):
         calls.append(1)
-        logits = next_logits(*args)
+        logits = decode(runner, *args)
         logits[:, loaded.tokenizer.eos_id] = logits.max() + 1
         return logits
 
-    monkeypatch.setattr(generator, "_next_logits", ends_at_once)
+    monkeypatch.setattr(ModelRunner, "decode", ends_at_once)
     prompts, images = cases(loaded)
-    assert all(len(answer) == 2 for answer in generator.generate_ids(prompts, images, 12, 2))
-    assert len(calls) == 3
+    answers = Generator(loaded).generate_ids(prompts, images, 12, 2)
+    assert all(len(answer) == 2 for answer in answers)
+    assert len(calls) == 2  # the first token comes with the prompts
 
 
 def test_text_in_text_out(loaded):
@@ -213,9 +217,12 @@ def test_a_vocabulary_larger_than_the_tokenizer_is_answered_in_its_pieces(tokeni
         decoder=DecoderConfig(2048, 32, 1, 4, 2, 64, max_positions=64),
     )
     generator = Generator(LoadedModel(build(model), model, tokenizer))
-    (free,) = generator.generate_ids([[1, 5, 6]], [[]], 12)
-    assert max(free) >= tokenizer.vocab_size
-    assert isinstance(generator.generate(["what color"], [[]], 12)[0], str)
+    with torch.no_grad():  # the likeliest of all, were it in question
+        generator.model.output_layer.weight[tokenizer.vocab_size :] *= 100
+    prompt_ids = [1, 5, 6]
+    (ids,) = generator.generate_ids([prompt_ids], [[]], 12)
+    assert max(ids) < tokenizer.vocab_size
+    assert generator.generate([prompt_ids], [[]], 12) == [tokenizer.decode(ids).strip()]
 
 
 def test_logits_that_are_no_numbers_are_no_answer(tokenizer):
@@ -298,7 +305,7 @@ def test_greedy_ids_of_the_official_model():
         for name in names
     ]
     wanted = [meta["generation"][name]["new_ids"] for name in names]
-    generator = Generator(LoadedModel(model, config, Tokenizer))  # its EOS is LLaMA's; no file here
+    generator = Generator(LoadedModel(model, config, IdTokenizer(config.decoder.vocab_size)))
     assert generator.generate_ids(prompts, images, 16) == wanted
     for case in zip(prompts, images, wanted, strict=True):
         assert generator.generate_ids([case[0]], [case[1]], 16) == [case[2]]

@@ -15,7 +15,7 @@ from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.data.validation_dataset import ValidationDataset
-from megatron_owl2.inference.engine import load_model
+from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
 
 pytestmark = pytest.mark.distributed

@@ -1,0 +1,93 @@
+"""Log-likelihoods of continuations: what a model gives to texts that it did not choose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_owl2.errors import InferenceError
+from megatron_owl2.inference.image_encoder import ImageEncoder
+from megatron_owl2.inference.inputs import right_padded
+from megatron_owl2.inference.loading import LoadedModel
+from megatron_owl2.inference.options import GenerationOptions
+from megatron_owl2.inference.requests import Request, expand
+
+_POSITIONS = 4096  # of one pass, padding included
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Log probability (natural) of a continuation of `tokens` ids, and whether each of them is the
+    likeliest at its place."""
+
+    total: float
+    tokens: int
+    greedy: bool
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    images: Sequence[Sequence[torch.Tensor]] = (),
+) -> list[LogLikelihood]:
+    """sum_i log p(c_i | prompt, c_1 .. c_{i-1}) of each continuation c (ids) after its prompt.
+
+    prompts: ids with -200 in the place of images; images: per prompt its images as `Request` takes
+    them, or nothing at all. Raises InferenceError as `requests.expand` does, and for an empty
+    continuation.
+    """
+    images = images or [()] * len(prompts)
+    if not len(prompts) == len(continuations) == len(images):
+        raise InferenceError(
+            f"{len(prompts)} prompts, {len(continuations)} continuations and images for "
+            f"{len(images)}"
+        )
+    rows = []
+    for number, (prompt, continuation, of) in enumerate(
+        zip(prompts, continuations, images, strict=True), start=1
+    ):
+        if not continuation:
+            raise InferenceError(f"continuation {number} is empty")
+        # The last id is never read, as the last new token of an answer.
+        request = Request([*prompt, *continuation[:-1]], of, GenerationOptions(max_new_tokens=1))
+        rows.append(expand(request, loaded.config, f"prompt {number} with its continuation"))
+    encoder = ImageEncoder(loaded.model)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    found: dict[int, LogLikelihood] = {}
+    while order:
+        longest, group = len(rows[order[-1]].tokens), []
+        while order and (not group or longest * (len(group) + 1) <= _POSITIONS):
+            group.append(order.pop())
+        visual = encoder.encode([image for i in group for image in images[i]])
+        targets = [continuations[i] for i in group]
+        totals = _pass(loaded, [rows[i] for i in group], visual, targets)
+        found |= zip(group, totals, strict=True)
+    return [found[i] for i in range(len(rows))]
+
+
+def _pass(loaded: LoadedModel, rows, visual, targets) -> list[LogLikelihood]:
+    """Likelihoods of the `targets` at the ends of rows, in one pass of the decoder."""
+    model, device = loaded.model, loaded.model.context.device
+    inputs = right_padded(rows, device)
+    x = model.hidden_states(
+        model.merge(inputs.tokens, visual, inputs.vision_token_index),
+        inputs.modality,
+        inputs.vision_token_index,
+        inputs.position_ids,
+    )
+    places = [
+        position * len(rows) + i
+        for i, (row, ids) in enumerate(zip(rows, targets, strict=True))
+        for position in range(len(row.tokens) - len(ids), len(row.tokens))
+    ]
+    logits = model.gather_logits(model.head(x, torch.tensor(places, device=device))).float()
+    wanted = torch.tensor([i for ids in targets for i in ids], device=device)
+    log_p = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double()
+    best = logits.argmax(-1) == wanted
+    sizes = [len(ids) for ids in targets]
+    return [
+        LogLikelihood(float(total.sum()), len(total), bool(greedy.all()))
+        for total, greedy in zip(log_p.split(sizes), best.split(sizes), strict=True)
+    ]
