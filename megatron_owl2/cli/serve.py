@@ -52,7 +52,8 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
     add("--max-batch", count, d.max_batch, "requests in generation together")
     add("--max-queue", count, d.max_queue, "requests that wait; more are answered with 429")
     add("--max-tokens", count, d.max_tokens, "new tokens of an answer")
-    add("--max-prompt", count, d.max_prompt, "decoder positions of a prompt, or the model's own")
+    text = "decoder positions of prompt and answer, or the model's; memory is held for --max-batch"
+    add("--max-positions", count, d.max_positions, text)
     add("--max-body-mib", positive, d.max_body / MIB, "size of a request")
     add("--max-images", count, d.max_images, "images of a request")
     add("--max-image-mib", positive, d.max_image_bytes / MIB, "size of an image's file")
@@ -71,7 +72,7 @@ def limits_of(options: argparse.Namespace) -> Limits:
         max_images=options.max_images,
         max_image_bytes=int(options.max_image_mib * MIB),
         max_image_pixels=options.max_image_pixels,
-        max_prompt=options.max_prompt,
+        max_positions=options.max_positions,
         max_tokens=options.max_tokens,
         request_seconds=options.request_seconds,
         body_seconds=options.body_seconds,
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         needed = "pip install 'megatron-owl2[serve]'"
         raise ServingError(f"owl2 serve needs {error.name}: {needed}") from None
-    from megatron_owl2.inference.engine import load_model
+    from megatron_owl2.inference.loading import load_model
 
     limits = limits_of(options)
     bound = server.listen(options.host, options.port) if is_first_rank() else None

@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from megatron_owl2.inference.scheduler import Token
+from megatron_owl2.inference.requests import Token
 from megatron_owl2.serving.api_error import ApiError
 from megatron_owl2.serving.body import read_body
 from megatron_owl2.serving.engine import Answer

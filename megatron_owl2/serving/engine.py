@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_owl2.errors import InferenceError
-from megatron_owl2.inference.requests import Request
-from megatron_owl2.inference.scheduler import Scheduler, Token
+from megatron_owl2.inference.requests import Request, Token
+from megatron_owl2.inference.scheduler import Scheduler
 from megatron_owl2.serving import engine_loop
 from megatron_owl2.serving.api_error import ApiError, shutting_down
 from megatron_owl2.serving.engine_loop import Admit, Cancel, Event, Inbox, Source, Stop
@@ -37,9 +37,6 @@ class Answer:
             event = await self._events.get()
             if isinstance(event, ApiError):
                 raise event
-            if event.finish_reason == "error":
-                self.finished = True
-                raise ApiError(500, "the model's logits are not numbers", code="engine_error")
             self.finished = event.finish_reason is not None
             yield event
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_owl2.errors import InferenceError
-from megatron_owl2.inference.requests import Request
-from megatron_owl2.inference.scheduler import Scheduler, Token
+from megatron_owl2.inference.requests import Request, Token
+from megatron_owl2.inference.scheduler import Scheduler
 
 HEARTBEAT_SECONDS = 20.0  # between the messages of idle ranks, far below the group's timeout
 _GROUP_TIMEOUT = timedelta(minutes=10)

@@ -12,8 +12,9 @@ class Limits:
     `max_batch` requests are generated together and `max_queue` more may wait. `request_seconds`
     run from a request's last byte to its answer's; `body_seconds` is the time to send it.
     `max_tokens` bounds new tokens, and is what a request gets that does not say how many, if the
-    decoder has positions for so many. `max_prompt` bounds the decoder positions of a prompt, those
-    of its images included, below the model's own bound.
+    decoder has positions for so many. `max_positions` bounds the decoder positions of a prompt, its
+    images and its answer together, below the model's own bound; the key/value cache holds so many
+    for each of `max_batch` requests.
     """
 
     max_batch: int = 32
@@ -22,7 +23,7 @@ class Limits:
     max_images: int = 8
     max_image_bytes: int = 16 * MIB
     max_image_pixels: int = 40_000_000
-    max_prompt: int | None = None
+    max_positions: int | None = None
     max_tokens: int = 1024
     request_seconds: float = 300.0
     body_seconds: float = 30.0

@@ -17,7 +17,7 @@ from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import asking_ids
 from megatron_owl2.errors import BadSampleError, InferenceError
-from megatron_owl2.inference.engine import LoadedModel
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.inference.messages import from_messages
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.requests import Request
@@ -150,21 +150,23 @@ class RequestBuilder:
         template = TEMPLATES[self._config.template]
         prompt = asking_ids(asked.questions, asked.answers, self._tokenizer, template, asked.system)
         positions = len(prompt) + len(asked.images) * (self._config.tokens_per_image - 1)
-        try:
-            options = GenerationOptions(
-                max_new_tokens=self._new_tokens(chat.new_tokens(), positions),
-                min_new_tokens=max(1, chat.min_tokens or 0),
-                **chat.sampling(),
+        most, least = self._new_tokens(chat.new_tokens(), positions), max(1, chat.min_tokens or 0)
+        if least > most:
+            raise ApiError(
+                400, f"min_tokens is {least}, and the answer has at most {most}", param="min_tokens"
             )
+        try:
+            options = GenerationOptions(most, least, **chat.sampling())
         except InferenceError as error:
             raise ApiError(400, str(error)) from None
         request = Request(prompt, asked.images, options)
         usage = bool(chat.stream_options and chat.stream_options.include_usage)
         return Job(request, positions, bool(chat.stream), usage)
 
-    def _max_prompt(self) -> int:
+    def _max_positions(self) -> int:
+        """Positions for a prompt and its answer together."""
         most = self._config.decoder.max_positions
-        return min(most, self._limits.max_prompt or most)
+        return min(most, self._limits.max_positions or most)
 
     def _check_characters(self, chat: ChatRequest) -> None:
         """Refuse what is certainly too long before it costs the time to make ids of it."""
@@ -174,23 +176,24 @@ class RequestBuilder:
             for part in m.content
             if not isinstance(part, ImagePart)
         ]
-        if sum(map(len, texts)) > _MAX_PIECE * self._max_prompt():
-            raise _too_long(f"the prompt takes more than {self._max_prompt()} positions, the limit")
+        if sum(map(len, texts)) > _MAX_PIECE * (limit := self._max_positions()):
+            raise _too_long(f"the prompt takes more than {limit} positions, the limit")
 
     def _new_tokens(self, wanted: int | None, positions: int) -> int:
         """How many new tokens a prompt of so many positions may get; raises ApiError."""
-        if positions > self._max_prompt():
+        limit = self._max_positions()
+        if positions > limit:
             raise _too_long(
                 f"the prompt takes {positions} positions, {self._config.tokens_per_image} of them "
-                f"for every image; the limit is {self._max_prompt()}"
+                f"for every image; the limit is {limit}"
             )
-        left = self._config.decoder.max_positions - positions + 1  # the last token is never read
+        left = limit - positions + 1  # the last token is never read
         if wanted is None:
             return min(left, self._limits.max_tokens)
         if wanted > left:
             raise _too_long(
                 f"the prompt takes {positions} positions, and {wanted} new tokens would pass the "
-                f"model's limit of {self._config.decoder.max_positions}; ask for at most {left}"
+                f"limit of {limit}; ask for at most {left}"
             )
         return wanted
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_owl2.data.tokenizer import Tokenizer
-from megatron_owl2.inference.scheduler import Token
+from megatron_owl2.inference.requests import Token
 from megatron_owl2.serving.request_builder import Job
 
 DONE = b"data: [DONE]\n\n"
@@ -18,8 +18,23 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
 
 
+class Stripped:
+    """Text that comes in pieces, without the white space at its beginning and end."""
+
+    def __init__(self) -> None:
+        self._begun, self._held = False, ""
+
+    def push(self, piece: str) -> str:
+        """The text that one more piece makes sure of; white space waits for what follows it."""
+        text = self._held + piece if self._begun else piece.lstrip()
+        self._begun = self._begun or bool(text)
+        sure = text.rstrip()
+        self._held = text[len(sure) :]
+        return sure
+
+
 class Completion:
-    """Bodies of the answer to one job."""
+    """Bodies of the answer to one job, whose text is stripped as the offline engine's."""
 
     def __init__(self, job: Job, model: str, tokenizer: Tokenizer):
         self._job, self._tokenizer = job, tokenizer
@@ -29,6 +44,7 @@ class Completion:
             "model": model,
         }
         self.new_tokens = 0
+        self._stripped = Stripped()
 
     def count(self, token: Token) -> None:
         """Count a token that the usage tells of."""
@@ -40,7 +56,7 @@ class Completion:
             "index": 0,
             "message": {
                 "role": "assistant",
-                "content": "".join(token.text for token in tokens),
+                "content": "".join(token.text for token in tokens).strip(),
                 "refusal": None,
             },
             "logprobs": self._logprobs(tokens),
@@ -59,9 +75,9 @@ class Completion:
 
     def chunks(self, token: Token) -> Iterable[dict[str, Any]]:
         """The chunks of a token: its text, if it has any to show, and its finish reason."""
-        logprobs = self._logprobs([token])
-        if token.text or logprobs:
-            yield self._chunk([self._choice({"content": token.text}, logprobs)])
+        logprobs, text = self._logprobs([token]), self._stripped.push(token.text)
+        if text or logprobs:
+            yield self._chunk([self._choice({"content": text}, logprobs)])
         if token.finish_reason is not None:
             yield self._chunk([self._choice({}, reason=token.finish_reason)])
             if self._job.include_usage:

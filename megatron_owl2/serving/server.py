@@ -14,7 +14,7 @@ import torch
 import uvicorn
 
 from megatron_owl2.errors import ServingError
-from megatron_owl2.inference.engine import LoadedModel
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.inference.scheduler import Scheduler
 from megatron_owl2.serving import engine_loop
 from megatron_owl2.serving.app import build_app
@@ -53,11 +53,11 @@ def build_service(
 ) -> Service:
     """The service of a loaded model, alone or on rank 0, while the other ranks `follow`.
 
-    `scheduler` is one with `limits.max_batch` unless given.
+    `scheduler` is one within `limits` unless given.
     """
     inbox = Inbox()
     source = inbox if torch.distributed.get_world_size() == 1 else RankSource(inbox)
-    engine = Engine(scheduler or Scheduler(loaded, max_batch=limits.max_batch), source, inbox)
+    engine = Engine(scheduler or _scheduler(loaded, limits), source, inbox)
     return Service(loaded, engine, name=name, limits=limits, fetcher=fetcher)
 
 
@@ -76,7 +76,11 @@ def follow(loaded: LoadedModel, *, limits: Limits) -> None:
     """Make the calls that rank 0 makes, on another rank, until it ends; signals are rank 0's."""
     for kind in _SIGNALS:
         signal.signal(kind, signal.SIG_IGN)
-    engine_loop.run(Scheduler(loaded, max_batch=limits.max_batch), RankSource(None))
+    engine_loop.run(_scheduler(loaded, limits), RankSource(None))
+
+
+def _scheduler(loaded: LoadedModel, limits: Limits) -> Scheduler:
+    return Scheduler(loaded, limits.max_batch, limits.max_positions)
 
 
 class _Server(uvicorn.Server):

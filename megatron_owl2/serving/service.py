@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_owl2.inference.engine import LoadedModel
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.serving.api_error import ApiError, shutting_down
 from megatron_owl2.serving.engine import Engine
 from megatron_owl2.serving.fetch import ImageFetcher

@@ -21,11 +21,12 @@ from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import asking_ids
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import ServingError
-from megatron_owl2.inference.engine import Generator, LoadedModel
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.inference.messages import from_messages
 from megatron_owl2.inference.options import GenerationOptions
-from megatron_owl2.inference.requests import Completion, Request
-from megatron_owl2.inference.scheduler import Scheduler, Token
+from megatron_owl2.inference.requests import Completion, Request, Token
+from megatron_owl2.inference.scheduler import Scheduler
 from megatron_owl2.serving import server
 from megatron_owl2.serving.limits import Limits
 from megatron_owl2.serving.service import Service

@@ -5,9 +5,12 @@ import threading
 
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import asked, image_url, offline, running, tiny_model
 
 from megatron_owl2.serving.limits import Limits
+from megatron_owl2.serving.responses import Stripped
 
 LIMITS = Limits(max_tokens=40, max_images=3, max_image_bytes=20_000, max_image_pixels=10_000)
 DIALOGUE = [
@@ -95,6 +98,12 @@ def test_questions_that_come_together_are_answered_as_alone(loaded, server):
     assert [found[n] for n in range(len(questions))] == wanted
 
 
+@given(st.lists(st.text(st.sampled_from("ab \n\t"), max_size=4)))
+def test_text_in_pieces_is_stripped_as_a_whole(pieces):
+    stripped = Stripped()
+    assert "".join(map(stripped.push, pieces)) == "".join(pieces).strip()
+
+
 def test_sampling_follows_the_seed(loaded, server):
     options = {"temperature": 1.5, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
     texts = [
@@ -155,7 +164,7 @@ def test_clients_send_messages_back_as_they_got_them(client, server):
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 1e3}, 400, "max_tokens", "valid integer"),
         ({"max_tokens": 41}, 400, "max_tokens", "at most 40"),
-        ({"max_tokens": 3, "min_tokens": 4}, 400, None, "min_new_tokens"),
+        ({"max_tokens": 3, "min_tokens": 4}, 400, "min_tokens", "at most 3"),
         ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
         ({"stop": ""}, 400, "stop.0", "at least 1 character"),
         ({"stream_options": {}}, 400, "stream_options", "need stream"),

@@ -29,7 +29,8 @@ def answers(checkpoint: str, precision: str, max_tokens: int) -> tuple[list[Case
     from megatron_owl2.config.templates import TEMPLATES
     from megatron_owl2.data import images
     from megatron_owl2.data.conversation import asking_ids
-    from megatron_owl2.inference.engine import Generator, load_model
+    from megatron_owl2.inference.engine import Generator
+    from megatron_owl2.inference.loading import load_model
     from megatron_owl2.inference.messages import from_messages
     from megatron_owl2.inference.options import GenerationOptions
     from megatron_owl2.inference.requests import Request
