@@ -129,6 +129,9 @@ async def _stream(completion: Completion, tokens, send: Send) -> int:
 
 async def _send_event(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
+    await asyncio.sleep(
+        0
+    )  # tokens may have piled up; others, and the end of this client, come first
 
 
 async def _until_gone(receive: Receive) -> None:
