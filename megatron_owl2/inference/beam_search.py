@@ -4,7 +4,7 @@ import torch
 
 from megatron_owl2.inference.kv_cache import KeyValueCache
 from megatron_owl2.inference.loading import LoadedModel
-from megatron_owl2.inference.model_runner import ModelRunner
+from megatron_owl2.inference.model_runner import ModelRunner, check_numbers
 from megatron_owl2.inference.requests import Completion, Request, expand
 from megatron_owl2.inference.text_stream import TextStream
 from megatron_owl2.inference.token_choice import penalized
@@ -48,6 +48,7 @@ def _search(loaded: LoadedModel, request: Request, row) -> list[int]:
         # Two for each beam, as every beam may end.
         count = min(2 * beams, sums.numel())
         best, places = sums.flatten().topk(count)
+        check_numbers(best)
         survivors, parents = [], []
         for rank, (total, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
             parent, token = divmod(place, log_p.shape[1])

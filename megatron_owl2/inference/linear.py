@@ -15,6 +15,7 @@ from megatron_owl2.mcore.parallel import ParallelContext
 # AVX-512, 128 x 344 with one row takes 6 us, packed 18; 2304 x 768 with 8 rows 473 us, packed 300.
 _SMALLEST_PACKED = 2**18
 _PACKED_FOR_ROWS = 8  # oneDNN chooses the order of a weight for so many rows
+_FEWEST_ROWS = 4  # with fewer it takes another kernel, which is slower than with so many
 
 
 class InferenceLinear(nn.Module):
@@ -25,6 +26,7 @@ class InferenceLinear(nn.Module):
         weight = linear.weight
         assert weight is not None, "these linears have weights of their own"
         self.weight = _packed(weight.detach())
+        self._few_rows = torch.zeros(_FEWEST_ROWS, weight.shape[1], dtype=weight.dtype)
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.adds_bias = not linear.skip_bias_add  # else who reads the output adds it
         ranks = context.tensor_parallel_size
@@ -33,13 +35,22 @@ class InferenceLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.adds_bias and self.group is None else None
         if self.weight.is_mkldnn:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
+            y = self._packed_product(x, bias)
         else:
             y = F.linear(x, self.weight, bias)
         if self.group is not None:
             torch.distributed.all_reduce(y, group=self.group)
             y = y + self.bias if self.adds_bias and self.bias is not None else y
         return y
+
+    def _packed_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        enough = x
+        if rows < _FEWEST_ROWS:
+            enough = self._few_rows
+            enough[:rows] = x.view(rows, -1)
+        y = torch.ops.mkldnn._linear_pointwise(enough, self.weight, bias, "none", [], "")
+        return y if enough is x else y[:rows].view(*x.shape[:-1], -1)
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:

@@ -50,18 +50,23 @@ class ModelRunner:
         device = self.model.context.device
         longest, together = max(positions) + 1, min(positions) == max(positions)
         places, mask = torch.tensor(positions, device=device), None
-        if not together:
-            mask = torch.arange(longest, device=device) <= places[:, None, None, None]
+        if not together:  # added to the scores, in their type, as attention would make it anyway
+            allowed = torch.arange(longest, device=device) <= places[:, None, None, None]
+            mask = torch.zeros(allowed.shape, dtype=self.model.context.dtype, device=device)
+            mask.masked_fill_(~allowed, float("-inf"))
         caches = cache.decode(places, longest, together=together)
         x = self._decoder(torch.tensor(tokens, device=device), places, caches, mask)
         return self._logits(x)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits by the last hidden states [b, h]; raises InferenceError if they are no numbers."""
+        """Logits by the last hidden states [b, h]."""
         logits = self.model.gather_logits(self.model.head(x.unsqueeze(0)))[0].float()
-        logits = logits[:, : self.pieces]
-        if logits.amax(-1).isnan().any():
-            raise InferenceError(
-                "the model's logits are not numbers: its weights are damaged, or it diverged"
-            )
-        return logits
+        return logits[:, : self.pieces]
+
+
+def check_numbers(best: torch.Tensor) -> None:
+    """Raise InferenceError unless the greatest logits [b] are numbers."""
+    if best.isnan().any():
+        raise InferenceError(
+            "the model's logits are not numbers: its weights are damaged, or it diverged"
+        )

@@ -14,7 +14,7 @@ from megatron_owl2.data.image_tokens import ExpandedRow
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.kv_cache import KeyValueCache
 from megatron_owl2.inference.loading import LoadedModel
-from megatron_owl2.inference.model_runner import ModelRunner
+from megatron_owl2.inference.model_runner import ModelRunner, check_numbers
 from megatron_owl2.inference.requests import FinishReason, Request, Token, expand
 from megatron_owl2.inference.text_stream import TextStream
 from megatron_owl2.inference.token_choice import TokenChooser
@@ -152,7 +152,9 @@ class Scheduler:
         if short := [i for i, s in enumerate(sequences) if s.new < wants[i].min_new_tokens]:
             chosen = logits.clone() if any(options.logprobs for options in wants) else logits
             chosen[short, self.tokenizer.eos_id] = float("-inf")
-        choices = chosen.argmax(-1).tolist()
+        best, greedy = chosen.max(-1)
+        check_numbers(best)
+        choices = greedy.tolist()
         for i, sequence in enumerate(sequences):
             if not sequence.chooser.greedy:
                 choices[i] = sequence.chooser.choose(chosen[i])

@@ -32,8 +32,8 @@ class TextDecoder:
         caches: Sequence[DecodeLayer],
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """tokens and positions int64 [b]; mask bool [b, 1, 1, all positions so far], or None if
-        all sequences are equally long."""
+        """tokens and positions int64 [b]; mask [b, 1, 1, all positions so far] is added to the
+        scores, None if all sequences are equally long."""
         x = self.model.embedding(tokens)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -59,10 +59,12 @@ class _TextLayer:
         qkv = self.qkv(self.rms_norm(x, self.eps, self.input_norm))
         qkv = qkv.view(b, self.groups, -1, self.head_size)
         turned = qkv[:, :, :-1]
+        low, high = turned[..., :half], turned[..., half:]
         rotated = turned * cos
-        rotated[..., :half].addcmul_(turned[..., half:], sin, value=-1)
-        rotated[..., half:].addcmul_(turned[..., :half], sin)
-        key, value = cache.extend(rotated[:, :, -1], qkv[:, :, -1])
+        rotated[..., :half].addcmul_(high, sin, value=-1)
+        rotated[..., half:].addcmul_(low, sin)
+        qkv[:, :, -2] = rotated[:, :, -1]
+        key, value = cache.extend(qkv[:, :, -2:])
         query = rotated[:, :, :-1].reshape(b, -1, 1, self.head_size)
         several = query.shape[1] != key.shape[1]
         mixed = F.scaled_dot_product_attention(
