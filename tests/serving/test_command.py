@@ -1,5 +1,7 @@
 """`owl2 serve` as it is started, under torchrun: all ranks make the same calls, and end with 0."""
 
+import contextlib
+import json
 import re
 import signal
 import sys
@@ -51,15 +53,16 @@ def test_two_ranks_serve_as_one(tmp_path):
             assert reply.status == 200, reply.data
             assert (reply.text, reply.json["model"]) == (wanted.text, "export")
         assert server.chat("x" * 600).status == 400
-        leaving = server.connection()
-        leaving.request(
-            "POST",
-            "/v1/chat/completions",
-            b'{"messages": [{"role": "user", "content": "x"}], "min_tokens": 300}',
-            {"Content-Type": "application/json"},
-        )
-        wait_until(lambda: server.metric("owl2_requests_active") == 1)
-        leaving.close()
+
+        def leave() -> bool:
+            with contextlib.closing(server.connection()) as connection:
+                body = {"messages": conversations[1], "min_tokens": 300}
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+                time.sleep(0.1)  # so that all ranks have begun
+            return server.metric('owl2_requests_total{status="499"}') > 0
+
+        wait_until(leave)
         wait_until(lambda: server.metric("owl2_requests_active") == 0)
 
         ranks = psutil.Process(job.pid).children(recursive=True)

@@ -16,7 +16,7 @@ from megatron_owl2.serving import server
 from megatron_owl2.serving.limits import Limits
 
 LONG = {"max_tokens": 400, "min_tokens": 400}
-SLOW = 0.05  # seconds of a step: a long answer takes 20
+SLOW = 0.1  # seconds of a step: a long answer takes 40
 PATH = "/v1/chat/completions"
 
 
@@ -70,16 +70,16 @@ def test_clients_that_leave_free_their_places(loaded):
             assert metric("owl2_requests_open") == 2
             assert metric("owl2_requests_active") == metric("owl2_requests_queued") == 1
             queued.close()
-            wait_until(lambda: engine.waiting == 0, 10)
+            wait_until(lambda: engine.waiting == 0, 20)
             active.close()
-            wait_until(lambda: engine.active == 0, 10)
-            wait_until(lambda: metric("owl2_requests_open") == 0, 10)
+            wait_until(lambda: engine.active == 0, 20)
+            wait_until(lambda: metric("owl2_requests_open") == 0, 20)
         assert metric('owl2_requests_total{status="499"}') == 4
         sending = socket.create_connection((found.host, found.port))
         sending.sendall(f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{{".encode())
         wait_until(lambda: metric("owl2_requests_open") == 1)
         sending.close()
-        wait_until(lambda: metric("owl2_requests_open") == 0, 10)
+        wait_until(lambda: metric("owl2_requests_open") == 0, 20)
         assert found.chat("badal", max_tokens=1).status == 200
 
 
@@ -95,7 +95,7 @@ def test_a_full_server_says_when_to_ask_again(loaded):
 
 
 def test_large_and_slow_bodies_are_refused(loaded):
-    with slow_server(loaded, max_body=100_000, body_seconds=0.5) as found:
+    with slow_server(loaded, max_body=100_000) as found:
         large = found.request("POST", PATH, b" " * 300_000)
         assert large.status == 413 and "100000 bytes" in large.error["message"]
         assert large.headers["connection"] == "close"
@@ -107,10 +107,13 @@ def test_large_and_slow_bodies_are_refused(loaded):
             head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%s\r\n"
             raw.sendall((head % (10**12, "Expect: 100-continue\r\n")).encode())
             assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
-        with contextlib.closing(socket.create_connection((found.host, found.port))) as raw:
-            raw.sendall((head % (10, "")).encode())
-            assert raw.recv(100).startswith(b"HTTP/1.1 408 ")
         assert found.chat("badal", max_tokens=1).status == 200
+    with (
+        slow_server(loaded, body_seconds=0.2) as found,
+        contextlib.closing(socket.create_connection((found.host, found.port))) as raw,
+    ):
+        raw.sendall((head % (10, "")).encode())
+        assert raw.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_requests_end_at_their_deadline(loaded):
@@ -119,10 +122,13 @@ def test_requests_end_at_their_deadline(loaded):
             lambda: found.chat("badal", **LONG), lambda: found.chat("badal", stream=True, **LONG)
         )
         assert whole.status == 504 and whole.error["code"] == "deadline_exceeded"
-        *_, error, done, _ = stream.data.decode().split("\n\n")
-        assert stream.status == 200 and done == "data: [DONE]"
-        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
-        wait_until(lambda: found.service.engine.active == 0, 10)
+        if stream.status == 504:  # a machine so busy that no token came in time
+            assert stream.error["code"] == "deadline_exceeded"
+        else:
+            *_, error, done, _ = stream.data.decode().split("\n\n")
+            assert stream.status == 200 and done == "data: [DONE]"
+            assert json.loads(error.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+        wait_until(lambda: found.service.engine.active == 0, 20)
 
 
 def test_a_server_that_ends_lets_requests_end(loaded):

@@ -106,7 +106,7 @@ def test_a_conversation_with_images(page, loaded, files):
 
 
 def test_an_answer_is_streamed_and_can_be_stopped(page, scheduler):
-    scheduler.seconds = 0.03
+    scheduler.seconds = 0.1
     try:
         page.evaluate(
             "window.fetch = (u, o) => realFetch(u, {...o, body: JSON.stringify({"
@@ -120,12 +120,12 @@ def test_an_answer_is_streamed_and_can_be_stopped(page, scheduler):
         assert scheduler.active == 1 and page.evaluate("document.querySelector('#send').hidden")
         page.click("#stop")
         page.wait("document.querySelector('.note')?.textContent === 'stopped'")
-        wait_until(lambda: scheduler.active == 0, 10)
+        wait_until(lambda: scheduler.active == 0, 20)
         page.type("#text", "again")
         page.click("#send")
         page.wait(f"document.querySelectorAll('.assistant').length === 2 && {growing}")
         page.click("#clear")  # in the middle of an answer
-        wait_until(lambda: scheduler.active == 0, 10)
+        wait_until(lambda: scheduler.active == 0, 20)
         assert page.evaluate("document.querySelectorAll('.turn').length") == 0
         assert page.text("#error") == ""
     finally:
