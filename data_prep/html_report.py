@@ -13,7 +13,6 @@ import numpy as np
 
 from data_prep.corpus_statistics import Statistics
 from data_prep.filters import Filters, score_title
-from data_prep.html_page import render
 from data_prep.reencode import fit
 from megatron_owl2.data.images import decode
 from megatron_owl2.data.sampling.keyed_random import combine
@@ -22,7 +21,9 @@ from megatron_owl2.data.shards.tar import unpack_sample
 from megatron_owl2.data.shards.writer import INDEX
 from megatron_owl2.errors import BadSampleError
 from megatron_owl2.utils.files import write_atomically
+from megatron_owl2.utils.html_page import render
 
+_TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 _THUMBNAILS = 24
 _THUMBNAIL_SIDE = 320  # pixels, shown at half of that
 _TEXT = 240  # characters below a thumbnail
@@ -39,7 +40,7 @@ def write_html_report(
     The same data set gives the same bytes.
     """
     page = render(
-        "report.html",
+        _TEMPLATE,
         name=folder.resolve().name,
         totals=_totals(report),
         reasons=_reasons(report),

@@ -4,12 +4,13 @@ import base64
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.html_page import render
 from data_prep.reencode import fit
 from data_prep.show_sample import ShownRow, ShownSample
 from megatron_owl2.data.spans import Span
 from megatron_owl2.utils.files import write_atomically
+from megatron_owl2.utils.html_page import render
 
+_TEMPLATE = Path(__file__).with_name("templates") / "samples.html"
 _THUMBNAIL_SIDE = 320  # pixels
 _GREEN, _FAINT, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
@@ -27,7 +28,7 @@ def as_text(row: ShownRow, *, color: bool, ids: bool) -> str:
 def write_html(rows: Iterable[ShownRow], path: Path, *, ids: bool) -> None:
     """A page at `path` with rows, and the pixels of their images as the model gets them."""
     page = render(
-        "samples.html",
+        _TEMPLATE,
         ids=ids,
         rows=[
             {

@@ -110,7 +110,7 @@ pretrain() { run_stages 2 pretrain; }
 finetune() { run_stages 2 finetune; }
 
 export_model() {
-    rm -rf model
+    rm -rf model scores # which are of the model before
     python "$TOOLS/convert_to_hf.py" --checkpoint runs/finetune --output model
     python "$TOOLS/verify_checkpoint.py" --checkpoint runs/finetune --against model
 }

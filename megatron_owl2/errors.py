@@ -86,6 +86,10 @@ class ScoreError(Owl2Error, ValueError):
     """Predictions that do not belong to the gold."""
 
 
+class JudgeError(RetryableError, RuntimeError):
+    """A judge's server that does not answer or refuses; names the request and the cause."""
+
+
 class ReportError(Owl2Error, ValueError):
     """Inputs that cannot be reported; the message names the file or option."""
 

@@ -5,15 +5,18 @@ any of them.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_owl2.config.templates import OWL2, Template
-from megatron_owl2.data.conversation import prompt
+from megatron_owl2.config.templates import Template
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation.judge import Judge
+from megatron_owl2.evaluation.prompts import PROMPTS, OfficialPrompt
+from megatron_owl2.evaluation.question import Question, file_of, showing
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,
@@ -29,28 +32,12 @@ SUBMISSION = "submission_"  # and what a file for the benchmark's server is call
 
 SHORT_ANSWER = " Answer the question using a single word or phrase."
 
+_SPLIT = re.compile(
+    r"(?i)(?:^|[^a-z])(test-?dev|test|train|val|dev|random|popular|adversarial)(?![a-z])"
+)
+_WRONG = ("", "no", "yes")  # one of which no rule takes for right
+
 Gold = dict[Id, dict[str, Any]]  # rows of gold answers by question id
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to ask: `images` are paths, or files' bytes where the benchmark holds them inside,
-    and `gold` is the answer to show beside the model's, None if it was never published. The images
-    come before the text, unless it is `placed`: then it has a placeholder for each of them."""
-
-    id: Id
-    text: str
-    images: tuple[Path | bytes, ...]
-    skill: str
-    gold: str | None
-    placed: bool = False
-
-    def prompt(self, suffix: str, template: Template = OWL2) -> str:
-        """The prompt of the model's template, images first; owl2's is that of official inference.
-        It ends at `ASSISTANT:`: the official evaluation scripts append a space, but models learn
-        the answer's first token, which carries its own leading space, directly after the colon."""
-        before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
-        return prompt(before + self.text + suffix, template)
 
 
 @dataclass(frozen=True)
@@ -60,8 +47,9 @@ class Benchmark:
     Its questions are found in a folder by the pattern `file`, its gold by `gold_file`; a benchmark
     of `many_files` takes all that match, and its readers get the folder, or the file that was
     named, and list them by `files_of`. Result files name a question `id_field` and the model's text
-    `answer_field`, as the benchmark's own do. `suffix` follows every question; the token limits are
-    those of the official evaluation.
+    `answer_field`, as the benchmark's own do. `suffix` follows every question, `official` says what
+    does in the prompt of that name; the token limits are those of the official evaluation. `split`
+    is the one that is asked where the name of the file does not tell it.
 
     `read_questions(file, gold)` gives the questions, `read_gold(gold_file)` the gold rows by id,
     and `score(predictions, gold)`, with a third argument if there are `variants`, the tables that
@@ -92,16 +80,56 @@ class Benchmark:
     submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
     many_files: bool = False
     unanswered_rows: bool = False
+    # Variants that ask otherwise: they read questions with `candidates`, whose letters are scored.
+    by_likelihood: Mapping[str, Callable[[Path, Gold], list[Question]]] = field(
+        default_factory=dict
+    )
+    judge: Judge | None = None  # where answers are, or can be, judged by a language model
+    official: OfficialPrompt = OfficialPrompt()
+    split: str | None = None
+
+    def suffix_of(self, prompt: str, suffix: str | None = None, variant: str | None = None) -> str:
+        """What follows a question in the prompt of this name, unless another suffix is given:
+        nothing in variants by likelihood."""
+        if prompt not in PROMPTS:
+            raise TaskError(f"there is no prompt {prompt!r}; known: {', '.join(PROMPTS)}")
+        if variant in self.by_likelihood:
+            return suffix or ""
+        if suffix is None and prompt == "official":
+            suffix = self.official.suffix
+        return self.suffix if suffix is None else suffix
+
+    def prompts_of(
+        self, question: Question, prompt: str, suffix: str, template: Template
+    ) -> list[str]:
+        """The prompt of a question, or those before each of its candidates in the template."""
+        asked = question.for_candidates() if question.candidates else [question]
+        return [self.prompt_text(one, prompt, suffix, template) for one in asked]
+
+    def prompt_text(self, question: Question, prompt: str, suffix: str, template: Template) -> str:
+        """The whole prompt of a question under the name `prompt`."""
+        if prompt == "official":
+            return question.official_prompt(suffix, self.official.assistant)
+        return question.prompt(suffix, template)
 
 
 def read(
-    benchmark: Benchmark, data: str | Path, limit: int | None = None, *, with_gold: bool = True
+    benchmark: Benchmark,
+    data: str | Path,
+    limit: int | None = None,
+    *,
+    with_gold: bool = True,
+    frames: int | None = None,
+    variant: str | None = None,
 ) -> tuple[list[Question], Gold]:
     """The questions, at most `limit`, and {id: gold row} of them, from a folder or question file.
 
-    Images are looked for in `images/` beside the file. `with_gold` False reads a set whose answers
-    are not published; its gold is {} or has no answers. Raises TaskError for missing or ambiguous
-    files, unreadable content, questions without gold, and images that are not there.
+    Images are looked for in `images/` beside the file, videos in `videos/`. `with_gold` False reads
+    a set whose answers are not published; its gold is {} or has no answers. `frames` of a video are
+    shown instead of the benchmark's number. A `variant` of the score may ask by the likelihood of
+    candidates. Raises TaskError for missing or ambiguous files,
+    unreadable content, questions without gold, images that are not there, and `frames` without
+    videos.
     """
     if not with_gold and benchmark.submission is None:
         raise TaskError("this task has no file for a server; its questions need their gold")
@@ -109,15 +137,29 @@ def read(
     gold = _gold_of(benchmark, path) if with_gold or benchmark.unanswered_rows else {}
     if not with_gold:
         gold = {i: row | {"answer": None} for i, row in gold.items()}
-    questions = benchmark.read_questions(path, gold)[:limit]
+    reader = benchmark.by_likelihood.get(variant or "", benchmark.read_questions)
+    questions = reader(path, gold)[:limit]
     if not questions:
         raise TaskError(f"{path} holds no question")
     _check_tags(path, questions)
+    if frames is not None:
+        questions = showing(questions, frames)
+    files = {file for q in questions for image in q.images if (file := file_of(image))}
     # os.path, as no name is too long or too odd for it
-    files = {image for q in questions for image in q.images if isinstance(image, Path)}
-    if lost := sorted(image for image in files if not os.path.isfile(image)):
+    if lost := sorted(file for file in files if not os.path.isfile(file)):
         raise TaskError(f"{len(lost)} images of {path} do not exist, such as {lost[0]}")
     return questions, {question.id: gold[question.id] for question in questions if gold}
+
+
+def question_file(benchmark: Benchmark, data: str | Path) -> Path:
+    """The file with the questions, or the folder of a task of many; raises TaskError as `read`."""
+    return _find(data, benchmark.file, benchmark.many_files)
+
+
+def split_of(benchmark: Benchmark, path: Path) -> str | None:
+    """The split of a question file: by its name, else the only one that the benchmark asks."""
+    found = None if path.is_dir() else _SPLIT.search(path.stem)
+    return found[1].replace("test-dev", "testdev") if found else benchmark.split
 
 
 def has_answers(gold: Gold) -> bool:
@@ -176,12 +218,34 @@ def score(
     Raises TaskError for a variant that the benchmark does not have, and ScoreError.
     """
     predictions = with_ids_of(gold, predictions)
+    check_variant(benchmark, variant)
     if variant is None:
         return benchmark.score(predictions, gold)
-    if variant not in benchmark.variants:
+    return benchmark.score(predictions, gold, variant)
+
+
+def check_variant(benchmark: Benchmark, variant: str | None) -> None:
+    """Refusal of a variant that the benchmark does not have, as TaskError."""
+    if variant is not None and variant not in benchmark.variants:
         known = ", ".join(benchmark.variants) or "none"
         raise TaskError(f"this task has no scoring variant {variant!r}; known: {known}")
-    return benchmark.score(predictions, gold, variant)
+
+
+def with_missing_wrong(
+    benchmark: Benchmark, predictions: dict[Id, str], gold: Gold, variant: str | None = None
+) -> tuple[dict[Id, str], int]:
+    """Predictions for all gold, and how many were added: an empty answer for each that is missing,
+    or a no or yes where a rule takes an empty one for right."""
+    predictions = with_ids_of(gold, predictions)
+    missing = {i: row for i, row in gold.items() if i not in predictions}
+    added = {}
+    for i, row in missing.items():
+        added[i] = _WRONG[0]
+        if "accuracy" in benchmark.columns:
+            rights = (score(benchmark, {i: t}, {i: row}, variant)["overall"] for t in _WRONG)
+            graded = zip(_WRONG, rights, strict=True)
+            added[i] = next((t for t, own in graded if not own["accuracy"]), _WRONG[0])
+    return predictions | added, len(added)
 
 
 def files_of(path: Path, pattern: str) -> list[Path]:

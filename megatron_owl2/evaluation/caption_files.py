@@ -15,6 +15,7 @@ from megatron_owl2.evaluation.rows import (
     identifier,
     list_of,
     object_of,
+    place_of,
     read_rows,
     read_value,
     rows_by_id,
@@ -76,9 +77,13 @@ def _coco_names(path: Path, captions: dict[Id, list[str]]) -> dict[Id, str]:
     for row in read_rows(path, _COCO_IMAGE, "images"):
         name = row["file_name"] or row["image"]
         if name is None:
-            raise TaskError(f"{path}: image {row['id']!r} has neither 'file_name' nor 'image'")
+            raise TaskError(
+                f"{path}: image {row['id']!r} has neither 'file_name' nor 'image'{place_of(row)}"
+            )
         if names.setdefault(row["id"], name) != name:
-            raise TaskError(f"{path}: image {row['id']!r} is both {names[row['id']]} and {name}")
+            raise TaskError(
+                f"{path}: image {row['id']!r} is both {names[row['id']]} and {name}{place_of(row)}"
+            )
     names = with_ids_of(captions, names)
     unknown = [i for i in captions if i not in names]
     if unknown:

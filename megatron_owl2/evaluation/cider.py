@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_owl2.evaluation.rows import Id
+from megatron_owl2.evaluation.scoring import group_by_skill
 
 Tokens = Sequence[str]
 Ngram = tuple[str, ...]
@@ -35,6 +36,19 @@ def cider_d(
         i: _against(weights.of(_ngrams(candidates[i])), [weights.of(text) for text in texts])
         for i, texts in grams.items()
     }
+
+
+def cider_table(values: Mapping[Id, float], gold: Mapping[Id, Mapping]) -> dict:
+    """The table of a score, per `skill` of gold, from CIDEr-D of each image: in percent."""
+    skills = group_by_skill((row["skill"], values[i]) for i, row in gold.items())
+    return {
+        "overall": _mean(list(values.values())),
+        "skills": {skill: _mean(found) for skill, found in skills.items()},
+    }
+
+
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    return {"cider_d": round(100 * sum(values) / len(values), 2), "n": len(values)}
 
 
 def approximate_ptb(text: str) -> list[str]:

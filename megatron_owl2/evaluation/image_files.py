@@ -20,20 +20,25 @@ _NAME = re.compile(r"(?:(?:COCO|abstract_v002)_([A-Za-z0-9-]+)_)?(\d+)")
 
 def named_image(questions: Path, name: str) -> Path:
     """File in `images/` beside the question file; raises TaskError for a path out of it."""
+    return named_file(questions, name, IMAGES)
+
+
+def named_file(questions: Path, name: str, folder: str) -> Path:
+    """File in a folder beside the question file; raises TaskError for a path out of it."""
     path = PurePosixPath(name.replace("\\", "/"))
     out_of_it = path.is_absolute() or ".." in path.parts
     too_long = any(len(part.encode()) > _LONGEST for part in path.parts)
     if not name.strip() or "\0" in name or out_of_it or too_long:
         raise TaskError(
-            f"{questions}: {short(repr(name))} is no path in {questions.parent / IMAGES}"
+            f"{questions}: {short(repr(name))} is no path in {questions.parent / folder}"
         )
-    return questions.parent / IMAGES / path
+    return questions.parent / folder / path
 
 
-def one_of_named(questions: Path, *names: str) -> Path:
+def one_of_named(questions: Path, *names: str, folder: str = IMAGES) -> Path:
     """The first of these files that is there, as archives are unpacked at several depths, else the
     path of the first name."""
-    paths = [named_image(questions, name) for name in names]
+    paths = [named_file(questions, name, folder) for name in names]
     return next((path for path in paths if path.is_file()), paths[0])
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from itertools import zip_longest
 
 from megatron_owl2.evaluation import benchmarks
 from megatron_owl2.evaluation.benchmark import Benchmark
@@ -22,8 +23,9 @@ def find_benchmarks() -> dict[str, Benchmark]:
     return found
 
 
-def describe(name: str, benchmark: Benchmark) -> str:
-    """Lines for a help text: what is read, how it is asked, and the variants of its score."""
+def describe(name: str, benchmark: Benchmark, width: int = 0) -> str:
+    """Lines for a help text, behind the name in a column of `width`: what is read, how it is asked,
+    and the variants of its score."""
     files = dict.fromkeys((benchmark.file, benchmark.gold_file))
     lines = [
         benchmark.about,
@@ -34,4 +36,6 @@ def describe(name: str, benchmark: Benchmark) -> str:
     if benchmark.variants:
         default, *others = benchmark.variants
         lines.append(f"variants: {', '.join([f'{default} (default)', *others])}")
-    return "\n".join([f"{name:<9} {lines[0]}", *(f"{'':<9} {line}" for line in lines[1:])])
+    return "\n".join(
+        f"{head:<{width}} {line}" for head, line in zip_longest([name], lines, fillvalue="")
+    )

@@ -23,6 +23,24 @@ Reader = Callable[[Any, str], Any]  # value and name of a field to what a rule t
 _SHOWN = 60  # characters of a value in a message
 
 
+class Row(dict):
+    """A row with its `place` in its file, such as "line 3", which what `|` makes of it keeps."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, content: Mapping[str, Any], place: str):
+        super().__init__(content)
+        self.place = place
+
+    def __or__(self, other: Mapping[str, Any]) -> "Row":
+        return Row({**self, **other}, self.place)
+
+
+def place_of(row: Mapping) -> str:
+    """The place of a row in brackets, to end a message with; "" if it is not known."""
+    return f" ({row.place})" if isinstance(row, Row) else ""
+
+
 class Misfit(ValueError):
     """A value that a field must not have; the message is the field's name and the reason."""
 
@@ -172,7 +190,8 @@ def _checked(path: Path, read: Reader, placed: Iterable[tuple[str, Any]]) -> lis
     rows = []
     for place, row in placed:
         try:
-            rows.append(read(row, ""))
+            value = read(row, "")
+            rows.append(Row(value, place) if isinstance(value, dict) else value)
         except Misfit as misfit:
             raise TaskError(
                 f"{path} is not in the format that the task reads: {misfit} ({place})"
@@ -181,12 +200,15 @@ def _checked(path: Path, read: Reader, placed: Iterable[tuple[str, Any]]) -> lis
 
 
 def rows_by_id(path: Path, rows: list[dict], field: str) -> dict[Id, dict]:
-    """Rows by their value of `field`; raises TaskError naming `path` for one that comes twice."""
+    """Rows by their value of `field`; raises TaskError naming `path` and the places of one that
+    comes twice."""
     table = {row[field]: row for row in rows}
     if len(table) < len(rows):
         repeated = next(i for i, n in Counter(row[field] for row in rows).items() if n > 1)
+        places = [row.place for row in rows if row[field] == repeated and isinstance(row, Row)]
+        where = f" ({' and '.join(places[:2])})" if places else ""
         raise TaskError(
-            f"{path}: {len(rows) - len(table)} rows repeat a {field}, such as {repeated!r}"
+            f"{path}: {len(rows) - len(table)} rows repeat a {field}, such as {repeated!r}{where}"
         )
     return table
 
@@ -211,8 +233,7 @@ def read_value(path: Path, key: str) -> Any:
 def _placed_rows(path: Path, key: str | None) -> list[tuple[str, Any]]:
     """Place, for messages, and content of every row."""
     if path.suffix.lower() in table_files.SUFFIXES:
-        table = table_files.read_table(path)
-        return [(f"row {number}", row) for number, row in enumerate(table, start=1)]
+        return table_files.read_table(path)
     if key is None:
         return _read(path, _list_or_lines)
     content = _read(path, parse_json)

@@ -1,33 +1,54 @@
-"""Evaluation of a model on a benchmark: predictions and scores, written to a directory."""
+"""Evaluation of a model on a benchmark: predictions, scores and pages, written to a directory."""
 
+import hashlib
 import json
-import os
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.config.templates import TEMPLATES
-from megatron_owl2.data import images
-from megatron_owl2.errors import BadSampleError, TaskError
+from megatron_owl2.errors import TaskError
+from megatron_owl2.evaluation import likelihood, results
+from megatron_owl2.evaluation.asking import (
+    batches_of,
+    image_reader,
+    images_of,
+    naming,
+    place_of_image,
+    share_of,
+)
 from megatron_owl2.evaluation.benchmark import (
     PREDICTIONS,
     SCORES,
     SUBMISSION,
     Benchmark,
     Gold,
-    Question,
+    check_variant,
     has_answers,
 )
 from megatron_owl2.evaluation.benchmark import score as score_predictions
+from megatron_owl2.evaluation.fingerprint import mark_of_gold, mark_of_images, mark_of_questions
+from megatron_owl2.evaluation.journal import Batch, journal_of, read_journals, remove_journals
+from megatron_owl2.evaluation.mistakes import MISTAKES, write_mistakes
+from megatron_owl2.evaluation.prompts import PROMPTS
+from megatron_owl2.evaluation.question import Question, frames_shown
+from megatron_owl2.evaluation.ranks import from_first, together
 from megatron_owl2.evaluation.registry import find_benchmarks
+from megatron_owl2.evaluation.rows import Id
 from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.loading import LoadedModel
+from megatron_owl2.utils.files import replaced_atomically, write_atomically
+from megatron_owl2.utils.json_text import parse_json
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,17 +56,21 @@ class Settings:
     """Options of an evaluation; None takes the benchmark's own value.
 
     `blind` replaces every image by a black one (uint8 zeros, before normalisation): what the
-    model scores without looking. `suffix` follows every question as it stands, with its own
-    leading space.
+    model scores without looking. `prompt` is a name of `prompts.PROMPTS`; `suffix` follows every
+    question as it stands, with its own leading space. `frames` are shown of a video. `restart`
+    forgets the answers that an evaluation left in the directory.
     """
 
     blind: bool = False
     batch_size: int = 64
     limit: int | None = None
+    prompt: str = PROMPTS[0]
     suffix: str | None = None
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     variant: str | None = None
+    frames: int | None = None
+    restart: bool = False
 
 
 def evaluate(
@@ -59,143 +84,243 @@ def evaluate(
 ) -> dict:
     """The scores of the model's answers to `questions` of the benchmark `name`.
 
-    Writes predictions.jsonl, scores.json and, if every question was asked, the file for the
-    benchmark's server to `output`. `questions` and `gold` come from `benchmark.read`; without gold
-    there are no scores. `about` (names of model and data) is kept with the scores. Every process of
-    a tensor-parallel group calls this and the first one writes. Raises TaskError, ScoreError and
+    Writes predictions.jsonl, scores.json, results.*, mistakes.html and, if every question was
+    asked, the file for the benchmark's server to `output`. `questions` and `gold` come from
+    `benchmark.read`; without gold there are no scores. `about` (what model and data are called, and
+    a mark of the model's content) is kept with the scores.
+
+    Every process calls this. The questions are shared among the data-parallel groups, whose answers
+    are kept in journals; so an evaluation that was killed goes on, and one that is finished is not
+    begun again. `output` lies on a disk that all processes share. An error of one group is raised
+    by all when the others have answered their share. Raises TaskError, ScoreError and
     InferenceError.
     """
     benchmark = find_benchmarks()[name]
-    suffix = benchmark.suffix if settings.suffix is None else settings.suffix
-    limits = {
-        key: getattr(benchmark if getattr(settings, key) is None else settings, key)
-        for key in ("max_new_tokens", "min_new_tokens")
-    }
-    main = torch.distributed.get_rank() == 0
-    if main:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        for old in (Path(output) / SCORES, *Path(output).glob(f"{SUBMISSION}*")):
-            old.unlink(missing_ok=True)  # of the predictions that are replaced
-    read_image = _image_reader(loaded.config, settings)
-    generator = Generator(loaded)
+    check_variant(benchmark, settings.variant)
+    suffix = benchmark.suffix_of(settings.prompt, settings.suffix, settings.variant)
+    if suffix and questions[0].candidates and not questions[0].candidates.in_template:
+        raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")
     template = TEMPLATES[loaded.config.template]
-    predictions: dict[int | str, str] = {}
-    scored = has_answers(gold)
-    started = time.perf_counter()
-    with (
-        # A path may hold bytes that are no text; escaped they are JSON as well.
-        open(
-            Path(output) / PREDICTIONS if main else os.devnull,
-            "w",
-            encoding="utf-8",
-            errors="backslashreplace",
-        ) as file,
-        tqdm(total=len(questions), desc=name, unit=" questions", disable=not main) as bar,
-    ):
-        for first in range(0, len(questions), settings.batch_size):
-            batch = questions[first : first + settings.batch_size]
-            answers = generator.generate(
-                [question.prompt(suffix, template) for question in batch],
-                [_images_of(question, read_image) for question in batch],
-                **limits,
-            )
-            for question, answer in zip(batch, answers, strict=True):
-                predictions[question.id] = answer
-                row = _prediction(
-                    benchmark, question, answer, gold if scored else {}, settings.variant
-                )
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            bar.update(len(batch))
-    seconds = time.perf_counter() - started
-    result = {
+    described = {
         **about,
         "task": name,
         "blind": settings.blind,
         "limit": settings.limit,
+        "frames": frames_shown(questions),
+        "prompt": settings.prompt,
         "prompt_suffix": suffix,
         "template": template.name,
-        **limits,
+        **_limits(benchmark, settings),
         "variant": settings.variant or next(iter(benchmark.variants), None),
-        "seconds": round(seconds, 2),
-        "questions_per_second": round(len(questions) / seconds, 2),
-        **(score_predictions(benchmark, predictions, gold, settings.variant) if scored else {}),
     }
-    if main:
-        if benchmark.submission and settings.limit is None:
-            file_name, content = benchmark.submission(predictions, gold)
-            (Path(output) / f"{SUBMISSION}{file_name}").write_bytes(content)
-        (Path(output) / SCORES).write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    run = _Run(
+        benchmark,
+        questions,
+        gold,
+        [benchmark.prompts_of(q, settings.prompt, suffix, template) for q in questions],
+        batches_of(len(questions), settings.batch_size),
+        Path(output),
+        settings,
+        described,
+    )
+    identity = from_first(run.identity)
+    earlier, finished = from_first(lambda: run.earlier(identity))
+    if earlier is not None:
+        return earlier
+    started = time.perf_counter()
+    with together():
+        run.ask(loaded, finished, identity)
+    spent = time.perf_counter() - started
+    return from_first(lambda: run.conclude(identity, finished, spent))
 
 
-def table(scores: dict, columns: Sequence[str] = ("accuracy", "majority", "n")) -> str:
-    """A text table of a benchmark's score, in percent: a row per skill and one for all."""
-    rows = scores["skills"] | {"all": scores["overall"]}
-    width = max(map(len, rows))
-    heads = [f"{name:>{5 if name == 'n' else 8}}" for name in columns]
-    lines = ["  ".join([f"{'skill':<{width}}", *heads])]
-    for name, row in rows.items():
-        values = [
-            _cell(row.get(column)).rjust(len(head))
-            for column, head in zip(columns, heads, strict=True)
-        ]
-        lines.append("  ".join([f"{name:<{width}}", *values]))
-    named = ("precision", "recall", "f1", "perception", "cognition")
-    more = {k: v for k, v in scores["overall"].items() if k in named}
-    if more:
-        lines.append("  ".join(f"{name} {value:.2f}" for name, value in more.items()))
-    if unreachable := scores["overall"].get("unreachable"):
-        lines.append(
-            f"{unreachable} questions cannot be answered under this rule, because it changes "
-            "every answer but not their gold (capitals, articles, number words); see --variant"
+def _limits(benchmark: Benchmark, settings: Settings) -> dict[str, int]:
+    return {
+        key: getattr(benchmark if getattr(settings, key) is None else settings, key)
+        for key in ("max_new_tokens", "min_new_tokens")
+    }
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """Settings of an evaluation, its batches, and a fingerprint of both."""
+
+    settings: Mapping[str, Any]
+    batches: Sequence[Batch]
+
+    @property
+    def fingerprint(self) -> str:
+        whole = json.dumps(
+            [self.settings, [batch.images for batch in self.batches]], sort_keys=True
         )
-    if unclear := scores["overall"].get("unclear"):
-        lines.append(f'{unclear} answers have no "yes" and count as "yes", as the rule has it')
-    if note := scores["overall"].get("note"):
-        lines.append(note)
-    return "\n".join(lines)
+        return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def _cell(value: float | None) -> str:
-    """A number of the table; a count has no decimals, and what a row lacks is a dash."""
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.2f}"
+@dataclass(frozen=True)
+class _Run:
+    """What an evaluation asks and how; `described` is kept with its scores."""
 
+    benchmark: Benchmark
+    questions: Sequence[Question]
+    gold: Gold
+    prompts: Sequence[list[str]]  # of each question one, or one for each of its candidates
+    batches: Sequence[range]
+    output: Path
+    settings: Settings
+    described: Mapping[str, Any]
 
-def _images_of(
-    question: Question, read: Callable[[Path | bytes], torch.Tensor]
-) -> list[torch.Tensor]:
-    shown = []
-    for image in question.images:
-        try:
-            shown.append(read(image))
-        except (OSError, BadSampleError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+    def identity(self) -> _Identity:
+        """All that the predictions depend on; where the data lie is no part of it."""
+        settings = {
+            **{name: value for name, value in self.described.items() if name != "data"},
+            "batch_size": self.settings.batch_size,
+            "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
+            "questions": mark_of_questions(self.questions, self.prompts),
+            "gold": mark_of_gold(self.gold),
+        }
+        shown = [[self.questions[place] for place in batch] for batch in self.batches]
+        return _Identity(settings, [Batch(len(asked), mark_of_images(asked)) for asked in shown])
+
+    def earlier(self, identity: _Identity) -> tuple[dict | None, set[int]]:
+        """The result that is there already, or None and the batches that are answered.
+
+        Without a result, files of an earlier evaluation are removed. Raises TaskError for answers
+        to other settings.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.settings.restart:
+            remove_journals(self.output)
+        elif (result := _finished(self.output, identity)) is not None:
+            _logger.info("%s is finished; --restart asks again", self.output)
+            remove_journals(self.output)  # of a process that was killed at the very end
+            return result, set()
+        answers = self._answers(identity)
+        if answers:
+            known = sum(map(len, answers.values()))
+            _logger.info("%s: going on after %d answers that are there", self.output, known)
+        for name in (SCORES, PREDICTIONS, MISTAKES, *results.FILES, f"{SUBMISSION}*"):
+            # Of predictions that are replaced, and what a killed process was writing.
+            for path in (*self.output.glob(name), *self.output.glob(f".{name}.*.tmp")):
+                path.unlink(missing_ok=True)
+        return None, set(answers)
+
+    def ask(self, loaded: LoadedModel, finished: set[int], identity: _Identity) -> None:
+        """The answers of this process' data-parallel group, put into its journal."""
+        group = parallel_state.get_data_parallel_rank()
+        groups = parallel_state.get_data_parallel_world_size()
+        share = share_of(len(self.batches), finished, group, groups)
+        if not share:
+            return
+        splitting = parallel_state.get_tensor_model_parallel_group()
+        assert isinstance(splitting, torch.distributed.ProcessGroup)
+        writes = splitting.rank() == 0
+        read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
+        generator, limits = Generator(loaded), _limits(self.benchmark, self.settings)
+        with ExitStack() as stack:
+            with together(splitting):
+                keep = (
+                    stack.enter_context(
+                        journal_of(self.output, group, identity.settings, identity.batches)
+                    )
+                    if writes
+                    else None
+                )
+            bar = stack.enter_context(self._bar(share, shown=writes and group == 0))
+            for number in share:
+                batch = self.batches[number]
+                asked = [self.questions[place] for place in batch]
+                with together(splitting):
+                    shown = [images_of(question, read) for question in asked]
+                with naming(asked):
+                    answers = self._answered(generator, batch, shown)
+                with together(splitting):
+                    if keep is not None:
+                        keep(number, answers)
+                bar.update(len(asked))
+
+    def _bar(self, share: Sequence[int], *, shown: bool) -> tqdm:
+        total = sum(len(self.batches[number]) for number in share)
+        return tqdm(total=total, desc=self.described["task"], unit=" questions", disable=not shown)
+
+    def _answered(
+        self, generator: Generator, batch: range, shown: Sequence[list[torch.Tensor]]
+    ) -> list[str]:
+        """The model's answers to a batch, generated or chosen by their likelihood."""
+        asked = [(self.questions[place].candidates, self.prompts[place]) for place in batch]
+        compared = [(candidates, prompts) for candidates, prompts in asked if candidates]
+        if compared:
+            return likelihood.answers(generator, compared, shown)
+        limits = _limits(self.benchmark, self.settings)
+        return generator.generate([prompt for _, (prompt,) in asked], shown, **limits)
+
+    def conclude(self, identity: _Identity, finished: set[int], spent: float) -> dict:
+        """The result, once all files are written; the one that says it is finished comes last."""
+        answers = self._answers(identity)
+        if missing := [n for n in range(len(self.batches)) if n not in answers]:
             raise TaskError(
-                f"{_place(image)}: {reason} (the image of question {question.id!r})"
-            ) from None
-    return shown
+                f"{self.output} lacks the answers of {len(missing)} of {len(self.batches)} "
+                "batches; it must lie on a disk that all processes share"
+            )
+        said = [answer for number in range(len(self.batches)) for answer in answers[number]]
+        asked = sum(len(batch) for n, batch in enumerate(self.batches) if n not in finished)
+        result = {
+            **self.described,
+            "questions": len(said),
+            "seconds": round(spent, 2),
+            "questions_per_second": round(asked / spent, 2),
+            **self._scores(said),
+            "fingerprint": identity.fingerprint,
+        }
+        rows = self._rows(said)
+        _write_rows(self.output / PREDICTIONS, rows)
+        if self.benchmark.submission and self.settings.limit is None:
+            predictions = self._predictions(said)
+            file_name, content = self.benchmark.submission(predictions, self.gold)
+            write_atomically(self.output / f"{SUBMISSION}{file_name}", content)
+        write_mistakes(self.output / MISTAKES, self.benchmark, self.questions, rows, result)
+        results.write(self.output, [result])
+        write_atomically(self.output / SCORES, (json.dumps(result, indent=1) + "\n").encode())
+        remove_journals(self.output)
+        return result
+
+    def _answers(self, identity: _Identity) -> dict[int, list[str]]:
+        return read_journals(self.output, identity.settings, identity.batches)
+
+    def _predictions(self, said: Sequence[str]) -> dict[Id, str]:
+        return {q.id: answer for q, answer in zip(self.questions, said, strict=True)}
+
+    def _scores(self, said: Sequence[str]) -> dict:
+        if not has_answers(self.gold):
+            return {}
+        variant = self.settings.variant
+        return score_predictions(self.benchmark, self._predictions(said), self.gold, variant)
+
+    def _rows(self, said: Sequence[str]) -> list[dict]:
+        gold = self.gold if has_answers(self.gold) else {}
+        return [
+            _prediction(self.benchmark, question, answer, gold, self.settings.variant)
+            for question, answer in zip(self.questions, said, strict=True)
+        ]
 
 
-def _place(image: Path | bytes) -> str:
-    return str(image.resolve()) if isinstance(image, Path) else "inside the question file"
+def _finished(output: Path, identity: _Identity) -> dict | None:
+    if not ((output / SCORES).is_file() and (output / PREDICTIONS).is_file()):
+        return None
+    try:
+        result = parse_json((output / SCORES).read_bytes())
+    except ValueError:
+        return None
+    same = isinstance(result, dict) and result.get("fingerprint") == identity.fingerprint
+    return result if same else None
 
 
-def _image_reader(model: ModelConfig, settings: Settings) -> Callable[[Path | bytes], torch.Tensor]:
-    """A reader of images [3, size, size] in uint8, cached: questions about one image that follow
-    each other get the same tensor object, which the generator encodes once."""
-    size, to_square = model.vision.image_size, images.square_resize(model)
-    black = torch.zeros(3, size, size, dtype=torch.uint8)
-
-    @lru_cache(maxsize=settings.batch_size)
-    def read(image: Path | bytes) -> torch.Tensor:
-        if settings.blind:
-            return black
-        data = image.read_bytes() if isinstance(image, Path) else image
-        return images.load_square(data, size, to_square=to_square)
-
-    return read
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    # A path may hold bytes that are no text; escaped they are JSON as well.
+    with (
+        replaced_atomically(path) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _prediction(
@@ -214,5 +339,5 @@ def _prediction(
         "question": question.text,
         "skill": question.skill,
         "gold": question.gold,
-        "images": [_place(image) for image in question.images],
+        "images": [place_of_image(image) for image in question.images],
     }

@@ -12,6 +12,9 @@ from typing import Any
 
 from megatron_owl2.errors import ScoreError
 
+RATINGS = ("A", "B", "C", "D")  # that people give, the best first
+_LISTED = 10  # ids in a message
+
 
 def exact_match(predictions: Mapping, gold: Mapping) -> dict:
     """Share of predictions equal to one of a row's `answers` up to white space, per `skill`.
@@ -90,6 +93,12 @@ def group_by_skill(pairs: Iterable[tuple[str, Any]]) -> dict[str, list]:
     return groups
 
 
+def count_ratings(ratings: Sequence[str]) -> dict[str, int]:
+    """{rating: how often} with their number `n`."""
+    counts = Counter(ratings)
+    return {rating: counts[rating] for rating in RATINGS} | {"n": len(ratings)}
+
+
 def percent(part: float, whole: float) -> float:
     """100 * part / whole rounded to 2 digits, 0 of nothing."""
     return round(100 * part / whole, 2) if whole else 0.0
@@ -105,9 +114,11 @@ def check_ids(predictions: Mapping, gold: Mapping) -> None:
         raise ScoreError("the gold holds no question")
     missing = [i for i in gold if i not in predictions]
     if missing:
+        listed = ", ".join(map(repr, missing[:_LISTED]))
+        more = ", ..." if len(missing) > _LISTED else ""
         raise ScoreError(
-            f"{len(missing)} of {len(gold)} gold questions have no prediction, such as "
-            f"{missing[0]!r}; score against the gold that was asked"
+            f"{len(missing)} of {len(gold)} gold questions have no prediction: {listed}{more}; "
+            "score against the gold that was asked, or count these as wrong (--missing wrong)"
         )
     unknown = [i for i in predictions if i not in gold]
     known = set(map(str, gold)) if unknown else set()

@@ -16,38 +16,62 @@ _DELIMITERS = {".tsv": "\t", ".csv": ","}
 SUFFIXES = {".parquet", *_DELIMITERS}
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table whose kind the file's name says.
+def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place, row) of a table whose kind the file's name says.
 
-    Parquet keeps its types; TSV and CSV hold texts in UTF-8, None where a field is empty. Raises
-    TaskError naming the file for content that is no such table.
+    Parquet keeps its types; TSV and CSV hold texts in UTF-8, None where a field is empty. A CSV
+    whose names are separated by tabs is a TSV, as TGIF-QA's are. Raises TaskError naming the file
+    and the place for content that is no such table.
     """
     if path.suffix.lower() == ".parquet":
-        return _read_parquet(path)
-    names, *lines = read_lines(path, _DELIMITERS[path.suffix.lower()]) or [[]]
+        return [(f"row {n}", row) for n, row in enumerate(_read_parquet(path), start=1)]
+    (_, names), *lines = read_lines(path, _DELIMITERS[path.suffix.lower()]) or [("", [])]
+    if len(names) == 1 and "\t" in names[0]:
+        (_, names), *lines = read_lines(path, "\t")
     if len(set(names)) < len(names):
         raise TaskError(f"{path}: two columns have one name: {', '.join(names)}")
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(names):
-            raise TaskError(f"{path}: row {number} has {len(line)} fields of {len(names)}")
+    for place, fields in lines:
+        if len(fields) != len(names):
+            raise TaskError(f"{path}: {place} has {len(fields)} fields of {len(names)}")
     return [
-        {name: field or None for name, field in zip(names, line, strict=True)} for line in lines
+        (place, {name: field or None for name, field in zip(names, fields, strict=True)})
+        for place, fields in lines
     ]
 
 
-def read_lines(path: Path, delimiter: str = ",") -> list[list[str]]:
-    """All rows of a file of delimited texts, whose quoted fields may hold line ends.
+def read_lines(path: Path, delimiter: str = ",") -> list[tuple[str, list[str]]]:
+    """(place, fields) of a file of delimited texts, whose quoted fields may hold line ends: a place
+    is "line 7", where the row begins.
 
     Raises TaskError for files that cannot be read, are not UTF-8, or have an open quote.
     """
+    rows, before = [], 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file, _fields_of_any_length():
-            return [line for line in csv.reader(file, delimiter=delimiter, strict=True) if line]
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            for fields in reader:
+                if fields:
+                    rows.append((f"line {before + 1}", fields))
+                before = reader.line_num
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
-        raise TaskError(f"{path} cannot be read as a table: {reason}") from None
+    except csv.Error as error:
+        raise TaskError(f"{path} cannot be read as a table: {error} (line {before + 1})") from None
+    except UnicodeDecodeError:
+        raise TaskError(
+            f"{path} cannot be read as a table: it is not UTF-8 (line {line_not_utf8(path)})"
+        ) from None
+    return rows
+
+
+def line_not_utf8(path: Path) -> int:
+    """The first line, from 1, that is not UTF-8, of a file that is not."""
+    data = path.read_bytes()
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return data.count(b"\n", 0, error.start) + 1
+    return 1  # the file has changed since
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from megatron_owl2.evaluation.rows import (
     identifier,
     list_of,
     object_of,
+    place_of,
     read_rows,
     read_value,
     rows_by_id,
@@ -68,7 +69,7 @@ def _check_annotations(path: Path, rows: dict, gold: Gold) -> None:
         if about not in (None, row["image_id"]):
             raise TaskError(
                 f"{path}: question {i} is about image {row['image_id']}, its annotation about "
-                f"{about}; the two files do not belong together"
+                f"{about}; the two files do not belong together{place_of(row)}"
             )
 
 

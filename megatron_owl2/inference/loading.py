@@ -43,15 +43,20 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, precision: Precision = "fp32", *, adapter: str | Path | None = None
+    path: str | Path,
+    precision: Precision = "fp32",
+    *,
+    adapter: str | Path | None = None,
+    tensor_parallel: int | None = None,
 ) -> LoadedModel:
     """The model of a checkpoint (run directory, its `checkpoints/` or one `iter_*`) or HF export.
 
-    Under torchrun the weights are split over all its processes (tensor parallel), and every
-    process must make the same calls. `precision` is fp32 or bf16. Adapters of a checkpoint, and
-    those of a directory of peft that `adapter` names, are merged into the weights. Raises
-    InferenceError for a directory that is neither or has no fitting tokenizer, CheckpointError and
-    ConversionError for damaged ones, ConfigError if the processes cannot split the model.
+    Under torchrun the weights are split over `tensor_parallel` of its processes, over all if it is
+    None, and these must make the same calls; each other group of as many has the whole model, too.
+    `precision` is fp32 or bf16. Adapters of a checkpoint, and those of a directory of peft that
+    `adapter` names, are merged into the weights. Raises InferenceError for a directory that is
+    neither or has no fitting tokenizer, CheckpointError and ConversionError for damaged ones,
+    ConfigError if the processes cannot split the model.
     """
     path = Path(path)
     if not path.is_dir():
@@ -66,7 +71,7 @@ def load_model(
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
     except ConfigError as error:
         raise InferenceError(f"{path}: {error}") from None
-    config.parallel = ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    config.parallel = ParallelConfig(tensor=_tensor_parallel_size(tensor_parallel))
     if exported:  # padded here, and not when a checkpoint was made
         decoder = config.model.decoder
         decoder.vocab_multiple = math.lcm(decoder.vocab_multiple, config.parallel.tensor)
@@ -87,6 +92,16 @@ def load_model(
         save_load.load_weights(directories.resolve(path), [model])
     _prepare(model, context)
     return LoadedModel(model.eval(), config.model, tokenizer)
+
+
+def _tensor_parallel_size(wanted: int | None) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted is not None and processes % wanted:
+        raise ConfigError(
+            f"{processes} processes cannot be divided into groups of {wanted} (tensor parallel); "
+            f"start a multiple of {wanted}"
+        )
+    return processes if wanted is None else wanted
 
 
 def _hf_run_config(path: Path) -> RunConfig:

@@ -20,8 +20,10 @@ def parse_json(
         return json.loads(text, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except UnicodeDecodeError:
-        raise ValueError("it is not text in UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        where = f" (line {line})" if b"\n" in error.object else ""
+        raise ValueError(f"it is not text in UTF-8{where}") from None
 
 
 def parse_json_lines(data: bytes) -> list[tuple[int, Any]]:

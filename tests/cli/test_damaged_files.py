@@ -33,7 +33,7 @@ from tiny_run import MODEL
 
 from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.sources import from_owl2
-from megatron_owl2.inference import engine
+from megatron_owl2.inference import loading
 from megatron_owl2.mcore import setup
 
 SEED, RUNS = int(os.environ.get("FUZZ_SEED", "1")), int(os.environ.get("FUZZ_RUNS", "2000"))
@@ -413,14 +413,14 @@ def loaded_once(monkeypatch):
 
     `plan` needs a process without groups."""
     setup.shutdown()
-    load = functools.lru_cache(engine.load_model)
+    load = functools.lru_cache(loading.load_model)
 
-    def cached(path, precision="fp32"):
+    def cached(path, precision="fp32", **more):
         whole = Path(path) == MODEL_OF["export"]
-        return load(path, precision) if whole else engine_load(path, precision)
+        return (load if whole else engine_load)(path, precision, **more)
 
-    engine_load = engine.load_model
-    monkeypatch.setattr(engine, "load_model", cached)
+    engine_load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", cached)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation import benchmark, tables
 from megatron_owl2.evaluation.cider import approximate_ptb, cider_d
 from megatron_owl2.evaluation.registry import find_benchmarks
 
@@ -183,7 +185,35 @@ def test_captions_are_scored_over_the_set_and_not_alone():
     loud = {i: text.upper() + "." for i, text in CANDIDATES.items()}
     near = benchmark.score(TASKS["coco_caption"], loud, gold)
     assert near["overall"]["cider_d"] == expected and "not exactly" in near["overall"]["note"]
-    printed = runner.table(near, TASKS["coco_caption"].columns).splitlines()
+    printed = tables.table(near, TASKS["coco_caption"].columns).splitlines()
     assert printed[0].split() == ["skill", "cider_d", "n"]
     assert printed[-2].split() == ["all", f"{expected:.2f}", "3"]
     assert printed[-1] == near["overall"]["note"]
+
+
+def caption_gold() -> dict:
+    return {i: {"answers": texts, "skill": "caption"} for i, texts in REFERENCES.items()}
+
+
+def test_pycocoevalcap_and_own_cider_agree_on_tokens_that_are_words():
+    pytest.importorskip("pycocoevalcap")
+    if shutil.which("java") is None:
+        pytest.skip("needs a Java runtime")
+    gold, task = caption_gold(), TASKS["coco_caption"]
+    ours = benchmark.score(task, CANDIDATES, gold)
+    theirs = benchmark.score(task, CANDIDATES, gold, "pycocoevalcap")
+    assert theirs["overall"]["cider_d"] == ours["overall"]["cider_d"] > 100
+    assert theirs["skills"] == ours["skills"]
+    assert set(theirs["overall"]) == {"cider_d", "n", "bleu_4", "rouge_l"}
+    assert all(0 < theirs["overall"][name] < 100 for name in ("bleu_4", "rouge_l"))
+
+
+def test_what_pycocoevalcap_needs_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    with pytest.raises(TaskError, match=r"pip install 'megatron-owl2\[captions\]'"):
+        benchmark.score(TASKS["flickr30k"], CANDIDATES, caption_gold(), "pycocoevalcap")
+    pytest.importorskip("pycocoevalcap")
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(TaskError, match="needs a Java runtime"):
+        benchmark.score(TASKS["flickr30k"], CANDIDATES, caption_gold(), "pycocoevalcap")

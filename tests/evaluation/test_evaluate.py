@@ -3,33 +3,23 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from evaluations import build_corpus, build_model, write_vqa
 from paths import TOOLS
 from PIL import Image
-from processes import run_ranks
 
-from data_prep import shapes
-from megatron_owl2.config.schema import (
-    AbstractorConfig,
-    DecoderConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    VisionConfig,
-)
+from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_owl2.config.templates import TEMPLATES
-from megatron_owl2.data.tokenizer import Tokenizer
+from megatron_owl2.data import images
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, runner
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.runner import Settings
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
-from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model.owl2 import Owl2
-from megatron_owl2.training.checkpoint.manager import CheckpointManager
 
 pytestmark = pytest.mark.distributed
 
@@ -39,57 +29,12 @@ SHORT = " Answer the question using a single word or phrase."
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes") / "corpus"
-    shapes.build_corpus(folder, shapes.Parameters(pairs=40, instructions=40, texts=60, eval=12))
-    return folder
+    return build_corpus(tmp_path_factory.mktemp("shapes") / "corpus")
 
 
 @pytest.fixture(scope="module")
 def model(corpus, tmp_path_factory):
-    """A run directory with a checkpoint of a random model."""
-    tokenizer = corpus / "tokenizer" / "tokenizer.model"
-    model = ModelConfig(
-        vision=VisionConfig(28, 14, 32, 1, 2, 32),
-        abstractor=AbstractorConfig(4, 1, 2, 32),
-        decoder=DecoderConfig(Tokenizer(tokenizer).vocab_size, 32, 1, 2, 2, 32, max_positions=512),
-    )
-    config = RunConfig(model=model)
-    config.data.tokenizer = str(tokenizer)
-    config.train.precision = "fp32"
-    torch.manual_seed(1)
-    owl = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model)
-    run = tmp_path_factory.mktemp("run")
-    config.train.async_save = False
-    CheckpointManager(run, config.train).save(1, [owl], config)
-    return run
-
-
-def write_vqa(folder: Path) -> Path:
-    """Three questions on two images named as COCO names them; the first two on image 7."""
-    (folder / "images").mkdir(parents=True)
-    for number, color in ((7, "red"), (12, "blue")):
-        name = f"COCO_val2014_{number:012d}.jpg"
-        Image.new("RGB", (20, 30), color).save(folder / "images" / name, quality=95)
-    asked = [(1, 7, "color", "red"), (2, 7, "count", "2"), (3, 12, "color", "blue")]
-    questions = [
-        {"question_id": i, "image_id": image, "question": f"what {kind}?"}
-        for i, image, kind, _ in asked
-    ]
-    annotations = [
-        {
-            "question_id": i,
-            "image_id": image,
-            "question_type": kind,
-            "multiple_choice_answer": gold,
-            "answers": [{"answer": gold, "answer_id": k} for k in range(10)],
-        }
-        for i, image, kind, gold in asked
-    ]
-    name = "v2_OpenEnded_mscoco_val2014_questions.json"
-    (folder / name).write_text(json.dumps({"questions": questions}))
-    name = "v2_mscoco_val2014_annotations.json"
-    (folder / name).write_text(json.dumps({"annotations": annotations}))
-    return folder
+    return build_model(corpus / "tokenizer" / "tokenizer.model", tmp_path_factory.mktemp("run"))
 
 
 def run_tool(monkeypatch, name: str, *arguments) -> int:
@@ -311,9 +256,36 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 0
     assert f"2 answers to questions without gold are in {output}" in capsys.readouterr().out
     assert "overall" not in json.loads((output / "scores.json").read_text())
+    long = ["--max-new-tokens", 600, "--limit", 2, "--batch-size", 1]
+    assert run_tool(monkeypatch, "evaluate", *options, *long) == 2
+    assert "(of the questions 1000 to 1000)" in capsys.readouterr().err
     options[1] = tmp_path
     assert run_tool(monkeypatch, "evaluate", *options) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_command_line_compares_likelihoods(corpus, model, tmp_path, monkeypatch, capsys):
+    image = next((corpus / "eval/seen/images").iterdir())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/i").write_bytes(image.read_bytes())
+    texts = ["red", "a green circle .", "two", "blue"]
+    row = {"question": "what color ?", "answer": "A", "data_type": "image", "data_id": "i"}
+    row |= {"question_id": "1", "question_type_id": 1}
+    row |= dict(zip(["choice_a", "choice_b", "choice_c", "choice_d"], texts, strict=True))
+    (tmp_path / "SEED-Bench.json").write_text(json.dumps({"questions": [row]}))
+    options = ["--checkpoint", model, "--task", "seed_bench", "--variant", "likelihood"]
+    out = tmp_path / "out"
+    assert run_tool(monkeypatch, "evaluate", *options, "--data", tmp_path, "--output", out) == 0
+    said = json.loads((out / "predictions.jsonl").read_text())["prediction"]
+    loaded = load_model(model)
+    ids = [1, *loaded.tokenizer.encode("USER: "), -200]
+    ids += loaded.tokenizer.encode("what color ? ASSISTANT:")
+    endings = [[*loaded.tokenizer.encode(text), 2] for text in texts]
+    pixels = images.load_square(image.read_bytes(), 28)
+    found = Generator(loaded).log_likelihoods([ids] * 4, endings, [[pixels]] * 4)
+    values = [one.total for one in found]
+    assert len(set(values)) == 4 and said == "ABCD"[values.index(max(values))]
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "all"
 
 
 def test_command_line_generates(corpus, model, monkeypatch, capsys):
@@ -336,14 +308,3 @@ def test_command_line_generates(corpus, model, monkeypatch, capsys):
     ):
         assert run_tool(monkeypatch, "generate", *base, *wrong) == 2
         assert message in capsys.readouterr().err
-
-
-def test_two_tensor_parallel_ranks_answer_like_one(corpus, model, tmp_path, monkeypatch):
-    options = ["--checkpoint", str(model), "--task", "vqav2", "--limit", "10"]
-    options += ["--data", str(corpus / "eval/seen"), "--output"]
-    assert run_tool(monkeypatch, "evaluate", *options, tmp_path / "one") == 0
-    done = run_ranks(2, TOOLS / "evaluate.py", *options, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("skill") == 1  # one rank prints
-    one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
-    assert one == two and one.count("\n") == 10

@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
 from megatron_owl2.evaluation import benchmarks, runner
 from megatron_owl2.evaluation.registry import find_benchmarks
-from megatron_owl2.inference import engine
+from megatron_owl2.inference import loading
 from megatron_owl2.mcore import setup
 
 COUNTING = '''
@@ -117,8 +117,8 @@ def test_the_help_describes_a_new_benchmark(counting, command, monkeypatch, caps
     said = capsys.readouterr().out
     assert f"--task {{{','.join(find_benchmarks())}}}" in " ".join(said.split())
     section = said[said.index("\ncounting ") :].splitlines()[1:6]
-    assert [line.strip() for line in section] == [
-        "counting  how many things are there, up to 100%",
+    assert [" ".join(line.split()) for line in section] == [
+        "counting how many things are there, up to 100%",
         "files: counting_*.jsonl",
         "asked with: Answer with a number.",
         "new tokens: 2 to 3",
@@ -140,9 +140,12 @@ def test_the_evaluation_asks_a_new_benchmark(counting, tmp_path, monkeypatch, ca
 
     config = ModelConfig(vision=VisionConfig(image_size=28))
     monkeypatch.setattr(runner, "Generator", Replies)
-    monkeypatch.setattr(engine, "load_model", lambda *_: type("Loaded", (), {"config": config}))
+    monkeypatch.setattr(
+        loading, "load_model", lambda *_, **__: type("Loaded", (), {"config": config})
+    )
     setup.initialize(ParallelConfig())
-    options = ["--checkpoint", "unused", "--data", counting, "--output", tmp_path / "out"]
+    (tmp_path / "model").mkdir()
+    options = ["--checkpoint", tmp_path / "model", "--data", counting, "--output", tmp_path / "out"]
     assert run_tool(monkeypatch, "--task", "counting", *options) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["count", "33.33", "66.67", "3"]
     (prompts, shapes), limits = asked

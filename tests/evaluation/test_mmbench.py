@@ -72,7 +72,7 @@ def test_mmbench_without_answers_becomes_the_servers_spreadsheet(tmp_path):
         (1, {"B": ""}, "index 8 must have options from A on"),
         (2, {"image": "6"}, r"'image' holds no image, .* \(index 1000007\)"),
         (4, {"index": 8}, "repeat a index, such as 8"),
-        (0, {"question": ""}, r"'question' is None, wanted a text \(row 1\)"),
+        (0, {"question": ""}, r"'question' is None, wanted a text \(line 2\)"),
     ],
 )
 def test_mmbench_names_what_is_wrong(tmp_path, row, change, message):

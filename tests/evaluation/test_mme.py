@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation import benchmark, tables
 from megatron_owl2.evaluation.benchmarks.mme import yes_or_no
 from megatron_owl2.evaluation.registry import find_benchmarks
 
@@ -138,7 +138,7 @@ def test_scores_by_hand():
     said |= {i: row["answer"] for i, row in gold.items() if row["skill"] in COGNITION}
     scores = benchmark.score(MME, said, gold)
     assert scores["overall"]["cognition"] == 800.0
-    printed = runner.table(scores, MME.columns).splitlines()
+    printed = tables.table(scores, MME.columns).splitlines()
     assert printed[0].split() == ["skill", "accuracy", "accuracy_plus", "score", "n"]
     assert printed[-2].split()[0] == "all" and printed[-2].split()[3] == "-"
     assert printed[-1] == "perception 583.33  cognition 800.00"

@@ -1,13 +1,12 @@
 """Greedy answers: the same alone and in a batch, with and without a cache, as the official code."""
 
 import json
-import random
 
 import pytest
 import torch
+from generation import SIZE, build, cases, recompute
 from hf_dirs import export
 from id_tokenizer import IdTokenizer
-from left_padding import left_padded
 from paths import DATA
 from safetensors.torch import load_file
 
@@ -15,104 +14,21 @@ from megatron_owl2.config.schema import (
     AbstractorConfig,
     DecoderConfig,
     ModelConfig,
-    ParallelConfig,
     RunConfig,
     VisionConfig,
 )
 from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
-from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.loading import LoadedModel, load_model
 from megatron_owl2.inference.model_runner import ModelRunner
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.requests import Request
-from megatron_owl2.mcore import setup
-from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint.manager import CheckpointManager
 
 OFFICIAL = DATA / "official_tiny"
-SIZE = 28
-
-
-def build(model: ModelConfig) -> Owl2:
-    config = RunConfig(model=model, parallel=ParallelConfig())
-    config.train.precision = "fp32"
-    return Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), model).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    texts = [f"what color is the {w} one ? red blue green {w}" for w in ("top", "left", "right")]
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_tokenizer(["USER: ASSISTANT: " + text for text in texts], path, vocab_size=320)
-
-
-@pytest.fixture(scope="module")
-def loaded(tokenizer) -> LoadedModel:
-    model = ModelConfig(
-        vision=VisionConfig(SIZE, 14, 32, 2, 4, 64),
-        abstractor=AbstractorConfig(4, 2, 4, 64),
-        decoder=DecoderConfig(tokenizer.vocab_size, 32, 3, 4, 2, 64, max_positions=64),
-        image_mean=[
-            0.2,
-            0.2,
-            0.2,
-        ],  # not the defaults: a loader that forgets them answers otherwise
-        image_std=[0.25, 0.25, 0.25],
-        init_std=0.3,  # wide enough that answers depend on prompt and image
-    )
-    torch.manual_seed(7)
-    owl = build(model)
-    # A random model hardly ever ends: make EOS likely enough that rows end at different steps.
-    with torch.no_grad():
-        owl.output_layer.weight[tokenizer.eos_id] *= 2.0
-    return LoadedModel(owl, model, tokenizer)
-
-
-def cases(loaded: LoadedModel, n: int = 12) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
-    """Prompts with no, one or two images, of 3 to 20 ids."""
-    rng = random.Random(3)
-    generator = torch.Generator().manual_seed(3)
-    prompts, images = [], []
-    for i in range(n):
-        words = [rng.randrange(3, loaded.tokenizer.vocab_size) for _ in range(rng.randrange(2, 18))]
-        for _ in range(i % 3):
-            words.insert(rng.randrange(len(words) + 1), IMAGE_TOKEN_ID)
-        prompts.append([1, *words])
-        shape = (3, SIZE, SIZE)
-        images.append(
-            [
-                torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-                for _ in range(i % 3)
-            ]
-        )
-    return prompts, images
-
-
-def recompute(loaded, prompt_ids, images, steps, min_new_tokens=1) -> list[int]:
-    """The answer of one prompt from `Owl2.forward` on the whole sequence at every step."""
-    new: list[int] = []
-    pixels = torch.stack(images) if images else torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
-    for step in range(steps):
-        inputs = left_padded([[*prompt_ids, *new]], loaded.config.tokens_per_image)
-        with torch.no_grad():
-            logits = loaded.model(
-                inputs.tokens,
-                pixels,
-                inputs.vision_token_index,
-                inputs.modality,
-                inputs.position_ids,
-            )[0, -1]
-        if step < min_new_tokens:
-            logits[loaded.tokenizer.eos_id] = float("-inf")
-        new.append(int(logits.argmax()))
-        if new[-1] == loaded.tokenizer.eos_id:
-            return new[:-1]
-    return new
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question, files_of
 from megatron_owl2.evaluation.math_answers import is_same, stated_answer
-from megatron_owl2.evaluation.rows import Optional, list_of, read_rows, text
+from megatron_owl2.evaluation.rows import Optional, list_of, place_of, read_rows, text
 from megatron_owl2.evaluation.scoring import check_ids, grouped_table
 
 FILES = "*.jsonl"
@@ -89,7 +89,7 @@ def read_gold(path: Path) -> Gold:
             if choice and answer:
                 answer = "".join(sorted({letter for letter in answer if letter in _LETTERS}))
             if not answer or (choice and not 1 <= len(row["options"]) <= len(_LETTERS)):
-                raise TaskError(f"{file}: row {n} (from 0) has no answer or no options")
+                raise TaskError(f"{file}: a row has no answer or no options{place_of(row)}")
             kept = {key: row[key] for key in ("passage", "question", "options")}
             gold[f"{name}/{n}"] = kept | {"answer": answer, "skill": name}
     return gold
@@ -135,4 +135,5 @@ BENCHMARK = Benchmark(
     read_gold=read_gold,
     score=score,
     many_files=True,
+    split="test",
 )

@@ -4,17 +4,19 @@ The file that is named says which set and split are asked; OpenCompass asks dev,
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import choices
+from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.rows import (
     Optional,
     list_of,
     object_of,
+    place_of,
     read_rows,
     rows_by_id,
     text,
@@ -52,6 +54,46 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
     ]
 
 
+def read_as_opencompass(path: Path, gold: Gold) -> list[Question]:
+    """The questions as OpenCompass compares perplexities: of a whole text per option."""
+    return _by_likelihood(
+        path,
+        gold,
+        lambda question, option: ("", f"Question: {question}\nAnswer: {option}"),
+        likelihood.per_position,
+    )
+
+
+def read_as_lm_eval(path: Path, gold: Gold) -> list[Question]:
+    """The questions as lm-eval's acc compares them: the options after one text."""
+    return _by_likelihood(path, gold, _lm_eval_pair, likelihood.total)
+
+
+def read_as_lm_eval_norm(path: Path, gold: Gold) -> list[Question]:
+    """The same for acc_norm, in which a character of each option counts alike."""
+    return _by_likelihood(path, gold, _lm_eval_pair, likelihood.per_character)
+
+
+def _lm_eval_pair(question: str, option: str) -> tuple[str, str]:
+    return f"Question: {question}\nAnswer:", f" {option}"
+
+
+def _by_likelihood(
+    path: Path,
+    gold: Gold,
+    pair: Callable[[str, str], tuple[str, str]],
+    measure: likelihood.Measure,
+) -> list[Question]:
+    def candidates(row: Mapping) -> likelihood.Candidates:
+        pairs = (pair(row["question"], option) for option in row["options"])
+        return likelihood.Candidates(tuple(pairs), measure)
+
+    return [
+        replace(question, candidates=candidates(gold[question.id]))
+        for question in read_questions(path, gold)
+    ]
+
+
 def read_gold(path: Path) -> Gold:
     """The rows by id; the options labelled A to E or 1 to 5 are lettered in their order.
 
@@ -64,7 +106,7 @@ def read_gold(path: Path) -> Gold:
         if row["answerKey"] not in labels or len(labels) != len(options):
             raise TaskError(
                 f"{path}: the answer of question {i!r} is {row['answerKey']!r}, its options are "
-                f"labelled {', '.join(labels) or 'nothing'}"
+                f"labelled {', '.join(labels) or 'nothing'}{place_of(row)}"
             )
         gold[i] = {
             "question": question,
@@ -86,11 +128,10 @@ def _parts(row: Mapping) -> tuple[str, list[str], list[str]]:
 
 
 def score(predictions: Mapping, gold: Mapping, variant: str = "generation") -> dict:
-    """Accuracy of the letters that the model says; raises ScoreError.
-
-    "generation" is that; other evaluations compare how likely the options are instead.
-    """
-    return choices.score_choices(predictions, gold, choices.stated_letter)
+    """Accuracy of the letters that the model says under "generation", else of those of the most
+    likely options: "opencompass", and lm-eval's acc and acc_norm. Raises ScoreError."""
+    pick = choices.stated_letter if variant == "generation" else choices.whole_answer
+    return choices.score_choices(predictions, gold, pick)
 
 
 BENCHMARK = Benchmark(
@@ -105,6 +146,11 @@ BENCHMARK = Benchmark(
     read_questions=read_questions,
     read_gold=read_gold,
     score=score,
-    variants=("generation",),
+    variants=("generation", "opencompass", "lm_eval", "lm_eval_norm"),
+    by_likelihood={
+        "opencompass": read_as_opencompass,
+        "lm_eval": read_as_lm_eval,
+        "lm_eval_norm": read_as_lm_eval_norm,
+    },
     columns=choices.COLUMNS,
 )

@@ -106,4 +106,5 @@ BENCHMARK = Benchmark(
     score=score,
     variants=("opencompass", "direct", "cot"),
     many_files=True,
+    split="test",
 )

@@ -24,4 +24,5 @@ BENCHMARK = Benchmark(
     columns=("cider_d", "n"),
     submission=submission,
     unanswered_rows=True,
+    split="test",
 )

@@ -1,16 +1,20 @@
 """EgoSchema (Mangalam et al. 2023): a choice of five about three minutes of egocentric video.
 
-The frames to be shown are the image files in `images/<q_uid>/`, in the order of their names.
+What is shown are the image files in `images/<q_uid>/`, in the order of their names, or where there
+is no such folder frames of `videos/<q_uid>.mp4`.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import choices
+from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
-from megatron_owl2.evaluation.image_files import images_in
+from megatron_owl2.evaluation.image_files import images_in, named_image
+from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
+from megatron_owl2.evaluation.question import Image
 from megatron_owl2.evaluation.rows import (
     read_object,
     read_rows,
@@ -18,24 +22,60 @@ from megatron_owl2.evaluation.rows import (
     whole_number,
     words,
 )
+from megatron_owl2.evaluation.video_files import VIDEOS, Video, VideoFolder
 
+FRAMES = 5  # of a video, with which version 1 did best
 ANSWERS = "subset_answers.json"
+_YES_OR_NO = (
+    "Given question '{}', is answer '{}' correct?\nDo you think that the answer to the given "
+    "question is correct. Please answer yes or no."
+)
 _OPTIONS = tuple(f"option {n}" for n in range(5))
 _FIELDS = dict.fromkeys(_OPTIONS, words) | {"q_uid": words, "question": words}
 
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
-    """The questions, each about all frames in its folder."""
+    """The questions, each about all frames in its folder, or about its video."""
+    shown = _Shown(path)
     return [
         Question(
             id=i,
             text=choices.show(row["question"], row["options"]),
-            images=images_in(path, str(i)),
+            images=shown.of(str(i)),
             skill=row["skill"],
             gold=row["answer"],
         )
         for i, row in gold.items()
     ]
+
+
+def read_by_likelihood(path: Path, gold: Gold) -> list[Question]:
+    """The questions as version 1 was evaluated: of every option whether it is right, and how likely
+    "Yes" is then."""
+    return [
+        replace(
+            question,
+            candidates=likelihood.Candidates(
+                tuple((_YES_OR_NO.format(row["question"], o), "Yes") for o in row["options"]),
+                likelihood.total,
+                in_template=True,
+            ),
+        )
+        for question, row in zip(read_questions(path, gold), gold.values(), strict=True)
+    ]
+
+
+class _Shown:
+    """What is shown for a question; frames that were taken before come first."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._videos = VideoFolder(path) if (path.parent / VIDEOS).is_dir() else None
+
+    def of(self, uid: str) -> tuple[Image, ...]:
+        if self._videos is None or named_image(self._path, uid).is_dir():
+            return images_in(self._path, uid)
+        return (Video(self._videos.find(uid), FRAMES),)
 
 
 def read_gold(path: Path) -> Gold:
@@ -64,7 +104,11 @@ def read_gold(path: Path) -> Gold:
 
 
 def score(predictions: Mapping, gold: Mapping, variant: str = "generation") -> dict:
-    """Accuracy of generated answers, by a letter or the text of one option; raises ScoreError."""
+    """Accuracy of answers, by a letter or the text of one option; raises ScoreError.
+
+    Under "generation" the model says them; under "yes" they are the options with the likeliest
+    "Yes".
+    """
     return choices.score_choices(predictions, gold, choices.letter_or_text)
 
 
@@ -87,8 +131,10 @@ BENCHMARK = Benchmark(
     read_questions=read_questions,
     read_gold=read_gold,
     score=score,
-    variants=("generation",),
+    variants=("generation", "yes"),
+    by_likelihood={"yes": read_by_likelihood},
     columns=choices.COLUMNS,
     submission=submission,
     unanswered_rows=True,
+    official=ADAPTER_CHOICE,
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_owl2.evaluation.benchmark import SHORT_ANSWER, Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import named_image
+from megatron_owl2.evaluation.prompts import BELOW
 from megatron_owl2.evaluation.rows import (
     Optional,
     identifier,
@@ -96,4 +97,5 @@ BENCHMARK = Benchmark(
     score=score,
     variants=("exact", "unpunctuated"),
     submission=submission,
+    official=BELOW,
 )

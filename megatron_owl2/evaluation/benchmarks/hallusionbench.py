@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import one_of_named
+from megatron_owl2.evaluation.judge import Judge
 from megatron_owl2.evaluation.rows import (
     Id,
     Misfit,
@@ -99,7 +100,8 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "yes_no") -> dict:
     with all of their questions right; figure 0 of VS is none. `unresolved` counts answers that are
     neither yes nor no. "yes_no" reads the word from an
     answer; with "judged" the predictions are the replies of a language model that was asked whether
-    the answers are "correct", "incorrect" or "unclear". Raises ScoreError.
+    the answers are "correct", "incorrect" or "unclear"; its prompt here is not the published one,
+    see `--judge-prompt`. Raises ScoreError.
     """
     check_ids(predictions, gold)
     said = {
@@ -177,6 +179,28 @@ def _as_published(value: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
+_PROMPT = """\
+A student answered a question about an image, with yes or no and perhaps more. You have the answer \
+key. Say of the student's answer
+correct - it says what the key says, though in other words, more briefly or with details beside it,
+incorrect - it says something else or the opposite, or holds a statement that the key contradicts,
+unclear - it does not decide, for instance because the student cannot see or know it.
+Reply with one of the words correct, incorrect and unclear.
+
+Question: {question}
+Answer key: {reference}
+Student's answer: {prediction}
+Your word: """
+
+
+def _fields(answer: str, row: Mapping) -> dict[str, str]:
+    return {
+        "question": row["question"],
+        "reference": row["gt_answer_details"],
+        "prediction": answer,
+    }
+
+
 BENCHMARK = Benchmark(
     about="HallusionBench, yes or no, of figures and of altered ones",
     file="HallusionBench*.json",
@@ -193,4 +217,12 @@ BENCHMARK = Benchmark(
     columns=("accuracy", "qAcc", "fAcc", "majority", "unresolved", "n"),
     submission=submission,
     unanswered_rows=True,
+    judge=Judge(
+        prompt=_PROMPT,
+        fields=_fields,
+        model="gpt-4",
+        max_tokens=16,
+        readable=lambda reply: True,  # what is neither correct nor incorrect is unclear
+        variant="judged",
+    ),
 )

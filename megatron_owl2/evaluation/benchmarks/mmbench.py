@@ -17,6 +17,7 @@ from megatron_owl2.evaluation.rows import (
     Misfit,
     Optional,
     one_of,
+    place_of,
     read_rows,
     rows_by_id,
     whole_number,
@@ -87,10 +88,15 @@ def read_gold(path: Path) -> Gold:
         options = [row[option] for option in _OPTIONS]
         count = sum(map(bool, options))
         if count < 2 or not all(options[:count]):
-            raise TaskError(f"{path}: index {i} must have options from A on; it has {options}")
+            raise TaskError(
+                f"{path}: index {i} must have options from A on; it has {options}{place_of(row)}"
+            )
         answer = row["answer"].upper() if row["answer"] else None
         if answer and answer not in choices.LETTERS[:count]:
-            raise TaskError(f"{path}: index {i} has the answer {answer}, which is no option of it")
+            raise TaskError(
+                f"{path}: index {i} has the answer {answer}, which is no option of it"
+                f"{place_of(row)}"
+            )
         gold[i] = {
             "question": row["question"],
             "hint": row["hint"],

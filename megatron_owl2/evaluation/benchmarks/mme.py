@@ -12,8 +12,9 @@ from pathlib import Path
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.benchmark import SHORT_ANSWER, Benchmark, Gold, Question, files_of
 from megatron_owl2.evaluation.image_files import one_of_named
-from megatron_owl2.evaluation.rows import Misfit, one_of, short, words
+from megatron_owl2.evaluation.rows import Misfit, Row, one_of, place_of, short, words
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, percent, score_table
+from megatron_owl2.evaluation.table_files import line_not_utf8
 
 _PERCEPTION = (
     "existence",
@@ -73,7 +74,9 @@ def read_gold(path: Path) -> Gold:
         images = group_by_skill((row["image"], row) for row in _read_lines(file))
         for image, rows in images.items():
             if len(rows) != _PER_IMAGE:
-                raise TaskError(f"{file}: {image} has {len(rows)} questions instead of 2")
+                raise TaskError(
+                    f"{file}: {image} has {len(rows)} questions instead of 2{place_of(rows[-1])}"
+                )
             for number, row in enumerate(rows, start=1):
                 gold[f"{file.stem}/{image}/{number}"] = row | {"skill": file.stem, "file": file}
     return gold
@@ -85,7 +88,9 @@ def _read_lines(path: Path) -> list[dict]:
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise TaskError(f"{path} cannot be read: it is not UTF-8") from None
+        raise TaskError(
+            f"{path} cannot be read: it is not UTF-8 (line {line_not_utf8(path)})"
+        ) from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -98,7 +103,8 @@ def _read_lines(path: Path) -> list[dict]:
             )
         try:
             columns = zip(_COLUMNS.items(), fields, strict=False)
-            rows.append({name: read(field, name) for (name, read), field in columns})
+            row = {name: read(field, name) for (name, read), field in columns}
+            rows.append(Row(row, f"line {number}"))
         except Misfit as misfit:
             raise TaskError(f"{path}: {misfit} (line {number})") from None
     return rows

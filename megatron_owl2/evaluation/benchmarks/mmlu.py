@@ -1,14 +1,15 @@
 """MMLU (Hendrycks et al. 2021): multiple choice in 57 subjects, five examples before each question.
 
 The examples are the first five of the subject's dev file and, like the question, worded as in
-OpenCompass's generation task; a prompt here is one turn, so they stand above the question.
+OpenCompass's generation task; a prompt here is one turn, so they stand above the question. The
+variants that compare likelihoods are plain text without the model's template.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import choices
+from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question, files_of
 from megatron_owl2.evaluation.table_files import read_lines
 
@@ -20,26 +21,86 @@ _ANSWER = "\nAnswer:"
 
 def read_questions(path: Path, gold: Gold) -> list[Question]:
     """The questions below their subject's examples."""
-    examples: dict[str, str] = {}
-    for file in files_of(path, FILES):
-        subject = _subject(file)
-        dev = file.parent.parent / "dev" / f"{file.name.removesuffix('_test.csv')}_dev.csv"
-        rows = _rows(dev)[:_EXAMPLES]
-        if len(rows) < _EXAMPLES:
-            raise TaskError(f"{dev} has {len(rows)} examples; {_EXAMPLES} are shown")
-        examples[subject] = "".join(
-            f"{_asked(subject, row)}{_ANSWER} {row['answer']}\n\n" for row in rows
-        )
+    shown = {
+        subject: "".join(f"{_asked(subject, row)}{_ANSWER} {row['answer']}\n\n" for row in rows)
+        for subject, rows in _examples(path).items()
+    }
     return [
         Question(
             id=i,
-            text=examples[row["skill"]] + _asked(row["skill"], row),
+            text=shown[row["skill"]] + _asked(row["skill"], row),
             images=(),
             skill=row["skill"],
             gold=row["answer"],
         )
         for i, row in gold.items()
     ]
+
+
+def read_as_opencompass(path: Path, gold: Gold) -> list[Question]:
+    """The questions as OpenCompass compares perplexities: of four whole texts, which begin with the
+    subject after two spaces."""
+    return _read_by_likelihood(
+        path,
+        gold,
+        "about  ",
+        lambda text: tuple(("", f"{text} {letter}") for letter in _LETTERS),
+        likelihood.per_position,
+    )
+
+
+def read_as_lm_eval(path: Path, gold: Gold) -> list[Question]:
+    """The questions as lm-eval compares them: " A" to " D" after one text."""
+    return _read_by_likelihood(
+        path,
+        gold,
+        "about ",
+        lambda text: tuple((text, f" {letter}") for letter in _LETTERS),
+        likelihood.total,
+    )
+
+
+def _read_by_likelihood(
+    path: Path,
+    gold: Gold,
+    about: str,
+    pairs: Callable[[str], tuple[tuple[str, str], ...]],
+    measure: likelihood.Measure,
+) -> list[Question]:
+    before = {
+        subject: f"The following are multiple choice questions (with answers) {about}{subject}.\n\n"
+        + "".join(f"{_plain(row)}{_ANSWER} {row['answer']}\n\n" for row in rows)
+        for subject, rows in _examples(path).items()
+    }
+    return [
+        Question(
+            id=i,
+            text=_plain(row),
+            images=(),
+            skill=row["skill"],
+            gold=row["answer"],
+            candidates=likelihood.Candidates(
+                pairs(f"{before[row['skill']]}{_plain(row)}{_ANSWER}"), measure
+            ),
+        )
+        for i, row in gold.items()
+    ]
+
+
+def _examples(path: Path) -> dict[str, list[dict]]:
+    """The first five rows of each subject's dev file; raises TaskError for a file with fewer."""
+    examples = {}
+    for file in files_of(path, FILES):
+        dev = file.parent.parent / "dev" / f"{file.name.removesuffix('_test.csv')}_dev.csv"
+        rows = _rows(dev)[:_EXAMPLES]
+        if len(rows) < _EXAMPLES:
+            raise TaskError(f"{dev} has {len(rows)} examples; {_EXAMPLES} are shown")
+        examples[_subject(file)] = rows
+    return examples
+
+
+def _plain(row: Mapping) -> str:
+    return "\n".join([row["question"].strip(), *choices.lettered(row["options"])])
 
 
 def _subject(file: Path) -> str:
@@ -69,10 +130,10 @@ def read_gold(path: Path) -> Gold:
 def _rows(file: Path) -> list[dict]:
     """Question, options and answer of a file, which has no line of names."""
     rows = []
-    for number, fields in enumerate(read_lines(file), start=1):
+    for place, fields in read_lines(file):
         if len(fields) != len(_LETTERS) + 2 or fields[-1].strip() not in tuple(_LETTERS):
             raise TaskError(
-                f"{file} is not in the format that the task reads: row {number} must be a "
+                f"{file} is not in the format that the task reads: {place} must be a "
                 "question, four options and A, B, C or D"
             )
         question, *options, answer = fields
@@ -83,10 +144,12 @@ def _rows(file: Path) -> list[dict]:
 def score(predictions: Mapping, gold: Mapping, variant: str = "generation") -> dict:
     """Accuracy per subject, and their mean in which every subject counts alike.
 
-    "generation" reads a letter from what the model says; other evaluations compare how likely the
-    options are instead. `by_question` weights subjects by their size. Raises ScoreError.
+    "generation" reads a letter from what the model says; "opencompass" and "lm_eval" compare how
+    likely the options are. `by_question` weights subjects by their size, as "lm_eval" does in its
+    overall accuracy. Raises ScoreError.
     """
-    return choices.score_choices(predictions, gold, choices.stated_letter, equal_skills=True)
+    pick = choices.stated_letter if variant == "generation" else choices.whole_answer
+    return choices.score_choices(predictions, gold, pick, equal_skills=variant != "lm_eval")
 
 
 BENCHMARK = Benchmark(
@@ -101,7 +164,9 @@ BENCHMARK = Benchmark(
     read_questions=read_questions,
     read_gold=read_gold,
     score=score,
-    variants=("generation",),
+    variants=("generation", "opencompass", "lm_eval"),
+    by_likelihood={"opencompass": read_as_opencompass, "lm_eval": read_as_lm_eval},
     columns=choices.COLUMNS,
     many_files=True,
+    split="test",
 )

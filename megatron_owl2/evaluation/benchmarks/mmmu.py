@@ -20,6 +20,7 @@ from megatron_owl2.evaluation.rows import (
     Optional,
     list_of,
     one_of,
+    place_of,
     read_rows,
     rows_by_id,
     text,
@@ -79,7 +80,10 @@ def _question(file: Path, row: Mapping, gold: Mapping) -> Question:
         asked = f"{gold['question']}\n{SHORT_ANSWER.strip()}"
     named = [f"image_{number}" for number in re.findall(r"<image (\d+)>", asked)]
     if absent := [name for name in named if not row.get(name)]:
-        raise TaskError(f"{file}: question {row['id']!r} names {absent[0]}, which it does not have")
+        raise TaskError(
+            f"{file}: question {row['id']!r} names {absent[0]}, which it does not have"
+            f"{place_of(row)}"
+        )
     images = named or [name for name in _IMAGES if row[name]]
     return Question(
         id=row["id"],
@@ -119,6 +123,7 @@ def _gold(file: Path, row: dict) -> dict:
     if not is_open and answer and answer not in choices.letters_of(gold):
         raise TaskError(
             f"{file}: question {row['id']!r} has the answer {answer!r}, no option of it"
+            f"{place_of(row)}"
         )
     return gold
 
@@ -231,4 +236,5 @@ BENCHMARK = Benchmark(
     score=score,
     variants=("official", "owl2"),
     many_files=True,
+    split="val",
 )

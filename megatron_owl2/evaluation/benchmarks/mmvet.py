@@ -2,15 +2,17 @@
 
 An evaluation asks the questions and writes the file that the published evaluator takes; it gives no
 scores. `score` is of that judge's replies, a row {id, answer} with the text of each: its grade.
+The judge's prompt here is not the published one: see `--judge-prompt`.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import named_image
+from megatron_owl2.evaluation.judge import Judge
+from megatron_owl2.evaluation.prompts import ADAPTER_OPEN
 from megatron_owl2.evaluation.rows import list_of, object_of, read_object, text, words
 from megatron_owl2.evaluation.scoring import check_ids, group_by_skill, percent
 
@@ -56,9 +58,12 @@ def score(replies: Mapping, gold: Mapping) -> dict:
 
 
 def grade(reply: str) -> float | None:
-    """The number from 0 to 1 that a reply begins with, None if it begins with none."""
-    first = re.match(r"\s*(\d*\.?\d+|\d+\.)(?=\s|$)", reply)
-    return float(first[1]) if first and float(first[1]) <= 1 else None
+    """The number from 0 to 1 that is a reply's first word, None if that is none."""
+    try:
+        value = float(reply.split()[0])
+    except (ValueError, IndexError):
+        return None
+    return value if 0 <= value <= 1 else None
 
 
 def _row(grades: list[float | None]) -> dict:
@@ -70,6 +75,29 @@ def _row(grades: list[float | None]) -> dict:
 def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
     """The file of the published evaluator, {id: answer}."""
     return "mm-vet.json", json.dumps(dict(predictions)).encode()
+
+
+_PROMPT = """\
+Compare a prediction with the ground truth of a question and grade it from 0.0, all wrong, to 1.0, \
+all right, in steps of 0.1. Where the ground truth joins parts by <AND>, all of them are needed \
+and each that is missing costs its share; where it separates parts by <OR>, any one of them is \
+enough. Complete the last row by its grade and write nothing else.
+
+Question | Ground truth | Prediction | Grade
+--- | --- | --- | ---
+Which fruit lies on the table? | pear <AND> apple | a banana | 0.0
+Which fruit lies on the table? | pear <AND> apple | There is an apple. | 0.5
+Which fruit lies on the table? | pear <AND> apple | an apple beside a pear | 1.0
+What colour is the car? | gray <OR> silver | It is silver. | 1.0
+Why is the man running? | He is late: his bus leaves without him. | He exercises in the rain. | 0.1
+Why is the man running? | He is late: his bus leaves without him. | To catch something. | 0.4
+Why is the man running? | He is late: his bus leaves without him. | He missed his bus. | 0.9
+{question} | {reference} | {prediction} | """
+
+
+def _fields(answer: str, row: Mapping) -> dict[str, str]:
+    reference = row["reference"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    return {"question": row["question"], "reference": reference, "prediction": answer}
 
 
 BENCHMARK = Benchmark(
@@ -87,4 +115,15 @@ BENCHMARK = Benchmark(
     columns=("score", "unreadable", "n"),
     submission=submission,
     unanswered_rows=True,
+    judge=Judge(
+        prompt=_PROMPT,
+        fields=_fields,
+        model="gpt-4-0613",
+        max_tokens=3,
+        readable=lambda reply: grade(reply) is not None,
+        attempts=5,
+        again="\nThe grade, a number from 0.0 to 1.0: ",
+        warmer=True,
+    ),
+    official=ADAPTER_OPEN,
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_owl2.evaluation.benchmark import SHORT_ANSWER, Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import named_image
+from megatron_owl2.evaluation.prompts import BELOW
 from megatron_owl2.evaluation.rows import identifier, one_of, read_rows, rows_by_id, words
 from megatron_owl2.evaluation.scoring import check_ids, percent, score_table
 
@@ -82,4 +83,5 @@ BENCHMARK = Benchmark(
     read_questions=read_questions,
     read_gold=read_gold,
     score=score,
+    official=BELOW,
 )

@@ -11,6 +11,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import encoded_image, named_image
+from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
 from megatron_owl2.evaluation.rows import (
     Id,
     Optional,
@@ -152,4 +153,5 @@ BENCHMARK = Benchmark(
     columns=choices.COLUMNS,
     submission=submission,
     unanswered_rows=True,
+    official=ADAPTER_CHOICE,
 )

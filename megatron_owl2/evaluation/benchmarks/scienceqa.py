@@ -8,10 +8,12 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import one_of_named
+from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
 from megatron_owl2.evaluation.rows import (
     Optional,
     list_of,
     object_of,
+    place_of,
     read_object,
     text,
     whole_number,
@@ -55,7 +57,7 @@ def read_gold(path: Path) -> Gold:
         if row["answer"] >= len(row["choices"]):
             raise TaskError(
                 f"{path}: the answer of problem {i!r} is {row['answer']}, but it has "
-                f"{len(row['choices'])} choices, counted from 0"
+                f"{len(row['choices'])} choices, counted from 0{place_of(row)}"
             )
         gold[i] = {
             "question": row["question"],
@@ -96,4 +98,6 @@ BENCHMARK = Benchmark(
     read_gold=read_gold,
     score=score,
     columns=choices.COLUMNS,
+    official=ADAPTER_CHOICE,
+    split="test",
 )

@@ -9,6 +9,7 @@ from megatron_owl2.evaluation.rows import (
     identifier,
     list_of,
     object_of,
+    place_of,
     read_rows,
     rows_by_id,
     short,
@@ -39,13 +40,15 @@ def read_gold(path: Path) -> Gold:
     gold = {}
     for i, row in rows_by_id(path, read_rows(path, _FIELDS), "id").items():
         if row.get("image") or row.get("images"):
-            raise TaskError(f"{path}: dialogue {i!r} has an image, which this task does not show")
+            raise TaskError(
+                f"{path}: dialogue {i!r} has an image, which this task does not show{place_of(row)}"
+            )
         messages = row["conversations"]
         roles = [message["from"] for message in messages]
         if roles != ["human", "gpt"]:
             raise TaskError(
                 f"{path}: dialogue {i!r} must be one question and its answer (human, gpt); it is "
-                f"{short(', '.join(map(repr, roles)))}"
+                f"{short(', '.join(map(repr, roles)))}{place_of(row)}"
             )
         question, answer = (message["value"] for message in messages)
         gold[i] = {"question": question, "answers": [answer], "skill": row["skill"]}

@@ -1,0 +1,77 @@
+"""Modes of `owl2 evaluate` for answers that people rate from A to D, as OwlEval's.
+
+owl2 evaluate rating-sheet --task NAME --data PATH --predictions [NAME=]FILE ... --output DIR
+owl2 evaluate tally --key DIR/key.json --sheet FILE ...
+
+`rating-sheet` writes the answers of several models in a random order: sheet.csv to fill in,
+sheet.html to read with it, and key.json, which says whose they are and is for nobody who rates.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_owl2.cli.command import Command, UsageError
+
+
+def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
+    from megatron_owl2.evaluation import registry
+
+    parser.add_argument("--task", required=True, choices=registry.find_benchmarks())
+    parser.add_argument("--data", required=True, help="folder with the published files")
+    parser.add_argument(
+        "--predictions",
+        required=True,
+        nargs="+",
+        help="answers of each model; it is called NAME, or as the file or its folder",
+    )
+    parser.add_argument(
+        "--output", required=True, help="folder for the sheet, the page and the key"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--limit", type=int, help="the first N questions only")
+
+
+def write_sheet(options: argparse.Namespace) -> int:
+    from megatron_owl2.evaluation import benchmark, rating, registry
+
+    task = registry.find_benchmarks()[options.task]
+    questions, _ = benchmark.read(task, options.data, options.limit)
+    predictions = {}
+    for name, path in map(_named, options.predictions):
+        if name in predictions:
+            raise UsageError(f"two models are called {name}; give NAME=FILE")
+        predictions[name] = benchmark.read_predictions(task, path)
+    items = rating.shuffled_items(questions, predictions, options.seed)
+    rating.write_sheet(Path(options.output), items)
+    print(f"{len(items)} answers are in {options.output}/{rating.SHEET}; keep {rating.KEY} away")
+    return 0
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """Name and file of a model's answers."""
+    name, equals, path = text.partition("=")
+    if equals and not Path(text).exists():
+        return name, Path(path)
+    path = Path(text)
+    return (path.resolve().parent.name if path.name == "predictions.jsonl" else path.stem), path
+
+
+def add_tally_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--key", required=True, help="key.json of the sheet")
+    parser.add_argument("--sheet", required=True, nargs="+", help="sheets that people filled in")
+
+
+def tally(options: argparse.Namespace) -> int:
+    from megatron_owl2.evaluation import rating
+
+    print(json.dumps(rating.tally(Path(options.key), [*map(Path, options.sheet)]), indent=1))
+    return 0
+
+
+MODES = {
+    "rating-sheet": Command(
+        verb="evaluate", help=__doc__, add_arguments=add_sheet_arguments, run=write_sheet
+    ),
+    "tally": Command(verb="evaluate", help=__doc__, add_arguments=add_tally_arguments, run=tally),
+}

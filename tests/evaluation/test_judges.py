@@ -1,0 +1,348 @@
+"""Judged benchmarks through files and a server: requests, replies, attempts, runs and scores."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from benchmark_files import TASKS, dump
+
+from megatron_owl2.cli.evaluate import main
+from megatron_owl2.errors import JudgeError, ScoreError, TaskError
+from megatron_owl2.evaluation import judge_client, judge_files
+from megatron_owl2.evaluation.judge_client import Server, ask_all
+from megatron_owl2.evaluation.judge_files import Replies, read_replies, score_replies
+
+VET = {
+    "v1_0": {"imagename": "a.png", "question": "x?", "answer": "-1<AND>-5", "capability": ["math"]},
+    "v1_1": {"imagename": "a.png", "question": "y?", "answer": "4", "capability": ["math", "ocr"]},
+}
+
+
+def lines(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def reply(i: str, text: str) -> dict:
+    return {"custom_id": i, "text": text}
+
+
+@contextmanager
+def judge(answer):
+    """A server on loopback; `answer(body, number)` gives a text, a status, or a whole answer, and
+    what was asked is in `asked` with its key."""
+    asked, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                asked.append((self.path, body, self.headers.get("Authorization")))
+                said = answer(body, len(asked))
+            status = said if isinstance(said, int) else 200
+            if isinstance(said, str):
+                said = {"choices": [{"message": {"content": said}}]}
+            content = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            if status == 429:
+                self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def requests_of(task: str, predictions: dict, gold: dict, replies=None, **options) -> list[dict]:
+    judge = TASKS[task].judge
+    given = {"prompt": judge.prompt, "model": judge.model} | options
+    given_replies = replies or Replies({})
+    return list(judge_files.requests(TASKS[task], predictions, gold, given_replies, **given))
+
+
+def test_mmvet_from_predictions_to_a_mean_of_runs(tmp_path, monkeypatch, capsys):
+    gold = dump(tmp_path / "mm-vet.json", VET)
+    predictions = lines(
+        tmp_path / "p.jsonl", [{"id": "v1_0", "answer": "{x}"}, {"id": "v1_1", "answer": "4"}]
+    )
+    requests, replies = tmp_path / "requests.jsonl", tmp_path / "replies.jsonl"
+    make = ["requests", "--task", "mmvet", "--predictions", predictions, "--gold", gold]
+    make += ["--output", requests, "--replies", replies, "--runs", "2"]
+    assert main([*map(str, make)]) == 0
+    assert capsys.readouterr().out == f"4 requests are in {requests}\n"
+    first = rows_of(requests)[0]
+    assert [row["custom_id"] for row in rows_of(requests)] == [
+        "1.1.v1_0", "1.1.v1_1", "2.1.v1_0", "2.1.v1_1"
+    ]  # fmt: skip
+    assert (first["method"], first["url"]) == ("POST", "/v1/chat/completions")
+    body = first["body"]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("gpt-4-0613", 0.0, 3)
+    (message,) = body["messages"]
+    assert message["role"] == "user"
+    assert message["content"].endswith("\nx? | -1 <AND> -5 | {x} | ")
+
+    def grades(body, number):
+        """1.0 for the second question; for the first none at first, then 0.5."""
+        last = body["messages"][0]["content"].splitlines()
+        if "y? | 4" in last[-1]:
+            return "1.0"
+        return "0.5" if last[-1].startswith("The grade") else "I think"
+
+    monkeypatch.setenv("KEY_OF_JUDGE", "secret")
+    with judge(grades) as (url, asked):
+        ask = ["judge", "--requests", requests, "--replies", replies, "--base-url", url]
+        ask = [*map(str, ask), "--model", "other"]
+        assert main([*ask, "--api-key-env", "KEY_OF_JUDGE", "--concurrency", "2"]) == 0
+        assert capsys.readouterr().out == f"4 new replies are in {replies}\n"
+        assert main([*ask]) == 0  # nothing is asked twice
+        assert capsys.readouterr().out == f"0 new replies are in {replies}\n" and len(asked) == 4
+        assert {(path, key) for path, _, key in asked} == {
+            ("/v1/chat/completions", "Bearer secret")
+        }
+        assert {body["model"] for _, body, _ in asked} == {"other"}
+        assert main([*map(str, make)]) == 0
+        capsys.readouterr()
+        assert [row["custom_id"] for row in rows_of(requests)] == ["1.2.v1_0", "2.2.v1_0"]
+        assert main([*ask]) == 0
+    assert main([*map(str, make)]) == 0
+    assert capsys.readouterr().out.endswith("no request is left\n")
+    score = ["score", "--task", "mmvet", "--gold", gold, "--replies", replies]
+    assert main([*map(str, score)]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "overall": {"score": 75.0, "unreadable": 0, "n": 2, "score_std": 0.0, "runs": 2},
+        "skills": {
+            "math": {"score": 75.0, "unreadable": 0, "n": 2},
+            "ocr": {"score": 100.0, "unreadable": 0, "n": 1},
+        },
+    }
+    for key, fault in (("", "is not set"), ("a\nb", "is no key of a server")):
+        monkeypatch.setenv("KEY_OF_JUDGE", key)
+        with pytest.raises(SystemExit):
+            main([*ask, "--api-key-env", "KEY_OF_JUDGE"])
+        assert f"the variable KEY_OF_JUDGE {fault}" in capsys.readouterr().err
+
+
+def test_runs_have_a_mean_and_a_deviation():
+    gold = {i: row | {"reference": row["answer"], "answer": None} for i, row in VET.items()}
+    runs = {n: {"v1_0": {1: g}, "v1_1": {1: "1"}} for n, g in enumerate(["0", ".5", "1"], 1)}
+    overall = score_replies(TASKS["mmvet"], Replies(runs), gold)["overall"]
+    # 50, 75 and 100: the deviation of the whole population is 25 sqrt(2 / 3)
+    assert overall == {"score": 75.0, "unreadable": 0, "n": 2, "score_std": 20.41, "runs": 3}
+    del runs[2]["v1_1"]
+    with pytest.raises(ScoreError, match="1 of 2 questions have no reply in run 2, such as 'v1_1'"):
+        score_replies(TASKS["mmvet"], Replies(runs), gold)
+    with pytest.raises(ScoreError, match="1 predictions have no gold, such as 'v9'"):
+        replies = {1: {**runs[1], "v9": {1: "1"}}}
+        score_replies(TASKS["mmvet"], Replies(replies), gold)
+    with pytest.raises(ScoreError, match="there are no replies"):
+        score_replies(TASKS["mmvet"], Replies({}), gold)
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again_five_times():
+    gold = {"v1_0": VET["v1_0"] | {"reference": "-1", "answer": None}}
+    attempts, heat = {}, []
+    for _ in range(9):
+        found = requests_of("mmvet", {"v1_0": "x"}, gold, Replies({1: {"v1_0": attempts}}))
+        if not found:
+            break
+        (request,) = found
+        assert request["custom_id"] == f"1.{len(attempts) + 1}.v1_0"
+        heat.append(request["body"]["temperature"])
+        attempts[len(attempts) + 1] = "well"
+    assert heat == [0.0, 0.0, 0.5, 1.0, 1.5]
+    table = score_replies(TASKS["mmvet"], Replies({1: {"v1_0": attempts}}), gold)
+    assert table["overall"] == {"score": 0.0, "unreadable": 1, "n": 1}
+    attempts[4] = "0.7"  # the first that can be read counts
+    table = score_replies(TASKS["mmvet"], Replies({1: {"v1_0": attempts}}), gold)
+    assert table["overall"] == {"score": 70.0, "unreadable": 0, "n": 1}
+
+
+def test_each_judge_is_shown_what_it_needs():
+    row = {
+        "question_type": "relation",
+        "question": "how many?",
+        "gt_answer": "Two.",
+        "answer": None,
+    }
+    gold = {0: row | {"image_content": ["chair", "cat"]}}
+    (request,) = requests_of("mmhal_bench", {0: "Three {question}."}, gold)
+    (message,) = request["body"]["messages"]
+    assert request["custom_id"] == "1.1.0" and request["body"]["model"] == "gpt-4-0314"
+    assert message["content"].endswith(
+        "### Image Contents\nchair, cat\n\n### Question\nhow many?\n\n### Standard Human-Generated "
+        "Answer\nTwo.\n\n### Response of the Model\nThree {question}.\n"
+    )
+    # A reply without a rating is a 0 at once, as the published script has it.
+    assert requests_of("mmhal_bench", {0: "x"}, gold, Replies({1: {"0": {1: "cut"}}})) == []
+
+    row = {"question": "is it?", "gt_answer_details": "It is not.", "answer": "0", "skill": "VD x"}
+    (request,) = requests_of("hallusionbench", {"a": "yes"}, {"a": row})
+    assert request["body"]["messages"][0]["content"].endswith(
+        "Question: is it?\nAnswer key: It is not.\nStudent's answer: yes\nYour word: "
+    )
+
+    row = {"question": "who?", "answer": "man", "skill": "who"}
+    (request,) = requests_of("msvd_qa", {3: "a guy"}, {3: row})
+    system, user = request["body"]["messages"]
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert "Correct answer: man\nPredicted answer: a guy\n" in user["content"]
+    assert user["content"].endswith("{'pred': 'no', 'score': 1}.")  # braces that are no field
+    replies = Replies({1: {"3": {1: "{'pred': 'yes', 'sc"}}})
+    (request,) = requests_of("msvd_qa", {3: "a guy"}, {3: row}, replies)
+    assert request["custom_id"] == "1.2.3" and request["body"]["temperature"] == 0.0
+    replies = Replies({1: {"3": {1: "{'pred': 'yes', 'sc", 2: "{'pred': 'yes', 'score': 4}"}}})
+    overall = score_replies(TASKS["msvd_qa"], replies, {3: row})["overall"]
+    assert overall == {"accuracy": 100.0, "score": 4.0, "unreadable": 0, "n": 1}
+
+
+def test_a_prompt_can_be_given(tmp_path, capsys):
+    gold = dump(tmp_path / "mm-vet.json", VET)
+    rows = [{"id": i, "answer": "no"} for i in VET]
+    predictions, prompt = lines(tmp_path / "p.jsonl", rows), tmp_path / "prompt.txt"
+    make = ["requests", "--task", "mmvet", "--predictions", predictions, "--gold", gold]
+    make = [*map(str, make), "--output", str(tmp_path / "r.jsonl"), "--judge-prompt", str(prompt)]
+    prompt.write_text("Grade {question} | {reference} | {prediction} | {other}")
+    assert main([*make, "--judge-model", "mine"]) == 0
+    body = rows_of(tmp_path / "r.jsonl")[1]["body"]
+    assert body["messages"] == [{"role": "user", "content": "Grade y? | 4 | no | {other}"}]
+    assert body["model"] == "mine"
+    capsys.readouterr()
+    for content, message in (
+        (b"Grade {question}", "prompt.txt has no {prediction}; fields of this task are {question}"),
+        (b"\xff", "prompt.txt is not text in UTF-8"),
+    ):
+        prompt.write_bytes(content)
+        assert main(make) == 2 and message in capsys.readouterr().err
+    lines(predictions, rows[:1])
+    prompt.write_text("{question}{prediction}")
+    assert main(make) == 2
+    assert "1 of 2 gold questions have no prediction" in capsys.readouterr().err
+
+
+BODY = {"messages": [{"role": "user", "content": "?"}]}
+
+
+def test_a_client_tries_again_and_goes_on(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    path.write_text(json.dumps(reply("1.1.a", "old")) + '\n{"custom_id": "1.1.b", "te')
+    requests = {f"1.1.{i}": BODY for i in "abcde"}
+    with judge(lambda body, number: [429, 503, "fine", "\ud800"][min(number - 1, 3)]) as (
+        url,
+        asked,
+    ):
+        server = Server(url, concurrency=1, pause=0.01)
+        assert ask_all(requests, path, server) == 4
+    assert len(asked) == 6 and asked[0][2] is None
+    assert rows_of(path) == [
+        reply("1.1.a", "old"),
+        reply("1.1.b", "fine"),
+        *(reply(f"1.1.{i}", "?") for i in "cde"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([400], "refuses request 1.1.b: status 400"),
+        ([500] * 9, "did not answer request 1.1.b in 3 tries: status 500"),
+        (
+            [{"choices": []}],
+            r"the answer to request 1.1.b is no chat completion: {\"choices\": \[\]}",
+        ),
+    ],
+)
+def test_a_server_that_fails_is_named_and_what_it_said_is_kept(tmp_path, answers, message):
+    path = tmp_path / "replies.jsonl"
+    requests = {f"1.1.{i}": BODY for i in "abc"}
+    with (
+        judge(lambda body, number: ["fine", *answers][number - 1]) as (url, _),
+        pytest.raises(JudgeError, match=message),
+    ):
+        ask_all(requests, path, Server(url, None, 1, tries=3, pause=0.01))
+    assert rows_of(path) == [reply("1.1.a", "fine")]
+
+
+def test_without_a_server_the_address_is_named(tmp_path):
+    with judge(lambda body, number: "x") as (url, _):
+        pass
+    for address, reason in (
+        (url, "did not answer request 1.1.a in 2 tries"),
+        ("localhost", "is no address of a server"),
+        ("ftp://localhost", "is no address of a server"),
+    ):
+        with pytest.raises(JudgeError, match=f"{address} {reason}"):
+            ask_all({"1.1.a": BODY}, tmp_path / "r.jsonl", Server(address, tries=2, pause=0.01))
+
+
+def test_as_many_requests_are_under_way_as_are_allowed(tmp_path):
+    together, lock, counts = threading.Barrier(3, timeout=30), threading.Lock(), [0, 0]
+
+    class Together:
+        """A client whose requests go on when three are under way."""
+
+        def post(self, url, json):
+            with lock:
+                counts[0] += 1
+                counts[1] = max(counts)
+            together.wait()
+            with lock:
+                counts[0] -= 1
+            return type("Answer", (), {"status_code": 200, "json": lambda self: said, "text": ""})()
+
+    said = {"choices": [{"message": {"content": None}}]}
+    requests = {f"1.1.{i}": BODY for i in range(9)}
+    server = Server("http://x", concurrency=3)
+    found = list(judge_client._answers(Together(), server, requests))
+    assert sorted(found) == [(i, "") for i in sorted(requests)]  # a refusal has no text
+    assert counts == [0, 3]
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for row, message in (
+        ({"custom_id": "1.1.a"}, r"'text' is missing; .* \(line 1\)"),
+        (reply("a", "x"), "custom_id 'a' is not RUN.ATTEMPT.ID"),
+        (reply("x.1.a", "x"), "custom_id 'x.1.a' is not RUN.ATTEMPT.ID"),
+    ):
+        lines(path, [row])
+        with pytest.raises(TaskError, match=message):
+            read_replies(path)
+    lines(path, [reply("1.1.a", "x")] * 2)
+    with pytest.raises(TaskError, match="1 rows repeat a custom_id, such as '1.1.a'"):
+        read_replies(path)
+    path.write_text(json.dumps(reply("1.1.a.b", "x")) + '\n{"custom')
+    with pytest.raises(TaskError, match="r.jsonl cannot be read: it is not JSON: line 2"):
+        read_replies(path)
+    lines(path, [reply("1.2.a.b", "x")])
+    assert read_replies(path) == Replies({1: {"a.b": {2: "x"}}})
+    lines(path, [{"custom_id": "1.1.a", "body": {}}])
+    with pytest.raises(TaskError, match="'body.messages' is missing"):
+        judge_files.read_requests(path)
