@@ -121,6 +121,6 @@ def _stream(path: Path):
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield container, stream
-    except (av.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TaskError(f"{path} cannot be decoded: {reason}") from None
