@@ -20,10 +20,13 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "megatron": "megatron-core"}
 # Imported where they are used, with an error that names the extra.
 OPTIONAL = {
     "aiohttp": "remote",  # of fsspec[http]
+    "av": "video",
     "h11": "serve",
+    "httpx": "judge",
     "matplotlib": "report",
     "prometheus_client": "serve",
     "pyarrow": "parquet",
+    "pycocoevalcap": "captions",
     "pydantic": "serve",
     "pydantic_core": "serve",  # of pydantic
     "starlette": "serve",
