@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
-from megatron_owl2.cli.options import count, positive
+from megatron_owl2.cli.options import add_model, count, positive
 from megatron_owl2.errors import ServingError
 from megatron_owl2.serving.limits import MIB, Limits
 
@@ -20,8 +20,7 @@ _DEFAULT = Limits()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", required=True, help="run directory, iter_* or HF export")
-    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add_model(parser)
     add("--host", default="127.0.0.1", help="0.0.0.0 for all of the network (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 for one that is free (default: %(default)s)")
     add("--model-name", help="its name for clients (default: that of the directory)")
@@ -96,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
     limits = limits_of(options)
     bound = server.listen(options.host, options.port) if is_first_rank() else None
-    loaded = load_model(options.checkpoint, options.precision)
+    loaded = load_model(options.checkpoint, options.precision, adapter=options.adapter)
     if bound is None:
         server.follow(loaded, limits=limits)
         return 0
