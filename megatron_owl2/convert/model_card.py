@@ -37,8 +37,9 @@ print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_spe
 ```
 
 `processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)` takes messages
-in place of a prompt. Their texts stay texts, whatever they spell; in a prompt `<|image|>` is an
-image and `</s>` the end of a turn.
+in place of a prompt. Their texts stay texts, whatever they spell. In a prompt `<|image|>` is an
+image and `</s>` is text; turns end where `apply_chat_template` ends them, in its ids or in the
+string that it gives without `tokenize`, as long as nothing changes that string.
 
 ## Fine-tuning
 
