@@ -144,8 +144,7 @@ def _encode(marked: str, tokenizer) -> list[int]:
     for number, turn in enumerate(marked.split(tokenizer.eos_token)):
         ids += [tokenizer.eos_token_id] if number else []
         for piece in re.split(f" ?{_ANSWER}", turn):
-            words = piece.replace(_TEXT, "")
-            ids += tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+            ids += tokenizer.text_ids(piece.replace(_TEXT, ""))
     return ids
 
 
