@@ -1,4 +1,5 @@
-"""Text of users is text: the same ids from engine, processor, rendered prompts and pipeline."""
+"""Text of users is text: the same ids from engine, processor, rendered prompts, pipeline and the
+tokenizer for vLLM."""
 
 import copy
 import pickle
@@ -15,8 +16,9 @@ from transformers.pipelines.base import Chat
 
 from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.conversation import asking_ids, prompt_ids
-from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID, expand_placeholders
+from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.inference.messages import from_messages
+from megatron_owl2.vllm_plugin.tokenizer import Owl2Tokenizer
 
 ROWS = 5  # of an image
 IMAGE = Image.new("RGB", (8, 6), "red")
@@ -43,14 +45,15 @@ def without_network(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=TEMPLATES)
 def served(request, tmp_path_factory):
-    """A template, its tokenizer, and the pipeline of an export."""
+    """A template, its tokenizer, and of an export the pipeline and the tokenizer for vLLM."""
     folder, model = tmp_path_factory.mktemp(request.param), grouped_model()
     model.model.template = request.param
     tokenizer = tokenizers(folder)["crossing"]
     directory = export(model, folder / "hf", tokenizer.path)
     processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
     answering = pipeline("image-text-to-text", model=load(directory), processor=processor)
-    return TEMPLATES[request.param], tokenizer, answering
+    of_vllm = Owl2Tokenizer.from_pretrained(directory)
+    return TEMPLATES[request.param], tokenizer, answering, of_vllm
 
 
 @st.composite
@@ -68,20 +71,24 @@ def conversations(draw) -> list[dict]:
     return messages
 
 
+def expanded(ids: list[int], placeholder: int) -> list[int]:
+    return sum(([0] * ROWS if token == placeholder else [token] for token in ids), [])
+
+
 def of_engine(messages: list[dict], template, tokenizer) -> list[int]:
     asked = from_messages(messages)
     ids = asking_ids(asked.questions, asked.answers, tokenizer, template, asked.system)
     assert ids.count(tokenizer.eos_id) == len(asked.answers)
     assert ids.count(IMAGE_TOKEN_ID) == len(asked.images)
-    return expand_placeholders(ids, ROWS).tokens.tolist()
+    return expanded(ids, IMAGE_TOKEN_ID)
 
 
 @given(conversations())
-@settings(max_examples=60)
+@settings(max_examples=150)
 def test_messages_have_the_ids_of_the_engine(served, messages):
-    template, tokenizer, answering = served
+    template, tokenizer, answering, of_vllm = served
     processor, wanted = answering.processor, of_engine(messages, template, tokenizer)
-    before = copy.deepcopy([message["role"] for message in messages])
+    before = copy.deepcopy(messages)
     inputs = processor.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True
     )
@@ -93,15 +100,18 @@ def test_messages_have_the_ids_of_the_engine(served, messages):
     images = from_messages(messages).images
     again = processor(text=[pickle.loads(pickle.dumps(rendered))], images=images)
     assert again["input_ids"].tolist() == [wanted]
-    assert before == [message["role"] for message in messages]
+    chat = of_vllm.apply_chat_template(messages, add_generation_prompt=True)
+    assert expanded(chat, of_vllm.placeholder) == wanted
+    assert before == messages
 
 
 @given(TEXTS)
-@settings(max_examples=60)
+@settings(max_examples=150)
 def test_a_plain_string_has_places_of_images_and_no_other_control_token(served, text):
-    _, tokenizer, answering = served
+    _, tokenizer, answering, of_vllm = served
     images = [IMAGE] * text.count("<|image|>")
-    wanted = expand_placeholders(prompt_ids(text, tokenizer), ROWS).tokens.tolist()
+    wanted = expanded(prompt_ids(text, tokenizer), IMAGE_TOKEN_ID)
+    assert expanded(of_vllm.encode(text), of_vllm.placeholder) == wanted
     assert answering.processor(text=text, images=images)["input_ids"].tolist() == [wanted]
     inputs = {"text": text, "images": images} if images else text
     assert answering.preprocess(inputs)["input_ids"].tolist() == [wanted]

@@ -66,11 +66,12 @@ CASES = [
 
 
 def model_config(template: str) -> ModelConfig:
-    """Heads of size 32, which vLLM needs on a CPU; two share a key; not the usual rotary base."""
+    """Heads of size 32, which vLLM needs on a CPU; all share a key, which tensor parallelism must
+    copy; not the usual rotary base."""
     return ModelConfig(
         vision=VisionConfig(28, 14, 32, 2, 4, 64),
         abstractor=AbstractorConfig(8, 2, 4, 64),
-        decoder=DecoderConfig(320, 128, 3, 4, 2, 160, max_positions=256, rope_theta=700.0),
+        decoder=DecoderConfig(320, 128, 3, 4, 1, 160, max_positions=256, rope_theta=700.0),
         image_mean=[0.2, 0.3, 0.4],
         image_std=[0.25, 0.2, 0.3],
         image_mode="pad",

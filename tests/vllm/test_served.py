@@ -3,45 +3,43 @@
 `bash tests/vllm.sh` makes the environment and the reference, whose folder is OWL2_VLLM_REFERENCE.
 """
 
-import base64
 import gc
-import json
-import os
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
-if "OWL2_VLLM_REFERENCE" not in os.environ:
-    pytest.skip("needs the reference that tests/vllm.sh makes", allow_module_level=True)
 
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
+from vllm_cases import CASES, REFERENCE, as_openai
 
-REFERENCE = Path(os.environ["OWL2_VLLM_REFERENCE"])
-CASES = json.loads((REFERENCE / "cases.json").read_text()) if REFERENCE.is_dir() else []
 GREEDY = SamplingParams(temperature=0, max_tokens=12, min_tokens=12, logprobs=0)
 SETTINGS = {
     "whole": {"enforce_eager": True},
     # Chunks of 16 cut images of 9 rows; blocks of 32 are cached.
     "chunked": {"enforce_eager": True, "max_num_batched_tokens": 16, "block_size": 32},
     "compiled": {"enforce_eager": False, "block_size": 32},
+    "tensor": {"enforce_eager": True, "tensor_parallel_size": 2},
+    # Without compilation vLLM's runner for CPUs cannot.
+    "pipeline": {"enforce_eager": False, "pipeline_parallel_size": 2},
 }
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def llm(request):
+    settings = SETTINGS[request.param]
+    ranks = settings.get("tensor_parallel_size", 1) * settings.get("pipeline_parallel_size", 1)
     found = LLM(
         str(REFERENCE / "model"),
         dtype="float32",
         seed=0,
         max_num_seqs=8,
-        distributed_executor_backend="uni",
+        distributed_executor_backend="uni" if ranks == 1 else "mp",
         enable_prefix_caching=True,
         limit_mm_per_prompt={"image": 4},
-        **SETTINGS[request.param],
+        **settings,
     )
     yield found
     del found
@@ -51,19 +49,6 @@ def llm(request):
 
 def image(name: str) -> Image.Image:
     return Image.open(REFERENCE / f"{name}.png")
-
-
-def as_openai(message: dict) -> dict:
-    """A message with its images as data URLs."""
-    if isinstance(message["content"], str):
-        return message
-    parts = []
-    for part in message["content"]:
-        if part["type"] == "image":
-            data = base64.b64encode((REFERENCE / f"{part['image']}.png").read_bytes()).decode()
-            part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-        parts.append(part)
-    return message | {"content": parts}
 
 
 def answers(llm, cases: list[dict]) -> list:
