@@ -98,9 +98,9 @@ def mark_messages(entry):
         return [mark_messages(message) for message in entry]
     if not isinstance(entry, dict):
         return entry
-    content, mark = entry.get("content"), _ANSWER if entry.get("role") == "assistant" else ""
+    content = entry.get("content")
     if isinstance(content, str):
-        return entry | {"content": mark + _literal(content)}
+        content = [{"type": "text", "text": content}]  # transformers 5.4 wants parts
     if not isinstance(content, (list, tuple)) or not content:
         return entry
     parts = [
@@ -109,7 +109,9 @@ def mark_messages(entry):
         else part
         for part in content
     ]
-    return entry | {"content": [{"type": "text", "text": mark}, *parts] if mark else parts}
+    if entry.get("role") == "assistant":
+        parts.insert(0, {"type": "text", "text": _ANSWER})
+    return entry | {"content": parts}
 
 
 def mark_text(text: str) -> str:
