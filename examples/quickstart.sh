@@ -177,3 +177,6 @@ echo "checkpoints  $PWD/runs/*/checkpoints"
 echo "HF model     $PWD/model"
 echo "scores       $PWD/scores.json"
 echo "picture      $PWD/report.png"
+echo
+echo "To talk with it in a browser:"
+echo "    $VENV/bin/python $TOOLS/serve.py --checkpoint $PWD/model"

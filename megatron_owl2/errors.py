@@ -74,6 +74,10 @@ class InferenceError(Owl2Error, ValueError):
     """A prompt that this model cannot answer, or a model that cannot be loaded; says why."""
 
 
+class ServingError(RetryableError, RuntimeError):
+    """A server that cannot start, or whose engine failed; the message says why."""
+
+
 class TaskError(Owl2Error, ValueError):
     """Files that are not what the benchmark reads; the message names the file and the fault."""
 

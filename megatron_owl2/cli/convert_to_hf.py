@@ -22,6 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layout", choices=["owl2", "llama", "clip"], default="owl2")
     parser.add_argument("--adapter", action="store_true", help="write only the LoRA adapters")
+    card = parser.add_argument_group("model card", "of layout owl2; its README.md says this too")
+    card.add_argument("--license", default="", metavar="ID", help="as the Hub names it: llama2")
+    for option, what in (("base-model", "training started from"), ("dataset", "it was trained on")):
+        card.add_argument(
+            f"--{option}", nargs="+", default=[], metavar="ID", help=f"on the Hub, what {what}"
+        )
+    card.add_argument(
+        "--scores", nargs="+", default=[], metavar="FILE", help="scores.json of owl2 evaluate"
+    )
     parser.add_argument("--max-shard-gib", type=float, default=5.0, help="size of a weight file")
 
 
@@ -31,6 +40,10 @@ def run(options: argparse.Namespace) -> int:
     if options.adapter and options.layout != "owl2":
         raise UsageError("--adapter has the names of layout owl2; leave out --layout")
 
+    given = (options.license, *options.base_model, *options.dataset, *options.scores)
+    if any(given) and (options.layout != "owl2" or options.adapter):
+        raise UsageError("only layout owl2 has a model card, and --adapter has none")
+
     import torch
 
     from megatron_owl2.mcore.setup import setup
@@ -38,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
     setup()
     from megatron_owl2.convert.adapters import export_adapter
     from megatron_owl2.convert.hf_weights import export_hf
+    from megatron_owl2.convert.model_card import CardFacts, read_scores
+    from megatron_owl2.convert.provenance import trained_stages
     from megatron_owl2.convert.sources import from_checkpoint
 
     if os.path.lexists(options.output):
@@ -49,6 +64,13 @@ def run(options: argparse.Namespace) -> int:
         export_adapter(source.tensors, source.config.model, lora, options.output, dtype=dtype)
         print(f"wrote {options.output}")
         return 0
+    facts = CardFacts(
+        license=options.license,
+        base_models=options.base_model,
+        datasets=options.dataset,
+        scores=[read_scores(file) for file in options.scores],
+        stages=trained_stages(options.checkpoint),
+    )
     export_hf(
         source.merged().tensors,
         source.config.model,
@@ -57,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
         layout=options.layout,
         dtype=dtype,
         max_shard_bytes=int(options.max_shard_gib * 1024**3),
+        facts=facts,
         progress=True,
     )
     if options.layout != "clip" and not source.config.data.tokenizer:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_owl2.cli import judge, rating
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
+from megatron_owl2.cli.options import add_model
 from megatron_owl2.errors import ScoreError
 
 SUITES = ("paper",)
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--suite", choices=SUITES, help="all tasks of the paper that have a folder in DATA"
     )
-    parser.add_argument("--checkpoint", required=True, help="run directory, iter_* or HF export")
+    add_model(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -60,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, help="instead of the task's")
     parser.add_argument("--min-new-tokens", type=int, help="instead of the task's")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument(
         "--tensor-parallel",
         type=int,
@@ -139,7 +139,10 @@ def _load(options: argparse.Namespace):
     from megatron_owl2.inference import loading
 
     return loading.load_model(
-        options.checkpoint, options.precision, tensor_parallel=options.tensor_parallel
+        options.checkpoint,
+        options.precision,
+        adapter=options.adapter,
+        tensor_parallel=options.tensor_parallel,
     )
 
 
@@ -148,11 +151,15 @@ def _about(options: argparse.Namespace) -> dict[str, str]:
     from megatron_owl2.evaluation.fingerprint import mark_of_model
     from megatron_owl2.evaluation.ranks import from_first
 
-    return {
+    about = {
         "model": options.checkpoint,
         "model_content": from_first(lambda: mark_of_model(Path(options.checkpoint))),
         "precision": options.precision,
     }
+    if options.adapter:
+        about["adapter"] = options.adapter
+        about["adapter_content"] = from_first(lambda: mark_of_model(Path(options.adapter)))
+    return about
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ VERBS = (
     "train",
     "plan",
     "generate",
+    "serve",
     "evaluate",
     "convert-from-hf",
     "convert-to-hf",

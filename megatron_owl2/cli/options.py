@@ -1,8 +1,15 @@
-"""Values of command-line options: text to a number in its range, or argparse's error."""
+"""Command-line options that several verbs have, and values in their range."""
 
 import argparse
 import math
 from collections.abc import Callable
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options of the model that a verb asks, for `inference.loading.load_model`."""
+    parser.add_argument("--checkpoint", required=True, help="run directory, iter_* or HF export")
+    parser.add_argument("--adapter", help="directory of peft, to be merged into the weights")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
 
 
 def number(text: str, kind: Callable[[str], float] = float) -> float:

@@ -201,13 +201,8 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
 def write_remote_code(directory: Path) -> None:
     """The code that transformers 5 loads with trust_remote_code, added to an "owl2" directory: the
     modules, and in the settings that are there the classes to take from them. Images are read by
-    the modules that training reads them with."""
-    package = Path(__file__).parents[1]
-    readers = [
-        package / "data" / name
-        for name in ("image_files.py", "pillow_images.py", "image_resize.py")
-    ]
-    for module in [*readers, *package.glob("convert/remote_code/*_mplug_owl2.py")]:
+    the modules that training reads them with, to which links lie among the others."""
+    for module in Path(__file__).with_name("remote_code").glob("[!_]*.py"):
         shutil.copyfile(module, directory / module.name)
     for name, classes in _CLASSES.items():
         path = directory / name

@@ -9,7 +9,7 @@ import torch
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.lazy_tensor import LazyTensor
-from megatron_owl2.convert.model_card import write_model_card
+from megatron_owl2.convert.model_card import CardFacts, write_model_card
 from megatron_owl2.convert.partition import shard
 from megatron_owl2.convert.safetensors_io import TensorReader, write_shards
 from megatron_owl2.data.tokenizer import load_tokenizer
@@ -104,16 +104,17 @@ def export_hf(
     layout: str = "owl2",
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * _GIB,
+    facts: CardFacts | None = None,
     progress: bool = False,
 ) -> None:
     """Export of whole weights under our names as a Hugging Face directory, with the
     SentencePiece model `tokenizer` if there is one.
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
-    CLIPVisionModel; "owl2" brings its code for transformers and a model card along. `dtype` is by
-    default the weights' own, the wider one if they have several; position tables keep theirs.
-    `output` appears when complete. Raises ConversionError if it exists, if there is no room, or if
-    a weight is not finite in `dtype`.
+    CLIPVisionModel; "owl2" brings its code for transformers and a model card with `facts` along.
+    `dtype` is by default the weights' own, the wider one if they have several; position tables keep
+    theirs. `output` appears when complete. Raises ConversionError if it exists, if there is no
+    room, or if a weight is not finite in `dtype`.
     """
     dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in TABLES)
     dtype = dtype or reduce(torch.promote_types, dtypes)
@@ -132,7 +133,7 @@ def export_hf(
                 shutil.copyfile(tokenizer, partial / "tokenizer.model")
             if layout == "owl2":
                 hf_config.write_remote_code(partial)
-                write_model_card(partial, model)
+                write_model_card(partial, model, facts)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error}") from None
 

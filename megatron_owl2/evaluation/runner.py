@@ -215,7 +215,7 @@ class _Run:
         assert isinstance(splitting, torch.distributed.ProcessGroup)
         writes = splitting.rank() == 0
         read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
-        generator, limits = Generator(loaded), _limits(self.benchmark, self.settings)
+        generator = Generator(loaded)
         with ExitStack() as stack:
             with together(splitting):
                 keep = (

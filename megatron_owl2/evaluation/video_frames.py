@@ -112,6 +112,7 @@ def _stream(path: Path):
     """The container of a file and its first video stream; errors of reading it are TaskError."""
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         raise TaskError("videos need PyAV: pip install 'megatron-owl2[video]'") from None
     try:
@@ -121,6 +122,6 @@ def _stream(path: Path):
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield container, stream
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TaskError(f"{path} cannot be decoded: {reason}") from None

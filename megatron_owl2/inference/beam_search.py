@@ -35,7 +35,7 @@ def _search(loaded: LoadedModel, request: Request, row) -> list[int]:
     cache = KeyValueCache(
         loaded.model.context, loaded.config.decoder, beams, length + options.max_new_tokens - 1
     )
-    seen = [token for token in request.prompt if token >= 0]
+    seen = request.seen(loaded.tokenizer.vocab_size)
     logits = runner.prefill([row], request.images, cache)
     cache.reorder(torch.zeros(beams, dtype=torch.int64), length)
     running: list[tuple[float, list[int]]] = [(0.0, [])]

@@ -57,6 +57,15 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     """A weight [out, in] in the order in which a CPU reads it fastest."""
     if weight.device.type != "cpu":
         return weight
-    if weight.numel() < _SMALLEST_PACKED or not torch.backends.mkldnn.is_available():
+    if weight.numel() < _SMALLEST_PACKED or not _packs(weight.dtype):
         return weight.t().contiguous().t()
     return torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and computes in this type on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32

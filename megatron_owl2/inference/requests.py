@@ -28,6 +28,10 @@ class Request:
     images: Sequence[torch.Tensor] = ()
     options: GenerationOptions = field(default_factory=GenerationOptions)
 
+    def seen(self, pieces: int) -> list[int]:
+        """The ids of its text among the first `pieces`, for a repetition penalty."""
+        return [token for token in self.prompt if 0 <= token < pieces]
+
 
 @dataclass(frozen=True)
 class Token:
@@ -72,6 +76,12 @@ def expand(
     placeholders = list(request.prompt).count(IMAGE_TOKEN_ID)
     if len(request.prompt) == 0:
         raise InferenceError(f"{name} is empty")
+    vocabulary = model.decoder.vocab_size
+    unknown = [i for i in request.prompt if not 0 <= i < vocabulary and i != IMAGE_TOKEN_ID]
+    if unknown:
+        raise InferenceError(
+            f"{name} has the id {unknown[0]}, and this model embeds ids from 0 to {vocabulary - 1}"
+        )
     if placeholders != len(images):
         raise InferenceError(
             f"{name} has {placeholders} placeholders {IMAGE_PLACEHOLDER}, but "

@@ -78,7 +78,7 @@ class Scheduler:
             raise InferenceError("beams above 1 are not for continuous batching; use Generator")
         row = expand(request, self.config, name, self._cache.positions)
         self._count += 1
-        chooser = TokenChooser(request.options, [t for t in request.prompt if t >= 0])
+        chooser = TokenChooser(request.options, request.seen(self.tokenizer.vocab_size))
         needed = text or request.options.stop
         stream = TextStream(self.tokenizer, request.options.stop) if needed else None
         self._waiting.append(_Sequence(self._count, request, row, chooser, stream))

@@ -101,6 +101,9 @@ def test_the_command_is_there_and_nothing_is_from_the_checkout(installed):
         assert path.startswith(str(installed.bin.parent))
     package = "lib/*/site-packages/megatron_owl2"
     assert list(installed.bin.parent.glob(f"{package}/evaluation/templates/mistakes.html"))
+    page = [path.name for path in (ROOT / "megatron_owl2/serving/page").iterdir()]
+    shipped = installed.bin.parent.glob(f"{package}/serving/page/*")
+    assert sorted(path.name for path in shipped) == sorted(page)
     wrong = installed.run("owl2", "plam")
     assert wrong.returncode == 2 and "did you mean 'plan'?" in wrong.stderr
 

@@ -20,11 +20,20 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "megatron": "megatron-core"}
 # Imported where they are used, with an error that names the extra.
 OPTIONAL = {
     "aiohttp": "remote",  # of fsspec[http]
+    "av": "video",
+    "h11": "serve",
+    "httpx": "judge",
     "matplotlib": "report",
+    "prometheus_client": "serve",
     "pyarrow": "parquet",
+    "pycocoevalcap": "captions",
+    "pydantic": "serve",
+    "pydantic_core": "serve",  # of pydantic
+    "starlette": "serve",
     "transformers": "hf",
     "transformer_engine": "gpu",
     "triton": "gpu",  # torch for GPUs brings it
+    "uvicorn": "serve",
     "wandb": "wandb",
 }
 

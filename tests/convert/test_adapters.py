@@ -20,6 +20,8 @@ from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.sources import SourceModel, from_checkpoint, from_owl2, weight_shapes
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.errors import ConfigError, ConversionError
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
 
 EVERY = LoraConfig(["*"], rank=3, alpha=12.0)
@@ -102,6 +104,35 @@ def test_a_merged_export_and_peft_compute_what_the_adapted_model_does(tmp_path, 
     assert replace(stored, targets=lora.targets) == lora
     assert again.tensors.keys() == source.tensors.keys()
     assert torch.equal(our_logits(again), expected)
+
+
+def test_adapters_answer_as_the_merged_model_does(tmp_path):
+    """In a checkpoint, or beside an export or a checkpoint of the model without them."""
+    source, plain = adapted(EVERY), from_owl2(OWL2)
+    model, tokenizer = source.config.model, small_tokenizer(tmp_path)
+    for one in (source, plain):
+        one.config.data.tokenizer = str(tokenizer)
+    export_hf(source.merged().tensors, model, tmp_path / "merged", tokenizer=tokenizer)
+    export_hf(plain.tensors, model, tmp_path / "base", tokenizer=tokenizer)
+    write_checkpoint(tmp_path / "adapted", source.tensors, source.config)
+    write_checkpoint(tmp_path / "plain", plain.tensors, plain.config)
+    export_adapter(source.tensors, model, EVERY, tmp_path / "adapter")
+    pixels = torch.rand(3, *[model.vision.image_size] * 2)
+    case = [[1, 5, -200, 9], [1, 40, 41]], [[pixels], []], 8, 8
+    answers = {}
+    for name, adapter in (
+        ("merged", None),
+        ("adapted", None),
+        ("base", tmp_path / "adapter"),
+        ("plain", tmp_path / "adapter"),
+        ("unadapted", None),
+    ):
+        path = tmp_path / (name if name != "unadapted" else "plain")
+        answers[name] = Generator(load_model(path, adapter=adapter)).generate_ids(*case)
+        setup.shutdown()
+    without = answers.pop("unadapted")
+    assert all(ids == answers["merged"] for ids in answers.values())
+    assert without != answers["merged"]
 
 
 def test_an_adapter_of_peft_comes_in(tmp_path):

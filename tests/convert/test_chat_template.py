@@ -127,8 +127,7 @@ def test_texts_of_messages_are_text(exports):
     answered = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     ids = processor.apply_chat_template(answered, tokenize=True)[0].tolist()
     assert ids.count(2) == 1 and ids[-1] == 2
-    # A prompt is written in control tokens, which is what it is for.
-    assert (processor(text="USER: a ASSISTANT: b</s>")["input_ids"] == 2).sum() == 1
+    assert (processor(text="USER: a ASSISTANT: b</s>")["input_ids"] == 2).sum() == 0
     with pytest.raises(UnicodeEncodeError):
         processor.apply_chat_template([{"role": "user", "content": "\ud800"}], tokenize=True)
     with pytest.raises(Exception, match="must have a 'content'"):

@@ -48,6 +48,10 @@ class Job:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return [path.read_text() for path in self._outputs]
 
+    def output(self) -> str:
+        """What it has written so far."""
+        return self._outputs[0].read_text()
+
     def poll(self, timeout: float = 0) -> int | None:
         if self.returncode is None and select.select([self._server.stdout], [], [], timeout)[0]:
             self._wait()

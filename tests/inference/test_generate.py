@@ -163,6 +163,8 @@ def test_mistakes_are_named(loaded):
         generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[image, image]], 4)
     with pytest.raises(InferenceError, match=r"\[3, 28, 28\]"):
         generator.generate_ids([[1, IMAGE_TOKEN_ID]], [[image[:, :14]]], 4)
+    with pytest.raises(InferenceError, match="prompt 1 has the id 320, .* from 0 to 319"):
+        generator.generate_ids([[1, 320]], [[]], 4)
     with pytest.raises(InferenceError, match="prompt 1 is empty"):
         generator.generate_ids([[]], [[]], 4)
     with pytest.raises(InferenceError, match="2 prompts"):

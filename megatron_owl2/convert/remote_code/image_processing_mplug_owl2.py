@@ -14,6 +14,8 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+# transformers 5.4 copies what a file imports itself, and not what those files import.
+from .image_files import kind  # noqa: F401
 from .image_resize import SquareResize, resize
 from .pillow_images import check_size, decode, from_pillow
 

@@ -1,73 +1,24 @@
 """Texts and images to the inputs of mPLUG-Owl2."""
 
-import json
-import re
 from collections.abc import Iterable
 
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
 
+from .prompt_mplug_owl2 import (
+    IMAGE,
+    RenderedPrompt,
+    default_chat_template,
+    is_rendered,
+    mark_messages,
+    mark_text,
+    prompt_ids,
+)
 from .text_options_mplug_owl2 import TextOptions
 
-IMAGE = "<|image|>"
-# Marks in the texts of messages; no text holds such code points. After every `<`, so that no text
-# spells a placeholder or `</s>`; before every answer, which training tokenises by itself.
-_TEXT, _ANSWER = "\ud800", "\ud801"
-# The template of official inference, where `system` and `after_image` are empty. `system` comes
-# first unless there is a system message, `after_image` after the images that begin a question.
-_CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- elif content is iterable and content is not mapping and content -%}
-        {%- for part in content -%}
-            {%- if part['type'] == 'image' -%}
-                {{- '<|image|>' -}}
-            {%- elif part['type'] == 'text' and part['text'] is string -%}
-                {{- part['text'] -}}
-            {%- else -%}
-                {{- raise_exception("a part of a content must be of type 'image', or of type "
-                    ~ "'text' with a 'text'; found " ~ part) -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- else -%}
-        {{- raise_exception("a message must have a 'content': a text or a list of parts") -}}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro question(content) -%}
-    {%- set pieces = text(content).split('<|image|>') -%}
-    {%- set state = namespace(begun=pieces | length == 1) -%}
-    {%- for piece in pieces -%}
-        {{- '' if loop.first else '<|image|>' -}}
-        {%- set piece = piece.rstrip() if loop.last and not loop.first else piece -%}
-        {%- if state.begun -%}
-            {{- piece -}}
-        {%- elif piece.strip() or loop.last -%}
-            {%- set state.begun = true -%}
-            {{- ('' if loop.first else after_image) + piece.lstrip() -}}
-        {%- endif -%}
-    {%- endfor -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {%- if loop.first and system and message['role'] != 'system' -%}
-        {{- system + ' ' -}}
-    {%- endif -%}
-    {%- if message['role'] == 'assistant' -%}
-        {{- 'ASSISTANT: ' + text(message['content']) + eos_token -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- 'USER: ' + question(message['content']) + ' ' -}}
-    {%- elif message['role'] == 'system' -%}
-        {%- set given = text(message['content']) -%}
-        {%- set given = given if given | trim else (system if loop.first else '') -%}
-        {{- given + ' ' if given else '' -}}
-    {%- else -%}
-        {{- raise_exception("the 'role' of a message must be system, user or assistant; found "
-            ~ message['role']) -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- 'ASSISTANT:' -}}
-{%- endif -%}"""
+_PLACEHOLDER = -200  # of an image among ids, before its rows take its place
+_LOGGER = logging.get_logger(__name__)
 
 
 class MPLUGOwl2Processor(ProcessorMixin):
@@ -82,11 +33,8 @@ class MPLUGOwl2Processor(ProcessorMixin):
         after_image="",
         chat_template=None,
     ):
-        texts = {"system": system, "after_image": after_image}
-        given = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}\n" for k, v in texts.items())
-        super().__init__(
-            image_processor, tokenizer, chat_template=chat_template or given + _CHAT_TEMPLATE
-        )
+        template = chat_template or default_chat_template(system, after_image)
+        super().__init__(image_processor, tokenizer, chat_template=template)
         self.tokens_per_image = tokens_per_image
         self.system, self.after_image = system, after_image
 
@@ -97,12 +45,18 @@ class MPLUGOwl2Processor(ProcessorMixin):
     def apply_chat_template(self, conversation, *args, tokenize=False, **keywords):
         """ProcessorMixin's, whose ids are those of training, where texts of messages stay texts.
 
-        With `tokenize=True` a `<|image|>`, `</s>` or `<s>` that a message spells is text, and only
-        parts of the type image are images. The text that comes without it does not tell them apart.
+        A `<|image|>`, `</s>` or `<s>` that a message spells is text, and only parts of the type
+        image are images. Without `tokenize=True` it gives a `RenderedPrompt`, of which a call of
+        the processor makes the same ids, as long as it is passed on unchanged.
         """
+        marked = [mark_messages(entry) for entry in conversation]
         if tokenize:
-            conversation = [_marked(entry) for entry in conversation]
-        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **keywords)
+            reader = _TemplateReader(self)
+            return ProcessorMixin.apply_chat_template(
+                reader, marked, *args, tokenize=True, **keywords
+            )
+        text = super().apply_chat_template(marked, *args, tokenize=False, **keywords)
+        return RenderedPrompt(text) if isinstance(text, str) else list(map(RenderedPrompt, text))
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **keywords) -> BatchFeature:
         """One text or several with a `<|image|>` for each image, to padded inputs.
@@ -110,7 +64,7 @@ class MPLUGOwl2Processor(ProcessorMixin):
         images: the images in order, flat, or one list for each text; what the image processor
         takes. In place of an image a list of images, frames, fills one placeholder together,
         and so do several images of a text with one placeholder when there is a list per text.
-        In texts `</s>` ends a turn; in messages of `apply_chat_template` it is text.
+        A text may be what `apply_chat_template` renders; in any other `</s>` is text.
         `keywords` are those of a tokenizer that `TextOptions` has, also in a dict `text_kwargs`.
         Returns input_ids (0 at image rows and padding), attention_mask, modality (1 at image
         rows, else 0), all int64 [b, s], and pixel_values [n, 3, H, W] if there are any. Raises
@@ -120,7 +74,7 @@ class MPLUGOwl2Processor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise ValueError("this model reads neither videos nor audio; give frames as images")
         options = TextOptions.of(self.tokenizer, keywords)
-        texts = _texts(text, images)
+        texts = [self._marked(entry) for entry in _texts(text, images)]
         frames = _frames(images, [t.count(IMAGE) for t in texts])
         sizes = iter([len(group) * self.tokens_per_image for group in frames])
         rows = [self._row(t, sizes, options.add_special_tokens) for t in texts]
@@ -133,63 +87,36 @@ class MPLUGOwl2Processor(ProcessorMixin):
             data["pixel_values"] = values if options.return_tensors else list(values.numpy())
         return BatchFeature(data, tensor_type=options.return_tensors)
 
-    def _row(self, text: str, sizes, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-        """Ids and modality of a text, the next of `sizes` rows in place of every placeholder.
+    def _marked(self, text: str) -> str:
+        if self.tokenizer.eos_token in text and not is_rendered(text):
+            _LOGGER.warning_once(
+                f"a text spells {self.tokenizer.eos_token}, which is text there: turns end where "
+                "apply_chat_template ends them, in ids or in the string that it gives, unchanged"
+            )
+        return mark_text(text)
 
-        Every piece between placeholders is tokenised alone and the first BOS is kept. A text that
-        starts with the placeholder has no first piece; the official code then keeps the BOS of
-        every later piece.
-        """
-        bos = [self.tokenizer.bos_token_id] if add_special_tokens else []
-        first, *later = text.split(IMAGE)
-        ids = bos + self._encode(first) if first else []
-        modality = [0] * len(ids)
-        for piece in later:
-            size = next(sizes)
-            words = self._encode(piece)
-            if piece and not first:
-                words = bos + words
-            ids += [0] * size + words
-            modality += [1] * size + [0] * len(words)
+    def _row(self, marked: str, sizes, add_bos: bool) -> tuple[list[int], list[int]]:
+        """Ids and modality of a text, the next of `sizes` rows in place of every placeholder."""
+        ids, modality = [], []
+        for token in prompt_ids(marked, self.tokenizer, _PLACEHOLDER, add_bos):
+            rows = next(sizes) if token == _PLACEHOLDER else 0
+            ids += [0] * rows or [token]
+            modality += [1] * rows or [0]
         return ids, modality
 
-    def _encode(self, text: str) -> list[int]:
-        """Ids of a text without BOS; `</s>` ends a turn and is the only special piece."""
-        ids = []
-        for number, turn in enumerate(text.split(self.tokenizer.eos_token)):
-            ids += [self.tokenizer.eos_token_id] if number else []
-            for piece in re.split(f" ?{_ANSWER}", turn):
-                words = piece.replace(_TEXT, "")
-                ids += self.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-        return ids
 
+class _TemplateReader:
+    """The processor as `apply_chat_template` calls it: its texts are what the template wrote."""
 
-def _marked(entry):
-    """A message, or a conversation of them, with the marks of `_TEXT` and `_ANSWER` in its texts;
-    the template refuses what is neither."""
-    if isinstance(entry, (list, tuple)):
-        return [_marked(message) for message in entry]
-    if not isinstance(entry, dict):
-        return entry
-    content, mark = entry.get("content"), _ANSWER if entry.get("role") == "assistant" else ""
-    if isinstance(content, str):
-        return entry | {"content": mark + _literal(content)}
-    if not isinstance(content, (list, tuple)) or not content:
-        return entry
-    parts = [
-        part | {"text": _literal(part["text"])}
-        if isinstance(part, dict) and isinstance(part.get("text"), str)
-        else part
-        for part in content
-    ]
-    return entry | {"content": [{"type": "text", "text": mark}, *parts] if mark else parts}
+    def __init__(self, processor: MPLUGOwl2Processor):
+        self._processor = processor
 
+    def __getattr__(self, name: str):
+        return getattr(self._processor, name)
 
-def _literal(text: str) -> str:
-    """A text that spells no control token; raises ValueError for a code point that is none."""
-    if not text.isascii():
-        text.encode()
-    return text.replace("<", f"<{_TEXT}")
+    def __call__(self, text, **keywords) -> BatchFeature:
+        texts = [text] if isinstance(text, str) else text
+        return self._processor(text=[RenderedPrompt(entry) for entry in texts], **keywords)
 
 
 def _texts(text, images) -> list[str]:

@@ -17,6 +17,10 @@ class MPLUGOwl2Tokenizer(SentencePieceBackend):
         fixed = {"legacy": True, "split_special_tokens": True, "special_tokens_pattern": "bos"}
         super().__init__(vocab_file=vocab_file, **kwargs | fixed)
 
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text without control tokens, whatever it spells, and without a BOS."""
+        return self.convert_tokens_to_ids(self.tokenize(text)) if text else []
+
     def _convert_id_to_token(self, index: int) -> str:
         """The piece of an id; models may have more rows than pieces, which have no text."""
         return super()._convert_id_to_token(index) if index < self.sp_model.get_piece_size() else ""
