@@ -1,4 +1,4 @@
-"""Conversion of a released directory, or of a LLaMA and a CLIP, to a checkpoint.
+"""Conversion of a released directory, or of LLaMA and CLIP, to a checkpoint.
 
 The result starts a stage (stage.initial_checkpoint), answers (tools/generate.py) and converts back
 (tools/convert_to_hf.py). Without --config the sizes are those of the directories and the paper's

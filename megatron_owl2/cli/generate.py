@@ -1,4 +1,4 @@
-"""Answers of a model to a question, to a file of requests, or in a chat, with images.
+"""Answers of a model to a question, to a file of requests, or in a chat.
 
 owl2 generate --checkpoint CKPT_OR_HF_DIR --image FILE --prompt "What is this?"
 owl2 generate --checkpoint CKPT_OR_HF_DIR --requests FILE.jsonl --output ANSWERS.jsonl
@@ -15,16 +15,14 @@ from pathlib import Path
 
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
 from megatron_owl2.cli.generation_options import add_generation_options, given_options
-from megatron_owl2.cli.options import count
+from megatron_owl2.cli.options import add_model, count
 from megatron_owl2.errors import InferenceError
 
 _FRAMES = 4  # of a video, as version 1 took
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="run directory, iter_* or HF export")
-    parser.add_argument("--adapter", metavar="DIR", help="adapters in peft's layout, merged")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    add_model(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--prompt",

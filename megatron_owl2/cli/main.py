@@ -25,6 +25,7 @@ VERBS = (
     "measure-lengths",
     "show-sample",
     "plot-run",
+    "visualize-attention",
     "report",
 )
 

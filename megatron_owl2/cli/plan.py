@@ -1,4 +1,4 @@
-"""Plan of a run before it is queued: memory and time, and better configurations.
+"""Plan of a run before it is queued: memory, time, and better configurations.
 
 owl2 plan --config examples/7b/pretrain.yaml --gpus 64 --gpu-memory 80 \\
     [section.key=value ...]

@@ -1,4 +1,4 @@
-"""List of the images of a corpus that are worth a download, and a script for it.
+"""List of a corpus's images that are worth a download, and a script for it.
 
     owl2 prepare-downloads --corpus NAME --input PATH --output DIR
     bash DIR/download.sh FOLDER

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
+from megatron_owl2.cli import visualize_attention
 from megatron_owl2.cli.generate import main
 
 
@@ -21,6 +22,10 @@ def check(folder: Path, output: Path) -> None:
     limit = ["--max-new-tokens", "12"]
     assert run(folder, output, *requests, "--output", str(output / "answers.jsonl"), *limit) == 0
     assert run(folder, output, "--prompt", "badal", *limit) == 0
+    image = ["--image", str(folder / "images/0.png"), "--output", str(output / "attention")]
+    asked = ["--checkpoint", str(folder / "hf"), "--prompt", "badal", *image]
+    assert visualize_attention.main(asked, "owl2 visualize-attention") == 0
+    parallel_state.destroy_model_parallel()
     bad = output / "bad.jsonl"
     (output / "no.png").write_text("no image")
     bad.write_text(json.dumps({"id": 1, "prompt": "x", "images": ["no.png"]}))

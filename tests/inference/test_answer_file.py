@@ -11,7 +11,7 @@ from hf_dirs import small_tokenizer
 from tiny_data import make_image
 
 import megatron_owl2
-from megatron_owl2.cli import generate
+from megatron_owl2.cli import generate, visualize_attention
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.request_file import answer_file
 
@@ -224,8 +224,9 @@ def test_every_generation_option_is_a_flag():
 
 
 @pytest.mark.distributed
-def test_ranks_answer_a_file_together(folder, answers, tmp_path):
-    """One launch of two ranks that split the model: the file, an image that cannot be read."""
+def test_ranks_work_together(folder, answers, tmp_path):
+    """One launch of two ranks that split the model: the file, an image that cannot be read, one
+    question, attention maps."""
     program = Path(__file__).parents[1] / "helpers" / "generation_ranks.py"
     done: subprocess.CompletedProcess = processes.run_ranks(2, program, folder, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -234,4 +235,14 @@ def test_ranks_answer_a_file_together(folder, answers, tmp_path):
     assert [json.loads(row)["answer"] for row in rows] == texts
     one = megatron_owl2.load(folder / "hf").generate("badal", max_new_tokens=12)
     assert done.stdout.splitlines().count(one) == 1
+    shown = ["--image", str(folder / "images/0.png"), "--output", str(tmp_path / "alone")]
+    alone = ["--checkpoint", str(folder / "hf"), "--prompt", "badal", *shown]
+    assert visualize_attention.main(alone, "owl2 visualize-attention") == 0
+    of_ranks, of_one = (
+        json.loads((tmp_path / name / "attention.json").read_text())[0]
+        for name in ("attention", "alone")
+    )
+    assert of_ranks["answer"] == of_one["answer"]
+    for split, whole in zip(of_ranks["layers"], of_one["layers"], strict=True):
+        assert split == pytest.approx(whole, abs=1e-5)
     assert "line 1: " in done.stderr and "no.png" in done.stderr
