@@ -162,11 +162,12 @@ def test_generation_kwargs_are_read_as_lm_eval_reads_them():
     given = {"until": "b", "do_sample": True, "temperature": 0.7, "top_p": 0.9, "num_beams": None}
     expected = GenerationOptions(7, stop=["b"], temperature=0.7, top_p=0.9)
     assert generation_options(given, 7) == expected
+    assert generation_options({"temperature": 0, "top_p": 0}, 7) == GenerationOptions(7, stop=[])
     assert generation_options({"num_beams": 3, "until": None}, 7).beams == 3
     for given, told in (
         ({"contrastive": 1}, "'contrastive', which this model has not"),
-        ({"top_p": 3}, "top_p is 3"),
-        ({"top_k": "x"}, "generation_kwargs of the task"),
+        ({"top_p": 3, "temperature": 1}, "top_p is 3"),
+        ({"top_k": "x", "temperature": 1}, "generation_kwargs of the task"),
     ):
         with pytest.raises(TaskError, match=told):
             generation_options(given, 7)

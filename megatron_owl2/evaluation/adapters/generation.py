@@ -12,7 +12,7 @@ from megatron_owl2.inference.requests import Request
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAME = ("min_new_tokens", "top_p", "top_k", "repetition_penalty", "length_penalty", "seed")
-_RENAMED = {"num_beams": "beams"}
+_OWN = {"num_beams": "beams", **{name: name for name in _SAME}}
 
 
 def generation_options(given: Mapping[str, Any], max_new_tokens: int) -> GenerationOptions:
@@ -24,10 +24,11 @@ def generation_options(given: Mapping[str, Any], max_new_tokens: int) -> Generat
     left = {name: value for name, value in given.items() if value is not None}
     until = left.pop("until", [])
     lengths = [left.pop(name) for name in _LENGTHS if name in left]
-    samples, temperature = left.pop("do_sample", True), left.pop("temperature", 0.0)
-    options = {
-        _RENAMED.get(name, name): left.pop(name) for name in (*_SAME, *_RENAMED) if name in left
-    }
+    temperature = left.pop("temperature", 0.0)
+    temperature = temperature if left.pop("do_sample", True) else 0.0
+    own = {_OWN[name]: left.pop(name) for name in _OWN if name in left}
+    if not temperature:  # tasks name what greedy decoding does not read, and that out of range
+        own = {name: value for name, value in own.items() if name not in ("top_p", "top_k")}
     if left:
         raise TaskError(
             f"the task generates with {', '.join(map(repr, left))}, which this model has not; "
@@ -36,9 +37,9 @@ def generation_options(given: Mapping[str, Any], max_new_tokens: int) -> Generat
     try:
         return GenerationOptions(
             max_new_tokens=int(lengths[0]) if lengths else max_new_tokens,
-            temperature=float(temperature) if samples else 0.0,
+            temperature=float(temperature),
             stop=[text for text in ([until] if isinstance(until, str) else until) if text],
-            **options,
+            **own,
         )
     except (InferenceError, TypeError) as error:
         raise TaskError(f"generation_kwargs of the task: {error}") from None

@@ -31,7 +31,7 @@ from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.requests import Request
 
 try:
-    from lmms_eval.api.instance import Instance
+    from lmms_eval.api.instance import GenerationResult, Instance
     from lmms_eval.api.model import lmms
     from lmms_eval.models.registry_v2 import ModelManifest
 except ImportError:
@@ -77,16 +77,21 @@ class MegatronOwl2(lmms):
         def asked() -> Iterator[Request]:  # images are read as places come free
             for request in requests:
                 context, given, visuals, number, task, split = request.args
-                options = generation_options(given, self.max_new_tokens)
+                # The model has its own way to make a square of an image.
+                known = {k: v for k, v in given.items() if k != "image_aspect_ratio"}
+                options = generation_options(known, self.max_new_tokens)
                 yield self._request(context, visuals, self.task_dict[task][split][number], options)
 
         positions = self.model.config.decoder.max_positions
         generator = self.model.generator
         return texts_of(generator, asked(), len(requests), self.batch_size, positions)
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The loss of each continuation as an answer, the mean over its ids as lmms-eval's models
-        return it (its tasks take the least), and whether it is greedy."""
+        return it (its tasks take the least), and whether it is greedy.
+
+        The pair is inside a GenerationResult, because lmms-eval 0.7.3 makes text of a bare one.
+        """
         found = []
         for request in requests:
             context, target, visuals, number, task, split = request.args
@@ -95,7 +100,8 @@ class MegatronOwl2(lmms):
             prompt = self._request(context, visuals, row, GenerationOptions())
             ids = self.model.tokenizer.encode(text.strip())
             (score,) = self.model.generator.log_likelihoods([prompt.prompt], [ids], [prompt.images])
-            found.append((-score.total / score.tokens, score.greedy))
+            answer: Any = (-score.total / score.tokens, score.greedy)
+            found.append(GenerationResult(answer))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
