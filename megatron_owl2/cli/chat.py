@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from megatron_owl2.errors import InferenceError
@@ -58,7 +59,8 @@ class Chat:
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
         if command == "/image" and argument.strip():
-            self._images.append({"type": "image", "image": read_image(argument.strip())})
+            image = read_image(Path(argument.strip()).expanduser())
+            self._images.append({"type": "image", "image": image})
         elif line == "/reset":
             self._reset()
         elif command.startswith("/") and command.count("/") == 1:

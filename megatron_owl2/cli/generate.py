@@ -10,7 +10,9 @@ may stand beside these. The same command goes on where it was interrupted.
 """
 
 import argparse
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
@@ -140,12 +142,8 @@ def _answer_file(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("--chat is of one process; start it without torchrun, or give --requests")
-    from contextlib import suppress
-
     from megatron_owl2.cli.chat import Chat
     from megatron_owl2.inference import api
 

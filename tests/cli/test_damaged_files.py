@@ -250,6 +250,16 @@ def copied(kind: str) -> Callable[[Path], None]:
     return make
 
 
+def requests(folder: Path) -> None:
+    images(folder, 2)
+    talk = [{"role": "user", "content": [{"type": "image", "image": "images/1.jpg"}]}]
+    rows = [
+        {"id": 1, "prompt": "What?", "images": ["images/0.jpg"], "temperature": 0.5},
+        {"id": "b", "messages": talk, "max_new_tokens": 2},
+    ]
+    lines(folder / "requests.jsonl", rows)
+
+
 def configuration(folder: Path) -> None:
     data = {"sources": [{"path": "shards", "weight": 1.0}], "tokenizer": "t", "sequence_length": 48}
     train = {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2}
@@ -350,6 +360,10 @@ TARGETS = (
         "generate", "--checkpoint", "export", "--prompt", "What?", "--max-new-tokens", "2"), (
         "export/config.json", "export/tokenizer.model",
         "export/model.safetensors"), 8),
+    Target("generate a file", requests, lambda folder: [
+        "generate", "--checkpoint", MODEL_OF["export"], "--requests", folder / "requests.jsonl",
+        "--output", folder / "out.jsonl", "--max-new-tokens", "2"], (
+        "requests.jsonl", "images/0.jpg"), 12),
     Target("convert_from_hf", copied("export"), with_model(
         "convert_from_hf", "--owl2", "export", "--output", "out"), (
         "export/config.json", "export/tokenizer.model",

@@ -23,6 +23,8 @@ OPTIONAL = {
     "av": "video",
     "h11": "serve",
     "httpx": "judge",
+    "lm_eval": "lm-eval",
+    "lmms_eval": "lmms-eval",
     "matplotlib": "report",
     "prometheus_client": "serve",
     "pyarrow": "parquet",

@@ -142,3 +142,23 @@ def test_pixels_and_normalised_images_go_together(loaded):
     batch = [Request(prompt, [image], GenerationOptions(8, 8)) for image in (pixels, normalised)]
     first, second = Generator(loaded).complete(batch)
     assert first == second
+
+
+def test_requests_are_taken_when_there_is_room(loaded):
+    """Never more than two under way, beam searches at once, and each answer as it is alone."""
+    prompts, images = cases(loaded)
+    options = [GenerationOptions(8, beams=2 if i in (3, 4, 5, 11) else 1) for i in range(12)]
+    wanted = [Request(*case) for case in zip(prompts, images, options, strict=True)]
+    taken, found = [], {}
+
+    def coming():
+        for request in wanted:
+            assert len(taken) - len(found) < 2
+            taken.append(request)
+            yield request
+
+    generator = Generator(loaded)
+    for place, completion in generator.as_they_end(coming(), 2, 64):
+        found[place] = completion
+    assert [found[i] for i in range(12)] == generator.complete(wanted)
+    assert [*generator.as_they_end([], 2, 64)] == []
