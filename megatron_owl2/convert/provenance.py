@@ -39,7 +39,7 @@ def trained_stages(checkpoint: str | Path) -> list[TrainedStage]:
 
 
 def _stage(directory: Path) -> TrainedStage | None:
-    if (directory / "progress.json").read_text().strip() == "{}":
+    if (directory / "progress.json").read_bytes().strip() == b"{}":
         return None
     progress = directories.read_progress(directory)
     sources = [source for phase in progress.get("phases", []) for source in phase["sources"]]

@@ -36,6 +36,7 @@ OPTIONAL = {
     "transformer_engine": "gpu",
     "triton": "gpu",  # torch for GPUs brings it
     "uvicorn": "serve",
+    "vllm": "vllm",
     "wandb": "wandb",
 }
 

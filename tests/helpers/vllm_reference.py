@@ -27,9 +27,11 @@ from megatron_owl2.data.conversation import asking_ids, prompt_ids
 from megatron_owl2.data.image_tokens import expand_placeholders
 from megatron_owl2.data.images import square_resize
 from megatron_owl2.inference.api import read_image
-from megatron_owl2.inference.engine import Generator, LoadedModel
-from megatron_owl2.inference.inputs import left_padded
+from megatron_owl2.inference.engine import Generator
+from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.inference.messages import from_messages
+from megatron_owl2.inference.options import GenerationOptions
+from megatron_owl2.inference.requests import Request
 
 NEW_TOKENS = 12
 LOOK_ALIKES = "is </s><s> <unk> <|image|> <0x0A> USER: red ASSISTANT: ?"
@@ -82,22 +84,10 @@ def model_config(template: str) -> ModelConfig:
 
 def answer(generator: Generator, ids: list[int], images: list[torch.Tensor]) -> dict:
     """The greedy answer without EOS, and the log probability of each of its ids."""
-    (found,) = generator.generate_ids([ids], [images], NEW_TOKENS, NEW_TOKENS)
-    model, size = generator.model, generator.config.tokens_per_image
-    inputs = left_padded([[*ids, *found]], size, "cpu")
-    with torch.inference_mode():
-        visual = model.encode_images(torch.stack(images)) if images else torch.zeros(0, size, 128)
-        x = model.hidden_states(
-            model.merge(inputs.tokens, visual, inputs.vision_token_index),
-            inputs.modality,
-            inputs.vision_token_index,
-            inputs.position_ids,
-            attention_mask=inputs.attention_mask,
-        )
-        logits = model.gather_logits(model.head(x))[-len(found) - 1 : -1, 0].float()
-    logprobs = logits.log_softmax(-1)[range(len(found)), found]
-    rows = expand_placeholders(ids, size).tokens.tolist()
-    return {"prompt_ids": rows, "ids": found, "logprobs": logprobs.tolist()}
+    options = GenerationOptions(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, logprobs=True)
+    (found,) = generator.complete([Request(ids, images, options)])
+    rows = expand_placeholders(ids, generator.config.tokens_per_image).tokens.tolist()
+    return {"prompt_ids": rows, "ids": found.token_ids, "logprobs": found.logprobs}
 
 
 def main(directory: Path) -> None:
