@@ -167,6 +167,7 @@ def test_generation_kwargs_are_read_as_lm_eval_reads_them():
     for given, told in (
         ({"contrastive": 1}, "'contrastive', which this model has not"),
         ({"top_p": 3, "temperature": 1}, "top_p is 3"),
+        ({"temperature": "hot"}, "generation_kwargs of the task: could not"),
         ({"top_k": "x", "temperature": 1}, "generation_kwargs of the task"),
     ):
         with pytest.raises(TaskError, match=told):

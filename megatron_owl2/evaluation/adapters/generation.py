@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_owl2.errors import InferenceError, TaskError
+from megatron_owl2.errors import TaskError
 from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.requests import Request
@@ -41,7 +41,7 @@ def generation_options(given: Mapping[str, Any], max_new_tokens: int) -> Generat
             stop=[text for text in ([until] if isinstance(until, str) else until) if text],
             **own,
         )
-    except (InferenceError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise TaskError(f"generation_kwargs of the task: {error}") from None
 
 
