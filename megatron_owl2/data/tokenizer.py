@@ -59,6 +59,16 @@ class Tokenizer:
         """Ids of `text` without BOS and EOS; the dummy prefix makes its first word "▁word"."""
         return self._model.encode(text)
 
+    def piece_bytes(self, token: int) -> bytes:
+        """What one piece stands for, in UTF-8: the byte of a byte piece, nothing of unk, BOS and
+        EOS, else its text with the space before it."""
+        if token in (self.unk_id, self.bos_id, self.eos_id):
+            return b""
+        piece = self._model.id_to_piece(token)
+        if self._model.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; unk, BOS and EOS are dropped, or spelled "<unk>", "<s>" and "</s>".
 

@@ -17,14 +17,20 @@ def beam_search(loaded: LoadedModel, request: Request) -> Completion:
 
     A hypothesis of n new tokens, its end token among them, scores log p / n^length_penalty. The
     search ends when no running hypothesis, at its present length, can beat the worst of the best
-    `beams` that have ended (transformers' early_stopping=False). Raises InferenceError as
-    `requests.expand` does.
+    `beams` that have ended (transformers' early_stopping=False). Stop strings cut the best one
+    after the search. Raises InferenceError as `requests.expand` does.
     """
     row = expand(request, loaded.config, "the prompt")
     with setup.without_stand_in():
         ids = _search(loaded, request, row)
     stream = TextStream(loaded.tokenizer, request.options.stop)
-    text = "".join([*map(stream.push, ids), stream.finish()])
+    text = ""
+    for count, token in enumerate(ids, start=1):
+        text += stream.push(token)
+        if stream.stopped:
+            ids = ids[:count]
+            break
+    text += stream.finish()
     ended = len(ids) < request.options.max_new_tokens or stream.stopped
     return Completion(ids, text.strip(), "stop" if ended else "length", None, len(row.tokens))
 

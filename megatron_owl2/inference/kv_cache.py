@@ -12,6 +12,13 @@ from megatron_owl2.config.schema import DecoderConfig
 from megatron_owl2.mcore.parallel import ParallelContext
 
 
+def position_bytes(context: ParallelContext, decoder: DecoderConfig) -> int:
+    """Bytes that one position of one sequence takes in all layers, on this rank."""
+    heads = decoder.num_kv_heads // context.tensor_parallel_size
+    size = decoder.hidden_size // decoder.num_heads
+    return 2 * decoder.num_layers * heads * size * context.dtype.itemsize
+
+
 class KeyValueCache:
     """Keys and values [rows, kv_heads / tp, 2, positions, d] of every decoder layer.
 

@@ -9,6 +9,7 @@ from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.image_encoder import ImageEncoder
 from megatron_owl2.inference.inputs import right_padded
 from megatron_owl2.inference.loading import LoadedModel
+from megatron_owl2.inference.model_runner import check_numbers
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.requests import Request, expand
 
@@ -50,6 +51,11 @@ def log_likelihoods(
     ):
         if not continuation:
             raise InferenceError(f"continuation {number} is empty")
+        outside = [i for i in continuation if not 0 <= i < loaded.tokenizer.vocab_size]
+        if outside:
+            raise InferenceError(
+                f"continuation {number} has the id {outside[0]}, which is no piece"
+            )
         # The last id is never read, as the last new token of an answer.
         request = Request([*prompt, *continuation[:-1]], of, GenerationOptions(max_new_tokens=1))
         rows.append(expand(request, loaded.config, f"prompt {number} with its continuation"))
@@ -83,11 +89,14 @@ def _pass(loaded: LoadedModel, rows, visual, targets) -> list[LogLikelihood]:
         for position in range(len(row.tokens) - len(ids), len(row.tokens))
     ]
     logits = model.gather_logits(model.head(x, torch.tensor(places, device=device))).float()
+    logits = logits[:, : loaded.tokenizer.vocab_size]
+    best, likeliest = logits.max(-1)
+    check_numbers(best)
     wanted = torch.tensor([i for ids in targets for i in ids], device=device)
     log_p = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double()
-    best = logits.argmax(-1) == wanted
+    right = likeliest == wanted
     sizes = [len(ids) for ids in targets]
     return [
         LogLikelihood(float(total.sum()), len(total), bool(greedy.all()))
-        for total, greedy in zip(log_p.split(sizes), best.split(sizes), strict=True)
+        for total, greedy in zip(log_p.split(sizes), right.split(sizes), strict=True)
     ]

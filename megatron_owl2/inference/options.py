@@ -47,7 +47,7 @@ class GenerationOptions:
         )
         _in_range("beams", self.beams, self.beams >= 1, "at least 1")
         _in_range(
-            "length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "finite"
+            "length_penalty", self.length_penalty, -10 <= self.length_penalty <= 10, "-10 to 10"
         )
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise InferenceError(f"stop is {self.stop!r}; it must be a list of texts, none empty")

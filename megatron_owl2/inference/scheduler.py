@@ -54,7 +54,7 @@ class Scheduler:
         self._cache = KeyValueCache(loaded.model.context, decoder, max_batch, positions)
         self._waiting: deque[_Sequence] = deque()
         self._active: list[_Sequence] = []
-        self._runner = ModelRunner(loaded)
+        self._runner, self._ranks = ModelRunner(loaded), loaded.model.context.groups.tp
         self._count = 0
         self._prefilled = False  # in the last step
 
@@ -158,6 +158,11 @@ class Scheduler:
         for i, sequence in enumerate(sequences):
             if not sequence.chooser.greedy:
                 choices[i] = sequence.chooser.choose(chosen[i])
+        if self._ranks.size() > 1 and not all(s.chooser.greedy for s in sequences):
+            # Sums on a GPU need not be the same to the bit twice, and ranks must not part.
+            drawn = torch.tensor(choices, device=logits.device)
+            torch.distributed.broadcast(drawn, group=self._ranks, group_src=0)
+            choices = drawn.tolist()
         return [
             self._advance(sequence, choices[i], logits[i]) for i, sequence in enumerate(sequences)
         ]

@@ -7,6 +7,8 @@ import torch
 
 from megatron_owl2.inference.options import GenerationOptions
 
+COLDEST = 1e-5  # temperatures below are greedy decoding, from which they differ by rounding only
+
 
 class TokenChooser:
     """Choices of one request, in order; its random numbers are its own.
@@ -16,7 +18,8 @@ class TokenChooser:
 
     def __init__(self, options: GenerationOptions, seen: Sequence[int]):
         self.options = options
-        self.greedy = options.temperature == 0 and options.repetition_penalty == 1
+        self._cold = options.temperature < COLDEST
+        self.greedy = self._cold and options.repetition_penalty == 1
         self._random = random.Random(options.seed)
         self._seen = dict.fromkeys(seen) if options.repetition_penalty != 1 else None
 
@@ -25,7 +28,7 @@ class TokenChooser:
         options = self.options
         if self._seen is not None:
             logits = penalized(logits, [*self._seen], options.repetition_penalty)
-        if options.temperature == 0:
+        if self._cold:
             token = int(logits.argmax())
         else:
             values, ids = candidates(logits, options)

@@ -14,7 +14,7 @@ from megatron_owl2.serving.body import read_body
 from megatron_owl2.serving.engine import Answer
 from megatron_owl2.serving.metrics import DISCONNECTED
 from megatron_owl2.serving.request_builder import Job
-from megatron_owl2.serving.responses import DONE, Completion, event
+from megatron_owl2.serving.responses import DONE, ChatCompletion, event
 from megatron_owl2.serving.service import Service
 
 _STREAM_HEADERS = [
@@ -81,7 +81,7 @@ class ChatEndpoint:
                 job = await service.builder.build(body)
         except TimeoutError:
             raise ApiError(504, "the request took longer than its deadline") from None
-        completion = Completion(job, service.name, service.tokenizer)
+        completion = ChatCompletion(job, service.name, service.tokenizer)
         with service.engine.submit(job.request, deadline) as answer:
             tokens = self._observed(job, completion, answer, started)
             if job.stream:
@@ -90,7 +90,7 @@ class ChatEndpoint:
         await JSONResponse(body_of_answer)(scope, _nothing, send)
         return 200
 
-    async def _observed(self, job: Job, completion: Completion, answer: Answer, started: float):
+    async def _observed(self, job: Job, completion: ChatCompletion, answer: Answer, started: float):
         """The tokens of an answer, which the metrics count."""
         metrics, loop = self._service.metrics, asyncio.get_running_loop()
         first = None
@@ -106,7 +106,7 @@ class ChatEndpoint:
             yield token
 
 
-async def _stream(completion: Completion, tokens, send: Send) -> int:
+async def _stream(completion: ChatCompletion, tokens, send: Send) -> int:
     """Send the events of an answer; what goes wrong before the first token has its own status."""
     token: Token = await anext(tokens)
     headers = {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS}
@@ -129,9 +129,8 @@ async def _stream(completion: Completion, tokens, send: Send) -> int:
 
 async def _send_event(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
-    await asyncio.sleep(
-        0
-    )  # tokens may have piled up; others, and the end of this client, come first
+    # Tokens may have piled up; others, and the end of this client, come first.
+    await asyncio.sleep(0)
 
 
 async def _until_gone(receive: Receive) -> None:

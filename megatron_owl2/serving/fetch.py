@@ -19,6 +19,8 @@ from megatron_owl2.serving.api_error import ApiError
 _PORTS = {"http": 80, "https": 443}
 _MAX_URL = 2048
 _PIECE = 1 << 16
+# Every piece of an answer in chunks costs time in which nobody else is served.
+_EVENTS, _PIECE_OF_EVENT = 1000, 512
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -130,11 +132,16 @@ class ImageFetcher:
     async def _read(
         self, connection: h11.Connection, reader: asyncio.StreamReader
     ) -> tuple[str | None, bytes]:
-        data = bytearray()
+        data, received, events = bytearray(), 0, 0
         while True:
             event = connection.next_event()
+            events += 1
+            if events > _EVENTS + received // _PIECE_OF_EVENT:
+                raise _FetchError("the server sends it in pieces that are too small")
             if event is h11.NEED_DATA:
-                connection.receive_data(await reader.read(_PIECE))
+                piece = await reader.read(_PIECE)
+                received += len(piece)
+                connection.receive_data(piece)
             elif isinstance(event, h11.Response):
                 headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
                 if event.status_code in (301, 302, 303, 307, 308) and "location" in headers:

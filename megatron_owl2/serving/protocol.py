@@ -44,6 +44,7 @@ _IGNORED = {
 _MESSAGE_NEUTRAL = ("refusal", "annotations", "audio", "tool_calls", "function_call")
 
 _MAX_PARTS = 4096  # messages of a request, and parts of a message
+_MAX_VALUES = 1 << 16  # of JSON in a body, about
 
 
 class _Strict(BaseModel):
@@ -153,6 +154,10 @@ class ChatRequest(_Strict):
 def parse(body: bytes) -> ChatRequest:
     """The request of a body; raises ApiError (400) for one that is none, or asks for what this
     model lacks."""
+    # Values are made one by one while all other threads wait, so too many are not even read. Images
+    # hold no such characters, and a text with so many is too long for every decoder.
+    if sum(body.count(character) for character in b"[{,") > _MAX_VALUES:
+        raise ApiError(400, f"the body holds more than {_MAX_VALUES} values")
     try:
         fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:

@@ -26,7 +26,7 @@ from megatron_owl2.serving.fetch import ImageFetcher
 from megatron_owl2.serving.limits import Limits
 from megatron_owl2.serving.protocol import ChatRequest, ImagePart, parse
 
-_THREADS = 2
+_THREADS = 2  # that decode images
 _MAX_PIECE = 64  # more characters than a piece of any vocabulary has
 
 T = TypeVar("T")
@@ -51,12 +51,13 @@ class RequestBuilder:
     ):
         self._config, self._tokenizer = loaded.config, loaded.tokenizer
         self._name, self._limits, self._fetcher = name, limits, fetcher
-        self._pool = ThreadPoolExecutor(_THREADS, "images")
+        # Prompts do not wait behind images, which take longer.
+        self._images, self._prompts = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(1)
         self._to_square = image_processing.square_resize(loaded.config)
 
     async def build(self, body: bytes) -> Job:
         """The job of a body; raises ApiError (400, 404) for what cannot be served."""
-        chat = await self._aside(lambda: self._checked(parse(body)))
+        chat = await _aside(self._prompts, lambda: self._checked(parse(body)))
         # An image that is shown again is decoded, and encoded, once.
         loading = {url: asyncio.create_task(self._image(url)) for url in chat.image_urls()}
         try:
@@ -64,14 +65,12 @@ class RequestBuilder:
         finally:
             for task in loading.values():
                 task.cancel()
-        return await self._aside(lambda: self._job(chat, images))
+        return await _aside(self._prompts, lambda: self._job(chat, images))
 
     def close(self) -> None:
         """Let the threads end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def _aside(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        for pool in (self._images, self._prompts):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _checked(self, chat: ChatRequest) -> ChatRequest:
         """The same request, if it asks for this model and shows it no more than it may."""
@@ -94,20 +93,20 @@ class RequestBuilder:
             raise ApiError(
                 400,
                 f"max_tokens is {wanted}; this server gives at most {limit}",
-                param="max_tokens",
+                param="max_completion_tokens" if chat.max_completion_tokens else "max_tokens",
             )
         return chat
 
     async def _image(self, url: str) -> torch.Tensor:
         """An image of the model's size, uint8 [3, H, W]."""
         if url[:5].lower() == "data:":
-            return await self._aside(lambda: self._decode(self._data(url)))
+            return await _aside(self._images, lambda: self._decode(self._data(url)))
         if self._fetcher is None:
             raise _bad_image(
                 "images must come as data URLs, data:image/png;base64,...; this server fetches none"
             )
         data = await self._fetcher.fetch(url)
-        return await self._aside(lambda: self._decode(data))
+        return await _aside(self._images, lambda: self._decode(data))
 
     def _data(self, url: str) -> bytes:
         """The bytes of a data URL."""
@@ -196,6 +195,10 @@ class RequestBuilder:
                 f"limit of {limit}; ask for at most {left}"
             )
         return wanted
+
+
+async def _aside(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 def _message(message: Any, images: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Stripped:
         return sure
 
 
-class Completion:
+class ChatCompletion:
     """Bodies of the answer to one job, whose text is stripped as the offline engine's."""
 
     def __init__(self, job: Job, model: str, tokenizer: Tokenizer):
@@ -100,12 +100,12 @@ class Completion:
         for token in tokens:
             if token.token_id is None or token.logprob is None:
                 continue
-            text = self._tokenizer.decode([token.token_id])
+            data = self._tokenizer.piece_bytes(token.token_id)
             content.append(
                 {
-                    "token": text,
+                    "token": data.decode(errors="replace"),
                     "logprob": token.logprob,
-                    "bytes": list(text.encode()),
+                    "bytes": list(data),
                     "top_logprobs": [],
                 }
             )

@@ -55,6 +55,18 @@ def test_hypotheses_are_those_of_transformers(both, beams, penalty):
     assert len(lengths) > 1
 
 
+def test_a_stop_string_cuts_ids_and_text(both):
+    _, ours = both
+    prompt = [1, 9, 8, 7, 6]
+    (whole,) = ours.complete([Request(prompt, [], GenerationOptions(8, 8, beams=3))])
+    stop = whole.text[len(whole.text) // 2 :][:2]
+    options = GenerationOptions(8, 8, beams=3, stop=[stop])
+    (cut,) = ours.complete([Request(prompt, [], options)])
+    assert cut.text == whole.text[: whole.text.index(stop)].strip()
+    assert cut.finish_reason == "stop" and len(cut.token_ids) < 8
+    assert whole.token_ids[: len(cut.token_ids)] == cut.token_ids
+
+
 def test_beams_find_a_likelier_answer_than_the_greedy_one(both):
     _, ours = both
     gains = []

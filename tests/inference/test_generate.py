@@ -139,6 +139,12 @@ def test_a_vocabulary_larger_than_the_tokenizer_is_answered_in_its_pieces(tokeni
     (ids,) = generator.generate_ids([prompt_ids], [[]], 12)
     assert max(ids) < tokenizer.vocab_size
     assert generator.generate([prompt_ids], [[]], 12) == [tokenizer.decode(ids).strip()]
+    (one,) = generator.complete([Request(prompt_ids, [], GenerationOptions(12, logprobs=True))])
+    (likelihood,) = generator.log_likelihoods([prompt_ids], [one.token_ids])
+    assert one.logprobs is not None and likelihood.greedy
+    assert likelihood.total == pytest.approx(sum(one.logprobs), abs=1e-3)
+    with pytest.raises(InferenceError, match=f"continuation 1 has the id {tokenizer.vocab_size}"):
+        generator.log_likelihoods([prompt_ids], [[5, tokenizer.vocab_size]])
 
 
 def test_logits_that_are_no_numbers_are_no_answer(tokenizer):
@@ -150,8 +156,14 @@ def test_logits_that_are_no_numbers_are_no_answer(tokenizer):
     owl = build(model)
     with torch.no_grad():
         owl.output_layer.weight[7, 3] = float("nan")
-    with pytest.raises(InferenceError, match="logits are not numbers"):
-        Generator(LoadedModel(owl, model, tokenizer)).generate(["what"], [[]], 4)
+    generator = Generator(LoadedModel(owl, model, tokenizer))
+    for ask in (
+        lambda: generator.generate(["what"], [[]], 4),
+        lambda: generator.log_likelihoods([[1, 5]], [[6]]),
+        lambda: generator.complete([Request([1, 5], [], GenerationOptions(4, beams=2))]),
+    ):
+        with pytest.raises(InferenceError, match="logits are not numbers"):
+            ask()
 
 
 def test_mistakes_are_named(loaded):

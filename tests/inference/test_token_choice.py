@@ -136,9 +136,20 @@ def test_streamed_text_is_the_whole_answer(loaded):
         {"max_new_tokens": 0}, {"min_new_tokens": -1}, {"temperature": -0.1}, {"top_p": 0.0},
         {"top_p": 1.5}, {"top_k": -1}, {"repetition_penalty": 0.0}, {"beams": 0},
         {"temperature": float("nan")}, {"length_penalty": float("inf")}, {"stop": "text"},
-        {"stop": [""]}, {"beams": 2, "temperature": 1.0},
+        {"length_penalty": 1000.0}, {"stop": [""]}, {"beams": 2, "temperature": 1.0},
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(wrong):
     with pytest.raises(InferenceError, match=next(iter(wrong))):
         dataclasses.replace(GenerationOptions(), **wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_temperatures_near_zero_are_greedy(loaded, temperature):
+    prompts, images = cases(loaded)
+    requests = [
+        Request(p, i, GenerationOptions(8, temperature=temperature))
+        for p, i in zip(prompts, images, strict=True)
+    ]
+    found = [one.token_ids for one in Generator(loaded).complete(requests)]
+    assert found == Generator(loaded).generate_ids(prompts, images, 8)

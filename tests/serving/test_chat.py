@@ -62,6 +62,8 @@ def test_answers_are_those_of_the_offline_engine(loaded, client):
         assert found.usage.total_tokens == found.usage.prompt_tokens + len(wanted.token_ids)
         logprobs = [token.logprob for token in choice.logprobs.content]
         assert logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+        data = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
+        assert data.decode(errors="replace").strip() == wanted.text
         seen.add(wanted.text)
     assert len(seen) == 4
 
@@ -170,6 +172,7 @@ def test_clients_send_messages_back_as_they_got_them(client, server):
         ({"stream_options": {}}, 400, "stream_options", "need stream"),
         ({"messages": []}, 400, "messages", "at least 1 item"),
         ({"messages": [{"role": "user", "content": "x"}] * 5000}, 400, "messages", "at most 4096"),
+        ({"metadata": [[]] * 40_000}, 400, None, "more than 65536 values"),
         ({"messages": "hi"}, 400, "messages", "valid list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "required"),

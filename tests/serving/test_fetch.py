@@ -173,6 +173,9 @@ def test_redirects_are_followed_by_the_same_rule():
             Site(redirects({"/a.png": place})).fetch()
 
 
+SMALL_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 5000
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
@@ -180,6 +183,7 @@ def test_redirects_are_followed_by_the_same_rule():
         ([b"HTTP/1.1 200 OK\r\n\r\n", *[b"x" * 5000] * 3], "more than 10000 bytes"),
         ([b"HTTP/1.1 200 OK\r\nX: ", *[b"x" * 9000] * 9], "connection failed"),
         (answer(b"x", "200 OK", "Content-Encoding: gzip"), "compresses"),
+        (SMALL_CHUNKS, "too small"),
         (answer(b"", "404 Not Found"), "status 404"),
         (answer(b"", "304 Not Modified"), "status 304"),
         (answer(b"", "302 Found"), "status 302"),
