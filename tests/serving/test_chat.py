@@ -63,7 +63,8 @@ def test_answers_are_those_of_the_offline_engine(loaded, client):
         logprobs = [token.logprob for token in choice.logprobs.content]
         assert logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
         data = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
-        assert data.decode(errors="replace").strip() == wanted.text
+        # What bytes that make no character become differs.
+        assert data.decode(errors="ignore").strip() == wanted.text.replace("\ufffd", "")
         seen.add(wanted.text)
     assert len(seen) == 4
 
