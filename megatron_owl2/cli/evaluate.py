@@ -181,6 +181,8 @@ def score(options: argparse.Namespace) -> int:
 
     task = registry.find_benchmarks()[options.task]
     gold = benchmark.read_gold(task, options.gold)
+    if options.replies and (options.variant or options.missing != "error"):
+        raise UsageError("--variant and --missing are of --predictions")
     missing = {}
     try:
         if options.replies:

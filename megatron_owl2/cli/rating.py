@@ -42,6 +42,12 @@ def write_sheet(options: argparse.Namespace) -> int:
         if name in predictions:
             raise UsageError(f"two models are called {name}; give NAME=FILE")
         predictions[name] = benchmark.read_predictions(task, path)
+    if options.limit is not None:  # of predictions for more
+        asked = {question.id for question in questions}
+        predictions = {
+            name: {i: text for i, text in benchmark.with_ids_of(asked, texts).items() if i in asked}
+            for name, texts in predictions.items()
+        }
     items = rating.shuffled_items(questions, predictions, options.seed)
     rating.write_sheet(Path(options.output), items)
     print(f"{len(items)} answers are in {options.output}/{rating.SHEET}; keep {rating.KEY} away")

@@ -159,7 +159,7 @@ def question_file(benchmark: Benchmark, data: str | Path) -> Path:
 def split_of(benchmark: Benchmark, path: Path) -> str | None:
     """The split of a question file: by its name, else the only one that the benchmark asks."""
     found = None if path.is_dir() else _SPLIT.search(path.stem)
-    return found[1].replace("test-dev", "testdev") if found else benchmark.split
+    return found[1].lower().replace("test-dev", "testdev") if found else benchmark.split
 
 
 def has_answers(gold: Gold) -> bool:
@@ -236,6 +236,8 @@ def with_missing_wrong(
 ) -> tuple[dict[Id, str], int]:
     """Predictions for all gold, and how many were added: an empty answer for each that is missing,
     or a no or yes where a rule takes an empty one for right."""
+    if variant is not None and benchmark.judge and variant == benchmark.judge.variant:
+        raise TaskError(f"--missing wrong is not for {variant}: no reply of a judge is a wrong one")
     predictions = with_ids_of(gold, predictions)
     missing = {i: row for i, row in gold.items() if i not in predictions}
     added = {}
@@ -272,7 +274,7 @@ def _gold_beside(questions: Path, pattern: str) -> Path:
     """The gold file in the folder of a question file: of several, the one whose name has most of
     the words of the questions' and no other, as v2_mscoco_val2014_annotations.json."""
     found = _matching(questions.parent, pattern)
-    if len(found) == 1:
+    if len(found) == 1 and not _is_of_another_split(found[0], questions):
         return found[0]
     fitting = [path for path in found if _words(path) <= _words(questions)]
     most = max((len(_words(path)) for path in fitting), default=0)
@@ -282,6 +284,18 @@ def _gold_beside(questions: Path, pattern: str) -> Path:
             f"{_several(found, pattern)}; leave the one that belongs to {questions.name}"
         )
     return best[0]
+
+
+def has_gold_beside(benchmark: Benchmark, questions: Path) -> bool:
+    """Whether a question file has its gold in its folder: a set may lie there without."""
+    found = sorted(questions.parent.glob(benchmark.gold_file))
+    return any(not _is_of_another_split(path, questions) for path in found)
+
+
+def _is_of_another_split(gold: Path, questions: Path) -> bool:
+    """Whether both names say a split, and not the same."""
+    splits = [_SPLIT.search(path.stem) for path in (gold, questions)]
+    return all(splits) and len({found[1].lower() for found in splits if found}) > 1
 
 
 def _words(path: Path) -> set[str]:

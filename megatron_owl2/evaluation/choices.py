@@ -25,10 +25,15 @@ def show(question: str, options: Sequence[str], hint: str = "") -> str:
     return "\n".join([*lines, question, *lettered(options)])
 
 
+def check_count(options: Sequence[str], where: str) -> None:
+    """Refusal of more options than there are letters, as TaskError that begins with `where`."""
+    if len(options) > len(LETTERS):
+        raise TaskError(f"{where} has {len(options)} options; at most {len(LETTERS)} are known")
+
+
 def lettered(options: Sequence[str]) -> list[str]:
     """The lines "A. first", "B. second" and so on; raises TaskError if the letters run out."""
-    if len(options) > len(LETTERS):
-        raise TaskError(f"a question has {len(options)} options; at most {len(LETTERS)} are known")
+    check_count(options, "a question")
     return [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
 
 
@@ -78,7 +83,7 @@ def letters_of(row: Mapping) -> str:
 
 
 def _if_option(letter: str, row: Mapping) -> str:
-    return letter if letter and letter in letters_of(row) else ""
+    return letter if letter in [*letters_of(row)] else ""
 
 
 def score_choices(

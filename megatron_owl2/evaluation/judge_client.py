@@ -4,6 +4,8 @@ Replies are appended to a file as they come, so that a run that was stopped goes
 """
 
 import json
+import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -17,7 +19,8 @@ from tqdm import tqdm
 from megatron_owl2.errors import JudgeError, TaskError
 from megatron_owl2.evaluation.judge_files import REPLY
 from megatron_owl2.evaluation.rows import read_rows, short
-from megatron_owl2.utils.files import truncate_jsonl
+from megatron_owl2.utils.files import locked
+from megatron_owl2.utils.json_text import is_json_list
 
 if TYPE_CHECKING:
     import httpx
@@ -43,6 +46,11 @@ class Server:
     timeout: float = 120.0
     pause: float = 1.0
 
+    @property
+    def shown(self) -> str:
+        """The address for messages, without a password."""
+        return re.sub("//[^/@]*@", "//", self.base_url)
+
 
 def ask_all(requests: Mapping[str, dict[str, Any]], replies: Path, server: Server) -> int:
     """The number of new replies, to those of {custom_id: body} that have none in the file.
@@ -55,6 +63,15 @@ def ask_all(requests: Mapping[str, dict[str, Any]], replies: Path, server: Serve
         import httpx
     except ImportError:
         raise TaskError("asking a judge needs httpx: pip install 'megatron-owl2[judge]'") from None
+    replies.touch()
+    try:
+        with locked(replies):
+            return _ask_all(httpx, server, requests, replies)
+    except BlockingIOError:
+        raise JudgeError(f"another process is asking for {replies}; wait for it") from None
+
+
+def _ask_all(httpx, server: Server, requests: Mapping[str, dict], replies: Path) -> int:
     answered = _answered(replies)
     left = {i: body for i, body in requests.items() if i not in answered}
     headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
@@ -99,13 +116,30 @@ def _answers(
 
 
 def _answered(replies: Path) -> set[str]:
-    """The ids with a reply; a last line that was torn is dropped."""
-    if not replies.exists():
-        return set()
+    """The ids with a reply; a last line that was torn is cut off."""
     data = replies.read_bytes()
-    if data and not data.endswith(b"\n"):
-        truncate_jsonl(replies, lambda row: True)
-    return {row["custom_id"] for row in read_rows(replies, REPLY)}
+    if not data:
+        return set()
+    if is_json_list(data):
+        raise JudgeError(f"{replies} holds a JSON list, which cannot be gone on with; name another")
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        with replies.open("r+b") as file:
+            if _is_object(data[end:]):
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            else:
+                file.truncate(end)
+    left = replies.stat().st_size
+    return {row["custom_id"] for row in read_rows(replies, REPLY)} if left else set()
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a last line lacks its end only."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _ask(
@@ -122,7 +156,7 @@ def _ask(
         try:
             answer = client.post(f"{server.base_url.rstrip('/')}/chat/completions", json=body)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise JudgeError(f"{server.base_url} is no address of a server: {error}") from None
+            raise JudgeError(f"{server.shown} is no address of a server: {error}") from None
         except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
             continue
@@ -130,10 +164,10 @@ def _ask(
             return i, _text(answer, i)
         reason = f"status {answer.status_code}: {short(answer.text)}"
         if answer.status_code not in _MAY_PASS and answer.status_code < 500:
-            raise JudgeError(f"{server.base_url} refuses request {i}: {reason}")
+            raise JudgeError(f"{server.shown} refuses request {i}: {reason}")
         delay = _asked_to_wait(answer, delay)
     raise JudgeError(
-        f"{server.base_url} did not answer request {i} in {server.tries} tries: {reason}; start "
+        f"{server.shown} did not answer request {i} in {server.tries} tries: {reason}; start "
         "again to go on"
     )
 

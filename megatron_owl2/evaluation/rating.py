@@ -84,7 +84,7 @@ def write_sheet(folder: Path, items: Sequence[Item]) -> None:
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(_COLUMNS)
-    writer.writerows((item.code, item.question.text, item.answer, "") for item in items)
+    writer.writerows((i.code, _cell(i.question.text), _cell(i.answer), "") for i in items)
     key = {
         item.code: {
             "model": item.model,
@@ -203,3 +203,8 @@ def _sheet_rows(path: Path) -> Iterator[tuple[int, str, str]]:
         raise TaskError(f"{path} is not text in UTF-8; save it as CSV in UTF-8") from None
     except csv.Error as error:
         raise TaskError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet program takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

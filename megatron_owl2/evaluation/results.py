@@ -87,7 +87,7 @@ def _row(benchmark: Benchmark, result: Mapping[str, Any], figure: Figure) -> Row
         remarks.append("black images")
     if result["limit"] is not None:
         remarks.append(f"the first {result['limit']} questions only")
-    if result["prompt_suffix"] != benchmark.suffix_of(result["prompt"]):
+    if result["prompt_suffix"] != benchmark.suffix_of(result["prompt"], None, result["variant"]):
         remarks.append("another suffix of the prompt")
     return Row(
         task=figure.task,

@@ -75,7 +75,7 @@ def _has_gold(entry: Benchmark, file: Path) -> bool:
     """Whether there is gold, or there must be some: only a server's set goes without."""
     if entry.submission is None or entry.gold_file == entry.file:
         return True
-    return any(file.parent.glob(entry.gold_file))
+    return benchmark.has_gold_beside(entry, file)
 
 
 def run_job(

@@ -74,7 +74,9 @@ def verdict(reply: str) -> tuple[str, int] | None:
         return None
     except OverflowError:  # an infinite score
         return None
-    pred = str(pred).lower()
+    if not isinstance(pred, str):
+        return None
+    pred = pred.lower()
     return ("yes" if "yes" in pred else "no" if "no" in pred else ""), number
 
 

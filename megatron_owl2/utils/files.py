@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -48,10 +49,11 @@ def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
     """Removal of the JSON lines of a file that are not wanted; lines that a crash has torn are
     dropped with a warning."""
     kept, torn = [], 0
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    # Line feeds alone end a line: texts may hold what splitlines takes for one.
+    for line in re.findall(rb"[^\n]*\n|[^\n]+\Z", path.read_bytes()):
         try:
             row = json.loads(line)
-            whole = line.endswith("\n") and isinstance(row, dict)
+            whole = line.endswith(b"\n") and isinstance(row, dict)
         except (ValueError, RecursionError):
             whole = False
         torn += not whole
@@ -59,7 +61,7 @@ def truncate_jsonl(path: Path, wanted: Callable[[dict], bool]) -> None:
             kept.append(line)
     if torn:
         _logger.warning("%s: dropped %d lines that a crash has torn", path, torn)
-    write_atomically(path, "".join(kept).encode())
+    write_atomically(path, b"".join(kept))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from megatron_owl2.errors import JudgeError, ScoreError, TaskError
 from megatron_owl2.evaluation import judge_client, judge_files
 from megatron_owl2.evaluation.judge_client import Server, ask_all
 from megatron_owl2.evaluation.judge_files import Replies, read_replies, score_replies
+from megatron_owl2.utils.files import locked
 
 VET = {
     "v1_0": {"imagename": "a.png", "question": "x?", "answer": "-1<AND>-5", "capability": ["math"]},
@@ -27,7 +28,7 @@ def lines(path: Path, rows) -> Path:
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def reply(i: str, text: str) -> dict:
@@ -252,7 +253,8 @@ BODY = {"messages": [{"role": "user", "content": "?"}]}
 
 def test_a_client_tries_again_and_goes_on(tmp_path):
     path = tmp_path / "replies.jsonl"
-    path.write_text(json.dumps(reply("1.1.a", "old")) + '\n{"custom_id": "1.1.b", "te')
+    old = json.dumps(reply("1.1.a", "old \u2028 \x85"), ensure_ascii=False)
+    path.write_text(old + '\n{"custom_id": "1.1.b", "te', encoding="utf-8")
     requests = {f"1.1.{i}": BODY for i in "abcde"}
     with judge(lambda body, number: [429, 503, "fine", "\ud800"][min(number - 1, 3)]) as (
         url,
@@ -262,7 +264,7 @@ def test_a_client_tries_again_and_goes_on(tmp_path):
         assert ask_all(requests, path, server) == 4
     assert len(asked) == 6 and asked[0][2] is None
     assert rows_of(path) == [
-        reply("1.1.a", "old"),
+        reply("1.1.a", "old \u2028 \x85"),
         reply("1.1.b", "fine"),
         *(reply(f"1.1.{i}", "?") for i in "cde"),
     ]
@@ -288,6 +290,22 @@ def test_a_server_that_fails_is_named_and_what_it_said_is_kept(tmp_path, answers
     ):
         ask_all(requests, path, Server(url, None, 1, tries=3, pause=0.01))
     assert rows_of(path) == [reply("1.1.a", "fine")]
+
+
+def test_replies_that_are_whole_are_kept(tmp_path):
+    path, server = tmp_path / "replies.jsonl", Server("http://me:secret@127.0.0.1:9", tries=1)
+    path.write_text(json.dumps(reply("1.1.a", "old")))  # lacks its line feed only
+    assert ask_all({"1.1.a": BODY}, path, server) == 0
+    assert rows_of(path) == [reply("1.1.a", "old")]
+    path.write_text(json.dumps([reply("1.1.a", "old")]))
+    with pytest.raises(JudgeError, match="a JSON list"):
+        ask_all({"1.1.b": BODY}, path, server)
+    assert json.loads(path.read_text()) == [reply("1.1.a", "old")]
+    path.unlink()
+    with pytest.raises(JudgeError, match="http://127.0.0.1:9 did not answer"):
+        ask_all({"1.1.b": BODY}, path, server)
+    with locked(path), pytest.raises(JudgeError, match="another process is asking"):
+        ask_all({"1.1.b": BODY}, path, server)
 
 
 def test_without_a_server_the_address_is_named(tmp_path):

@@ -102,6 +102,21 @@ def test_a_sheet_is_blind_and_its_tally_is_not(owleval, capsys):
         assert "two models are called owl2; give NAME=FILE" in capsys.readouterr().err
 
 
+def test_a_sheet_of_some_questions_takes_predictions_of_all(owleval, capsys):
+    path, folder = answers(owleval, "one"), owleval / "sheet"
+    arguments = ["rating-sheet", "--task", "owleval", "--data", str(owleval), "--limit", "2"]
+    assert main([*arguments, "--predictions", str(path), "--output", str(folder)]) == 0
+    assert "2 answers are in" in capsys.readouterr().out
+
+
+def test_no_answer_is_a_formula_in_a_spreadsheet(owleval):
+    questions, _, _ = asked("owleval", owleval)
+    items = [rating.Item("x-1", questions[1], "one", '=HYPERLINK("http://x","y")')]
+    rating.write_sheet(owleval / "sheet", items)
+    rows = csv.reader(io.StringIO((owleval / "sheet" / rating.SHEET).read_text("utf-8-sig")))
+    assert [row[2] for row in rows][1] == """'=HYPERLINK("http://x","y")"""
+
+
 def test_the_order_comes_from_the_seed(owleval):
     questions, _ = benchmark.read(TASKS["owleval"], owleval)
     said = {name: {n: f"{name} {n}" for n in (1, 2, 3)} for name in "xyz"}

@@ -99,7 +99,8 @@ def read_gold(path: Path) -> Gold:
 
     Raises TaskError for an answer that is the label of none.
     """
-    name = re.search("ARC-(?:Challenge|Easy)", str(path.resolve()))
+    nearest = [path.name, *(folder.name for folder in path.resolve().parents)]
+    name = next(filter(None, (re.search("ARC-(?:Challenge|Easy)", n) for n in nearest)), None)
     gold = {}
     for i, row in rows_by_id(path, read_rows(path, _FIELDS), "id").items():
         question, labels, options = _parts(row)
@@ -108,6 +109,7 @@ def read_gold(path: Path) -> Gold:
                 f"{path}: the answer of question {i!r} is {row['answerKey']!r}, its options are "
                 f"labelled {', '.join(labels) or 'nothing'}{place_of(row)}"
             )
+        choices.check_count(options, f"{path}: question {i!r}{place_of(row)}")
         gold[i] = {
             "question": question,
             "options": options,

@@ -120,7 +120,7 @@ def _gold(file: Path, row: dict) -> dict:
         "skill": re.sub(r"^[a-z]+_|_\d+$", "", row["id"]),
     }
     gold["domain"] = _DOMAIN_OF.get(gold["skill"], "no domain")
-    if not is_open and answer and answer not in choices.letters_of(gold):
+    if not is_open and answer and answer not in [*choices.letters_of(gold)]:
         raise TaskError(
             f"{file}: question {row['id']!r} has the answer {answer!r}, no option of it"
             f"{place_of(row)}"

@@ -6,6 +6,7 @@ counts the ratings of one model's answers, a row {question_id, answer} with the 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def read_gold(path: Path) -> Gold:
     """The rows by id, with their abilities "a" to "f" as `skills`; nothing is right or wrong."""
     rows = rows_by_id(path, read_rows(path, _FIELDS), "question_id")
     return {
-        i: row | {"answer": None, "skills": sorted(set(row["ability"].replace(" ", "").split(",")))}
+        i: row | {"answer": None, "skills": sorted({*re.findall("[^, ]+", row["ability"])})}
         for i, row in rows.items()
     }
 

@@ -101,7 +101,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _letter(path: Path, i: int, answer: str | None, options: list[str]) -> str | None:
-    if answer is None or (_is_table(path) and answer in choices.LETTERS[: len(options)]):
+    if answer is None or (_is_table(path) and answer in [*choices.LETTERS[: len(options)]]):
         return answer
     texts = [option.strip().lower() for option in options]
     if answer.strip().lower() not in texts:

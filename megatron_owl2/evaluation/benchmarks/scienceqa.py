@@ -59,6 +59,7 @@ def read_gold(path: Path) -> Gold:
                 f"{path}: the answer of problem {i!r} is {row['answer']}, but it has "
                 f"{len(row['choices'])} choices, counted from 0{place_of(row)}"
             )
+        choices.check_count(row["choices"], f"{path}: problem {i!r}{place_of(row)}")
         gold[i] = {
             "question": row["question"],
             "hint": row["hint"],
