@@ -30,17 +30,20 @@ constraints_of() { # the versions that were tested with this interpreter
     fi
 }
 
+# Modules are compiled when they are first imported: most never are, and all of them take a minute.
+pip_install() { "$VENV/bin/pip" install --no-compile "$@"; }
+
 install_torch() {
     local version
     version=$(sed -n 's/^torch==//p' "$1")
     # PyPI's Linux wheel brings gigabytes of CUDA; the CPU wheel has its own version and index.
     if [ "$(uname -s)" = Linux ]; then
-        "$VENV/bin/pip" install "torch==$version+cpu" 2>/dev/null ||
-            "$VENV/bin/pip" install "torch==$version" \
+        pip_install "torch==$version+cpu" 2>/dev/null ||
+            pip_install "torch==$version" \
                 --index-url https://download.pytorch.org/whl/cpu && return
         echo "== no wheel of torch for the CPU alone: the usual one brings gigabytes of CUDA"
     fi
-    "$VENV/bin/pip" install "torch==$version"
+    pip_install "torch==$version"
 }
 
 make_environment() {
@@ -58,10 +61,11 @@ make_environment() {
     [ -x "$VENV/bin/pip" ] || "$python" -m venv --clear "$VENV"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     install_torch "$constraints" || fail "torch could not be installed; see the message above"
-    "$VENV/bin/pip" install --constraint "$constraints" --editable "${ROOT}[report,test]" ||
+    pip_install --constraint "$constraints" --editable "${ROOT}[report,test]" ||
         fail "the packages could not be installed; see the message above"
     echo "$wanted" >"$VENV/.complete"
 }
 
+unset PYTHONDONTWRITEBYTECODE # or every process compiles all that it imports
 make_environment
 export CUDA_VISIBLE_DEVICES= # the quickstart and the tests are for the CPU, whatever else there is

@@ -8,7 +8,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/environment.sh"
 cd "$ROOT"
 export OMP_NUM_THREADS=1 # multi-rank tests run one thread per rank
-unset PYTHONDONTWRITEBYTECODE # or every process compiles what it imports
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 if [ "${1:-}" = unit ]; then
