@@ -63,21 +63,22 @@ def ask_all(requests: Mapping[str, dict[str, Any]], replies: Path, server: Serve
         import httpx
     except ImportError:
         raise TaskError("asking a judge needs httpx: pip install 'megatron-owl2[judge]'") from None
+    headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
     replies.touch()
     try:
-        with locked(replies):
-            return _ask_all(httpx, server, requests, replies)
+        with locked(replies), httpx.Client(headers=headers, timeout=server.timeout) as client:
+            return _ask_missing(client, server, requests, replies)
     except BlockingIOError:
         raise JudgeError(f"another process is asking for {replies}; wait for it") from None
 
 
-def _ask_all(httpx, server: Server, requests: Mapping[str, dict], replies: Path) -> int:
+def _ask_missing(
+    client: "httpx.Client", server: Server, requests: Mapping[str, dict], replies: Path
+) -> int:
     answered = _answered(replies)
     left = {i: body for i, body in requests.items() if i not in answered}
-    headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
     with (
         replies.open("a", encoding="utf-8") as file,
-        httpx.Client(headers=headers, timeout=server.timeout) as client,
         tqdm(total=len(requests), initial=len(requests) - len(left), unit=" replies") as bar,
     ):
         for i, text in _answers(client, server, left):

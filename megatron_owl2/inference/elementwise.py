@@ -43,15 +43,21 @@ class InferenceElementwise(PlainElementwise):
         s, b = rotary[0].shape[:2]
         groups, queries, size = qkv.shape[1], qkv.shape[2] - 2, qkv.shape[3]
         whole = qkv.view(s, b, groups, queries + 2, size)
-        turned, half = whole[..., :-1, :], size // 2
         cos, sin = (table.unsqueeze(3) for table in rotary)
-        sin = sin[..., :half]  # the halves are equal
-        low, high = turned[..., :half], turned[..., half:]
-        result = turned * cos
-        result[..., :half].addcmul_(high, sin, value=-1)
-        result[..., half:].addcmul_(low, sin)
+        result = rotated(whole[..., :-1, :], cos, sin[..., : size // 2])
         query = result[..., :-1, :].reshape(s, b, groups * queries, size)
         return query, result[..., -1, :], whole[..., -1, :]
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys [..., d] turned by their positions, with cos [..., d] and the first half of
+    sin, [..., d / 2], which the second equals."""
+    half = x.shape[-1] // 2
+    low, high = x[..., :half], x[..., half:]
+    result = x * cos
+    result[..., :half].addcmul_(high, sin, value=-1)
+    result[..., half:].addcmul_(low, sin)
+    return result
 
 
 def _normalized(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
+from megatron_owl2.inference.elementwise import rotated
 from megatron_owl2.inference.kv_cache import DecodeLayer
 from megatron_owl2.model.decoder import DecoderLayer, rotary_tables
 from megatron_owl2.model.owl2 import Owl2
@@ -55,17 +56,13 @@ class _TextLayer:
         self.mlp_norm = layer.pre_mlp_norm.weight_text.detach()
 
     def __call__(self, x, cos, sin, cache: DecodeLayer, mask):
-        b, half = len(x), self.head_size // 2
+        b = len(x)
         qkv = self.qkv(self.rms_norm(x, self.eps, self.input_norm))
         qkv = qkv.view(b, self.groups, -1, self.head_size)
-        turned = qkv[:, :, :-1]
-        low, high = turned[..., :half], turned[..., half:]
-        rotated = turned * cos
-        rotated[..., :half].addcmul_(high, sin, value=-1)
-        rotated[..., half:].addcmul_(low, sin)
-        qkv[:, :, -2] = rotated[:, :, -1]
+        turned = rotated(qkv[:, :, :-1], cos, sin)
+        qkv[:, :, -2] = turned[:, :, -1]
         key, value = cache.extend(qkv[:, :, -2:])
-        query = rotated[:, :, :-1].reshape(b, -1, 1, self.head_size)
+        query = turned[:, :, :-1].reshape(b, -1, 1, self.head_size)
         several = query.shape[1] != key.shape[1]
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, enable_gqa=several

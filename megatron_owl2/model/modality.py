@@ -141,8 +141,7 @@ class ModalityQKV(nn.Module):
         qkv = self.adapters.add_columns(qkv, low_rank, sizes)
         rows = modality.vision_token_index
         kv_vision = None
-        # Every weight takes part in every backward pass; without one, text has no use for these.
-        if self.linear_kv_vision is not None and (len(rows) or torch.is_grad_enabled()):
+        if self.linear_kv_vision is not None:
             kv_vision = self._project_vision(
                 self.linear_kv_vision, x.flatten(0, 1).index_select(0, rows)
             )

@@ -81,10 +81,6 @@ class Service:
         self._loop.call_later(self.limits.grace_seconds, self.engine.close, shutting_down())
         self._on_end()
 
-    def end_from_thread(self) -> None:
-        """`end`, from another thread."""
-        self._loop.call_soon_threadsafe(self.end)
-
     async def stop(self) -> None:
         """End all threads, and the other ranks."""
         await self.engine.stop()

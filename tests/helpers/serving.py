@@ -74,7 +74,7 @@ class Running:
     def end(self) -> None:
         """Begin its end and wait for it."""
         with contextlib.suppress(RuntimeError):  # its loop is closed
-            self.service.end_from_thread()
+            self.service._loop.call_soon_threadsafe(self.service.end)
         self.thread.join(60)
         assert not self.thread.is_alive()
 

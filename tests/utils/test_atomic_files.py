@@ -1,10 +1,16 @@
 """Atomic writes and locks, on which finished files and shared folders rely."""
 
+import json
 import threading
 
 import pytest
 
-from megatron_owl2.utils.files import locked, replaced_atomically, write_atomically
+from megatron_owl2.utils.files import (
+    locked,
+    replaced_atomically,
+    truncate_jsonl,
+    write_atomically,
+)
 
 
 def test_a_written_file_replaces_the_old_one_and_leaves_nothing_beside(tmp_path):
@@ -54,3 +60,13 @@ def test_a_lock_can_be_waited_for(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"step": n, "text": "a\u2028b\x85c\u2029"} for n in range(3)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(lines + '{"step": 3, "te', encoding="utf-8")
+    truncate_jsonl(path, lambda row: row["step"] != 1)
+    kept = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert kept == [rows[0], rows[2]]

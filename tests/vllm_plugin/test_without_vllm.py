@@ -1,4 +1,4 @@
-"""What the plugin of vLLM does without vLLM: prompts to ids, and names of weights."""
+"""Plugin of vLLM without vLLM: prompts to ids, and names of weights."""
 
 from collections import defaultdict
 

@@ -58,8 +58,7 @@ class Attention(nn.Module):
         if group.size() == 1:
             if isinstance(mask, PackedSequences):
                 return attend_packed(query, key, value, mask)
-            # A single query comes after all keys.
-            return attend(query, key, value, causal=mask is None and len(query) > 1, mask=mask)
+            return attend(query, key, value, causal=mask is None, mask=mask)
         length = len(query) * group.size()
         own, *_ = places = [
             context_parallel.positions(length, rank, group.size(), query.device)
