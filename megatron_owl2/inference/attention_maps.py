@@ -11,7 +11,7 @@ from torch import nn
 from megatron_owl2.data.image_tokens import VISION
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.image_encoder import ImageEncoder
-from megatron_owl2.inference.inputs import right_padded
+from megatron_owl2.inference.inputs import packed
 from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.requests import Request, expand
@@ -65,7 +65,7 @@ def attention_maps(
     row = expand(whole, loaded.config, "the prompt with its answer")
     model = loaded.model
     visual = ImageEncoder(model).encode(images)
-    inputs = right_padded([row], model.context.device)
+    inputs = packed([row], model.context.device)
     with _recorded(model.decoder.layers) as recorders:
         model.hidden_states(
             model.merge(inputs.tokens, visual, inputs.vision_token_index),

@@ -4,6 +4,7 @@ Sequences take rows 0, 1, ... without gaps, each from position 0 on, so that a d
 slice of the cache and nothing is copied but the new keys and values.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,9 @@ class KeyValueCache:
             for _ in range(decoder.num_layers)
         ]
 
-    def prefill(self, first: int) -> list["PrefillLayer"]:
-        """Layers for whole prompts, in the rows from `first` on."""
-        return [PrefillLayer(layer, first) for layer in self._layers]
+    def prefill(self, first: int, lengths: Sequence[int]) -> list["PrefillLayer"]:
+        """Layers for whole prompts of so many positions, in the rows from `first` on."""
+        return [PrefillLayer(layer[first:], lengths) for layer in self._layers]
 
     def decode(
         self, positions: torch.Tensor, longest: int, *, together: bool
@@ -64,16 +65,17 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class PrefillLayer:
-    """One layer's cache during the pass of new prompts, padded at their ends."""
+    """One layer's cache during the pass of new prompts, packed in one row, for its first rows."""
 
     cached: torch.Tensor
-    first: int
+    lengths: Sequence[int]
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep keys and values [s, b, kv_heads, d]; they are all that these prompts attend to."""
-        length, rows = key.shape[0], slice(self.first, self.first + key.shape[1])
+        """Keep keys and values [s, 1, kv_heads, d]; they are all that these prompts attend to."""
         for number, new in enumerate((key, value)):
-            self.cached[rows, :, number, :length] = new.permute(1, 2, 0, 3)
+            prompts = new[:, 0].split([*self.lengths])
+            for row, prompt in zip(self.cached, prompts, strict=False):  # the other rows are free
+                row[:, number, : len(prompt)] = prompt.transpose(0, 1)
         return key, value
 
 

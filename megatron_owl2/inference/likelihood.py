@@ -1,19 +1,20 @@
 """Log-likelihoods of continuations: what a model gives to texts that it did not choose."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.image_encoder import ImageEncoder
-from megatron_owl2.inference.inputs import right_padded
+from megatron_owl2.inference.inputs import packed
 from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.inference.model_runner import check_numbers
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.requests import Request, expand
 
-_POSITIONS = 4096  # of one pass, padding included
+_POSITIONS = 4096  # of one pass
 
 
 @dataclass(frozen=True)
@@ -60,33 +61,43 @@ def log_likelihoods(
         request = Request([*prompt, *continuation[:-1]], of, GenerationOptions(max_new_tokens=1))
         rows.append(expand(request, loaded.config, f"prompt {number} with its continuation"))
     encoder = ImageEncoder(loaded.model)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
-    found: dict[int, LogLikelihood] = {}
-    while order:
-        longest, group = len(rows[order[-1]].tokens), []
-        while order and (not group or longest * (len(group) + 1) <= _POSITIONS):
-            group.append(order.pop())
+    found: list[LogLikelihood] = []
+    for group in _groups([len(row.tokens) for row in rows]):
         visual = encoder.encode([image for i in group for image in images[i]])
         targets = [continuations[i] for i in group]
-        totals = _pass(loaded, [rows[i] for i in group], visual, targets)
-        found |= zip(group, totals, strict=True)
-    return [found[i] for i in range(len(rows))]
+        found += _pass(loaded, [rows[i] for i in group], visual, targets)
+    return found
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of neighbours, which may share images, for one pass each."""
+    group, positions = [], 0
+    for place, length in enumerate(lengths):
+        if group and positions + length > _POSITIONS:
+            yield group
+            group, positions = [], 0
+        group.append(place)
+        positions += length
+    if group:
+        yield group
 
 
 def _pass(loaded: LoadedModel, rows, visual, targets) -> list[LogLikelihood]:
     """Likelihoods of the `targets` at the ends of rows, in one pass of the decoder."""
     model, device = loaded.model, loaded.model.context.device
-    inputs = right_padded(rows, device)
+    inputs = packed(rows, device)
     x = model.hidden_states(
         model.merge(inputs.tokens, visual, inputs.vision_token_index),
         inputs.modality,
         inputs.vision_token_index,
         inputs.position_ids,
+        attention_mask=inputs.sequences,
     )
+    ends = accumulate(len(row.tokens) for row in rows)
     places = [
-        position * len(rows) + i
-        for i, (row, ids) in enumerate(zip(rows, targets, strict=True))
-        for position in range(len(row.tokens) - len(ids), len(row.tokens))
+        place
+        for end, ids in zip(ends, targets, strict=True)
+        for place in range(end - len(ids), end)
     ]
     logits = model.gather_logits(model.head(x, torch.tensor(places, device=device))).float()
     logits = logits[:, : loaded.tokenizer.vocab_size]

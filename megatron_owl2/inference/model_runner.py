@@ -7,7 +7,7 @@ import torch
 from megatron_owl2.data.image_tokens import ExpandedRow
 from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.image_encoder import ImageEncoder
-from megatron_owl2.inference.inputs import right_padded
+from megatron_owl2.inference.inputs import packed
 from megatron_owl2.inference.kv_cache import KeyValueCache
 from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.inference.text_decoder import TextDecoder
@@ -32,16 +32,18 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Read prompts with their images, in order, into the rows of the cache from `first` on."""
         device, model = self.model.context.device, self.model
-        visual, inputs = self._images.encode(images), right_padded(prompts, device)
+        visual, inputs = self._images.encode(images), packed(prompts, device)
+        lengths = [len(prompt.tokens) for prompt in prompts]
         x = model.hidden_states(
             model.merge(inputs.tokens, visual, inputs.vision_token_index),
             inputs.modality,
             inputs.vision_token_index,
             inputs.position_ids,
-            caches=cache.prefill(first),
+            attention_mask=inputs.sequences,
+            caches=cache.prefill(first, lengths),
         )
-        last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts], device=device)
-        return self._logits(x[last, torch.arange(len(prompts), device=device)])
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        return self._logits(x[last, 0])
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], cache: KeyValueCache

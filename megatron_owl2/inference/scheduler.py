@@ -1,8 +1,8 @@
 """Continuous batching: requests join the batch and leave it between decode steps.
 
-Prompts are read right padded, in groups, and their keys and values go to rows of one preallocated
-cache. A decode step then gives one token to every sequence under way, each at its own position, so
-a request gets the answer that it gets alone.
+Prompts are read in groups, packed in one row, and their keys and values go to rows of one
+preallocated cache. A decode step then gives one token to every sequence under way, each at its own
+position, so a request gets the answer that it gets alone.
 """
 
 from collections import deque
@@ -119,11 +119,11 @@ class Scheduler:
                     self._cache.move(len(self._active), row, last.length)
 
     def _next_group(self, room: int) -> list[_Sequence]:
-        """The first of those waiting, as many as fit into one pass with their padding."""
-        group, longest = [], 0
+        """The first of those waiting, as many as fit into one pass."""
+        group, positions = [], 0
         while self._waiting and len(group) < room:
-            longest = max(longest, len(self._waiting[0].prompt.tokens))
-            if group and longest * (len(group) + 1) > _PREFILL_POSITIONS:
+            positions += len(self._waiting[0].prompt.tokens)
+            if group and positions > _PREFILL_POSITIONS:
                 break
             group.append(self._waiting.popleft())
         return group
