@@ -104,7 +104,7 @@ def merge(schema: type[T], layers: Sequence[Layer]) -> T:
     for where, tree in layers:
         _check_tree(tree, schema, where)
         try:
-            known = OmegaConf.merge(known, OmegaConf.create(tree))
+            known = OmegaConf.unsafe_merge(known, OmegaConf.create(tree))  # copies nothing
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {_describe(error)}") from None
     try:
