@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tool
 import yaml
 from paths import HELPERS, ROOT
 from preprocess_run import records
@@ -99,11 +100,11 @@ def write_recipe(tmp_path: Path, recipe: dict) -> Path:
 
 
 def build(folder: Path, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools/build_mixture.py", "--folder", folder]
-    command += ["--recipe", folder.parent / "recipe.yaml", *arguments]
-    path = f"{folder.parent / 'bin'}:{os.environ['PATH']}"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HELPERS}", "PATH": path}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    recipe = folder.parent / "recipe.yaml"
+    with pytest.MonkeyPatch.context() as patch:  # for the steps, which are processes
+        patch.setenv("PATH", f"{folder.parent / 'bin'}:{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", f"{ROOT}:{HELPERS}")
+        return tool.run("build_mixture", "--folder", folder, "--recipe", recipe, *arguments)
 
 
 def table(text: str) -> dict[str, list[str]]:
