@@ -167,6 +167,8 @@ class BatchLoader:
             worker_init_fn=_leave_signals_to_the_trainer,
             multiprocessing_context=_WorkerContext() if workers else None,
         )
+        if not workers:
+            return iter(loader)
         # torch reports a death from a signal handler, that is anywhere in a training step; without
         # it the death shows when a batch is asked for, where it can be mended.
         handler = signal.getsignal(signal.SIGCHLD)
@@ -177,7 +179,7 @@ class BatchLoader:
             iterator = iter(loader)
         finally:
             gc.unfreeze()
-        if workers and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             torchs = getattr(handler, "__module__", "").startswith("torch.")  # another loader's
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else handler)
         return iterator
