@@ -162,3 +162,8 @@ def test_requests_are_taken_when_there_is_room(loaded):
         found[place] = completion
     assert [found[i] for i in range(12)] == generator.complete(wanted)
     assert [*generator.as_they_end([], 2, 64)] == []
+
+
+def test_a_cache_beyond_the_memory_is_refused(loaded):
+    with pytest.raises(InferenceError, match=r"of 1,099,511,627,776 sequences .* GiB, more than can"):
+        Scheduler(loaded, max_batch=2**40)
