@@ -165,5 +165,5 @@ def test_requests_are_taken_when_there_is_room(loaded):
 
 
 def test_a_cache_beyond_the_memory_is_refused(loaded):
-    with pytest.raises(InferenceError, match=r"of 1,099,511,627,776 sequences .* GiB, more than can"):
+    with pytest.raises(InferenceError, match=r"of 1,099,511,627,776 sequences .* GiB, more"):
         Scheduler(loaded, max_batch=2**40)
