@@ -59,7 +59,7 @@ class Benchmark:
     `submission(predictions, gold)` gives name and content of the file that the benchmark's server
     or published scorer takes. Only then questions may be asked without gold, which is {} there; or,
     if the benchmark has `unanswered_rows`, the rows with None as their `answer`, as they also are
-    where it is not published.
+    where it is not published; `read_unanswered` reads them where gold is of some questions only.
     """
 
     about: str  # one line for the help of tools/evaluate.py
@@ -80,6 +80,7 @@ class Benchmark:
     submission: Callable[[dict[Id, str], Gold], tuple[str, bytes]] | None = None
     many_files: bool = False
     unanswered_rows: bool = False
+    read_unanswered: Callable[[Path], Gold] | None = None
     # Variants that ask otherwise: they read questions with `candidates`, whose letters are scored.
     by_likelihood: Mapping[str, Callable[[Path, Gold], list[Question]]] = field(
         default_factory=dict
@@ -98,6 +99,10 @@ class Benchmark:
         if suffix is None and prompt == "official":
             suffix = self.official.suffix
         return self.suffix if suffix is None else suffix
+
+    def is_judged(self, variant: str | None) -> bool:
+        """Whether a variant of several, or None for the only one, scores a judge's replies."""
+        return self.judge is not None and variant == self.judge.variant
 
     def prompts_of(
         self, question: Question, prompt: str, suffix: str, template: Template
@@ -134,9 +139,7 @@ def read(
     if not with_gold and benchmark.submission is None:
         raise TaskError("this task has no file for a server; its questions need their gold")
     path = _find(data, benchmark.file, benchmark.many_files)
-    gold = _gold_of(benchmark, path) if with_gold or benchmark.unanswered_rows else {}
-    if not with_gold:
-        gold = {i: row | {"answer": None} for i, row in gold.items()}
+    gold = _gold_of(benchmark, path) if with_gold else _unanswered(benchmark, path)
     reader = benchmark.by_likelihood.get(variant or "", benchmark.read_questions)
     questions = reader(path, gold)[:limit]
     if not questions:
@@ -171,6 +174,14 @@ def _gold_of(benchmark: Benchmark, questions: Path) -> Gold:
     if benchmark.gold_file == benchmark.file:
         return read_gold(benchmark, questions)
     return read_gold(benchmark, _gold_beside(questions, benchmark.gold_file))
+
+
+def _unanswered(benchmark: Benchmark, questions: Path) -> Gold:
+    """What is known of questions without gold."""
+    if benchmark.read_unanswered:
+        return benchmark.read_unanswered(questions)
+    rows = _gold_of(benchmark, questions) if benchmark.unanswered_rows else {}
+    return {i: row | {"answer": None} for i, row in rows.items()}
 
 
 def _check_tags(path: Path, questions: list[Question]) -> None:
@@ -236,7 +247,7 @@ def with_missing_wrong(
 ) -> tuple[dict[Id, str], int]:
     """Predictions for all gold, and how many were added: an empty answer for each that is missing,
     or a no or yes where a rule takes an empty one for right."""
-    if variant is not None and benchmark.judge and variant == benchmark.judge.variant:
+    if variant is not None and benchmark.is_judged(variant):
         raise TaskError(f"--missing wrong is not for {variant}: no reply of a judge is a wrong one")
     predictions = with_ids_of(gold, predictions)
     missing = {i: row for i, row in gold.items() if i not in predictions}

@@ -30,7 +30,9 @@ class Figure:
     not known here.
 
     `split` is the paper's; where the file names are splits of their own (`own_split`), only scores
-    of that one are its counterpart. `notes` are keys of NOTES.
+    of that one are its counterpart, and only those of question files whose names match `files`, a
+    regular expression, in any letter case. `judged` figures are a judge's, where there is another
+    rule as well. `notes` are keys of NOTES.
     """
 
     table: int | None
@@ -41,6 +43,8 @@ class Figure:
     split: str
     notes: tuple[str, ...] = ()
     own_split: bool = False
+    files: str = ""
+    judged: bool = False
 
 
 _ACCURACY = ("overall", "accuracy")
@@ -52,6 +56,21 @@ def _accuracy(
     return Figure(table, task, metric, _ACCURACY, value, split, notes)
 
 
+def _mmbench(table: int, value: float, split: str) -> Figure:
+    # The paper's questions are the English ones of the first version.
+    names = r"^(?!.*(_cn|_v11))"
+    return Figure(table, "mmbench", "accuracy", _ACCURACY, value, split, ("mmbench",), files=names)
+
+
+def _video_qa(task: str, exact: float, accuracy: float, score: float) -> list[Figure]:
+    overall, of_score = ("overall", "accuracy"), ("overall", "score")
+    return [
+        Figure(4, task, "exact match", overall, exact, "test"),
+        Figure(4, task, "GPT accuracy", overall, accuracy, "test", judged=True),
+        Figure(4, task, "GPT score", of_score, score, "test", judged=True),
+    ]
+
+
 def _arc(name: str, value: float) -> Figure:
     path = ("skills", name, "accuracy")
     return Figure(3, "arc", f"{name} accuracy", path, value, "test", ("likelihood",))
@@ -59,7 +78,7 @@ def _arc(name: str, value: float) -> Figure:
 
 def _pope(split: str, values: Mapping[str, float | None], *notes: str) -> list[Figure]:
     return [
-        Figure(9, "pope", metric, ("overall", metric), value, split, notes, own_split=True)
+        Figure(9, "pope", metric, ("overall", metric), value, split, notes, True, r"^(coco_)?pope_")
         for metric, value in values.items()
     ]
 
@@ -76,8 +95,8 @@ FIGURES = (
     _accuracy(1, "textvqa_ocr", 58.2, "val", "ocr", metric="VQA accuracy"),
     _accuracy(1, "scienceqa", 68.7, "test"),
     Figure(2, "mme", "perception", ("overall", "perception"), 1450.19, "all"),
-    _accuracy(2, "mmbench", 64.5, "test", "mmbench"),
-    _accuracy(10, "mmbench", 65.4, "dev or test", "mmbench"),
+    _mmbench(2, 64.5, "test"),
+    _mmbench(10, 65.4, "dev or test"),
     Figure(2, "mmvet", "score", ("overall", "score"), 36.2, "test"),
     _accuracy(2, "seed_bench", 57.8, "all", "seed"),
     _accuracy(12, "q_bench", 62.94, "test", "q_bench"),
@@ -86,9 +105,9 @@ FIGURES = (
     _accuracy(3, "agieval", 32.7, "test", "opencompass"),
     _arc("ARC-Challenge", 65.8),
     _arc("ARC-Easy", 79.9),
-    _accuracy(4, "msrvtt_qa", 23.6, "test", metric="exact match"),
-    _accuracy(4, "msvd_qa", 42.4, "test", metric="exact match"),
-    _accuracy(4, "tgif_qa", 61.6, "test", metric="exact match"),
+    *_video_qa("msrvtt_qa", 23.6, 46.7, 2.9),
+    *_video_qa("msvd_qa", 42.4, 65.4, 3.5),
+    *_video_qa("tgif_qa", 61.6, 67.1, 3.7),
     *_pope(
         "random",
         {"accuracy": 88.28, "precision": 94.34, "recall": 82.20, "f1": 87.85, "yes_ratio": 44.91},

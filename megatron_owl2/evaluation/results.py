@@ -1,6 +1,7 @@
 """Results beside the paper's: results.md for the eye and results.json with the same rows."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Row:
     prompt: str
     variant: str | None
     split: str | None
+    data: str | None = None  # name of the question file, or of the folder of many
     table: int | None = None
     paper_split: str | None = None
     notes: tuple[str, ...] = ()
@@ -36,7 +38,7 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
     """The rows of a task's scores.json: a row for each figure of the paper, or one for its most
     important value if the paper has none."""
     benchmark = find_benchmarks()[result["task"]]
-    figures = [figure for figure in FIGURES if _is_counterpart(figure, result)]
+    figures = [figure for figure in FIGURES if _is_counterpart(benchmark, figure, result)]
     if figures:
         return [_row(benchmark, result, figure) for figure in figures]
     metric = benchmark.columns[0]
@@ -55,6 +57,7 @@ def write(
     rows = [row for result in results for row in rows_of(result)]
     used = [key for key in NOTES if any(key in row.notes for row in rows)]
     tree = {
+        "models": _models(results),
         "rows": [asdict(row) for row in rows],
         "notes": {key: NOTES[key] for key in used},
         "without_data": list(without_data),
@@ -65,11 +68,30 @@ def write(
     write_atomically(folder / "results.md", page.encode(errors="backslashreplace"))
 
 
-def _is_counterpart(figure: Figure, result: Mapping[str, Any]) -> bool:
+def _models(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the results are of: names of models, their adapters, and precisions."""
+    names = []
+    for result in results:
+        parts = [result.get("model"), result.get("adapter"), result.get("precision")]
+        names.append(", ".join(str(part) for part in parts if part is not None))
+    return list(dict.fromkeys(names))
+
+
+def _is_counterpart(benchmark: Benchmark, figure: Figure, result: Mapping[str, Any]) -> bool:
     if figure.task != result["task"] or (figure.own_split and figure.split != result.get("split")):
+        return False
+    file = result.get("questions_file")
+    if file is not None and not re.search(figure.files, file, re.IGNORECASE):
+        return False
+    if _judged(benchmark, result) and not figure.judged:
         return False
     # A skill that was not asked, such as the other set of two, has no row.
     return "overall" not in result or _value(result, figure.path[:-1]) is not None
+
+
+def _judged(benchmark: Benchmark, result: Mapping[str, Any]) -> bool:
+    """Whether a judge's rule scored these answers, where there is another one as well."""
+    return len(benchmark.variants) > 1 and benchmark.is_judged(result["variant"])
 
 
 def _value(result: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -83,21 +105,28 @@ def _row(benchmark: Benchmark, result: Mapping[str, Any], figure: Figure) -> Row
     remarks = []
     if "overall" not in result:
         remarks.append("no scores: answers not published, or a judge's")
+    unjudged = figure.judged and not _judged(benchmark, result)
+    if unjudged:
+        remarks.append("no judge was asked")
     if result["blind"]:
         remarks.append("black images")
     if result["limit"] is not None:
         remarks.append(f"the first {result['limit']} questions only")
     if result["prompt_suffix"] != benchmark.suffix_of(result["prompt"], None, result["variant"]):
         remarks.append("another suffix of the prompt")
+    for limit in ("max_new_tokens", "min_new_tokens"):
+        if result.get(limit) not in (None, getattr(benchmark, limit)):
+            remarks.append(f"{limit} {result[limit]}")
     return Row(
         task=figure.task,
         metric=figure.metric,
-        ours=_value(result, figure.path),
+        ours=None if unjudged else _value(result, figure.path),
         paper=figure.value,
         n=_value(result, (*figure.path[:-1], "n")) or result["questions"],
         prompt=result["prompt"],
         variant=result["variant"],
         split=result.get("split"),
+        data=result.get("questions_file"),
         table=figure.table,
         paper_split=figure.split or None,
         notes=figure.notes,
@@ -105,7 +134,7 @@ def _row(benchmark: Benchmark, result: Mapping[str, Any], figure: Figure) -> Row
     )
 
 
-_HEADS = ("task", "metric", "ours", "paper", "n", "prompt", "variant", "split", "table")
+_HEADS = ("task", "metric", "ours", "paper", "n", "prompt", "variant", "data", "split", "table")
 
 
 def _markdown(
@@ -115,8 +144,8 @@ def _markdown(
     without_data: Sequence[str],
     failed: Mapping[str, str],
 ) -> str:
-    models = dict.fromkeys(_text(result.get("model")) for result in results)
-    lines = ["# Results", "", f"Model: {', '.join(models)}", ""] if models else ["# Results", ""]
+    models = "; ".join(map(_line, _models(results)))
+    lines = ["# Results", "", f"Model: {models}", ""] if models else ["# Results", ""]
     lines += [f"| {' | '.join([*_HEADS, 'remarks'])} |", f"|{'---|' * (len(_HEADS) + 1)}"]
     for row in rows:
         marks = "".join(f"[^{used.index(key) + 1}]" for key in row.notes)
@@ -129,6 +158,7 @@ def _markdown(
             str(row.n),
             row.prompt,
             _text(row.variant),
+            _text(row.data),
             _text(row.split) + ("" if row.split == row.paper_split else of_paper),
             _text(row.table),
             "; ".join(row.remarks),

@@ -97,6 +97,11 @@ def evaluate(
     """
     benchmark = find_benchmarks()[name]
     check_variant(benchmark, settings.variant)
+    if settings.variant is not None and benchmark.is_judged(settings.variant):
+        raise TaskError(
+            f"{settings.variant} scores a judge's replies, not answers: evaluate without --variant,"
+            " then use 'evaluate requests', 'evaluate judge' and 'evaluate score --replies'"
+        )
     suffix = benchmark.suffix_of(settings.prompt, settings.suffix, settings.variant)
     if suffix and questions[0].candidates and not questions[0].candidates.in_template:
         raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")

@@ -110,8 +110,9 @@ def _evaluate(
     about: Mapping[str, Any],
 ) -> dict:
     entry = find_benchmarks()[job.task]
-    split = benchmark.split_of(entry, benchmark.question_file(entry, job.data))
-    described = {**about, "data": str(job.data), "split": split}
+    file = benchmark.question_file(entry, job.data)
+    split = benchmark.split_of(entry, file)
+    described = {**about, "data": str(job.data), "questions_file": file.name, "split": split}
     return runner.evaluate(model, job.task, *questions, job.output, settings, described)
 
 

@@ -97,7 +97,7 @@ def submission(predictions: Mapping[Id, str], gold: Gold) -> tuple[str, bytes]:
         {"id": i, "question": row["question"], "answer": row["answer"], "pred": predictions[i]}
         for i, row in gold.items()
     ]
-    return "video_qa.json", json.dumps(rows, ensure_ascii=False).encode()
+    return "video_qa.json", json.dumps(rows).encode()
 
 
 _PROMPT = """\

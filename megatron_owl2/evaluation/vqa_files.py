@@ -32,6 +32,7 @@ _ANNOTATION = {
     "image_id": Optional(whole_number),
     "question_type": words,
     "answers": list_of(object_of(answer=text), at_least=2),  # each counts beside the others
+    "multiple_choice_answer": Optional(text),
 }
 _SPLIT = re.compile(r"(?:^|_)(train|val|test)(?:-dev)?(\d{4})(?:_|$)")
 
@@ -101,6 +102,6 @@ def _gold(path: Path, annotations: list[dict]) -> Gold:
             "image_id": row["image_id"],
             "answers": answers,
             "skill": row["question_type"],
-            "majority": row.get("multiple_choice_answer", most_common(answers)),
+            "majority": row.get("multiple_choice_answer") or most_common(answers),
         }
     return gold

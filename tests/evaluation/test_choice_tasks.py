@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -216,9 +217,16 @@ def test_egoschema_shows_the_frames_of_a_folder(tmp_path):
     said = {"u1": "A", "u3": "the person runs"}
     assert marks("egoschema", said, gold)["all"] == (50.0, 2)
     assert TASKS["egoschema"].submission(said | {"u1": "?"}, gold) == (
-        "egoschema.json",
+        "egoschema_subset.json",
         b'{"u3": 1, "u1": -1}',
     )
+    draw(tmp_path / "images/u2/1.png")
+    questions, gold = benchmark.read(TASKS["egoschema"], tmp_path, with_gold=False)
+    assert [question.id for question in questions] == ["u1", "u2", "u3"]
+    assert not benchmark.has_answers(gold)
+    name, content = TASKS["egoschema"].submission(dict.fromkeys(gold, "B"), gold)
+    assert (name, json.loads(content)) == ("egoschema.json", {"u1": 1, "u2": 1, "u3": 1})
+    shutil.rmtree(tmp_path / "images/u2")
     for content, message in (
         ({"u9": 0}, f"'u9' has no question in {file}"),
         ({"u1": 5}, "'u1' is 5, not 0 to 4"),

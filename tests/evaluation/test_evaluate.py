@@ -148,6 +148,12 @@ def fake(monkeypatch):
     return type("Loaded", (), {"config": config})
 
 
+def test_answers_are_not_scored_as_the_replies_of_a_judge(fake, tmp_path):
+    settings = Settings(variant="judged")
+    with pytest.raises(TaskError, match="judged scores a judge's replies, not answers"):
+        runner.evaluate(fake, "hallusionbench", [], {}, tmp_path, settings, {})
+
+
 def test_answers_belong_to_their_images(fake, tmp_path):
     questions, gold = benchmark.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa"))
     settings = Settings(batch_size=2, suffix=" Short.")

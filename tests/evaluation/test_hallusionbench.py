@@ -66,6 +66,9 @@ def test_hallusionbench_counts_questions_over_figures_and_figures_over_questions
     assert name == "HallusionBench_result.json"
     row = hallusion_rows()[4] | {"model_prediction": "I do not know"}
     assert json.loads(content)[4] == row
+    odd = {i: row | {"sample_note": "\ud800"} for i, row in gold.items()}
+    _, content = TASKS["hallusionbench"].submission(predictions, odd)
+    assert json.loads(content)[0]["sample_note"] == "\ud800"
     dump(file, [figure("VD", 0, 0, 2)])
     with pytest.raises(TaskError, match="'gt_answer' is 2, wanted 0 or 1"):
         asked("hallusionbench", tmp_path)

@@ -218,3 +218,11 @@ def test_an_unreadable_image_is_told_with_its_question(tmp_path, monkeypatch, li
     told = r"images/first.jpg: .*\(the image of question 'first'\)"
     with pytest.raises(TaskError, match=told):
         runner.evaluate(loaded, "pope", questions, gold, tmp_path, runner.Settings(), {})
+
+
+def test_okvqa_may_leave_its_unscored_majority_out(tmp_path):
+    rows = {"annotations": [annotation(multiple_choice_answer=None), annotation(2)]}
+    gold = benchmark.read_gold(
+        TASKS["okvqa"], dump(tmp_path / "mscoco_val2014_annotations.json", rows)
+    )
+    assert [row["majority"] for row in gold.values()] == ["red", "red"]

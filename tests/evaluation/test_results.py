@@ -48,8 +48,38 @@ def test_rows_stand_beside_the_figures_of_the_paper():
     assert {row.metric: row.paper for row in rows}["recall"] == 82.06 and len(rows) == 5
     (row,) = results.rows_of(result("hallusionbench", **scored))
     assert (row.metric, row.ours, row.paper) == ("accuracy", 50.0, None)
+    judged = [row.paper for row in results.rows_of(result("msvd_qa", **scored, variant="judged"))]
+    assert judged == [65.4, 3.5]
+    rows = results.rows_of(result("msvd_qa", **scored))
+    assert [(row.ours, row.paper) for row in rows] == [(50.0, 42.4), (None, 65.4), (None, 3.5)]
+    assert "judge" in rows[1].remarks[0]
     (row,) = results.rows_of(result("mmvet"))
     assert (row.ours, row.paper, row.n) == (None, 36.2, 3) and "judge" in row.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "papers"),
+    [
+        ("mmbench", "MMBench_DEV_EN.tsv", [64.5, 65.4]),
+        ("mmbench", "mmbench_test_20230712.tsv", [64.5, 65.4]),
+        ("mmbench", "MMBench_DEV_CN.tsv", [None]),
+        ("mmbench", "MMBench_DEV_EN_V11.tsv", [None]),
+        ("pope", "coco_pope_adversarial.json", [None, None, None, 83.8, None]),
+        ("pope", "aokvqa_pope_adversarial.json", [None]),
+    ],
+)
+def test_other_questions_than_the_papers_stand_alone(task, file, papers):
+    scored = {"overall": {"accuracy": 50.0, "n": 9}, "skills": {}}
+    rows = results.rows_of(result(task, **scored, split="adversarial", questions_file=file))
+    assert [row.paper for row in rows] == papers and {row.data for row in rows} == {file}
+
+
+def test_models_are_named_with_their_adapters(tmp_path):
+    scored = {"overall": {"accuracy": 50.0, "n": 9}, "skills": {}, "max_new_tokens": 3}
+    results.write(tmp_path, [result("gqa", **scored, adapter="lora", precision="bf16")])
+    page = (tmp_path / "results.md").read_text()
+    assert "Model: m\\|n, lora, bf16\n" in page and "max_new_tokens 3" in page
+    assert json.loads((tmp_path / "results.json").read_text())["models"] == ["m|n, lora, bf16"]
 
 
 def test_figures_have_known_notes_and_values_that_scores_have():
@@ -76,7 +106,7 @@ def test_the_files_tell_all_rows_and_what_is_missing(tmp_path):
     page = (tmp_path / "results.md").read_text()
     line = next(line for line in page.splitlines() if line.startswith("| gqa"))
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "gqa", "exact match", "50.00", "56.10[^2]", "9", "owl2", "exact",
+        "gqa", "exact match", "50.00", "56.10[^2]", "9", "owl2", "exact", "-",
         "testdev (test-balanced in the paper)", "1", "",
     ]  # fmt: skip
     assert f"[^1]: {NOTES['q_bench']}" in page and "Model: m\\|n" in page

@@ -84,22 +84,28 @@ def read_gold(path: Path) -> Gold:
 
     Raises TaskError for answers to questions that are not there, or above 4.
     """
-    rows = rows_by_id(path, read_rows(path, _FIELDS), "q_uid")
-    answers: dict[str, int | None] = dict.fromkeys(map(str, rows))
-    if (published := path.parent / ANSWERS).is_file():
-        answers = read_object(published, whole_number)
-        for i, answer in answers.items():
-            if i not in rows or answer is None or answer >= len(_OPTIONS):
-                fault = f"is {answer}, not 0 to 4" if i in rows else f"has no question in {path}"
-                raise TaskError(f"{published}: the answer to {i!r} {fault}")
+    questions, published = read_unanswered(path), path.parent / ANSWERS
+    if not published.is_file():
+        return questions
+    gold = {}
+    for i, answer in read_object(published, whole_number).items():
+        if i not in questions or answer >= len(_OPTIONS):
+            fault = f"is {answer}, not 0 to 4" if i in questions else f"has no question in {path}"
+            raise TaskError(f"{published}: the answer to {i!r} {fault}")
+        gold[i] = questions[i] | {"answer": choices.LETTERS[answer]}
+    return gold
+
+
+def read_unanswered(path: Path) -> Gold:
+    """All questions by q_uid, unanswered."""
     return {
-        i: {
-            "question": rows[i]["question"],
-            "options": [rows[i][option] for option in _OPTIONS],
-            "answer": None if answer is None else choices.LETTERS[answer],
+        str(i): {
+            "question": row["question"],
+            "options": [row[option] for option in _OPTIONS],
+            "answer": None,
             "skill": "egoschema",
         }
-        for i, answer in answers.items()
+        for i, row in rows_by_id(path, read_rows(path, _FIELDS), "q_uid").items()
     }
 
 
@@ -113,10 +119,14 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "generation") -> d
 
 
 def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
-    """{q_uid: option} for the validation server, from 0; -1 is an answer that chose none."""
+    """{q_uid: option} for the validation server, from 0; -1 is an answer that chose none.
+
+    The server takes all questions: those with published answers make a file of another name.
+    """
     picked = {i: choices.letter_or_text(predictions[i], row) for i, row in gold.items()}
     chosen = {i: choices.LETTERS.index(x) if x else -1 for i, x in picked.items()}
-    return "egoschema.json", json.dumps(chosen).encode()
+    subset = any(row["answer"] is not None for row in gold.values())
+    return "egoschema_subset.json" if subset else "egoschema.json", json.dumps(chosen).encode()
 
 
 BENCHMARK = Benchmark(
@@ -136,5 +146,6 @@ BENCHMARK = Benchmark(
     columns=choices.COLUMNS,
     submission=submission,
     unanswered_rows=True,
+    read_unanswered=read_unanswered,
     official=ADAPTER_CHOICE,
 )

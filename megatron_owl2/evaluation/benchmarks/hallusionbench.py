@@ -172,7 +172,7 @@ def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
         | {"model_prediction": predictions[i]}
         for i, row in gold.items()
     ]
-    return "HallusionBench_result.json", json.dumps(rows, ensure_ascii=False).encode()
+    return "HallusionBench_result.json", json.dumps(rows).encode()
 
 
 def _as_published(value: Any) -> Any:

@@ -71,7 +71,7 @@ def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
         | {"answer": predictions[i]}
         for i, row in gold.items()
     ]
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(row) + "\n" for row in rows)
     return "owleval_answer.jsonl", "".join(lines).encode()
 
 

@@ -135,7 +135,7 @@ def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
         | {"candidates": row["options"], "response": predictions[i]}
         for i, row in gold.items()
     ]
-    return "q_bench.json", json.dumps(rows, ensure_ascii=False, indent=1).encode()
+    return "q_bench.json", json.dumps(rows, indent=1).encode()
 
 
 BENCHMARK = Benchmark(
