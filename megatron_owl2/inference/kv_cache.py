@@ -4,9 +4,6 @@ Sequences take rows 0, 1, ... without gaps, each from position 0 on, so that a d
 slice of the cache and nothing is copied but the new keys and values.
 """
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +11,6 @@ import torch
 
 from megatron_owl2.config.schema import DecoderConfig
 from megatron_owl2.errors import InferenceError
-from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
 
 
@@ -39,9 +35,10 @@ class KeyValueCache:
         self.rows, self.positions = rows, positions
         try:
             self._layers = [
-                _zeros(shape, context.dtype, context.device) for _ in range(decoder.num_layers)
+                torch.zeros(shape, dtype=context.dtype, device=context.device)
+                for _ in range(decoder.num_layers)
             ]
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             needed = rows * positions * position_bytes(context, decoder) / 2**30
             raise InferenceError(
                 f"the key/value cache of {rows:,} sequences of {positions:,} positions takes "
@@ -73,21 +70,6 @@ class KeyValueCache:
         """Have the first rows continue `rows` int64 [n] (of beams), of `length` positions each."""
         for layer in self._layers:
             layer[: len(rows), :, :, :length] = layer[rows, :, :, :length]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
-    """Zeros, on a CPU in huge pages where the system has them.
-
-    Attention of many sequences reads more small pages than a processor remembers the places of; it
-    takes two thirds of the time so. Pages are there once they are written to.
-    """
-    if setup.on_cpu() and hasattr(mmap, "MADV_HUGEPAGE"):
-        count = math.prod(shape)
-        pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a system without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

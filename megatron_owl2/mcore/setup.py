@@ -4,6 +4,7 @@ Importing this package changes nothing. Entry points call `setup` before anythin
 megatron.core, and `initialize` calls it for everybody else.
 """
 
+import atexit
 import functools
 import importlib
 import logging
@@ -140,6 +141,9 @@ def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> "ProcessG
         if "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
             store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             options = {"store": store, "rank": 0, "world_size": 1}
+            # Threads of a group that is there at the very end can abort a process that did well;
+            # of several ranks one that failed would wait here for the others.
+            atexit.register(shutdown)
         if not on_cpu():
             options["device_id"] = device()  # communicators are made here, where a fault is told
         torch.distributed.init_process_group(
@@ -162,8 +166,8 @@ def initialize(parallel: ParallelConfig, timeout_minutes: int = 30) -> "ProcessG
 
 
 def shutdown() -> None:
-    """Leave the process groups; for tests and tools that build several parallel configurations in
-    one process."""
+    """Leave the process groups; also for tests and tools that build several parallel configurations
+    in one process."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -52,6 +52,13 @@ options = ["watch.profiler=nsys", "parallel.tensor=1", "parallel.sequence=false"
 assert main(["--config", CONFIG, *options]) == 2
 assert asked and set(asked) == {"1"}, asked
 """
+AT_THE_END = """
+import atexit, torch
+from megatron_owl2.config.schema import ParallelConfig
+from megatron_owl2.mcore.setup import initialize
+atexit.register(lambda: print("left:", not torch.distributed.is_initialized()))
+initialize(ParallelConfig())
+"""
 
 
 def run(program: str) -> subprocess.CompletedProcess:
@@ -63,6 +70,11 @@ def run(program: str) -> subprocess.CompletedProcess:
 def test_wandb_is_not_imported_and_not_hidden(program):
     done = run(program)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_alone_leaves_its_groups_at_its_end():
+    done = run(AT_THE_END)
+    assert done.returncode == 0 and done.stdout == "left: True\n", done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU does not stand in for a GPU")
