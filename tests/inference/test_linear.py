@@ -9,24 +9,14 @@ from megatron_owl2.inference import linear, loading
 from megatron_owl2.inference.engine import Generator
 
 
-@pytest.mark.parametrize(
-    ("smallest", "packs", "orders"),
-    [(0, True, "packed"), (2**40, True, "packed and by columns"), (0, False, "by columns")],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_the_model_answers_the_same(
-    loaded, tokenizer, tmp_path, monkeypatch, smallest, packs, orders
-):
-    if packs and not torch.backends.mkldnn.is_available():
-        pytest.skip("torch has no oneDNN here")
-    monkeypatch.setattr(linear, "_SMALLEST_PACKED_ALONE", smallest)
-    if not packs:
-        monkeypatch.setattr(linear, "_packs", lambda weight: False)
+@pytest.mark.parametrize("smallest", [0, 2**40], ids=["packed", "column by column"])
+def test_the_model_answers_the_same(loaded, tokenizer, tmp_path, monkeypatch, smallest):
+    monkeypatch.setattr(linear, "_SMALLEST_PACKED", smallest)
     export(loaded.model, tmp_path / "hf", tokenizer=tokenizer.path)
     again = loading.load_model(tmp_path / "hf")
     linears = [m for m in again.model.modules() if isinstance(m, linear.InferenceLinear)]
-    assert {one.packed is not None for one in linears} == {"packed" in orders}
-    assert {one.weight is not None for one in linears} == {"columns" in orders}
+    packed = {one.weight.is_mkldnn for one in linears}
+    assert packed == {smallest == 0 and torch.backends.mkldnn.is_available()}
     prompts, images = cases(loaded)
     expected = Generator(loaded).generate_ids(prompts, images, 12)
     assert Generator(again).generate_ids(prompts, images, 12) == expected
@@ -39,7 +29,7 @@ def test_bf16_packs_as_well(loaded, tokenizer, tmp_path, monkeypatch):
     prompts, images = cases(loaded)
     totals = []
     for smallest in (0, 2**40):
-        monkeypatch.setattr(linear, "_SMALLEST_PACKED_ALONE", smallest)
+        monkeypatch.setattr(linear, "_SMALLEST_PACKED", smallest)
         half = Generator(loading.load_model(tmp_path / "hf", "bf16"))
         found = half.log_likelihoods(prompts, [[5, 6]] * len(prompts), images)
         totals.append(torch.tensor([one.total for one in found]))
