@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack, overload
@@ -109,6 +110,13 @@ class InferenceModel:
         """The ids, with -200 for every image, that ask for the answer to a conversation."""
         template = TEMPLATES[self.config.template]
         questions, answers = conversation.questions, conversation.answers
+        for text in (*chain.from_iterable(questions), *answers, conversation.system):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InferenceError(
+                    f"a text holds {text[error.start]!r}, half of a character, which no UTF-8 has"
+                ) from None
         return asking_ids(questions, answers, self.tokenizer, template, conversation.system)
 
     def pixels(self, image: ImageInput | list[ImageInput]) -> torch.Tensor:

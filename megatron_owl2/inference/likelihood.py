@@ -38,7 +38,7 @@ def log_likelihoods(
 
     prompts: ids with -200 in the place of images; images: per prompt its images as `Request` takes
     them, or nothing at all. Raises InferenceError as `requests.expand` does, and for an empty
-    continuation.
+    prompt or continuation.
     """
     images = images or [()] * len(prompts)
     if not len(prompts) == len(continuations) == len(images):
@@ -50,6 +50,8 @@ def log_likelihoods(
     for number, (prompt, continuation, of) in enumerate(
         zip(prompts, continuations, images, strict=True), start=1
     ):
+        if not len(prompt):
+            raise InferenceError(f"prompt {number} is empty")
         if not continuation:
             raise InferenceError(f"continuation {number} is empty")
         outside = [i for i in continuation if not 0 <= i < loaded.tokenizer.vocab_size]

@@ -95,6 +95,18 @@ def test_a_list_of_questions_is_answered_as_one_by_one(model, files):
     assert model.generate([]) == []
 
 
+def test_half_of_a_character_is_refused_wherever_it_stands(model):
+    whole, half = {"role": "user", "content": "a"}, "hi \ud800"
+    ask = [
+        half,
+        [{"role": "system", "content": half}, whole],
+        [whole, {"role": "assistant", "content": half}, whole],
+    ]
+    for question in ask:
+        with pytest.raises(InferenceError, match=r"a text holds '\\ud800', half of a character"):
+            model.generate([question])
+
+
 def test_answers_have_at_most_so_many_tokens(model):
     short = model.generate("badal", max_new_tokens=1)
     assert len(model.tokenizer.encode(short)) <= 2

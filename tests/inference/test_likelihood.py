@@ -40,6 +40,8 @@ def test_mistakes_are_named(loaded):
     generator = Generator(loaded)
     with pytest.raises(InferenceError, match="continuation 2 is empty"):
         generator.log_likelihoods([[1], [1]], [[4], []])
+    with pytest.raises(InferenceError, match="prompt 2 is empty"):
+        generator.log_likelihoods([[1, 4], []], [[8], [5, 6, 7]])
     with pytest.raises(InferenceError, match="2 prompts, 1 continuations"):
         generator.log_likelihoods([[1], [1]], [[4]])
     with pytest.raises(InferenceError, match="prompt 1 with its continuation takes 66 positions"):
