@@ -10,10 +10,11 @@ from typing import Literal, get_args
 
 from megatron_owl2.config.fields import number, numbers
 from megatron_owl2.config.fp8 import FP8
-from megatron_owl2.config.templates import TemplateName
+from megatron_owl2.config.templates import TemplateName, Tokenization
 
 ModalitySplit = Literal["input_norm", "key_value", "mlp_norm"]
 MODALITY_SPLIT: tuple[ModalitySplit, ...] = get_args(ModalitySplit)
+AbstractorPositions = Literal["sincos", "none"]
 ImageMode = Literal["stretch", "pad", "crop"]
 Recompute = Literal["none", "selective", "full"]
 Backend = Literal["local", "transformer_engine"]
@@ -37,6 +38,9 @@ class VisionConfig:
     ffn_size: int = _size(4096)
     norm_eps: float = number(1e-6, positive=True)  # as released; OpenAI's CLIP has 1e-5
     position_init_std: float = number(0.02, at_least=0)  # only without a CLIP start
+    # Adapters over the frames of a video in every layer, and queries for them in the abstractor, as
+    # in mPLUG-Owl's video variant: a video takes the visual tokens of one image.
+    temporal: bool = False
 
     @property
     def grid_size(self) -> int:
@@ -46,7 +50,10 @@ class VisionConfig:
 
 @dataclass
 class AbstractorConfig:
-    """The visual abstractor; its width is the ViT's."""
+    """The visual abstractor; its width is the ViT's.
+
+    `positions` of queries and keys: mPLUG-Owl2 has tables of sines and cosines, version 1 none.
+    """
 
     num_queries: int = _size(64)
     num_layers: int = _layers(6)
@@ -56,6 +63,8 @@ class AbstractorConfig:
     norm_eps: float = number(1e-6, positive=True)
     # Of the query and key projections; wider makes the queries differ.
     attention_init_std: float = number(0.02, at_least=0)
+    positions: AbstractorPositions = "sincos"
+    attention_dropout: float = number(0.0, at_least=0, at_most=1)  # of its probabilities, below 1
 
 
 @dataclass
@@ -97,6 +106,7 @@ class ModelConfig:
     abstractor: AbstractorConfig = field(default_factory=AbstractorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     template: TemplateName = "owl2"  # text around questions and answers (templates.py)
+    tokenization: Tokenization = "turns"  # which pieces of that text are tokenised alone
     image_mean: list[float] = numbers(0.48145466, 0.4578275, 0.40821073)
     image_std: list[float] = numbers(0.26862954, 0.26130258, 0.27577711, positive=True)
     # Way of an image to the square: stretched, padded with image_mean, or its middle (CLIP).

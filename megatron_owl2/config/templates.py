@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 TemplateName = Literal["owl2", "vicuna_v1"]
+Tokenization = Literal["turns", "official_train", "official_inference"]
 
 
 @dataclass(frozen=True)
