@@ -24,6 +24,11 @@ def validate(config: RunConfig, world_size: int) -> None:
 def validate_settings(config: RunConfig, world_size: int) -> None:
     """Refuse what no machine and no files would make work; raises ConfigError."""
     validate_model(config.model)
+    require(
+        not config.model.vision.temporal,
+        "model.vision.temporal is for inference: training data have no videos, so its adapters "
+        "would learn nothing; train with model.vision.temporal=false",
+    )
     check_section(config)
     validate_parallel(config, world_size)
     check_lora(config.stage.lora, config.model)

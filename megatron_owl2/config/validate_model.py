@@ -27,14 +27,29 @@ def validate_model(model: ModelConfig) -> None:
         require(
             width % heads == 0, f"{name}.num_heads ({heads}) does not divide the width ({width})"
         )
+    tables = model.abstractor.positions == "sincos"
     require(
-        vision.hidden_size % 4 == 0,
+        not tables or vision.hidden_size % 4 == 0,
         f"model.vision.hidden_size ({vision.hidden_size}) must be a multiple of 4 for the "
         "two-dimensional position table of the abstractor",
     )
+    require(
+        not (vision.temporal and tables),
+        "model.vision.temporal needs model.abstractor.positions=none: the abstractor's tables have "
+        "places for one image, not for the frames of a video",
+    )
+    require(
+        not vision.temporal or vision.hidden_size % 2 == 0,
+        f"model.vision.hidden_size ({vision.hidden_size}) must be even for model.vision.temporal",
+    )
+    require(
+        model.abstractor.attention_dropout < 1,
+        f"model.abstractor.attention_dropout ({model.abstractor.attention_dropout:g}) must be "
+        "below 1, or queries would see nothing",
+    )
     positions = (vision.grid_size**2 + 1 + model.abstractor.num_queries) * vision.hidden_size
     require(
-        positions <= _MOST_POSITIONS,
+        not tables or positions <= _MOST_POSITIONS,
         f"the abstractor needs position tables of {positions} numbers, at most {_MOST_POSITIONS} "
         "can be; lower model.vision.image_size or model.abstractor.num_queries",
     )

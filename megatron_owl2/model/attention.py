@@ -1,5 +1,7 @@
 """Scaled dot-product attention on sequence-first tensors, for ViT, abstractor and decoder."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -33,6 +35,23 @@ def attend(
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def attend_dropping(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: Callable[[torch.Size], torch.Tensor],
+    dropout: float,
+) -> torch.Tensor:
+    """`attend` without a mask and with as many heads on both sides, of whose probabilities only
+    those stay that `keep` chooses, a bool of their shape [b, heads, sq, sk]; these grow by
+    1 / (1 - dropout)."""
+    heads = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+    scores = heads[0] @ heads[1].transpose(-1, -2) * query.shape[-1] ** -0.5
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    probabilities = probabilities * keep(probabilities.shape) / (1 - dropout)
+    return (probabilities @ heads[2]).permute(2, 0, 1, 3).flatten(2)
 
 
 def attend_packed(

@@ -9,7 +9,6 @@ tensor-parallel ranks exchange anything, so that they exchange r numbers of a to
 Adapters are GEMMs of torch, whatever kernels compute the linear beside them.
 """
 
-import hashlib
 from typing import Literal
 
 import torch
@@ -17,12 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from megatron_owl2.config import lora
-from megatron_owl2.mcore import context_parallel
 from megatron_owl2.mcore.parallel import ParallelContext, mark_tensor_parallel
+from megatron_owl2.model.dropout import keep_mask, text_key
 from megatron_owl2.model.layer_stack import checkpoint
-
-# The finalizer of MurmurHash3 (Appleby, 2011), for numbers of 32 bits with a sign.
-_MULTIPLIERS = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
 
 
 class Adapter(nn.Module):
@@ -57,7 +53,7 @@ class Adapter(nn.Module):
             mark_tensor_parallel(self.lora_B, dim=0)
             context.mark_sequence_parallel(self.lora_A)
         if not self.lora_A.is_meta:
-            key = _key(f"{context.seed} {target}")
+            key = text_key(f"{context.seed} {target}")
             self._draw(key, inputs * ranks if split == "inputs" else inputs)
 
     @torch.no_grad()
@@ -151,7 +147,7 @@ class Adapters(nn.ModuleDict):
         scale = settings.alpha / settings.rank
         if token_keys is None:
             return scale * F.linear(x, weights)
-        key = _key(f"{self.context.seed} {self.prefix}.{source}")
+        key = text_key(f"{self.context.seed} {self.prefix}.{source}")
         begin = self._of(pieces[0]).begin
 
         def dropped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -165,50 +161,3 @@ class Adapters(nn.ModuleDict):
         adapter = self[piece]
         assert isinstance(adapter, Adapter)
         return adapter
-
-
-def token_keys(
-    context: ParallelContext, sample_indices: torch.Tensor, length: int
-) -> torch.Tensor | None:
-    """Keys of the tokens for the masks of adapters, int32 [s, b, 1], s being this rank's `length`
-    under context parallelism; None where `stage.lora` asks for no dropout.
-
-    A key depends on train.seed, the sample and the place in it. So masks need no random state: they
-    are the same when computed again, after a resume, and in every parallel configuration.
-    sample_indices int64 [b] are those of the training order.
-    """
-    if not (context.lora.targets and context.lora.dropout):
-        return None
-    group, device = context.groups.cp, sample_indices.device
-    places = context_parallel.positions(length * group.size(), group.rank(), group.size(), device)
-    samples = _mix(sample_indices.to(torch.int32) ^ _signed(_key(f"{context.seed} dropout")))
-    return _mix(samples ^ _mix(places.to(torch.int32)).unsqueeze(1)).unsqueeze(-1)
-
-
-def keep_mask(
-    token_keys: torch.Tensor, channels: torch.Tensor, key: int, dropout: float
-) -> torch.Tensor:
-    """Elements that dropout keeps, bool [..., n], by a hash of the token's key int32 [..., 1], the
-    channel int32 [n] and the key of the linear's input.
-
-    The hash is a product modulo 2^32 of odd random numbers: of what is done for every element, one
-    multiplication and one comparison.
-    """
-    channels = _mix(_mix(channels) ^ _signed(key)) | 1
-    return (token_keys | 1) * channels >= round(dropout * 2**32) - 2**31
-
-
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
-
-
-def _signed(key: int) -> int:
-    """The lowest 32 bits of a key as a number with a sign."""
-    return (key + 2**31) % 2**32 - 2**31
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of int32 numbers, every bit of which depends on every bit of x."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * _MULTIPLIERS[0]  # the sign is shifted in, and masked away
-    x = (x ^ (x >> 13 & 0x7FFFF)) * _MULTIPLIERS[1]
-    return x ^ (x >> 16 & 0xFFFF)

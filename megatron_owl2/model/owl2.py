@@ -16,8 +16,8 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.abstractor import Abstractor
 from megatron_owl2.model.attention import AttentionMask
 from megatron_owl2.model.decoder import Decoder, LayerCache
+from megatron_owl2.model.dropout import image_keys, token_keys
 from megatron_owl2.model.kernels.elementwise import build_elementwise
-from megatron_owl2.model.lora import token_keys
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.vision import VisionModel
 
@@ -92,12 +92,13 @@ class Owl2(MegatronModule):
         [n], given with labels; `packed` if rows hold several samples. Images beyond those that own
         rows take part in the backward pass with zero gradient. Under context parallelism all but
         tokens, image, packed and vision_token_index are this rank's share (`Batch.local_to`).
-        sample_indices int64 [b] are what the dropout of adapters follows; without them, and in
-        evaluation, there is none. Returns hidden states [s, b, h] on all but the last pipeline
+        sample_indices int64 [b] are what dropout follows; without them, and in evaluation, there
+        is none. Returns hidden states [s, b, h] on all but the last pipeline
         stage; there the losses of the rows in target_index, fp32 [n], or without labels the logits
         of all rows [b, s, vocab]."""
         if self.pre_process:
-            x = self.merge(tokens, self.encode_images(image), vision_token_index)
+            keys = self._image_keys(sample_indices, vision_token_index, len(image))
+            x = self.merge(tokens, self.encode_images(image, keys=keys), vision_token_index)
         else:
             assert self._received is not None, "the schedule hands over hidden states first"
             x = self._received
@@ -153,13 +154,29 @@ class Owl2(MegatronModule):
         """Logits [..., vocab] of all tensor-parallel ranks, without those of padding."""
         return self.context.gather_logits(logits)[..., : self.model.decoder.vocab_size]
 
-    def encode_images(self, image: torch.Tensor) -> torch.Tensor:
-        """Pixels [n, 3, H, W] to visual tokens [n, queries + 1, h]; uint8 is normalised first."""
+    def encode_images(
+        self, image: torch.Tensor, frames: int = 1, keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pixels [n, 3, H, W] to visual tokens [n, queries + 1, h]; uint8 is normalised first.
+
+        With `model.vision.temporal`, `frames` neighbours are a video and have the tokens of one
+        image, [n / frames, queries + 1, h]. `keys` are those of `dropout.image_keys`."""
         if image.dtype == torch.uint8:
             # Batches are channels last.
             image = image.to(torch.float32, memory_format=torch.contiguous_format)
             image = (image / 255 - self.image_mean) / self.image_std
-        return self.abstractor(self.vision_model(image.to(self.context.dtype)))
+        features = self.vision_model(image.to(self.context.dtype), frames)
+        return self.abstractor(features, frames, keys)
+
+    def _image_keys(
+        self, sample_indices: torch.Tensor | None, vision_token_index: torch.Tensor, count: int
+    ) -> torch.Tensor | None:
+        """What the abstractor's dropout follows; None: no dropout."""
+        dropping = self.training and self.model.abstractor.attention_dropout > 0
+        if not dropping or sample_indices is None:
+            return None
+        per_image = self.model.tokens_per_image
+        return image_keys(self.context, sample_indices, vision_token_index, per_image, count)
 
     def merge(
         self, tokens: torch.Tensor, visual: torch.Tensor, vision_token_index: torch.Tensor

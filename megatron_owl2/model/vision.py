@@ -9,6 +9,7 @@ from megatron_owl2.mcore.linear import ColumnLinear, LinearSpec, RowLinear
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.attention import attend
 from megatron_owl2.model.kernels.elementwise import build_elementwise
+from megatron_owl2.model.kernels.plain import quick_gelu
 from megatron_owl2.model.layer_stack import ActivationCheckpoint, LayerStack
 
 POSITION_EMBEDDING: str = "vision_model.position_embedding"  # its name in the whole model
@@ -18,7 +19,8 @@ class VisionModel(nn.Module):
     """Normalised pixels [n, 3, H, W] to features [1 + patches, n, h], the class token first.
 
     Differences to OpenAI's model: the last norm applies to every token, not to the class token
-    alone (official behaviour).
+    alone (official behaviour). `frames` neighbours of the n images are a video each, which matters
+    with `model.vision.temporal` alone.
     """
 
     def __init__(self, context: ParallelContext, model: ModelConfig):
@@ -39,12 +41,12 @@ class VisionModel(nn.Module):
         )
         self.post_layernorm = nn.LayerNorm(size, config.norm_eps, dtype=dtype)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, frames: int = 1) -> torch.Tensor:
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], dim=1)
         x = self.pre_layernorm(x + self.position_embedding).transpose(0, 1)
         for layer in self.layers:
-            x = self.layers(layer, x)
+            x = self.layers(layer, x, frames)
         return self.post_layernorm(x)
 
 
@@ -58,6 +60,7 @@ class VisionLayer(nn.Module):
         self.head_size = size // config.num_heads
         self.activation_checkpoint = ActivationCheckpoint(context, "selective")
         self.elementwise = build_elementwise(context)
+        self.temporal = TemporalAdapter(context, model) if config.temporal else None
 
         def spec(inputs: int, outputs: int, *, skip_bias: bool = False) -> LinearSpec:
             return LinearSpec(
@@ -76,7 +79,9 @@ class VisionLayer(nn.Module):
         self.linear_fc1 = ColumnLinear(context, spec(size, config.ffn_size, skip_bias=True))
         self.linear_fc2 = RowLinear(context, spec(config.ffn_size, size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, frames: int = 1) -> torch.Tensor:
+        if self.temporal is not None and frames > 1:
+            x = x + self.temporal(x, frames)
         qkv = self.linear_qkv(self.input_layernorm(x))
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_size)).unbind(3)
         x = x + self.linear_proj(self.activation_checkpoint(attend, query, key, value))
@@ -84,6 +89,30 @@ class VisionLayer(nn.Module):
         bias = self.linear_fc1.bias
         gated = self.activation_checkpoint(self.elementwise.quick_gelu, wide, bias)
         return x + self.linear_fc2(gated)
+
+
+class TemporalAdapter(nn.Module):
+    """Adapter over the frames of a video: [tokens, videos * frames, h] to the same.
+
+    A depthwise convolution of width 3 over a patch's frames, at half the width. The class token
+    comes out as it went in, so that the layer doubles it (behaviour of mPLUG-Owl's video variant).
+    """
+
+    NORM_EPS = 1e-5  # whatever the ViT's is
+
+    def __init__(self, context: ParallelContext, model: ModelConfig):
+        super().__init__()
+        size, dtype = model.vision.hidden_size, context.dtype
+        self.norm = nn.LayerNorm(size, self.NORM_EPS, dtype=dtype)
+        self.down = nn.Linear(size, size // 2, dtype=dtype)
+        self.conv = nn.Conv1d(size // 2, size // 2, 3, padding=1, groups=size // 2, dtype=dtype)
+        self.up = nn.Linear(size // 2, size, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+        narrow = self.down(self.norm(x[1:]))
+        by_time = narrow.unflatten(1, (-1, frames)).transpose(2, 3)  # [patches, videos, h/2, t]
+        mixed = self.conv(by_time.flatten(0, 1)).view_as(by_time).transpose(2, 3).flatten(1, 2)
+        return torch.cat([x[:1], self.up(quick_gelu(mixed))])
 
 
 def resize_positions(table: torch.Tensor, grid: int) -> torch.Tensor:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.decoder import rotary_tables
+from megatron_owl2.model.dropout import token_keys
 from megatron_owl2.model.kernels import plain
-from megatron_owl2.model.lora import token_keys
 from megatron_owl2.model.modality import Modality
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.planner.fake_process_groups import fake_process_groups

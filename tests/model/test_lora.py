@@ -10,7 +10,7 @@ from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.errors import ConfigError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model.lora import keep_mask, token_keys
+from megatron_owl2.model.dropout import keep_mask, token_keys
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.planner.activations import example_batch
 from megatron_owl2.planner.static_memory import model_weights

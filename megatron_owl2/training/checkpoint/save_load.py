@@ -136,7 +136,8 @@ def load_weights(directory: Path, chunks: Sequence[Owl2], *, any_resolution: boo
     if other is None:
         _read_weights(reader, chunks, _stored_weights(reader, chunks, wanted))
         return
-    weights = _stored_weights(reader, chunks, wanted | other.shapes)
+    resized = {name: shape for name, shape in other.shapes.items() if name in wanted}
+    weights = _stored_weights(reader, chunks, wanted | resized)
     with other.resizing(weights) as shares:
         _read_weights(reader, chunks, shares)
     _logger.info("%s", other)
