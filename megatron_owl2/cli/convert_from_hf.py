@@ -1,5 +1,8 @@
 """Conversion of a released directory, or of LLaMA and CLIP, to a checkpoint.
 
+--owl2 is mPLUG-Owl2, --owl1 the first mPLUG-Owl; --config of examples/owl1_7b makes LLaMA and CLIP
+the start of that one.
+
 The result starts a stage (stage.initial_checkpoint), answers (tools/generate.py) and converts back
 (tools/convert_to_hf.py). Without --config the sizes are those of the directories and the paper's
 abstractor; with it, its model section must agree with them (image_size may differ, to
@@ -18,9 +21,18 @@ from megatron_owl2.errors import ConversionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--owl2", metavar="DIR", help="released-layout directory")
+    parser.add_argument("--owl2", metavar="DIR", help="mPLUG-Owl2 as released")
     parser.add_argument(
-        "--adapter", metavar="DIR", help="peft's LoRA adapter of --owl2, which stays apart"
+        "--owl1", metavar="DIR", help="mPLUG-Owl (version 1) in its released layout"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="peft's LoRA adapter of that model, which stays apart"
+    )
+    parser.add_argument(
+        "--adapter-alpha",
+        type=float,
+        metavar="ALPHA",
+        help="of an --adapter that is a checkpoint of version 1's trainer, which does not tell it",
     )
     parser.add_argument("--language-model", metavar="DIR", help="LlamaForCausalLM directory")
     parser.add_argument("--vision-model", metavar="DIR", help="CLIPModel or CLIPVisionModel")
@@ -35,10 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     parts = (options.language_model, options.vision_model)
-    if (options.owl2 is None) != all(parts) or (options.owl2 and any(parts)):
-        raise UsageError("give either --owl2, or both --language-model and --vision-model")
-    if options.adapter and not options.owl2:
-        raise UsageError("--adapter goes with --owl2, the model that it was made for")
+    whole = {"owl2": options.owl2, "owl1": options.owl1}
+    given = [(layout, directory) for layout, directory in whole.items() if directory]
+    if len(given) > 1 or any(parts) == bool(given) or any(parts) != all(parts):
+        raise UsageError("give --owl2 or --owl1, or both --language-model and --vision-model")
+    if options.adapter and not given:
+        raise UsageError("--adapter goes with --owl2 or --owl1, the model that it was made for")
+    if options.adapter_alpha is not None and not options.adapter:
+        raise UsageError("--adapter-alpha goes with --adapter")
+    if options.adapter_alpha is not None and not 0 < options.adapter_alpha < float("inf"):
+        raise UsageError("--adapter-alpha must be a positive number")
 
     from megatron_owl2.mcore.setup import setup
 
@@ -52,11 +70,13 @@ def run(options: argparse.Namespace) -> int:
     if os.path.lexists(output):
         raise ConversionError(f"{output} exists already; name a new directory or remove it")
     config = load_config(options.config, options.overrides) if options.config else None
-    given = {"config": config, "tokenizer": options.tokenizer}
-    if options.owl2:
-        source = sources.from_owl2(options.owl2, adapter=options.adapter, **given)
+    common = {"config": config, "tokenizer": options.tokenizer}
+    if given:
+        ((layout, directory),) = given
+        adapter = {"adapter": options.adapter, "adapter_alpha": options.adapter_alpha}
+        source = sources.from_released(directory, layout, **adapter, **common)
     else:
-        source = sources.from_llama_and_clip(*parts, seed=options.seed, **given)
+        source = sources.from_llama_and_clip(*parts, seed=options.seed, **common)
     write_checkpoint(output, source.tensors, source.config, progress=True)
     if not source.config.data.tokenizer:
         print("warning: no tokenizer.model, so it cannot train or generate (--tokenizer)")

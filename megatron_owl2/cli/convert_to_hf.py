@@ -1,8 +1,9 @@
 """Export of a checkpoint as a Hugging Face directory in safetensors.
 
-Layout owl2 has the names of the released model; llama is the decoder's text branch as a
-LlamaForCausalLM; clip is the ViT as a CLIPVisionModel. Adapters (stage.lora) are merged into the
-weights; with --adapter they alone are written, in peft's layout for the exported model.
+Layout owl2 has the names of the released mPLUG-Owl2, owl1 those of the first mPLUG-Owl; llama is
+the decoder's text branch as a LlamaForCausalLM; clip is the ViT as a CLIPVisionModel. Adapters
+(stage.lora) are merged into the weights; with --adapter they alone are written, in peft's layout
+for the exported model.
 """
 
 import argparse
@@ -20,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["bfloat16", "float16", "float32"],
         help="of the weights; the checkpoint's own by default",
     )
-    parser.add_argument("--layout", choices=["owl2", "llama", "clip"], default="owl2")
+    parser.add_argument(
+        "--layout",
+        choices=["owl2", "owl1", "llama", "clip"],
+        help="by default that of the two released models that can hold this one",
+    )
     parser.add_argument("--adapter", action="store_true", help="write only the LoRA adapters")
-    card = parser.add_argument_group("model card", "of layout owl2; its README.md says this too")
+    card = parser.add_argument_group("model card", "of a whole model; its README.md says this too")
     card.add_argument("--license", default="", metavar="ID", help="as the Hub names it: llama2")
     for option, what in (("base-model", "training started from"), ("dataset", "it was trained on")):
         card.add_argument(
@@ -37,12 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not 0 < options.max_shard_gib < float("inf"):
         raise UsageError("--max-shard-gib must be a positive number")
-    if options.adapter and options.layout != "owl2":
-        raise UsageError("--adapter has the names of layout owl2; leave out --layout")
+    if options.adapter and options.layout:
+        raise UsageError("--adapter has the names of the model's own layout; leave out --layout")
 
     given = (options.license, *options.base_model, *options.dataset, *options.scores)
-    if any(given) and (options.layout != "owl2" or options.adapter):
-        raise UsageError("only layout owl2 has a model card, and --adapter has none")
+    if any(given) and (options.layout in ("llama", "clip") or options.adapter):
+        raise UsageError("only a whole model has a model card, and --adapter has none")
 
     import torch
 
@@ -51,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     setup()
     from megatron_owl2.convert.adapters import export_adapter
     from megatron_owl2.convert.hf_weights import export_hf
+    from megatron_owl2.convert.layouts import layout_of
     from megatron_owl2.convert.model_card import CardFacts, read_scores
     from megatron_owl2.convert.provenance import trained_stages
     from megatron_owl2.convert.sources import from_checkpoint
@@ -58,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     if os.path.lexists(options.output):
         raise ConversionError(f"{options.output} exists already; name a new directory")
     source = from_checkpoint(options.checkpoint)
+    layout = options.layout or layout_of(source.config.model)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.adapter:
         lora = source.config.stage.lora
@@ -76,13 +83,13 @@ def run(options: argparse.Namespace) -> int:
         source.config.model,
         options.output,
         tokenizer=source.config.data.tokenizer or None,
-        layout=options.layout,
+        layout=layout,
         dtype=dtype,
         max_shard_bytes=int(options.max_shard_gib * 1024**3),
         facts=facts,
         progress=True,
     )
-    if options.layout != "clip" and not source.config.data.tokenizer:
+    if layout != "clip" and not source.config.data.tokenizer:
         print("warning: the checkpoint has no tokenizer.model, so the directory has none either")
     print(f"wrote {options.output}")
     return 0

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-TemplateName = Literal["owl2", "vicuna_v1"]
+TemplateName = Literal["owl2", "vicuna_v1", "owl1"]
 Tokenization = Literal["turns", "official_train", "official_inference"]
 
 
@@ -29,6 +29,7 @@ TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
         Template("owl2"),
+        Template("owl1"),
         Template(
             "vicuna_v1",
             system="A chat between a curious user and an artificial intelligence assistant. The "

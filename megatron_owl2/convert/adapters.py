@@ -16,6 +16,7 @@ from megatron_owl2.config import lora
 from megatron_owl2.config.schema import LoraConfig, ModelConfig
 from megatron_owl2.convert import mapping
 from megatron_owl2.convert.json_settings import Settings
+from megatron_owl2.convert.layouts import layout_of
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.safetensors_io import (
     ADAPTER_FILES,
@@ -50,6 +51,8 @@ _OTHER = {
     "qalora_group_size", "velora_config", "ensure_weight_tying",
 }  # fmt: skip
 _KNOWN = _FIXED.keys() | _OTHER
+# Of a peft model: which of its wrappers. Version 1's trainer took the plain one.
+_TASK_TYPES = {"owl2": "CAUSAL_LM", "owl1": None}
 # Of the ways to start an adapter, those that leave the model's own weights as they are.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -66,10 +69,10 @@ class _Linear:
     modules: tuple[str, ...]
 
 
-def _linears(model: ModelConfig) -> Iterator[_Linear]:
-    """All linears that can have an adapter."""
-    rules = {rule.ours: rule for rule in mapping.rules("owl2", model)}
-    shared = mapping.shared_branches("owl2", model)
+def _linears(model: ModelConfig, layout: str) -> Iterator[_Linear]:
+    """All linears that can have an adapter, with the names of a layout."""
+    rules = {rule.ours: rule for rule in mapping.rules(layout, model)}
+    shared = mapping.shared_branches(layout, model)
     seen = Counter()
     for target in lora.target_names(model.decoder):
         weight = lora.linear_weight(target)
@@ -85,7 +88,7 @@ def merge(
 ) -> dict[str, LazyTensor]:
     """The weights with the adapters in them: W + alpha / r B A in fp32, in the dtype of W."""
     by_weight: dict[str, list[_Linear]] = {}
-    for linear in _linears(model):
+    for linear in _linears(model, "llama"):  # every decoder's weights are cut alike
         if lora.selects(adapters, linear.target):
             by_weight.setdefault(linear.rule.ours, []).append(linear)
 
@@ -117,10 +120,10 @@ def export_adapter(
     """The adapters alone as a directory of peft, for the exported model without them.
 
     `dtype` is by default their own. `output` appears when complete. Raises ConversionError if it
-    exists, if there is no room, or if there is no adapter.
+    exists, if there is no room, if there is no adapter, or if no layout holds the model.
     """
-    found, modules = {}, []
-    for linear in _linears(model):
+    found, modules, layout = {}, [], layout_of(model)
+    for linear in _linears(model, layout):
         if lora.selects(adapters, linear.target):
             modules += linear.modules
             for ending, name in zip("AB", lora.parameters(linear.target), strict=True):
@@ -129,7 +132,7 @@ def export_adapter(
     if not found:
         raise ConversionError("the checkpoint has no adapters (stage.lora.targets of its run.yaml)")
     settings = _FIXED | {
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASK_TYPES[layout],
         "r": adapters.rank,
         "lora_alpha": adapters.alpha,
         "lora_dropout": adapters.dropout,
@@ -146,9 +149,10 @@ def export_adapter(
 
 
 def read_adapter(
-    directory: str | Path, model: ModelConfig
+    directory: str | Path, model: ModelConfig, layout: str
 ) -> tuple[LoraConfig, dict[str, LazyTensor]]:
-    """The `stage.lora` of a directory of peft, and its tensors under our names.
+    """The `stage.lora` of a directory of peft for a model of `layout`, and its tensors under our
+    names.
 
     Which linears have an adapter follows from the tensors. Raises ConversionError for a directory
     that is none, for what our adapters cannot do (other sums, ranks of their own), for a setting
@@ -166,10 +170,17 @@ def read_adapter(
         )
     fields = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     adapters = settings.filled({"lora_dropout": 0.0}).pick(LoraConfig, fields)
-    reader = TensorReader(directory, ADAPTER_FILES)
+    return adapt(adapters, TensorReader(directory, ADAPTER_FILES), model, layout)
+
+
+def adapt(
+    adapters: LoraConfig, reader: TensorReader, model: ModelConfig, layout: str
+) -> tuple[LoraConfig, dict[str, LazyTensor]]:
+    """The `stage.lora` of adapters, with the targets that `reader` has tensors of, and these under
+    our names; raises ConversionError for those that do not fit the model."""
     linears = [
         linear
-        for linear in _linears(model)
+        for linear in _linears(model, layout)
         if any(_name(m, ending) in reader.names() for m in linear.modules for ending in "AB")
     ]
     _check(reader, model, adapters, linears)

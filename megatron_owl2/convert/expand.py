@@ -46,31 +46,34 @@ def expand(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     images_per_placeholder: list[int] | None = None,
+    text_takes_an_image: bool = True,
     multiple_of: int = 1,
 ) -> Expanded:
     """Rows in which each -200 of input_ids [b, s] has become the visual tokens of its image(s).
 
-    Images are consumed strictly in order, row after row; a row without placeholder consumes one
-    (official behaviour: a text-only sample brings a dummy image). `labels` [b, s] are unshifted;
-    `images_per_placeholder` lists, in order of consumption, how many images each placeholder (or
-    text-only row) takes, one by default. Rows are right padded with token 0 to the longest one,
-    rounded up to `multiple_of`. Raises ValueError for a mask that is not right padding and for a
-    list of the wrong length.
+    Images are consumed strictly in order, row after row; a row without placeholder consumes one if
+    `text_takes_an_image` (layouts.py: a text-only sample of mPLUG-Owl2 brings a dummy image).
+    `labels` [b, s] are unshifted; `images_per_placeholder` lists, in order of consumption, how many
+    images each placeholder (or text-only row) takes, one by default. Rows are right padded with
+    token 0 to the longest one, rounded up to `multiple_of`. Raises ValueError for a mask that is
+    not right padding and for a list of the wrong length.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.bool()
     if (mask[:, 1:] & ~mask[:, :-1]).any() or not mask[:, 0].all():
         raise ValueError("attention_mask must be right padding: ones, then zeros, in every row")
     placeholders = (input_ids == IMAGE_TOKEN_ID).sum(1)
-    takers = int(placeholders.clamp(min=1).sum())
+    fewest = int(text_takes_an_image)
+    takers = int(placeholders.clamp(min=fewest).sum())
     counts = [1] * takers if images_per_placeholder is None else list(images_per_placeholder)
     if len(counts) != takers:
-        raise ValueError(f"{takers} placeholders and text-only rows, but {len(counts)} counts")
+        rows_too = " and text-only rows" if text_takes_an_image else ""
+        raise ValueError(f"{takers} placeholders{rows_too}, but {len(counts)} counts")
     remaining = iter(counts)
     rows, valid, owners, idle, image = [], [], [], [], 0
     for number, (ids, keep) in enumerate(zip(input_ids.numpy(), mask.numpy(), strict=True)):
         own = int(placeholders[number])
-        taken = [next(remaining) for _ in range(max(own, 1))]
+        taken = [next(remaining) for _ in range(max(own, fewest))]
         (owners if own else idle).extend(range(image, image + sum(taken)))
         image += sum(taken)
         targets = None if labels is None else labels[number].numpy()

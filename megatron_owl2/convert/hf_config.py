@@ -10,54 +10,25 @@ import torch
 
 from megatron_owl2.config.schema import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
 from megatron_owl2.config.templates import OWL2, TEMPLATES
+from megatron_owl2.convert.config_fields import (
+    ABSTRACTOR,
+    DECODER,
+    FIXED_DECODER,
+    FIXED_VISION,
+    VISION,
+    export,
+    read_decoder,
+)
+from megatron_owl2.convert.config_owl1 import TEMPORAL_QUERIES, owl1_config, read_owl1
 from megatron_owl2.convert.json_settings import Settings
-from megatron_owl2.convert.safetensors_io import ADAPTER_SETTINGS, read_json
+from megatron_owl2.convert.layouts import MODEL_TYPES
+from megatron_owl2.convert.peft_models import refuse_peft_model
+from megatron_owl2.convert.safetensors_io import ADAPTER_SETTINGS, TensorReader, read_json
 from megatron_owl2.errors import ConversionError
 
-# Our field and theirs.
-_DECODER = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "ffn_size": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-}
-_VISION = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "ffn_size": "intermediate_size",
-    "norm_eps": "layer_norm_eps",
-}
-_ABSTRACTOR = {
-    "num_queries": "num_learnable_queries",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "ffn_size": "intermediate_size",
-    "norm_eps": "layer_norm_eps",
-}
-# Settings that the model always has; a directory that says otherwise is another model.
-_FIXED_DECODER = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "rope_scaling": None,
-}
-_FIXED_NEWER_DECODER = {"sliding_window": None, "partial_rotary_factor": 1.0}  # not in exports
-_FIXED_VISION = {"hidden_act": "quick_gelu", "num_channels": 3, "attention_dropout": 0.0}
 _FIXED_OFFICIAL_VISION = {"use_cls_token": True, "use_post_layernorm": True}
-_FIXED_ABSTRACTOR = {
-    "add_v2t_pos_emb": False,
-    "use_cls_token": True,
-    "attention_probs_dropout_prob": 0.0,
-}
+_FIXED_ABSTRACTOR = {"add_v2t_pos_emb": False, "use_cls_token": True}
+_OWL2_ABSTRACTOR = {"num_queries": "num_learnable_queries", **ABSTRACTOR}
 _CLIP_DEFAULTS = {  # CLIPVisionConfig's own; a CLIPModel's config leaves out what equals them
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -69,6 +40,7 @@ _CLIP_DEFAULTS = {  # CLIPVisionConfig's own; a CLIPModel's config leaves out wh
 }
 _IMAGES = "image_mean", "image_std", "image_mode"  # of ModelConfig, and of an image processor
 _OFFICIAL_GRID = 32  # the released abstractor's, when grid_size is null
+_PROCESSORS = {"owl2": "MPLUGOwl2Processor", "owl1": "MplugOwlProcessor"}  # by layout
 # What transformers loads from the directory's own code, by the file that says so.
 _CLASSES = {
     "config.json": {
@@ -86,33 +58,56 @@ _CLASSES = {
 }
 
 
-def read_owl2(directory: str | Path) -> ModelConfig:
-    """Sizes, norms, image statistics and template of a directory in the released layout.
+def read_model(directory: str | Path, layout: str | None = None) -> ModelConfig:
+    """Sizes, norms, image statistics, template and tokenization of a directory with a whole model,
+    of layout `layout` if it is given.
 
     Raises ConversionError naming every setting that this model does not have.
     """
-    outer = _read(directory, "mplug_owl2")
+    settings = _read(directory, *(t for t, name in MODEL_TYPES.items() if layout in (None, name)))
+    model = _READERS[MODEL_TYPES[settings.tree["model_type"]]](settings)
+    return dataclasses.replace(model, **read_image_settings(directory))
+
+
+def find_layout(directory: str | Path) -> str:
+    """The layout of a directory with a whole model; raises ConversionError for any other."""
+    return MODEL_TYPES[_read(directory, *MODEL_TYPES).tree["model_type"]]
+
+
+def _read_owl2(outer: Settings) -> ModelConfig:
     both = "an object; it must hold visual_model and visual_abstractor"
     vision = outer.section("visual_config", both).section("visual_model")
     abstractor = outer.section("visual_config").section("visual_abstractor")
+    abstractor = abstractor.filled(
+        {"attention_probs_dropout_prob": AbstractorConfig.attention_dropout}
+    )
     spread = outer.filled({"initializer_range": ModelConfig.init_std})
     model = spread.pick(ModelConfig, {"init_std": "initializer_range"})
-    model.vision = vision.pick(VisionConfig, _VISION)
-    model.abstractor = abstractor.pick(AbstractorConfig, _ABSTRACTOR)
-    model.decoder = _read_decoder(outer)
+    model.vision = vision.pick(VisionConfig, VISION)
+    model.abstractor = abstractor.pick(AbstractorConfig, _OWL2_ABSTRACTOR)
+    model.decoder = read_decoder(outer)
     model.template = outer.tree.get("template", OWL2.name)  # released directories name none
+    model.tokenization = outer.tree.get("tokenization", ModelConfig.tokenization)
     outer.check(model)
     width, grid = model.vision.hidden_size, model.vision.grid_size
-    vision.hold(_FIXED_VISION | _FIXED_OFFICIAL_VISION)
+    vision.hold(FIXED_VISION | _FIXED_OFFICIAL_VISION)
     abstractor.hold(_FIXED_ABSTRACTOR | {"hidden_size": width, "encoder_hidden_size": width})
     abstractor.filled({"grid_size": _OFFICIAL_GRID}).hold({"grid_size": grid})
-    return dataclasses.replace(model, **read_image_settings(directory))
+    return model
+
+
+def _read_owl1(settings: Settings) -> ModelConfig:
+    names = TensorReader(settings.file.parent).names()
+    return read_owl1(settings, temporal=TEMPORAL_QUERIES in names)
+
+
+_READERS = {"owl2": _read_owl2, "owl1": _read_owl1}
 
 
 def read_llama(directory: str | Path) -> DecoderConfig:
     """Sizes of a LlamaForCausalLM directory; raises ConversionError for what Owl2 has not."""
     settings = _read(directory, "llama")
-    decoder = _read_decoder(settings)
+    decoder = read_decoder(settings)
     settings.check(ModelConfig(decoder=decoder))
     return decoder
 
@@ -125,8 +120,8 @@ def read_clip(directory: str | Path) -> VisionConfig:
     settings = _read(directory, "clip_vision_model", "clip")
     if "vision_config" in settings.tree:
         settings = settings.section("vision_config")
-    settings.hold(_FIXED_VISION)
-    vision = settings.replaced(_CLIP_DEFAULTS | settings.tree).pick(VisionConfig, _VISION)
+    settings.hold(FIXED_VISION)
+    vision = settings.replaced(_CLIP_DEFAULTS | settings.tree).pick(VisionConfig, VISION)
     abstractor = AbstractorConfig(num_heads=vision.num_heads)  # one that fits any ViT
     settings.check(ModelConfig(vision=vision, abstractor=abstractor))
     return vision
@@ -164,7 +159,7 @@ def _of_images(model: ModelConfig) -> dict[str, Any]:
 def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) -> None:
     """config.json of a model in `directory`, and the files for generation and images beside it.
 
-    `layout` is "owl2", "llama" or "clip".
+    `layout` is "owl2", "owl1", "llama" or "clip".
     """
     name = str(dtype).removeprefix("torch.")
     trees = {"config.json": _CONFIGS[layout](model) | {"torch_dtype": name}}
@@ -188,10 +183,11 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
             "image_std": list(model.image_std),
             "image_mode": model.image_mode,  # not of CLIP's processor
         }
-    if layout == "owl2":
+    if layout in _PROCESSORS:
         trees["processor_config.json"] = {
-            "processor_class": "MPLUGOwl2Processor",
+            "processor_class": _PROCESSORS[layout],
             "tokens_per_image": model.tokens_per_image,
+            "tokenization": model.tokenization,
             **_template_texts(model),
         }
     for file, tree in trees.items():
@@ -237,15 +233,15 @@ def _owl2_config(model: ModelConfig) -> dict:
         "visual_config": {
             "visual_model": {
                 "model_type": "mplug_owl_vision_model",
-                **_export(model.vision, _VISION),
-                **_FIXED_VISION,
+                **export(model.vision, VISION),
+                **FIXED_VISION,
                 **_FIXED_OFFICIAL_VISION,
                 "use_flash_attn": False,
                 "initializer_range": model.init_std,
             },
             "visual_abstractor": {
                 "model_type": "mplug_owl_visual_abstract",
-                **_export(model.abstractor, _ABSTRACTOR),
+                **export(model.abstractor, _OWL2_ABSTRACTOR),
                 **_FIXED_ABSTRACTOR,
                 "hidden_size": width,
                 "encoder_hidden_size": width,
@@ -268,8 +264,8 @@ def _llama_config(model: ModelConfig) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **_export(model.decoder, _DECODER),
-        **_FIXED_DECODER,
+        **export(model.decoder, DECODER),
+        **FIXED_DECODER,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "initializer_range": model.init_std,
@@ -281,13 +277,13 @@ def _clip_config(model: ModelConfig) -> dict:
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
-        **_export(model.vision, _VISION),
-        **_FIXED_VISION,
+        **export(model.vision, VISION),
+        **FIXED_VISION,
         "initializer_range": model.init_std,
     }
 
 
-_CONFIGS = {"owl2": _owl2_config, "llama": _llama_config, "clip": _clip_config}
+_CONFIGS = {"owl2": _owl2_config, "owl1": owl1_config, "llama": _llama_config, "clip": _clip_config}
 
 
 def _read(directory: str | Path, *model_types: str) -> Settings:
@@ -298,34 +294,16 @@ def _read(directory: str | Path, *model_types: str) -> Settings:
             f"{directory} holds an adapter: merge it into its model with peft, and save that, or "
             "give it to owl2 convert-from-hf --adapter"
         )
+    refuse_peft_model(directory)
     settings = Settings.read(Path(directory) / "config.json")
     kind = settings.tree.get("model_type")
     if kind not in model_types:
         wanted = " or ".join(map(repr, model_types))
-        raise ConversionError(f"{settings.file}: model_type is {kind!r}, wanted {wanted}")
+        known = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+        fix = f"; owl2 convert-from-hf --{known} reads it" if known else ""
+        raise ConversionError(f"{settings.file}: model_type is {kind!r}, wanted {wanted}{fix}")
     return settings
-
-
-def _read_decoder(settings: Settings) -> DecoderConfig:
-    tree = settings.tree
-    if tree.get("rope_parameters") is not None:  # of transformers 5, instead of theta and scaling
-        rope = settings.section("rope_parameters").tree
-        moved = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            moved["rope_scaling"] = rope
-        settings = settings.replaced(moved)
-    heads = {"num_key_value_heads": tree.get("num_attention_heads")}
-    defaults = heads | {"rope_theta": DecoderConfig.rope_theta}
-    decoder = settings.filled(defaults).pick(DecoderConfig, _DECODER)
-    settings.hold(_FIXED_DECODER | _FIXED_NEWER_DECODER)
-    if tree.get("head_dim") is not None:
-        settings.hold({"head_dim": decoder.hidden_size // decoder.num_heads})
-    return decoder
 
 
 def _write_json(path: Path, tree: dict) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n")
-
-
-def _export(config, fields: dict[str, str]) -> dict:
-    return {theirs: getattr(config, ours) for ours, theirs in fields.items()}

@@ -8,6 +8,7 @@ import torch
 
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
+from megatron_owl2.convert.layouts import LAYOUTS, check_layout
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.model_card import CardFacts, write_model_card
 from megatron_owl2.convert.partition import shard
@@ -26,8 +27,8 @@ _GIB = 1024**3
 
 
 def read_hf_config(directory: str | Path) -> ModelConfig:
-    """The ModelConfig of a directory in the released layout; raises ConversionError."""
-    return hf_config.read_owl2(directory)
+    """The ModelConfig of a directory in a released layout; raises ConversionError."""
+    return hf_config.read_model(directory)
 
 
 def read_hf(
@@ -50,7 +51,9 @@ def read_hf(
     """
     reader = TensorReader(directory)
     if layout == "clip" and "embeddings.class_embedding" in reader.names():
-        reader.add_prefix("vision_model.")  # transformers 5 saves a CLIPVisionModel without it
+        reader.rename(
+            {name: f"vision_model.{name}" for name in reader.names()}
+        )  # transformers 5 saves a CLIPVisionModel without it
     stored = dict(shapes)
     if stored_grid is not None and POSITION_EMBEDDING in stored:
         stored[POSITION_EMBEDDING] = (1, stored_grid**2 + 1, model.vision.hidden_size)
@@ -84,12 +87,13 @@ def read_hf(
 
 
 def load_hf_weights(directory: str | Path, model: Owl2) -> None:
-    """Loading of a directory in the released layout into a live model of any TP and PP size.
+    """Loading of a directory in a released layout into a live model of any TP and PP size.
 
     The weights are cast to the model's dtype. Raises ConversionError as `read_hf` does; the model
     is untouched then.
     """
-    tensors = read_hf(directory, "owl2", model.model, global_shapes([model]))
+    layout = hf_config.find_layout(directory)
+    tensors = read_hf(directory, layout, model.model, global_shapes([model]))
     with torch.no_grad():
         for name, tensor in weights(model).items():
             tensor.copy_(shard(tensors[name].read(), tensor, model.context))
@@ -111,13 +115,16 @@ def export_hf(
     SentencePiece model `tokenizer` if there is one.
 
     "llama" writes the text branches of the decoder as a LlamaForCausalLM, "clip" the ViT as a
-    CLIPVisionModel; "owl2" brings its code for transformers and a model card with `facts` along.
+    CLIPVisionModel; layouts of whole models bring their code for transformers and a model card
+    with `facts` along.
     `dtype` is by default the weights' own, the wider one if they have several; position tables keep
     theirs. `output` appears when complete. Raises ConversionError if it exists, if there is no
-    room, or if a weight is not finite in `dtype`.
+    room, if the layout cannot hold the model, or if a weight is not finite in `dtype`.
     """
     dtypes = (tensor.dtype for name, tensor in tensors.items() if name not in TABLES)
     dtype = dtype or reduce(torch.promote_types, dtypes)
+    if layout in LAYOUTS:
+        check_layout(layout, model)
     theirs = _theirs(tensors, layout, model, dtype)
     if tokenizer is not None:
         try:
@@ -131,7 +138,7 @@ def export_hf(
             if layout != "clip" and tokenizer is not None:
                 hf_config.write_tokenizer(partial, model)
                 shutil.copyfile(tokenizer, partial / "tokenizer.model")
-            if layout == "owl2":
+            if layout in LAYOUTS:
                 hf_config.write_remote_code(partial)
                 write_model_card(partial, model, facts)
     except OSError as error:

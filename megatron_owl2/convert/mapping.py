@@ -1,14 +1,15 @@
 """Table of names: the tensors of a Hugging Face directory that make each parameter of Owl2.
 
-Three layouts: "owl2" is the released model, "llama" a LlamaForCausalLM (the decoder), "clip" a
-CLIPVisionModel (the ViT). In a row, `{i}` is a layer, `{p}` stands for weight and bias, `{text}`
-and `{vision}` for the branch of a modality-adaptive module (a LLaMA has one branch for both). Rows
-of a vision branch say to which part of `model.decoder.modality_split` they belong.
+Four layouts: "owl2" is the released mPLUG-Owl2, "owl1" the released mPLUG-Owl (version 1), "llama"
+a LlamaForCausalLM (the decoder), "clip" a CLIPVisionModel (the ViT). In a row, `{i}` is a layer,
+`{p}` stands for weight and bias, `{text}` and `{vision}` for the branch of a modality-adaptive
+module ("owl1" and a LLaMA have one branch for both). Rows of a vision branch say to which part of
+`model.decoder.modality_split` they belong.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +20,7 @@ from megatron_owl2.convert.transforms import (
     LeadingOnes,
     PadRows,
     Repeat,
+    TrailingOnes,
     Transform,
 )
 from megatron_owl2.model.position_tables import (
@@ -93,6 +95,19 @@ def _once(model: ModelConfig) -> int:
     return 1
 
 
+def _if_temporal(model: ModelConfig) -> int:
+    return int(model.vision.temporal)
+
+
+def _squeezed(count: int) -> Callable[[ModelConfig], Transform]:
+    return lambda model: TrailingOnes(count)
+
+
+def _under(prefix: str, blocks: tuple[_Block, ...]) -> tuple[_Block, ...]:
+    """The same rows with all of their names below `prefix`."""
+    return tuple(replace(block, theirs=prefix + block.theirs) for block in blocks)
+
+
 _DECODER = (
     _Block("", "", _once, (
         ("embedding.weight", "model.embed_tokens.weight", _vocabulary),
@@ -127,7 +142,7 @@ _DECODER = (
 )  # fmt: skip
 
 _VISION = (
-    _Block("vision_model.", "model.vision_model.", _once, (
+    _Block("vision_model.", "vision_model.", _once, (
         ("cls_token", "embeddings.cls_token", _copy),
         ("position_embedding", "embeddings.position_embedding", _copy),
         ("patch_embed.weight", "embeddings.patch_embed.weight", _copy),
@@ -136,7 +151,7 @@ _VISION = (
     )),
     _Block(
         "vision_model.layers.{i}.",
-        "model.vision_model.encoder.layers.{i}.",
+        "vision_model.encoder.layers.{i}.",
         lambda m: m.vision.num_layers,
         (
             ("input_layernorm.{p}", "input_layernorm.{p}", _copy),
@@ -149,15 +164,18 @@ _VISION = (
     ),
 )  # fmt: skip
 
+_QUERIES = {
+    "owl2": (_Block("abstractor.", "", _once, (("query_embeds", "query_embeds", _copy),)),),
+    "owl1": (_Block("abstractor.", "", _once, (("query_embeds", "query_tokens", _copy),)),),
+}
 _ABSTRACTOR = (
-    _Block("abstractor.", "model.visual_abstractor.", _once, (
-        ("query_embeds", "query_embeds", _copy),
+    _Block("abstractor.", "", _once, (
         ("vit_eos", "vit_eos", _copy),
         ("visual_fc.{p}", "visual_fc.{p}", _copy),
     )),
     _Block(
         "abstractor.layers.{i}.",
-        "model.visual_abstractor.encoder.layers.{i}.crossattention.",
+        "encoder.layers.{i}.crossattention.",
         lambda m: m.abstractor.num_layers,
         (
             ("norm1.{p}", "norm1.{p}", _copy),
@@ -171,6 +189,27 @@ _ABSTRACTOR = (
             ("w3.{p}", "output.mlp.w3.{p}", _copy),
             ("ffn_ln.{p}", "output.mlp.ffn_ln.{p}", _copy),
             ("w2.{p}", "output.mlp.w2.{p}", _copy),
+        ),
+    ),
+)  # fmt: skip
+
+_TEMPORAL = (
+    _Block("abstractor.", "", _if_temporal, (
+        ("temporal_query_embeds", "temporal_query_tokens", _copy),
+        ("temporal_fc.{p}", "abstractor.temporal_visual_fc.{p}", _copy),
+    )),
+    _Block(
+        "vision_model.layers.{i}.temporal.",
+        "vision_model.encoder.layers.{i}.temporal.",
+        lambda m: _if_temporal(m) * m.vision.num_layers,
+        (
+            ("norm.{p}", "ln.{p}", _copy),
+            ("down.weight", "down_proj.weight", _squeezed(3)),
+            ("down.bias", "down_proj.bias", _copy),
+            ("conv.weight", "conv.weight", _squeezed(2)),
+            ("conv.bias", "conv.bias", _copy),
+            ("up.weight", "up_proj.weight", _squeezed(3)),
+            ("up.bias", "up_proj.bias", _copy),
         ),
     ),
 )  # fmt: skip
@@ -202,9 +241,21 @@ _CLIP = (
     ),
 )  # fmt: skip
 
-_BLOCKS = {"owl2": _DECODER + _VISION + _ABSTRACTOR, "llama": _DECODER, "clip": _CLIP}
+_BLOCKS = {
+    "owl2": _DECODER
+    + _under("model.", _VISION)
+    + _under("model.visual_abstractor.", _QUERIES["owl2"] + _ABSTRACTOR),
+    "owl1": _under("language_model.", _DECODER)
+    + _VISION
+    + _QUERIES["owl1"]
+    + _under("abstractor.", _ABSTRACTOR)
+    + _TEMPORAL,
+    "llama": _DECODER,
+    "clip": _CLIP,
+}
 _BRANCHES = {
     "owl2": {"text": ".multiway.0", "vision": ".multiway.1"},
+    "owl1": {"text": "", "vision": ""},
     "llama": {"text": "", "vision": ""},
     "clip": {},
 }
@@ -212,6 +263,7 @@ _LAYER = "model.visual_abstractor.encoder.layers.{i}.crossattention.attention."
 _TABLES = {QUERY_POSITIONS: _LAYER + "q_pos_embed", IMAGE_POSITIONS: _LAYER + "k_pos_embed"}
 _IGNORABLE = {  # what the model can compute, or modules of a CLIP that Owl2 does not have
     "owl2": r".*\.(rotary_emb\.inv_freq|[qk]_pos_embed)",
+    "owl1": r".*\.rotary_emb\.inv_freq",
     "llama": r".*\.rotary_emb\.inv_freq",
     "clip": r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
     r"|vision_model\.embeddings\.position_ids",
@@ -225,7 +277,8 @@ def rules(layout: str, model: ModelConfig) -> list[Rule]:
         for ours, theirs, transform, part in _rows(layout, model, _BRANCHES[layout])
         if part is None or part in model.decoder.modality_split
     ]
-    if layout == "owl2":  # the released abstractor has a copy of both tables in every layer
+    # The released abstractor of mPLUG-Owl2 has a copy of both tables in every layer.
+    if layout == "owl2" and model.abstractor.positions == "sincos":
         layers = model.abstractor.num_layers
         for name, theirs in _TABLES.items():
             names = tuple(theirs.format(i=i) for i in range(layers))

@@ -4,7 +4,7 @@ import json
 import re
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +55,9 @@ class TensorReader:
         remedy = _found_instead(self.directory)
         raise ConversionError(f"{self.directory} holds no weights; looked for {wanted}{remedy}")
 
-    def add_prefix(self, prefix: str) -> None:
-        """Renaming of every tensor to `prefix + name`."""
-        self._found = {prefix + name: stored for name, stored in self._found.items()}
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Renaming of tensors, and forgetting of those that have no new name."""
+        self._found = {new: self._found[name] for name, new in names.items()}
 
     def names(self) -> set[str]:
         """The names of all tensors."""
@@ -137,6 +137,12 @@ class _Stored:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | str
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has a file of a model's weights, or an index of several."""
+    endings = ("", ".index.json")
+    return any((directory / f"{s}.{e}{more}").is_file() for s, e in MODEL_FILES for more in endings)
 
 
 def _found_instead(directory: Path) -> str:

@@ -20,6 +20,7 @@ from megatron_owl2.convert import adapters, hf_config, mapping
 from megatron_owl2.convert.hf_weights import read_hf
 from megatron_owl2.convert.lazy_tensor import LazyTensor, of_model
 from megatron_owl2.convert.megatron_io import read_checkpoint
+from megatron_owl2.convert.peft_models import is_peft_model, read_peft_model
 from megatron_owl2.data.tokenizer import load_tokenizer
 from megatron_owl2.errors import ConfigError, ConversionError, StorageError
 from megatron_owl2.mcore import setup
@@ -34,9 +35,10 @@ from megatron_owl2.training.checkpoint.index import read_index
 # What a run chooses whatever the weights are; max_positions may also be smaller than theirs.
 _FREE = {
     "vision": {"image_size", "position_init_std"},
-    "abstractor": {"attention_init_std"},
-    "decoder": {"modality_split", "vocab_multiple"},
+    "abstractor": {"attention_init_std", "attention_dropout"},
+    "decoder": {"vocab_multiple"},
 }
+_SPLITTING = ("owl2", "llama")  # layouts whose branches a run may share, or begin alike
 
 
 @dataclass(frozen=True)
@@ -62,31 +64,41 @@ class SourceModel:
         return model
 
 
-def from_owl2(
+def from_released(
     directory: str | Path,
+    layout: str | None = None,
     *,
     config: RunConfig | None = None,
     tokenizer: str | Path | None = None,
     adapter: str | Path | None = None,
+    adapter_alpha: float | None = None,
 ) -> SourceModel:
-    """A directory in the released layout, with the adapters of a directory of peft if one is given.
+    """A directory with a whole model in a released layout, which may be asked to be `layout`, with
+    the adapters of a directory of peft if one is given.
 
     `config` supplies everything but the weights; its model section must agree with the directory,
-    save for the image size, to which the position table is resized, a smaller max_positions, and
-    modality_split, if the branches that it shares are equal, and vocab_multiple.
+    save for the image size, to which the position table is resized, a smaller max_positions,
+    attention_dropout, vocab_multiple and, in the layout "owl2", modality_split, if the branches
+    that it shares are equal.
     The tokenizer is `tokenizer` or the directory's own, if any. `stage.lora` becomes that of the
-    adapters. Raises ConversionError.
+    adapters; `adapter_alpha` is for an `adapter` that is a whole PeftModel (peft_models.py). Raises
+    ConversionError.
     """
-    stored = hf_config.read_owl2(directory)
+    layout = layout or hf_config.find_layout(directory)
+    stored = hf_config.read_model(directory, layout)
     owners = dict.fromkeys(_FREE, str(directory))
-    given, config = config, _checked_config(config, stored, owners)
+    given, config = config, _checked_config(config, stored, owners, layout)
     config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
     grid, shapes = _stored_grid(stored, config), weight_shapes(config)
-    tensors = read_hf(directory, "owl2", config.model, shapes, stored_grid=grid)
+    tensors = read_hf(directory, layout, config.model, shapes, stored_grid=grid)
     if given is None:
         config.train.precision = _lossless_precision(tensors)
     if adapter is not None:
-        config.stage.lora, found = adapters.read_adapter(adapter, config.model)
+        if is_peft_model(adapter):
+            whole = read_peft_model(adapter, directory, adapter_alpha)
+            config.stage.lora, found = adapters.adapt(*whole, config.model, layout)
+        else:
+            config.stage.lora, found = adapters.read_adapter(adapter, config.model, layout)
         return SourceModel(config, {name: tensors[name] for name in shapes} | found)
     return SourceModel(config, {name: tensors[name] for name in shapes})
 
@@ -101,9 +113,9 @@ def from_llama_and_clip(
 ) -> SourceModel:
     """The start of the first stage: a LLaMA, a CLIP ViT and a random abstractor between them.
 
-    Both branches of the modality-adaptive layers start from the LLaMA's weights. Otherwise as
-    `from_owl2`; without `config` the abstractor has the paper's sizes. Its weights follow from
-    `seed`.
+    `config` says whether the model is mPLUG-Owl2, as without it, or version 1. Both branches of the
+    modality-adaptive layers start from the LLaMA's weights. Otherwise as `from_released`; without
+    `config` the abstractor has the paper's sizes. Its weights follow from `seed`.
     """
     stored = ModelConfig(
         vision=hf_config.read_clip(vision_model),
@@ -111,7 +123,7 @@ def from_llama_and_clip(
         **hf_config.read_image_settings(vision_model),
     )
     owners = {"vision": str(vision_model), "decoder": str(language_model)}
-    given, config = config, _checked_config(config, stored, owners)
+    given, config = config, _checked_config(config, stored, owners, "llama")
     config.data.tokenizer = _find_tokenizer(tokenizer, language_model, stored)
     grid, shapes = _stored_grid(stored, config), weight_shapes(config)
     tensors = read_hf(language_model, "llama", config.model, shapes)
@@ -140,6 +152,7 @@ def _checked_config(
     config: RunConfig | None,
     stored: ModelConfig,
     owners: dict[str, str],
+    layout: str,
 ) -> RunConfig:
     """The run configuration for one process, without adapters.
 
@@ -153,7 +166,8 @@ def _checked_config(
         for name in (f.name for f in dataclasses.fields(ours)):
             wanted, found = getattr(ours, name), getattr(theirs, name)
             fits = wanted <= found if name == "max_positions" else wanted == found
-            if not fits and name not in _FREE[section]:
+            free = name in _FREE[section] or (name == "modality_split" and layout in _SPLITTING)
+            if not fits and not free:
                 differences.append(
                     f"model.{section}.{name}: {wanted} in the configuration, {found} in {directory}"
                 )

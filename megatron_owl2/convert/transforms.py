@@ -50,6 +50,19 @@ class LeadingOnes:
 
 
 @dataclass(frozen=True)
+class TrailingOnes:
+    """One tensor, of which the other side has `count` trailing dimensions of size 1."""
+
+    count: int
+
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].reshape(tensors[0].shape[: -self.count])
+
+    def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.reshape(tensor.shape + (1,) * self.count)]
+
+
+@dataclass(frozen=True)
 class Repeat:
     """One tensor, of which the other side has `count` equal copies."""
 
@@ -76,4 +89,4 @@ class PadRows:
         return [tensor[: len(tensor) - self.count]]
 
 
-Transform = Copy | Interleave | LeadingOnes | Repeat | PadRows
+Transform = Copy | Interleave | LeadingOnes | TrailingOnes | Repeat | PadRows

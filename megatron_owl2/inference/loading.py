@@ -19,6 +19,7 @@ from megatron_owl2.config.schema import (
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert import adapters, sources
 from megatron_owl2.convert import hf_weights as hf
+from megatron_owl2.convert.layouts import layout_of
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.partition import shard
 from megatron_owl2.data.tokenizer import Tokenizer, load_tokenizer
@@ -117,11 +118,12 @@ def _merged_weights(
     if adapter is None and not config.stage.lora.targets:
         return None
     if exported:
-        return sources.from_owl2(path, config=config, adapter=adapter).merged().tensors
+        return sources.from_released(path, config=config, adapter=adapter).merged().tensors
     source = sources.from_checkpoint(path).merged()
     if adapter is None:
         return source.tensors
-    lora, found = adapters.read_adapter(adapter, source.config.model)
+    model = source.config.model
+    lora, found = adapters.read_adapter(adapter, model, layout_of(model))
     return adapters.merge(source.tensors | found, source.config.model, lora)
 
 

@@ -21,7 +21,8 @@ class Request:
 
     images: in order, uint8 (or float, normalised already) [3, H, W] of the model's size, or
     [frames, 3, H, W] of a video, whose frames take the place of one placeholder one after the
-    other, as in the official code. The same tensor object in several requests is encoded once.
+    other, as in the official code, or together that of one image with `model.vision.temporal`. The
+    same tensor object in several requests is encoded once.
     """
 
     prompt: Sequence[int]
@@ -95,7 +96,8 @@ def expand(
                 f"an image of {name} is {image.dtype} {list(image.shape)}; this model takes uint8 "
                 f"(or normalised float) [3, {size}, {size}], or [frames, 3, {size}, {size}]"
             )
-    counts = [len(image) if image.dim() == 4 else 1 for image in images]
+    apart = not model.vision.temporal  # a video's frames have visual tokens of their own
+    counts = [len(image) if image.dim() == 4 and apart else 1 for image in images]
     row = expand_placeholders(request.prompt, model.tokens_per_image, images_per_placeholder=counts)
     limit = limit or model.decoder.max_positions
     length, new = len(row.tokens), request.options.max_new_tokens

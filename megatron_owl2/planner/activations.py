@@ -275,7 +275,8 @@ def example_batch(config: RunConfig, rows: int, images: int = 1) -> tuple[torch.
     length, size = config.data.sequence_length, config.model.vision.image_size
     context, images = config.parallel.context, rows * images
     vision = images * config.model.tokens_per_image
-    samples = [torch.zeros(rows, dtype=torch.int64)] if config.stage.lora.dropout else []
+    dropping = config.stage.lora.dropout or config.model.abstractor.attention_dropout
+    samples = [torch.zeros(rows, dtype=torch.int64)] if dropping else []
     share = [torch.zeros(rows, length // context, dtype=torch.int64) for _ in range(3)]
     return (
         torch.zeros(rows, length, dtype=torch.int64),
@@ -285,7 +286,7 @@ def example_batch(config: RunConfig, rows: int, images: int = 1) -> tuple[torch.
         # The zig-zag order gives every rank its share of targets and vision, more or less.
         torch.zeros(-(-(rows * length - vision) // context), dtype=torch.int64),
         torch.zeros(-(-vision // context), dtype=torch.int64),
-        *samples,  # of which only the dropout of adapters asks
+        *samples,  # of which only dropout asks
     )
 
 

@@ -32,7 +32,7 @@ from tiny_data import encoded, make_image, record, write
 from tiny_run import MODEL
 
 from megatron_owl2.convert.megatron_io import write_checkpoint
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.inference import loading
 from megatron_owl2.mcore import setup
 
@@ -228,7 +228,7 @@ def models(tmp_path_factory):
     pieces = hf_dirs.small_tokenizer(folder)
     shutil.copytree(hf_dirs.OWL2, folder / "export")
     shutil.copyfile(pieces, folder / "export/tokenizer.model")
-    whole = from_owl2(folder / "export")
+    whole = from_released(folder / "export")
     write_checkpoint(folder / "checkpoint", whole.tensors, whole.config)
     settings = folder / "checkpoint/run.yaml"
     settings.write_text(settings.read_text().replace(f"{folder}/", ""))

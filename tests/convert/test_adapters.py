@@ -17,7 +17,7 @@ from megatron_owl2.convert.adapters import export_adapter, read_adapter
 from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.lazy_tensor import of_model
 from megatron_owl2.convert.megatron_io import write_checkpoint
-from megatron_owl2.convert.sources import SourceModel, from_checkpoint, from_owl2, weight_shapes
+from megatron_owl2.convert.sources import SourceModel, from_checkpoint, from_released, weight_shapes
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.inference.engine import Generator
@@ -36,7 +36,7 @@ def without_network(tmp_path_factory):
 
 def adapted(lora: LoraConfig) -> SourceModel:
     """The tiny released model with random adapters."""
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     whole.config.stage.lora = lora
     torch.manual_seed(5)
     shapes = {n: s for n, s in weight_shapes(whole.config).items() if is_adapter(n)}
@@ -50,7 +50,7 @@ def adapted(lora: LoraConfig) -> SourceModel:
 def inputs() -> dict[str, torch.Tensor]:
     """Two rows: an image among text, and text."""
     torch.manual_seed(6)
-    config = from_owl2(OWL2).config.model
+    config = from_released(OWL2).config.model
     modality = torch.zeros(2, 20, dtype=torch.int64)
     modality[0, 3 : 3 + config.tokens_per_image] = 1
     size = config.vision.image_size
@@ -87,7 +87,7 @@ def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
 def test_a_merged_export_and_peft_compute_what_the_adapted_model_does(tmp_path, lora):
     peft = pytest.importorskip("peft")
     source = adapted(lora)
-    expected, plain = our_logits(source), from_owl2(OWL2)
+    expected, plain = our_logits(source), from_released(OWL2)
     assert (expected - our_logits(plain)).abs().max() > 0.1
     model = source.config.model
     export_hf(source.merged().tensors, model, tmp_path / "merged")
@@ -98,7 +98,7 @@ def test_a_merged_export_and_peft_compute_what_the_adapted_model_does(tmp_path, 
     theirs = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
     assert_close(their_logits(theirs), expected)
     assert len(theirs.targeted_module_names) == len(selected(lora, model.decoder))
-    again = from_owl2(tmp_path / "base", adapter=tmp_path / "adapter")
+    again = from_released(tmp_path / "base", adapter=tmp_path / "adapter")
     stored = again.config.stage.lora
     assert selected(stored, model.decoder) == selected(lora, model.decoder)
     assert replace(stored, targets=lora.targets) == lora
@@ -108,7 +108,7 @@ def test_a_merged_export_and_peft_compute_what_the_adapted_model_does(tmp_path, 
 
 def test_adapters_answer_as_the_merged_model_does(tmp_path):
     """In a checkpoint, or beside an export or a checkpoint of the model without them."""
-    source, plain = adapted(EVERY), from_owl2(OWL2)
+    source, plain = adapted(EVERY), from_released(OWL2)
     model, tokenizer = source.config.model, small_tokenizer(tmp_path)
     for one in (source, plain):
         one.config.data.tokenizer = str(tokenizer)
@@ -137,7 +137,7 @@ def test_adapters_answer_as_the_merged_model_does(tmp_path):
 
 def test_an_adapter_of_peft_comes_in(tmp_path):
     peft = pytest.importorskip("peft")
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     export_hf(whole.tensors, whole.config.model, tmp_path / "base")
     torch.manual_seed(7)
     wanted = peft.LoraConfig(
@@ -148,7 +148,7 @@ def test_an_adapter_of_peft_comes_in(tmp_path):
     )
     theirs = peft.get_peft_model(load(tmp_path / "base"), wanted).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    source = from_owl2(tmp_path / "base", adapter=tmp_path / "adapter")
+    source = from_released(tmp_path / "base", adapter=tmp_path / "adapter")
     assert source.config.stage.lora == LoraConfig(["*.attention.key_vision", "*.mlp.up"], 4, 6.0)
     assert_close(our_logits(source), their_logits(theirs))
 
@@ -261,7 +261,7 @@ def test_a_foreign_or_damaged_adapter_is_refused(tmp_path, small_adapter, damage
     shutil.copytree(small_adapter, folder)
     damage(folder)
     with pytest.raises(ConversionError, match=message):
-        read_adapter(folder, from_owl2(OWL2).config.model)
+        read_adapter(folder, from_released(OWL2).config.model)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def small_adapter(tmp_path_factory):
 
 
 def test_a_model_without_adapters_has_none_to_write(tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     with pytest.raises(ConversionError, match="has no adapters"):
         export_adapter(whole.tensors, whole.config.model, LoraConfig(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

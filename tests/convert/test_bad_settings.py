@@ -17,7 +17,7 @@ from megatron_owl2.config.schema import AbstractorConfig, ModelConfig, VisionCon
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert import sources as assemble
-from megatron_owl2.convert.sources import from_llama_and_clip, from_owl2
+from megatron_owl2.convert.sources import from_llama_and_clip, from_released
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.model.position_tables import NAMES as TABLES
@@ -27,7 +27,7 @@ LAYERS = "a number, whole and from 1 to 1000"
 POSITIVE = "a number, finite and above 0"
 SPREAD = "a number, finite and not below 0"
 WITH_DEFAULT = ("num_key_value_heads", "rope_theta", "initializer_range")
-READ = {OWL2: hf_config.read_owl2, LLAMA: hf_config.read_llama, CLIP: hf_config.read_clip}
+READ = {OWL2: hf_config.read_model, LLAMA: hf_config.read_llama, CLIP: hf_config.read_clip}
 VIT, ABSTRACTOR = "visual_config.visual_model.", "visual_config.visual_abstractor."
 BAD_COUNTS = [0, -5, 2**62, 10**400, 1.5, True, "x", [4], {}, None]
 BAD_NUMBERS = [-1, -1e-6, math.nan, math.inf, 10**400, True, "x", [1.0], {}, None]
@@ -149,7 +149,7 @@ def test_settings_at_the_edge_are_read(tmp_path, source, key, value, ours):
 
 
 def test_a_spread_of_zero_is_read(tmp_path):
-    assert hf_config.read_owl2(changed(OWL2, tmp_path / "a", "initializer_range", 0)).init_std == 0
+    assert hf_config.read_model(changed(OWL2, tmp_path / "a", "initializer_range", 0)).init_std == 0
 
 
 @pytest.mark.parametrize(
@@ -224,15 +224,15 @@ def test_the_image_statistics_of_a_saved_processor_are_kept(tmp_path):
     (tmp_path / "saved" / "preprocessor_config.json").unlink()
     processor.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "preprocessor_config.json").exists()
-    found = from_owl2(tmp_path / "saved").config.model
+    found = from_released(tmp_path / "saved").config.model
     assert (found.image_mean, found.image_std) == ([0.2, 0.3, 0.4], [0.25, 0.2, 0.3])
 
     processor.save_pretrained(directory)  # both files are there and say the same
-    assert hf_config.read_owl2(directory) == model.model
+    assert hf_config.read_model(directory) == model.model
     file = directory / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_std": [0.3, 0.2, 0.3]}))
     with pytest.raises(ConversionError) as refused:
-        hf_config.read_owl2(directory)
+        hf_config.read_model(directory)
     said = str(refused.value)
     assert f"{file} has image_std [0.3, 0.2, 0.3], but" in said
     assert "processor_config.json image_std [0.25, 0.2, 0.3]; keep what" in said
@@ -267,16 +267,16 @@ def test_tokenizers_that_are_no_files(tmp_path, kind):
     place(kind, directory / "tokenizer.model")
     place(kind, tmp_path / "given.model")
     with pytest.raises(ConversionError, match=str(directory / "tokenizer.model")):
-        from_owl2(directory)
+        from_released(directory)
     with pytest.raises(ConversionError, match=str(tmp_path / "given.model")):
-        from_owl2(OWL2, tokenizer=tmp_path / "given.model")
+        from_released(OWL2, tokenizer=tmp_path / "given.model")
     with pytest.raises(OSError, match=str(tmp_path / "given.model")):
         Tokenizer(tmp_path / "given.model")
 
 
 def test_a_tokenizer_name_that_the_disk_cannot_have():
     with pytest.raises(ConversionError, match="xxx cannot be read"):
-        from_owl2(OWL2, tokenizer="x" * 5000)
+        from_released(OWL2, tokenizer="x" * 5000)
 
 
 def cast(source: Path, destination: Path, dtypes: list[torch.dtype], **config) -> Path:
@@ -302,7 +302,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
     ],
 )
 def test_the_precision_follows_from_the_tensors(tmp_path, dtypes, said, precision):
-    whole = from_owl2(cast(OWL2, tmp_path / "in", dtypes, torch_dtype=said))
+    whole = from_released(cast(OWL2, tmp_path / "in", dtypes, torch_dtype=said))
     assert whole.config.train.precision == precision
 
 

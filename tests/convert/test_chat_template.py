@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from megatron_owl2.config.templates import TEMPLATES
-from megatron_owl2.convert.hf_config import read_owl2
+from megatron_owl2.convert.hf_config import read_model
 from megatron_owl2.data.conversation import build_sample, prompt
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import ConversionError
@@ -109,14 +109,14 @@ def test_settings_name_the_template_and_are_read_back(exports, tmp_path):
     name, directory = exports[0], exports[1]["plain"]
     settings = json.loads((directory / "config.json").read_text())
     assert settings.get("template") == (None if name == "owl2" else name)
-    assert read_owl2(directory).template == name
+    assert read_model(directory).template == name
     assert getattr(load(directory).config, "template", "owl2") == name
     assert json.dumps(prompt("<|image|>What is this?", TEMPLATES[name])) in (
         (directory / "README.md").read_text()
     )
     (tmp_path / "config.json").write_text(json.dumps(settings | {"template": "alpaca"}))
     with pytest.raises(ConversionError, match=r"config\.json: model\.template is 'alpaca'; use "):
-        read_owl2(tmp_path)
+        read_model(tmp_path)
 
 
 def test_texts_of_messages_are_text(exports):

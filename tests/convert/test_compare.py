@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.megatron_io import write_checkpoint
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.model.position_tables import NAMES as TABLES
 
 pytestmark = pytest.mark.distributed
@@ -28,7 +28,7 @@ ALL = ["settings", "keys", "weights", *COMPUTED]
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("against") / "ckpt"
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     write_checkpoint(directory, whole.tensors, whole.config)
     return directory
 
@@ -53,7 +53,7 @@ def test_the_directory_it_came_from_agrees(converted, capsys):
 
 
 def test_a_narrower_export_agrees_on_two_ranks(converted, tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     export_hf(whole.tensors, whole.config.model, tmp_path / "out", dtype=torch.bfloat16)
     options = ["--checkpoint", converted, "--against", tmp_path / "out", "parallel.pipeline=2"]
     done = run_ranks(2, TOOLS / "verify_checkpoint.py", *options)
@@ -64,7 +64,7 @@ def test_a_narrower_export_agrees_on_two_ranks(converted, tmp_path):
 
 @pytest.mark.parametrize(("stored", "exported"), [("float16", "bfloat16"), ("bfloat16", "float16")])
 def test_a_cast_to_the_other_16_bits_agrees(tmp_path, capsys, stored, exported):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     tensors = {
         name: tensor if name in TABLES else LazyTensor.of(tensor.read().to(getattr(torch, stored)))
         for name, tensor in whole.tensors.items()

@@ -31,7 +31,7 @@ from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import constants
 from megatron_owl2.convert.megatron_io import write_checkpoint
-from megatron_owl2.convert.sources import from_checkpoint, from_owl2
+from megatron_owl2.convert.sources import from_checkpoint, from_released
 from megatron_owl2.model.position_tables import NAMES as TABLES
 from megatron_owl2.training.checkpoint import directories
 
@@ -63,7 +63,7 @@ def released(directory: Path, dtype: torch.dtype, files: str) -> Path:
 @pytest.mark.parametrize("files", ["safetensors", "bin", "bin shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_there_and_back_is_bitwise(tmp_path, dtype, files):
-    whole = from_owl2(released(tmp_path / "in", dtype, files))
+    whole = from_released(released(tmp_path / "in", dtype, files))
     assert whole.config.train.precision == ("bf16" if dtype is torch.bfloat16 else "fp32")
     write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
     whole = from_checkpoint(tmp_path / "ckpt")
@@ -82,7 +82,7 @@ def test_there_and_back_is_bitwise(tmp_path, dtype, files):
 
 
 def test_shards_have_the_size_that_was_asked_for(tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     out = tmp_path / "out"
     options = {"dtype": torch.bfloat16, "max_shard_bytes": 200_000}
     export_hf(whole.tensors, whole.config.model, out, **options)
@@ -97,7 +97,7 @@ def test_shards_have_the_size_that_was_asked_for(tmp_path):
 
 
 def test_the_parallel_sizes_of_a_checkpoint_leave_no_trace(tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     write_checkpoint(tmp_path / "one", whole.tensors, whole.config)
     script, sizes = HELPERS / "resave.py", ["2", "2"]
     done = run_ranks(4, script, tmp_path / "one", tmp_path / "four", *sizes)
@@ -130,7 +130,7 @@ class Watched:
 
 
 def test_few_tensors_are_in_memory_at_a_time(tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     largest = max(t.nbytes for t in whole.tensors.values())
     total = sum(t.nbytes for t in whole.tensors.values())
     watched = Watched(whole.tensors)
@@ -143,10 +143,10 @@ def test_few_tensors_are_in_memory_at_a_time(tmp_path):
 
 
 def test_released_settings_survive(tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     whole.config.model.image_mean = [0.1, 0.2, 0.3]
     export_hf(whole.tensors, whole.config.model, tmp_path / "out")
-    assert hf_config.read_owl2(tmp_path / "out") == whole.config.model
+    assert hf_config.read_model(tmp_path / "out") == whole.config.model
     official = json.loads((OWL2 / "config.json").read_text())
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     pairs = [(written, official)]

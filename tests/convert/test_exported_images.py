@@ -155,7 +155,7 @@ def test_an_export_shows_the_pixels_of_its_mode(mode, module, tmp_path):
     statistics = {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.25, 0.2, 0.3]}
     model = ModelConfig(vision=VisionConfig(image_size=28), image_mode=mode, **statistics)
     hf_config.write(tmp_path, "owl2", model, torch.float32)
-    assert hf_config.read_owl2(tmp_path).image_mode == mode
+    assert hf_config.read_model(tmp_path).image_mode == mode
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     processor = module.MPLUGOwl2ImageProcessor(**settings)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in statistics.values())
@@ -179,12 +179,12 @@ def test_a_directory_without_a_mode_stretches_and_a_mode_that_is_none_is_refused
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"image_mode": "squash"}))
     with pytest.raises(ConversionError, match="image_mode is 'squash', use stretch, pad or crop"):
-        hf_config.read_owl2(tmp_path)
+        hf_config.read_model(tmp_path)
     with pytest.raises(ValueError, match="image_mode is 'squash'; use stretch, pad or crop"):
         module.MPLUGOwl2ImageProcessor(**settings | {"image_mode": "squash"})(IMAGE)
     del settings["image_mode"]  # as in the released model, and in exports of older versions
     file.write_text(json.dumps(settings))
-    assert hf_config.read_owl2(tmp_path).image_mode == "stretch"
+    assert hf_config.read_model(tmp_path).image_mode == "stretch"
     values = module.MPLUGOwl2ImageProcessor(**settings | {"crop_size": CROP_SIZE})(IMAGE)
     stretched = module.MPLUGOwl2ImageProcessor(
         CROP_SIZE, settings["image_mean"], settings["image_std"], "stretch"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from megatron_owl2.convert.safetensors_io import TensorReader
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.errors import ConversionError
 from megatron_owl2.inference.loading import load_model
 
@@ -37,7 +37,7 @@ def test_dots_spaces_and_the_folder_itself_are_names_like_others(exported, monke
     named, here = load(exported), load(Path("."))
     assert type(here).__name__ == type(named).__name__
     assert torch.equal(here(**inputs).logits, named(**inputs).logits)
-    assert load_model(Path(".")).config == from_owl2(exported).config.model
+    assert load_model(Path(".")).config == from_released(exported).config.model
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def directory(exported, tmp_path) -> Path:
 
 
 def test_what_transformers_saves_again_is_the_same(exported, tmp_path):
-    saved, before = tmp_path / "saved", from_owl2(exported)
+    saved, before = tmp_path / "saved", from_released(exported)
     load(exported).save_pretrained(saved, max_shard_size="100KB")
     AutoProcessor.from_pretrained(exported, trust_remote_code=True).save_pretrained(saved)
-    after = from_owl2(saved)
+    after = from_released(saved)
     assert (saved / "model.safetensors.index.json").exists()
     assert after.config.model == before.config.model
     assert Path(after.config.data.tokenizer) == saved / "tokenizer.model"
@@ -58,14 +58,14 @@ def test_what_transformers_saves_again_is_the_same(exported, tmp_path):
     (saved / "model.safetensors.index.json").unlink()
     wanted = "model-00001-of-.* is a part of them: fetch model.safetensors.index.json and all parts"
     with pytest.raises(ConversionError, match=wanted):
-        from_owl2(saved)
+        from_released(saved)
 
 
 def test_resized_embeddings_are_read(exported, tmp_path):
     model = load(exported)
     model.resize_token_embeddings(323)
     model.save_pretrained(tmp_path / "resized")
-    whole = from_owl2(tmp_path / "resized")
+    whole = from_released(tmp_path / "resized")
     assert whole.config.model.decoder.vocab_size == 323
     assert torch.equal(
         whole.tensors["embedding.weight"].read()[:323], model.get_input_embeddings().weight
@@ -78,24 +78,26 @@ def test_resized_embeddings_are_read(exported, tmp_path):
 )
 def test_settings_that_an_editor_saved_are_read(directory, exported, name, encoding):
     (directory / name).write_text((directory / name).read_text(), encoding=encoding)
-    assert from_owl2(directory).config.model == from_owl2(exported).config.model
-    assert load_model(directory).config == from_owl2(exported).config.model
+    assert from_released(directory).config.model == from_released(exported).config.model
+    assert load_model(directory).config == from_released(exported).config.model
 
 
 def test_an_index_with_a_byte_order_mark_is_read(directory):
     index = json.dumps({"weight_map": dict.fromkeys(tensors_of(directory), "all.safetensors")})
     (directory / "model.safetensors").rename(directory / "all.safetensors")
     (directory / "model.safetensors.index.json").write_bytes(codecs.BOM_UTF8 + index.encode())
-    assert from_owl2(directory).build()
+    assert from_released(directory).build()
 
 
 def test_weights_without_metadata_and_in_bin_files_are_read(directory, exported):
     tensors = tensors_of(directory)
     save_file(tensors, directory / "model.safetensors")  # without "format"
-    assert tensors_of(directory).keys() == tensors.keys() and from_owl2(directory).build()
+    assert tensors_of(directory).keys() == tensors.keys() and from_released(directory).build()
     (directory / "model.safetensors").unlink()
     torch.save(tensors, directory / "pytorch_model.bin")
-    found, wanted = (from_owl2(path).tensors["final_norm.weight"] for path in (directory, exported))
+    found, wanted = (
+        from_released(path).tensors["final_norm.weight"] for path in (directory, exported)
+    )
     assert torch.equal(found.read(), wanted.read())
 
 
@@ -121,12 +123,12 @@ def test_a_pointer_of_git_is_named(directory, name):
     (directory / "model.safetensors").unlink()
     (directory / name).write_text(POINTER)
     with pytest.raises(ConversionError, match=rf"{name} is a Git LFS pointer; .*git lfs pull"):
-        from_owl2(directory)
+        from_released(directory)
 
 
 def test_an_adapter_is_not_left_out(directory):
     (directory / "adapter_config.json").write_text("{}")
-    for read in (from_owl2, load_model):
+    for read in (from_released, load_model):
         with pytest.raises(ConversionError, match="holds an adapter: merge it into its model"):
             read(directory)
     (directory / "config.json").unlink()

@@ -9,7 +9,7 @@ from hf_dirs import CLIP, DATA, LLAMA, assert_same, editable, export, parts_conf
 from safetensors.torch import load_file, save_file
 
 from megatron_owl2.convert import hf_config
-from megatron_owl2.convert.sources import from_llama_and_clip, from_owl2
+from megatron_owl2.convert.sources import from_llama_and_clip, from_released
 from megatron_owl2.errors import ConversionError
 from megatron_owl2.model.modality import Modality
 
@@ -86,12 +86,12 @@ def test_what_the_modalities_share_is_written_to_both_branches(tmp_path):
     pairs = {n: n.replace(".1.weight", ".0.weight") for n in found if "multiway.1" in n}
     different = [n for n, same in pairs.items() if not torch.equal(found[n], found[same])]
     assert len(pairs) == 8 and different == ["model.layers.1.input_layernorm.multiway.1.weight"]
-    again = from_owl2(tmp_path / "out", config=config).build()
+    again = from_released(tmp_path / "out", config=config).build()
     for name, parameter in model.named_parameters():
         assert torch.equal(again.get_parameter(name), parameter), name
     config.model.decoder.modality_split = []
     with pytest.raises(ConversionError) as refusal:
-        from_owl2(tmp_path / "out", config=config)
+        from_released(tmp_path / "out", config=config)
     assert str(refusal.value).count("different: ") == 1
     assert f"different: {different[0]} and {pairs[different[0]]}, which" in str(refusal.value)
 

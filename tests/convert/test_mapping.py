@@ -5,7 +5,7 @@ import torch
 from hf_dirs import OWL2, tensors_of
 
 from megatron_owl2.convert.mapping import rules
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.convert.transforms import Interleave, LeadingOnes, PadRows
 from megatron_owl2.model.layer_stack import weights
 
@@ -33,7 +33,7 @@ def test_query_rows_stand_before_the_key_and_value_they_share():
 
 
 def test_every_parameter_and_every_tensor_has_one_rule():
-    model = from_owl2(OWL2).build()
+    model = from_released(OWL2).build()
     table = rules("owl2", model.model)
     assert sorted(rule.ours for rule in table) == sorted(weights(model))
     tables = {rule.ours for rule in table if rule.constant}

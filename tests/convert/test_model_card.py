@@ -11,7 +11,7 @@ from hf_dirs import OWL2, small_tokenizer
 from PIL import Image
 
 from megatron_owl2.convert.hf_weights import export_hf
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 
 LINEARS = ["q_proj", "k_proj.multiway.0", "k_proj.multiway.1"]
 LINEARS += ["v_proj.multiway.0", "v_proj.multiway.1", "o_proj"]
@@ -62,10 +62,10 @@ def test_its_example_runs(after_the_first, capsys):
 
 
 def test_an_export_without_a_tokenizer_says_so(tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     export_hf(whole.tensors, whole.config.model, tmp_path / "out")
     assert "There is no `tokenizer.model`" in (tmp_path / "out" / "README.md").read_text()
-    assert from_owl2(tmp_path / "out").tensors.keys() == whole.tensors.keys()
+    assert from_released(tmp_path / "out").tensors.keys() == whole.tensors.keys()
 
 
 def test_the_names_for_lora_are_the_linears_of_attention(directory):
@@ -108,7 +108,7 @@ def test_lora_trains_saves_loads_and_merges(after_the_first, directory, tmp_path
         torch.testing.assert_close(merged(**inputs).logits, wanted, atol=1e-4, rtol=1e-4)
     for part in (merged, names["processor"]):
         part.save_pretrained(tmp_path / "merged")
-    assert from_owl2(tmp_path / "merged").config.model == from_owl2(directory).config.model
+    assert from_released(tmp_path / "merged").config.model == from_released(directory).config.model
 
 
 def test_a_usual_name_that_is_no_linear_is_refused_with_what_it_is(directory):

@@ -10,7 +10,7 @@ from megatron_owl2.config.load import load_config, save_config
 from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.model_card import CardFacts
 from megatron_owl2.convert.provenance import trained_stages
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.errors import ConversionError
 
 SCORES = {
@@ -25,7 +25,7 @@ SCORES = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Checkpoints of two stages and of the conversion that the first one started from."""
-    folder, whole = tmp_path_factory.mktemp("runs"), from_owl2(OWL2)
+    folder, whole = tmp_path_factory.mktemp("runs"), from_released(OWL2)
     for name in ("start", "pretrain", "finetune"):
         write_checkpoint(folder / name, whole.tensors, whole.config)
     for name, before, step in (("pretrain", "start", 4250), ("finetune", "pretrain", 12)):

@@ -32,7 +32,7 @@ from megatron_owl2.config.schema import (
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.megatron_io import write_checkpoint
-from megatron_owl2.convert.sources import from_checkpoint, from_llama_and_clip, from_owl2
+from megatron_owl2.convert.sources import from_checkpoint, from_llama_and_clip, from_released
 from megatron_owl2.convert.verify.compare import compare
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.errors import CheckpointError, ConfigError
@@ -69,7 +69,7 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(directory) -> Path:
-    whole = from_owl2(directory)
+    whole = from_released(directory)
     write_checkpoint(directory.parent / "ckpt", whole.tensors, whole.config)
     return directory.parent / "ckpt"
 
@@ -85,9 +85,9 @@ def on_two_ranks(checkpoint, directory) -> Path:
 
 @pytest.mark.parametrize(("multiple", "rows"), [(1, 323), (8, 328), (128, 384), (323, 323)])
 def test_there_and_back_is_bitwise(directory, tmp_path, multiple, rows):
-    config = from_owl2(directory).config
+    config = from_released(directory).config
     config.model.decoder.vocab_multiple = multiple
-    whole = from_owl2(directory, config=config)
+    whole = from_released(directory, config=config)
     write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
     whole = from_checkpoint(tmp_path / "ckpt")
     for name in PADDED:
@@ -103,9 +103,9 @@ def test_there_and_back_is_bitwise(directory, tmp_path, multiple, rows):
 
 
 def test_a_checkpoint_from_before_the_multiple_loads_with_one(directory, tmp_path):
-    config = from_owl2(directory).config
+    config = from_released(directory).config
     config.model.decoder.vocab_multiple = 1
-    whole = from_owl2(directory, config=config)
+    whole = from_released(directory, config=config)
     write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
     settings = tmp_path / "ckpt" / "run.yaml"
     kept = settings.read_text()
@@ -120,7 +120,7 @@ def test_a_checkpoint_from_before_the_multiple_loads_with_one(directory, tmp_pat
 
 
 def test_the_command_lines_take_a_multiple(directory, tmp_path, capsys):
-    model = from_owl2(directory).config.model
+    model = from_released(directory).config.model
     (tmp_path / "run.yaml").write_text(
         json.dumps({"model": json.loads(json.dumps(model, default=vars))})
     )

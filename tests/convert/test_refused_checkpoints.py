@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_owl2.config.load import save_config
 from megatron_owl2.convert.safetensors_io import TensorReader
-from megatron_owl2.convert.sources import from_checkpoint, from_owl2
+from megatron_owl2.convert.sources import from_checkpoint, from_released
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.errors import CheckpointError, ConfigError, ConversionError
 from megatron_owl2.training.checkpoint import directories, save_load
@@ -30,7 +30,7 @@ def test_a_damaged_checkpoint_is_refused(converted):
     whole = from_checkpoint(converted)
     with pytest.raises(CheckpointError, match="cannot be read"):
         whole.build()
-    model = from_owl2(OWL2).build()
+    model = from_released(OWL2).build()
     with pytest.raises(CheckpointError, match="cannot be read"):
         save_load.load_weights(converted, [model])
     largest.unlink()
@@ -43,7 +43,7 @@ def test_a_checkpoint_runs_no_code(converted, tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
 
-    model = from_owl2(OWL2).build()
+    model = from_released(OWL2).build()
     index = (converted / ".metadata").read_bytes()
     (converted / ".metadata").write_bytes(pickle.dumps(Hostile()))
     for read in (from_checkpoint, partial(save_load.load_weights, chunks=[model])):
@@ -58,7 +58,7 @@ def test_a_checkpoint_runs_no_code(converted, tmp_path):
 
 @pytest.mark.parametrize("name", ["metadata.json", "common.pt", ".metadata"])
 def test_a_damaged_or_missing_companion_is_refused(converted, name):
-    model = from_owl2(OWL2).build()
+    model = from_released(OWL2).build()
     (converted / name).write_bytes((converted / name).read_bytes()[:-20])
     with pytest.raises(CheckpointError, match="cannot be read|is damaged") as refusal:
         save_load.load_weights(converted, [model])

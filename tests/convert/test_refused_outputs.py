@@ -14,14 +14,14 @@ from processes import run_ranks
 from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.safetensors_io import TensorReader
-from megatron_owl2.convert.sources import from_checkpoint, from_owl2
+from megatron_owl2.convert.sources import from_checkpoint, from_released
 from megatron_owl2.errors import CheckpointError, ConversionError
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
-    model = from_owl2(OWL2).build()
+    model = from_released(OWL2).build()
     with torch.no_grad():
         model.final_norm.weight[3] = 1e6
     with pytest.raises(ConversionError, match="model.norm.weight .* too large for torch.float16"):
@@ -53,7 +53,7 @@ def after(tmp_path_factory):
 
 def test_a_full_disk_leaves_nothing(tmp_path, after):
     """A limit on the size of files stands for the disk that fills up while a tensor is written."""
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
     for tool, source in (
         ("convert_from_hf", ["--owl2", OWL2]),
@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, after):
 
 def test_no_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     with pytest.raises(CheckpointError, match="no room .* needs 0.0 GiB"):
         write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
     with pytest.raises(ConversionError, match="no room .* needs 0.0 GiB"):
@@ -78,7 +78,7 @@ def test_no_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_two_writers_of_one_output_do_not_meet(tmp_path):
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
 
     def overtaken() -> torch.Tensor:
         if not (tmp_path / "out").exists():
@@ -97,7 +97,7 @@ def test_two_writers_of_one_output_do_not_meet(tmp_path):
 def test_what_a_killed_writer_left_is_removed(tmp_path):
     abandoned = tmp_path / ".out.x1.partial"
     abandoned.mkdir()
-    whole = from_owl2(OWL2)
+    whole = from_released(OWL2)
     write_checkpoint(tmp_path / "out", whole.tensors, whole.config)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.safetensors_io import TensorReader
-from megatron_owl2.convert.sources import from_llama_and_clip, from_owl2
+from megatron_owl2.convert.sources import from_llama_and_clip, from_released
 from megatron_owl2.errors import ConversionError
 
 
@@ -24,7 +24,7 @@ def test_all_misfits_are_listed(tmp_path):
     tensors[count] = torch.ones(tensors[count].shape, dtype=torch.int64)
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(ConversionError) as refusal:
-        from_owl2(broken)
+        from_released(broken)
     for line in (
         "missing: model.norm.weight",
         "unexpected: model.extra.bias",
@@ -92,7 +92,7 @@ def test_an_index_must_be_true(tmp_path):
     ],
 )
 def test_other_architectures_are_refused(tmp_path, source, change, message):
-    read = {LLAMA: hf_config.read_llama, CLIP: hf_config.read_clip, OWL2: hf_config.read_owl2}
+    read = {LLAMA: hf_config.read_llama, CLIP: hf_config.read_clip, OWL2: hf_config.read_model}
     with pytest.raises(ConversionError, match=message):
         read[source](editable(source, tmp_path / "other", **change))
 

@@ -10,7 +10,7 @@ from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
 from megatron_owl2.convert.megatron_io import write_checkpoint
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.convert.verify.verify import verify
 from megatron_owl2.errors import ConfigError, ConversionError
 
@@ -25,7 +25,7 @@ TOOL = TOOLS / "verify_checkpoint.py"
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("verify") / "ckpt"
-    whole = from_owl2(OFFICIAL / "hf_ckpt")
+    whole = from_released(OFFICIAL / "hf_ckpt")
     write_checkpoint(directory, whole.tensors, whole.config)
     return directory
 

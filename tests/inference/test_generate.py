@@ -79,7 +79,9 @@ def test_an_image_shared_by_prompts_is_encoded_once(loaded, monkeypatch):
     encoded = []
     encode = loaded.model.encode_images
     monkeypatch.setattr(
-        loaded.model, "encode_images", lambda image: encoded.append(len(image)) or encode(image)
+        loaded.model,
+        "encode_images",
+        lambda image, frames: encoded.append(len(image)) or encode(image, frames),
     )
     first, second = cases(loaded)[1][2]
     prompts = [[1, IMAGE_TOKEN_ID, 40 + i] for i in range(5)]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_owl2.convert.mapping import constants
 from megatron_owl2.convert.remote_code.vision_mplug_owl2 import position_table
-from megatron_owl2.convert.sources import from_owl2
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.errors import ConversionError
 from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.position_tables import NAMES, image_positions, query_positions
@@ -71,7 +71,7 @@ def test_the_exported_code_computes_the_same_tables():
 
 def test_position_tables_are_kept_unless_they_do_not_fit(tmp_path):
     """Those of a directory, whatever processor made them; not rounded ones, nor another grid's."""
-    config = from_owl2(OWL2).config
+    config = from_released(OWL2).config
     made = constants(config.model)
     tensors = {n: t + 1e-6 if n.endswith(ENDS) else t for n, t in tensors_of(OWL2).items()}
     stored = {
@@ -80,14 +80,14 @@ def test_position_tables_are_kept_unless_they_do_not_fit(tmp_path):
     }
     source = editable(OWL2, tmp_path / "in")
     save_file(tensors, source / "model.safetensors")
-    whole = from_owl2(source)
+    whole = from_released(source)
     model = whole.build()
     for name in NAMES:
         assert torch.equal(whole.tensors[name].read(), stored[name])
         assert torch.equal(weights(model)[name], stored[name])
 
     config.model.vision.image_size *= 2
-    larger = from_owl2(source, config=config).tensors
+    larger = from_released(source, config=config).tensors
     grid = config.model.vision.grid_size
     assert larger[NAMES[1]].shape == (1 + grid**2, config.model.vision.hidden_size)
     assert torch.equal(larger[NAMES[1]].read(), constants(config.model)[NAMES[1]])
@@ -95,15 +95,15 @@ def test_position_tables_are_kept_unless_they_do_not_fit(tmp_path):
     rounded = {n: t.bfloat16() if n.endswith(ENDS) else t for n, t in tensors.items()}
     save_file(rounded, source / "model.safetensors")
     for name in NAMES:
-        assert torch.equal(from_owl2(source).tensors[name].read(), made[name])
+        assert torch.equal(from_released(source).tensors[name].read(), made[name])
 
     name = next(n for n in tensors if n.endswith(ENDS))
     save_file(tensors | {name: tensors[name] + 1}, source / "model.safetensors")
     with pytest.raises(ConversionError, match="which hold one position table"):
-        from_owl2(source)
+        from_released(source)
     save_file({n: t for n, t in tensors.items() if n != name}, source / "model.safetensors")
     with pytest.raises(ConversionError, match=f"missing: {name}"):
-        from_owl2(source)
+        from_released(source)
 
 
 if __name__ == "__main__":

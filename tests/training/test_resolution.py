@@ -16,7 +16,7 @@ from megatron_owl2.config.load import load_config
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.megatron_io import write_checkpoint
-from megatron_owl2.convert.sources import from_checkpoint, from_owl2
+from megatron_owl2.convert.sources import from_checkpoint, from_released
 from megatron_owl2.errors import CheckpointError
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
@@ -47,7 +47,7 @@ def make_start(folder: Path, precision: str) -> RunConfig:
     source = from_checkpoint(folder / "initial")
     export_hf(source.tensors, source.config.model, folder / "hf", tokenizer=config.data.tokenizer)
     fine = load_config(folder / "run.yaml", [FINE, f"train.precision={precision}"])
-    converted = from_owl2(folder / "hf", config=copy.deepcopy(fine))
+    converted = from_released(folder / "hf", config=copy.deepcopy(fine))
     write_checkpoint(folder / "converted", converted.tensors, converted.config)
     return fine
 

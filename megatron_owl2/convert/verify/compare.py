@@ -16,6 +16,7 @@ from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.expand import expand
 from megatron_owl2.convert.hf_weights import read_hf
+from megatron_owl2.convert.layouts import check_layout
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules, shared_branches
 from megatron_owl2.convert.megatron_io import read_checkpoint
@@ -27,11 +28,21 @@ from megatron_owl2.errors import ConversionError
 # proportion to their size.
 LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4
 _TEXT = 24  # ids in an input, beside its images
-_SETTINGS = ("vision", "abstractor", "decoder", "image_mean", "image_std")
+_SETTINGS = (
+    "vision",
+    "abstractor",
+    "decoder",
+    "template",
+    "tokenization",
+    "image_mean",
+    "image_std",
+    "image_mode",
+)
 _RUN_ONLY = {
     "max_positions",
     "position_init_std",
     "attention_init_std",
+    "attention_dropout",
     "modality_split",
     "vocab_multiple",
 }
@@ -52,7 +63,7 @@ class CheckResult:
 def compare(
     directory: str | Path, hf_directory: str | Path, overrides: Sequence[str] = ()
 ) -> Iterator[CheckResult]:
-    """Checks of a checkpoint against a directory in the released layout; every rank exhausts them.
+    """Checks of a checkpoint against a directory in a released layout; every rank exhausts them.
 
     They cover settings, keys and shapes, every weight, then logits, loss and every gradient for a
     text, one image and two images in fp32 on seeded random inputs, with the weights rounded to the
@@ -65,9 +76,11 @@ def compare(
     model, first = verification.config.model, verification.rank == 0
     stored = read_checkpoint(verification.directory)
     try:
-        settings = _differing_settings(model, hf_config.read_owl2(hf_directory))
+        layout = hf_config.find_layout(hf_directory)
+        settings = _differing_settings(model, hf_config.read_model(hf_directory, layout))
+        check_layout(layout, model)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
-        theirs = read_hf(hf_directory, "owl2", model, shapes)
+        theirs = read_hf(hf_directory, layout, model, shapes)
         if missing := shapes.keys() - theirs.keys():
             raise ConversionError(f"the checkpoint has more: {', '.join(sorted(missing))}")
     except ConversionError as error:
@@ -81,13 +94,14 @@ def compare(
     common = {name: _common(stored[name].dtype, theirs[name].dtype) for name in theirs}
     _round(verification.model, common)
     if first:
-        other = _load_other(hf_directory)
-        _round(other, {n: common[r.ours] for r in rules("owl2", model) for n in r.theirs})
+        other = _load_other(hf_directory, layout)
+        _round(other, {n: common[r.ours] for r in rules(layout, model) for n in r.theirs})
     for name, inputs in _inputs(model):
         # Ours first, since it refuses parallel sizes that the processes cannot carry.
         ours = verification.run(inputs, gradients=True)
         if first:
-            yield from _compare_computations(name, ours, _compute(other, model, inputs), model)
+            theirs = _compute(other, model, layout, inputs)
+            yield from _compare_computations(name, ours, theirs)
 
 
 def _differing_settings(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -154,7 +168,7 @@ def _inputs(model: ModelConfig) -> Iterator[tuple[str, dict[str, torch.Tensor]]]
         yield name, inputs
 
 
-def _load_other(directory: str | Path) -> torch.nn.Module:
+def _load_other(directory: str | Path, layout: str) -> torch.nn.Module:
     try:
         from megatron_owl2.convert.remote_code.modeling_mplug_owl2 import MPLUGOwl2LlamaForCausalLM
     except ImportError as error:
@@ -163,7 +177,7 @@ def _load_other(directory: str | Path) -> torch.nn.Module:
 
 
 def _compute(
-    other: torch.nn.Module, model: ModelConfig, inputs: dict[str, torch.Tensor]
+    other: torch.nn.Module, model: ModelConfig, layout: str, inputs: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Logits, loss and `grad.*` of the other side, named as `verify` names them."""
     e = expand(inputs["input_ids"], model.tokens_per_image, labels=inputs["labels"])
@@ -181,13 +195,13 @@ def _compute(
     for name, parameter in other.named_parameters():
         gradient = parameter.grad
         results[f"grad.{name}"] = torch.zeros_like(parameter) if gradient is None else gradient
-    for name, same in shared_branches("owl2", model).items():  # one parameter of ours reads both
+    for name, same in shared_branches(layout, model).items():  # one parameter of ours reads both
         results[f"grad.{same}"] = results[f"grad.{same}"] + results.pop(f"grad.{name}")
     return results
 
 
 def _compare_computations(
-    name: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], model: ModelConfig
+    name: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 ) -> Iterator[CheckResult]:
     for what, allowed in (("logits", LOGITS), ("loss", LOSS)):
         apart = (ours[what] - theirs[what]).abs().max().item()

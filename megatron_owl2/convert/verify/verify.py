@@ -21,6 +21,7 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert.expand import Expanded, expand
+from megatron_owl2.convert.layouts import TEXT_TAKES_AN_IMAGE, layout_of
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.partition import unshard
@@ -204,6 +205,7 @@ def _expand(
             attention_mask=inputs.get("attention_mask"),
             labels=labels,
             images_per_placeholder=None if counts is None else counts.tolist(),
+            text_takes_an_image=TEXT_TAKES_AN_IMAGE[layout_of(config.model)],
             multiple_of=multiple_of,
         )
     except ValueError as error:
@@ -242,15 +244,16 @@ def _fit_config(config: RunConfig, expanded: Expanded) -> None:
 def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfig) -> Batch:
     size, order = config.model.vision.image_size, expanded.image_order
     images = inputs.get("images")
-    if images is None and len(expanded.vision_token_index) == 0:
+    if len(expanded.vision_token_index) == 0 and (images is None or not len(order)):
+        order = torch.arange(max(1, len(order)))
         images = torch.zeros(len(order), 3, size, size)  # of no effect, as no row is theirs
     wanted = [len(order), 3, size, size]
     if images is None or list(images.shape) != wanted or not images.is_floating_point():
+        owners = "one for each placeholder"
+        if TEXT_TAKES_AN_IMAGE[layout_of(config.model)]:
+            owners += " and one for each row without"
         found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
-        raise ConversionError(
-            f"images must be normalised floats {wanted}: one for each placeholder and one for "
-            f"each row without; found {found}"
-        )
+        raise ConversionError(f"images must be normalised floats {wanted}: {owners}; found {found}")
     if not images.float().isfinite().all():
         raise ConversionError("images hold NaN or infinity")
     count = len(expanded.tokens)
@@ -303,7 +306,7 @@ def _gradients(model: Owl2) -> dict[str, torch.Tensor]:
     """`grad.<name>` of this pipeline stage's parameters, whole."""
     parameters: dict[str, Any] = dict(model.named_parameters())
     found: dict[str, torch.Tensor] = {}
-    for rule in rules("owl2", model.model):
+    for rule in rules(layout_of(model.model), model.model):
         if rule.ours in parameters:
             parameter = parameters[rule.ours]
             gradient = unshard(parameter.main_grad, parameter, model.context)
