@@ -149,10 +149,9 @@ def export_adapter(
 
 
 def read_adapter(
-    directory: str | Path, model: ModelConfig, layout: str
+    directory: str | Path, model: ModelConfig
 ) -> tuple[LoraConfig, dict[str, LazyTensor]]:
-    """The `stage.lora` of a directory of peft for a model of `layout`, and its tensors under our
-    names.
+    """The `stage.lora` of a directory of peft, and its tensors under our names.
 
     Which linears have an adapter follows from the tensors. Raises ConversionError for a directory
     that is none, for what our adapters cannot do (other sums, ranks of their own), for a setting
@@ -170,17 +169,17 @@ def read_adapter(
         )
     fields = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     adapters = settings.filled({"lora_dropout": 0.0}).pick(LoraConfig, fields)
-    return adapt(adapters, TensorReader(directory, ADAPTER_FILES), model, layout)
+    return adapt(adapters, TensorReader(directory, ADAPTER_FILES), model)
 
 
 def adapt(
-    adapters: LoraConfig, reader: TensorReader, model: ModelConfig, layout: str
+    adapters: LoraConfig, reader: TensorReader, model: ModelConfig
 ) -> tuple[LoraConfig, dict[str, LazyTensor]]:
     """The `stage.lora` of adapters, with the targets that `reader` has tensors of, and these under
     our names; raises ConversionError for those that do not fit the model."""
     linears = [
         linear
-        for linear in _linears(model, layout)
+        for linear in _linears(model, layout_of(model))
         if any(_name(m, ending) in reader.names() for m in linear.modules for ending in "AB")
     ]
     _check(reader, model, adapters, linears)

@@ -96,9 +96,9 @@ def from_released(
     if adapter is not None:
         if is_peft_model(adapter):
             whole = read_peft_model(adapter, directory, adapter_alpha)
-            config.stage.lora, found = adapters.adapt(*whole, config.model, layout)
+            config.stage.lora, found = adapters.adapt(*whole, config.model)
         else:
-            config.stage.lora, found = adapters.read_adapter(adapter, config.model, layout)
+            config.stage.lora, found = adapters.read_adapter(adapter, config.model)
         return SourceModel(config, {name: tensors[name] for name in shapes} | found)
     return SourceModel(config, {name: tensors[name] for name in shapes})
 

@@ -19,7 +19,6 @@ from megatron_owl2.config.schema import (
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert import adapters, sources
 from megatron_owl2.convert import hf_weights as hf
-from megatron_owl2.convert.layouts import layout_of
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.partition import shard
 from megatron_owl2.data.tokenizer import Tokenizer, load_tokenizer
@@ -122,8 +121,7 @@ def _merged_weights(
     source = sources.from_checkpoint(path).merged()
     if adapter is None:
         return source.tensors
-    model = source.config.model
-    lora, found = adapters.read_adapter(adapter, model, layout_of(model))
+    lora, found = adapters.read_adapter(adapter, source.config.model)
     return adapters.merge(source.tensors | found, source.config.model, lora)
 
 

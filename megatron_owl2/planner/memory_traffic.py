@@ -127,7 +127,11 @@ def _passes(
     before = vision or any(name.startswith(("abstractor.", "embedding.")) for name in trained)
     size, tokens = model.vision.hidden_size, model.vision.grid_size**2 + 1
     queries = states(model.abstractor.num_queries, images, size, trains=before)
-    positions = states(model.abstractor.num_queries + tokens, 1, size, trains=False)
+    positions = image_keys = None
+    if model.abstractor.positions == "sincos":
+        positions = states(model.abstractor.num_queries + tokens, 1, size, trains=False)
+    if model.abstractor.attention_dropout:
+        image_keys = torch.empty(images, dtype=torch.int32, device=META)
     x = states(length // split, rows, model.decoder.hidden_size, trains=before)
     places = torch.empty(rows, length, dtype=torch.int64, device=META)
     index = places.new_empty(-(-images * model.tokens_per_image // parallel.context))
@@ -142,7 +146,7 @@ def _passes(
     image = states(tokens, images, size, trains=vision)
     return {
         "vision_model": (_layer(built.vision_model.layers), (image,)),
-        "abstractor": (_layer(built.abstractor.layers), (queries, image, positions)),
+        "abstractor": (_layer(built.abstractor.layers), (queries, image, positions, image_keys)),
         "decoder": (_layer(built.decoder.layers), (x, modality, rotary, None, None)),
         "head": (head, (x,)),
     }

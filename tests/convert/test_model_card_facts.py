@@ -85,5 +85,5 @@ def test_mistakes_are_named(runs, tmp_path, capsys):
     code, _, errors = run_tool(*command, "--scores", tmp_path / "scores.json", capsys=capsys)
     assert code == 2 and "scores.json that owl2 evaluate wrote" in errors
     code, _, errors = run_tool(*command, "--layout", "llama", "--license", "mit", capsys=capsys)
-    assert code == 2 and "only layout owl2 has a model card" in errors
+    assert code == 2 and "only a whole model has a model card" in errors
     assert not (tmp_path / "out").exists()

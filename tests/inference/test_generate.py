@@ -81,7 +81,7 @@ def test_an_image_shared_by_prompts_is_encoded_once(loaded, monkeypatch):
     monkeypatch.setattr(
         loaded.model,
         "encode_images",
-        lambda image, frames: encoded.append(len(image)) or encode(image, frames),
+        lambda image, *more, **named: encoded.append(len(image)) or encode(image, *more, **named),
     )
     first, second = cases(loaded)[1][2]
     prompts = [[1, IMAGE_TOKEN_ID, 40 + i] for i in range(5)]
