@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import likelihood, results
+from megatron_owl2.evaluation import answering, results
 from megatron_owl2.evaluation.asking import (
     batches_of,
     image_reader,
@@ -39,7 +39,7 @@ from megatron_owl2.evaluation.fingerprint import mark_of_gold, mark_of_images, m
 from megatron_owl2.evaluation.journal import Batch, journal_of, read_journals, remove_journals
 from megatron_owl2.evaluation.mistakes import MISTAKES, write_mistakes
 from megatron_owl2.evaluation.prompts import PROMPTS
-from megatron_owl2.evaluation.question import Question, frames_shown
+from megatron_owl2.evaluation.question import Question, alone, frames_shown, joining
 from megatron_owl2.evaluation.ranks import from_first, together
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.rows import Id
@@ -106,6 +106,10 @@ def evaluate(
     if suffix and questions[0].candidates and not questions[0].candidates.in_template:
         raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")
     template = TEMPLATES[loaded.config.template]
+    if loaded.config.vision.temporal:
+        questions = joining(questions)
+    if settings.prompt == "official":  # published code asks no question after another
+        questions = alone(questions)
     described = {
         **about,
         "task": name,
@@ -123,7 +127,7 @@ def evaluate(
         questions,
         gold,
         [benchmark.prompts_of(q, settings.prompt, suffix, template) for q in questions],
-        batches_of(len(questions), settings.batch_size),
+        batches_of(questions, settings.batch_size),
         Path(output),
         settings,
         described,
@@ -250,13 +254,10 @@ class _Run:
     def _answered(
         self, generator: Generator, batch: range, shown: Sequence[list[torch.Tensor]]
     ) -> list[str]:
-        """The model's answers to a batch, generated or chosen by their likelihood."""
-        asked = [(self.questions[place].candidates, self.prompts[place]) for place in batch]
-        compared = [(candidates, prompts) for candidates, prompts in asked if candidates]
-        if compared:
-            return likelihood.answers(generator, compared, shown)
+        asked = [(self.questions[place], self.prompts[place]) for place in batch]
         limits = _limits(self.benchmark, self.settings)
-        return generator.generate([prompt for _, (prompt,) in asked], shown, **limits)
+        suffix = self.described["prompt_suffix"]
+        return answering.answers(generator, asked, shown, suffix, limits)
 
     def conclude(self, identity: _Identity, finished: set[int], spent: float) -> dict:
         """The result, once all files are written; the one that says it is finished comes last."""
