@@ -110,6 +110,9 @@ class Benchmark:
         self, question: Question, prompt: str, suffix: str, template: Template
     ) -> list[str]:
         """The prompt of a question, or those before each of its candidates in the template."""
+        candidates = question.candidates
+        if prompt == "official" and candidates and candidates.official:
+            return candidates.official(question.placeholders, suffix)
         asked = question.for_candidates() if question.candidates else [question]
         return [self.prompt_text(one, prompt, suffix, template) for one in asked]
 

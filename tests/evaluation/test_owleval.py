@@ -96,7 +96,8 @@ class Talks:
             p if isinstance(p, str) else "".join(marks.get(i) or chr(i) for i in p if i != 1)
             for p in prompts
         ]
-        assert all(len(row) == text.count("<|image|>") == 1 for row, text in zip(images, spelled))
+        assert [len(row) for row in images] == [1] * len(prompts)
+        assert all(text.count("<|image|>") == 1 for text in spelled)
         answers = [f"#{len(self.asked) + n}" for n in range(len(prompts))]
         self.asked.extend(spelled)
         return answers
