@@ -23,34 +23,41 @@ _logger = logging.getLogger(__name__)
 
 def answers(
     generator: "Generator",
-    asked: Sequence[tuple[Question, Sequence[str]]],
+    asked: Sequence[Question],
+    prompts: Sequence[Sequence[str]],
     images: Sequence[Sequence["torch.Tensor"]],
     suffix: str,
     limits: Mapping[str, int],
 ) -> list[str]:
-    """The model's answers to questions, each with its prompt or those before its candidates.
+    """The model's answers to questions, of which `prompts` has each one's or those before its
+    candidates.
 
     A question that follows others comes after these and the model's own answers to them, in the
     model's template; so all conversations of a batch go on together, a turn at a time. `images` are
     those of each question, `limits` the numbers of new tokens. Raises InferenceError as the
     generator does.
     """
-    compared = [(q.candidates, prompts) for q, prompts in asked if q.candidates]
+    compared = [
+        (q.candidates, of_q) for q, of_q in zip(asked, prompts, strict=True) if q.candidates
+    ]
     if compared:
         return likelihood.answers(generator, compared, images)
     said: dict[Id, str] = {}
-    conversations = _conversations([question for question, _ in asked])
+    conversations = _conversations(asked)
     for turn in range(1, 1 + max(map(len, conversations), default=0)):
         places = [place for place, turns in enumerate(conversations) if len(turns) == turn]
-        prompts = [
-            asked[place][1][0]
-            if turn == 1
-            else _ids(generator, conversations[place], said, suffix, limits["max_new_tokens"])
-            for place in places
-        ]
-        found = generator.generate(prompts, [images[place] for place in places], **limits)
-        said |= {asked[place][0].id: text for place, text in zip(places, found, strict=True)}
-    return [said[question.id] for question, _ in asked]
+        texts = generator.generate(
+            [
+                prompts[place][0]
+                if turn == 1
+                else _ids(generator, conversations[place], said, suffix, limits["max_new_tokens"])
+                for place in places
+            ],
+            [images[place] for place in places],
+            **limits,
+        )
+        said |= {asked[place].id: text for place, text in zip(places, texts, strict=True)}
+    return [said[question.id] for question in asked]
 
 
 def _conversations(asked: Sequence[Question]) -> list[list[Question]]:

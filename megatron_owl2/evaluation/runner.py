@@ -224,7 +224,8 @@ class _Run:
         assert isinstance(splitting, torch.distributed.ProcessGroup)
         writes = splitting.rank() == 0
         read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
-        generator = Generator(loaded)
+        generator, limits = Generator(loaded), _limits(self.benchmark, self.settings)
+        suffix = self.described["prompt_suffix"]
         with ExitStack() as stack:
             with together(splitting):
                 keep = (
@@ -240,8 +241,9 @@ class _Run:
                 asked = [self.questions[place] for place in batch]
                 with together(splitting):
                     shown = [images_of(question, read) for question in asked]
+                prompts = [self.prompts[place] for place in batch]
                 with naming(asked):
-                    answers = self._answered(generator, batch, shown)
+                    answers = answering.answers(generator, asked, prompts, shown, suffix, limits)
                 with together(splitting):
                     if keep is not None:
                         keep(number, answers)
@@ -250,14 +252,6 @@ class _Run:
     def _bar(self, share: Sequence[int], *, shown: bool) -> tqdm:
         total = sum(len(self.batches[number]) for number in share)
         return tqdm(total=total, desc=self.described["task"], unit=" questions", disable=not shown)
-
-    def _answered(
-        self, generator: Generator, batch: range, shown: Sequence[list[torch.Tensor]]
-    ) -> list[str]:
-        asked = [(self.questions[place], self.prompts[place]) for place in batch]
-        limits = _limits(self.benchmark, self.settings)
-        suffix = self.described["prompt_suffix"]
-        return answering.answers(generator, asked, shown, suffix, limits)
 
     def conclude(self, identity: _Identity, finished: set[int], spent: float) -> dict:
         """The result, once all files are written; the one that says it is finished comes last."""
