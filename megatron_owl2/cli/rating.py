@@ -1,7 +1,7 @@
 """Modes of `owl2 evaluate` for answers that people rate from A to D, as OwlEval's.
 
 owl2 evaluate rating-sheet --task NAME --data PATH --predictions [NAME=]FILE ... --output DIR
-owl2 evaluate tally --key DIR/key.json --sheet FILE ...
+owl2 evaluate tally --key DIR/key.json --sheet FILE ... [--task NAME] [--figure FILE.png]
 
 `rating-sheet` writes the answers of several models in a random order: sheet.csv to fill in,
 sheet.html to read with it, and key.json, which says whose they are and is for nobody who rates.
@@ -9,6 +9,7 @@ sheet.html to read with it, and key.json, which says whose they are and is for n
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from megatron_owl2.cli.command import Command, UsageError
@@ -48,9 +49,16 @@ def write_sheet(options: argparse.Namespace) -> int:
             name: {i: text for i, text in benchmark.with_ids_of(asked, texts).items() if i in asked}
             for name, texts in predictions.items()
         }
-    items = rating.shuffled_items(questions, predictions, options.seed)
+    known = {"is_lost": task.raters.is_lost} if task.raters else {}
+    items = rating.shuffled_items(questions, predictions, options.seed, **known)
     rating.write_sheet(Path(options.output), items)
-    print(f"{len(items)} answers are in {options.output}/{rating.SHEET}; keep {rating.KEY} away")
+    lost = Counter(item.model for item in items if item.lost)
+    print(
+        f"{len(items) - lost.total()} answers are in {options.output}/{rating.SHEET}; keep "
+        f"{rating.KEY} away"
+    )
+    for model, count in lost.items():
+        print(f"{count} answers of {model} were not kept by those who published it: left out")
     return 0
 
 
@@ -66,13 +74,32 @@ def _named(text: str) -> tuple[str, Path]:
 def add_tally_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", required=True, help="key.json of the sheet")
     parser.add_argument("--sheet", required=True, nargs="+", help="sheets that people filled in")
+    parser.add_argument(
+        "--task",
+        choices=_rated_tasks(),
+        help="of the answers: adds the published counts of other models' ratings",
+    )
+    parser.add_argument("--figure", type=Path, help="the tally as stacked bars, a PNG to write")
 
 
 def tally(options: argparse.Namespace) -> int:
     from megatron_owl2.evaluation import rating
 
-    print(json.dumps(rating.tally(Path(options.key), [*map(Path, options.sheet)]), indent=1))
+    raters = _rated_tasks()[options.task].raters if options.task else None
+    table = rating.tally(Path(options.key), [*map(Path, options.sheet)], raters)
+    if options.figure:
+        from megatron_owl2.plotting import ratings
+
+        ratings.draw(options.figure, table, raters.skills if raters else {})
+    print(json.dumps(table, indent=1))
     return 0
+
+
+def _rated_tasks() -> dict:
+    """The benchmarks that people rate, by their names."""
+    from megatron_owl2.evaluation import registry
+
+    return {name: task for name, task in registry.find_benchmarks().items() if task.raters}
 
 
 MODES = {

@@ -17,9 +17,16 @@ from megatron_owl2.evaluation.video_frames import read_frames
 ImageReader = Callable[[Image], list[torch.Tensor]]  # of an image, or of the frames of a video
 
 
-def batches_of(count: int, size: int) -> list[range]:
-    """The places of `count` questions in batches of `size`, the last of which may be smaller."""
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+def batches_of(questions: Sequence[Question], size: int) -> list[range]:
+    """The places of the questions in batches of `size`, the last of which may be smaller. A
+    conversation ends in the batch in which it begins, which may be larger."""
+    batches, end = [], 0
+    while end < len(questions):
+        first, end = end, min(end + size, len(questions))
+        while end < len(questions) and questions[end].follows is not None:
+            end += 1
+        batches.append(range(first, end))
+    return batches
 
 
 def share_of(batches: int, finished: Collection[int], group: int, groups: int) -> list[int]:
@@ -65,16 +72,20 @@ def place_of_image(image: Image) -> str:
 def image_reader(model: ModelConfig, cached: int, *, blind: bool) -> ImageReader:
     """A reader of images and frames [3, size, size] in uint8, black ones if `blind`, with a cache:
     questions about one image that follow each other get the same tensor object, which the generator
-    encodes once."""
+    encodes once. The frames of a joined video are one tensor [frames, 3, size, size], a single one
+    is an image."""
     size, to_square = model.vision.image_size, images.square_resize(model)
     black = torch.zeros(3, size, size, dtype=torch.uint8)
 
     @lru_cache(maxsize=cached)
     def read(image: Image) -> list[torch.Tensor]:
-        if blind:
-            return [black] * (image.frames if isinstance(image, Video) else 1)
         if isinstance(image, Video):
-            return [to_square(frame, size) for frame in read_frames(image)]
+            frames = [black] * image.frames
+            if not blind:
+                frames = [to_square(frame, size) for frame in read_frames(image)]
+            return [torch.stack(frames)] if image.joined and len(frames) > 1 else frames
+        if blind:
+            return [black]
         data = image.read_bytes() if isinstance(image, Path) else image
         return [images.load_square(data, size, to_square=to_square)]
 

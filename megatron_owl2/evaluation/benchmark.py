@@ -17,6 +17,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation.judge import Judge
 from megatron_owl2.evaluation.prompts import PROMPTS, OfficialPrompt
 from megatron_owl2.evaluation.question import Question, file_of, showing
+from megatron_owl2.evaluation.raters import Raters
 from megatron_owl2.evaluation.rows import (
     Id,
     identifier,
@@ -86,6 +87,7 @@ class Benchmark:
         default_factory=dict
     )
     judge: Judge | None = None  # where answers are, or can be, judged by a language model
+    raters: Raters | None = None  # where people rate them
     official: OfficialPrompt = OfficialPrompt()
     split: str | None = None
 
@@ -108,6 +110,9 @@ class Benchmark:
         self, question: Question, prompt: str, suffix: str, template: Template
     ) -> list[str]:
         """The prompt of a question, or those before each of its candidates in the template."""
+        candidates = question.candidates
+        if prompt == "official" and candidates and candidates.official:
+            return candidates.official(question.placeholders, suffix)
         asked = question.for_candidates() if question.candidates else [question]
         return [self.prompt_text(one, prompt, suffix, template) for one in asked]
 

@@ -42,12 +42,13 @@ def mark_of_model(path: Path) -> str:
 
 
 def mark_of_questions(questions: Sequence[Question], prompts: Iterable[Sequence[str]]) -> str:
-    """A mark of ids, whole prompts, texts that are compared, and names of images."""
+    """A mark of ids, whole prompts, texts that are compared, names of images, and conversations."""
     digest = hashlib.sha256()
     for question, asked in zip(questions, prompts, strict=True):
         names = [file.name for image in question.images if (file := file_of(image))]
         compared = question.candidates.pairs if question.candidates else ()
-        content = repr((question.id, list(asked), compared, names))
+        parts = (question.id, list(asked), compared, names)
+        content = repr(parts if question.follows is None else (*parts, question.follows))
         digest.update(content.encode(errors="backslashreplace"))
     return f"{len(questions)} of {digest.hexdigest()[:32]}"
 
@@ -81,5 +82,7 @@ def _mark_of_image(image: Image) -> object:
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     if isinstance(image, Video):
-        return image.path.stat().st_size, image.frames, image.segment, image.unit
+        shown = image.path.stat().st_size, image.frames, image.segment, image.unit
+        # What was added later stands here only where it is chosen: evaluations of before go on.
+        return shown + (("ends",) if image.ends else ()) + (("joined",) if image.joined else ())
     return image.stat().st_size

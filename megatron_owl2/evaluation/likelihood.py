@@ -27,13 +27,15 @@ class Candidates:
 
     `pairs` are (context, text). `in_template` makes a question of the context, with the question's
     images, and an answer of the text, which `ends` if EOS is part of it. Else both are plain text
-    behind a BOS, tokenised in one piece, and the context may be empty.
+    behind a BOS, tokenised in one piece, and the context may be empty. `official` gives the whole
+    prompts of published code before the texts, for a number of placeholders and a suffix.
     """
 
     pairs: tuple[tuple[str, str], ...]
     measure: Measure
     in_template: bool = False
     ends: bool = False
+    official: Callable[[int, str], list[str]] | None = None
 
 
 def total(found: "LogLikelihood", text: str) -> float:

@@ -1,4 +1,5 @@
-"""Published figures of mPLUG-Owl2 (arXiv 2311.04257), to stand beside those of an evaluation.
+"""Published figures, to stand beside those of an evaluation: of mPLUG-Owl2 (arXiv 2311.04257), and
+of both versions where a benchmark's authors evaluated them.
 
 The paper contradicts itself in places; that is recorded in `NOTES` and not mended.
 """
@@ -21,6 +22,8 @@ NOTES = {
     "ocr": "With the tokens of an OCR system in the prompt.",
     "caption": "CIDEr of texts that Stanford's PTB tokeniser split.",
     "seed": "Images and videos.",
+    "hallusionbench": "By the README of HallusionBench (CVPR 2024), judged by GPT-4 under its own "
+    "prompt, of the 1,129 questions that the file has since November 2023.",
 }
 
 
@@ -32,7 +35,7 @@ class Figure:
     `split` is the paper's; where the file names are splits of their own (`own_split`), only scores
     of that one are its counterpart, and only those of question files whose names match `files`, a
     regular expression, in any letter case. `judged` figures are a judge's, where there is another
-    rule as well. `notes` are keys of NOTES.
+    rule as well. `notes` are keys of NOTES; `model` is whose figure it is.
     """
 
     table: int | None
@@ -45,13 +48,19 @@ class Figure:
     own_split: bool = False
     files: str = ""
     judged: bool = False
+    model: str = "mPLUG-Owl2"
 
 
 _ACCURACY = ("overall", "accuracy")
 
 
 def _accuracy(
-    table: int, task: str, value: float, split: str, *notes: str, metric: str = "accuracy"
+    table: int | None,
+    task: str,
+    value: float | None,
+    split: str,
+    *notes: str,
+    metric: str = "accuracy",
 ) -> Figure:
     return Figure(table, task, metric, _ACCURACY, value, split, notes)
 
@@ -83,8 +92,27 @@ def _pope(split: str, values: Mapping[str, float | None], *notes: str) -> list[F
     ]
 
 
+def _hallusionbench(model: str, values: Mapping[str, float]) -> list[Figure]:
+    name, notes = r"^hallusionbench\.json$", ("hallusionbench",)
+    return [
+        Figure(
+            table=None,
+            task="hallusionbench",
+            metric=metric,
+            path=("overall", metric),
+            value=value,
+            split="",
+            notes=notes,
+            files=name,
+            judged=True,
+            model=model,
+        )
+        for metric, value in values.items()
+    ]
+
+
 _POPE = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-FIGURES = (
+_OF_PAPER = (
     Figure(1, "coco_caption", "CIDEr", ("overall", "cider_d"), 137.3, "test", ("caption",)),
     Figure(1, "flickr30k", "CIDEr", ("overall", "cider_d"), 85.1, "test", ("caption",)),
     _accuracy(1, "vqav2", 79.4, "testdev", metric="VQA accuracy"),
@@ -122,4 +150,17 @@ FIGURES = (
     Figure(None, "mmhal_bench", "score", ("overall", "score"), 2.17, "test", ("mmhal",)),
     Figure(None, "mmhal_bench", "hallucinations", ("overall", "hallucinations"), 56.0, "test"),
 )
-PAPER_TASKS = tuple(dict.fromkeys(figure.task for figure in FIGURES))
+_OF_BENCHMARKS = (
+    # What yes or no in an answer says, without a judge, was not published.
+    _accuracy(None, "hallusionbench", None, ""),
+    *_hallusionbench(
+        "mPLUG-Owl",
+        {"accuracy": 43.93, "qAcc": 9.45, "fAcc": 10.40, "easy": 39.34, "hard": 29.77},
+    ),
+    *_hallusionbench(
+        "mPLUG-Owl2",
+        {"accuracy": 47.30, "qAcc": 13.85, "fAcc": 19.94, "easy": 44.84, "hard": 39.07},
+    ),
+)
+FIGURES = _OF_PAPER + _OF_BENCHMARKS
+PAPER_TASKS = tuple(dict.fromkeys(figure.task for figure in _OF_PAPER))

@@ -22,7 +22,8 @@ class Question:
     or videos, and `gold` is the answer to show beside the model's, None if it was never published.
     The images come before the text, unless it is `placed`: then it has a placeholder for each of
     them. One placeholder stands for all frames of a video. With `candidates` the most likely of
-    them is the answer, by its letter, and nothing is generated."""
+    them is the answer, by its letter, and nothing is generated. `follows` is the question before
+    it in a conversation about the same images, which are shown with the first one only."""
 
     id: Id
     text: str
@@ -31,14 +32,20 @@ class Question:
     gold: str | None
     placed: bool = False
     candidates: Candidates | None = None
+    follows: Id | None = None
+
+    @property
+    def placeholders(self) -> int:
+        """Placeholders in its prompt, for images and frames."""
+        return sum(_placeholders(image) for image in self.images)
 
     def prompt(self, suffix: str, template: Template = OWL2) -> str:
         """The prompt of the model's template, images first, up to `ASSISTANT:`."""
-        return prompt(self._with_placeholders() + suffix, template)
+        return prompt(self.with_placeholders() + suffix, template)
 
     def official_prompt(self, suffix: str, assistant: str) -> str:
         """The prompt of published evaluation code, whose white space is kept as it is."""
-        return OFFICIAL_USER + self._with_placeholders() + suffix + assistant
+        return OFFICIAL_USER + self.with_placeholders() + suffix + assistant
 
     def for_candidates(self) -> "list[Question]":
         """The questions behind which the candidates' texts stand, if these are in the template."""
@@ -48,16 +55,19 @@ class Question:
             replace(self, text=context, candidates=None) for context, _ in self.candidates.pairs
         ]
 
-    def _with_placeholders(self) -> str:
+    def with_placeholders(self) -> str:
         """The text with a placeholder for every image, and for every frame of a video next to each
         other: to the model that is one placeholder with the rows of all frames, as the official
-        code takes a list of frames."""
+        code takes a list of frames. A joined video has just one."""
         before = "" if self.placed else IMAGE_PLACEHOLDER * len(self.images)
         text, *pieces = (before + self.text).split(IMAGE_PLACEHOLDER)
         for image, piece in zip(self.images, pieces, strict=True):
-            count = image.frames if isinstance(image, Video) else 1
-            text += IMAGE_PLACEHOLDER * count + piece
+            text += IMAGE_PLACEHOLDER * _placeholders(image) + piece
         return text
+
+
+def _placeholders(image: Image) -> int:
+    return image.placeholders if isinstance(image, Video) else 1
 
 
 def file_of(image: Image) -> Path | None:
@@ -76,11 +86,30 @@ def showing(questions: Sequence[Question], frames: int) -> list[Question]:
     """The questions with `frames` of every video; raises TaskError if there is none."""
     if not _videos(questions):
         raise TaskError("frames are of videos, and no question of this task and folder has one")
+    return _with_videos(questions, frames=frames)
+
+
+def alone(questions: Sequence[Question]) -> list[Question]:
+    """The questions without their conversations: each is asked as a first one."""
+    return [replace(question, follows=None) for question in questions]
+
+
+def joining(questions: Sequence[Question]) -> list[Question]:
+    """The questions with every video as one input that takes the place of one image."""
+    return _with_videos(questions, joined=True)
+
+
+def spread_to_ends(questions: Sequence[Question]) -> list[Question]:
+    """The questions with the first and the last frame among those of every video."""
+    return _with_videos(questions, ends=True)
+
+
+def _with_videos(questions: Sequence[Question], **changes) -> list[Question]:
     return [
         replace(
             question,
             images=tuple(
-                replace(image, frames=frames) if isinstance(image, Video) else image
+                replace(image, **changes) if isinstance(image, Video) else image
                 for image in question.images
             ),
         )

@@ -6,17 +6,22 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image as PillowImage
 
 from megatron_owl2.data import pillow_images
 from megatron_owl2.errors import ScoreError, TaskError
 from megatron_owl2.evaluation.question import Image, Question
+from megatron_owl2.evaluation.raters import Raters
 from megatron_owl2.evaluation.rows import (
     Id,
+    Optional,
+    flag,
     identifier,
     list_of,
     object_of,
@@ -32,26 +37,31 @@ from megatron_owl2.utils.html_page import render
 SHEET, PAGE, KEY = "sheet.csv", "sheet.html", "key.json"
 _TEMPLATE = Path(__file__).parent / "templates" / "rating_sheet.html"
 _COLUMNS = ("item", "question", "answer", "rating")
-_KEY_ROW = object_of(model=words, id=identifier, skills=list_of(words))
+_KEY_ROW = object_of(model=words, id=identifier, skills=list_of(words), lost=Optional(flag, False))
 _SIDE = 512  # pixels of an image on the page
 
 
 @dataclass(frozen=True)
 class Item:
-    """An answer to be rated, under a code that does not say whose it is."""
+    """An answer to be rated, under a code that does not say whose it is; one that is `lost` was not
+    kept by those who published it, so that nobody can rate it."""
 
     code: str
     question: Question
     model: str
     answer: str
+    lost: bool = False
 
 
 def shuffled_items(
-    questions: Sequence[Question], predictions: Mapping[str, dict[Id, str]], seed: int
+    questions: Sequence[Question],
+    predictions: Mapping[str, dict[Id, str]],
+    seed: int,
+    is_lost: Callable[[str], bool] = lambda answer: False,
 ) -> list[Item]:
     """All models' answers to the questions: the questions in a random order, and so the answers to
-    each. The codes begin with a mark of this sheet. Raises ScoreError for a model without answers
-    to some of the questions.
+    each, but for the lost ones, which come last. The codes begin with a mark of this sheet. Raises
+    ScoreError for a model without answers to some of the questions.
     """
     by_id = {question.id: question for question in questions}
     answers = {}
@@ -67,29 +77,34 @@ def shuffled_items(
     rows = []
     for i in order.sample(list(by_id), len(by_id)):
         rows += [(i, model) for model in order.sample(list(answers), len(answers))]
+    rows.sort(key=lambda row: is_lost(answers[row[1]][row[0]]))
     return [
-        Item(f"{mark}-{number:04d}", by_id[i], model, answers[model][i])
+        Item(f"{mark}-{number:04d}", by_id[i], model, text, is_lost(text))
         for number, (i, model) in enumerate(rows, start=1)
+        for text in [answers[model][i]]
     ]
 
 
 def write_sheet(folder: Path, items: Sequence[Item]) -> None:
     """The sheet to fill in, a page to read with it, and the key to the models, for nobody who
-    rates. Raises TaskError if the folder has a sheet, or for an image that cannot be read.
+    rates. Lost answers are in the key alone. Raises TaskError if the folder has a sheet, or for an
+    image that cannot be read.
     """
     if (folder / SHEET).exists():
         raise TaskError(f"{folder / SHEET} exists and may be filled in; name another folder")
+    shown = [item for item in items if not item.lost]
     page = render(_TEMPLATE, questions=list(_page_rows(items)))
     folder.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(_COLUMNS)
-    writer.writerows((i.code, _cell(i.question.text), _cell(i.answer), "") for i in items)
+    writer.writerows((i.code, _cell(i.question.text), _cell(i.answer), "") for i in shown)
     key = {
         item.code: {
             "model": item.model,
             "id": item.question.id,
             "skills": item.question.skill.split(", "),
+            **({"lost": True} if item.lost else {}),
         }
         for item in items
     }
@@ -100,16 +115,24 @@ def write_sheet(folder: Path, items: Sequence[Item]) -> None:
 
 
 def _page_rows(items: Sequence[Item]) -> Iterator[dict]:
-    answers = group_by_skill((str(item.question.id), item) for item in items)
+    by_id = {item.question.id: item.question for item in items}
+    answers = group_by_skill((str(item.question.id), item) for item in items if not item.lost)
     for group in answers.values():
         question = group[0].question
         shown = [image for image in question.images if not isinstance(image, Video)]
         yield {
             "text": question.text,
+            "before": [one.text for one in _before(question, by_id)],
             "images": [_jpeg(image, question) for image in shown],
             "videos": [v.path.name for v in question.images if isinstance(v, Video)],
             "answers": [{"item": item.code, "text": item.answer} for item in group],
         }
+
+
+def _before(question: Question, by_id: Mapping[Id, Question]) -> list[Question]:
+    """The questions that one follows in a conversation."""
+    before = by_id.get(question.follows) if question.follows is not None else None
+    return [*_before(before, by_id), before] if before else []
 
 
 def _jpeg(image: Image, question: Question) -> str:
@@ -127,22 +150,49 @@ def _jpeg(image: Image, question: Question) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def tally(key: Path, sheets: Sequence[Path]) -> dict:
+def tally(key: Path, sheets: Sequence[Path], raters: Raters | None = None) -> dict:
     """How often each rating was given to each model, overall and per skill of the questions.
 
     Several sheets are those of several people, whose ratings are all counted. `unrated` counts
-    rows that have none. Raises TaskError naming file and line of what is no rating of this key.
+    rows that have none, and each model's `lost` the answers that no sheet has. With `raters` their
+    published counts are added. Raises TaskError naming file and line of what is no rating of this
+    key.
     """
-    items = read_object(key, _KEY_ROW)
-    if not items:
+    key_rows = read_object(key, _KEY_ROW)
+    if not key_rows:
         raise TaskError(f"{key} holds no item")
+    items = {code: row for code, row in key_rows.items() if not row["lost"]}
+    lost = Counter(row["model"] for row in key_rows.values() if row["lost"])
     rated = [rating for sheet in sheets for rating in _read_sheet(sheet, items, key)]
-    models: dict[str, list] = {row["model"]: [] for row in items.values()}
+    models: dict[str, list] = {row["model"]: [] for row in key_rows.values()}
     for code, rating in rated:
         models[items[code]["model"]].append((items[code], rating))
-    return {
-        "models": {model: _tally_row(found) for model, found in sorted(models.items())},
+    table: dict[str, Any] = {
+        "models": {
+            model: _tally_row(found) | {"lost": lost[model]}
+            for model, found in sorted(models.items())
+        },
         "unrated": len(items) * len(sheets) - len(rated),
+    }
+    return table | ({"published": _published(raters)} if raters else {})
+
+
+def _published(raters: Raters) -> dict:
+    """The published counts in the form of the tally: per model and skill, without `overall`, as an
+    answer may be of several skills."""
+    names = dict.fromkeys(model for counts in raters.published.values() for model in counts)
+    return {
+        "source": raters.source,
+        "models": {
+            model: {
+                "skills": {
+                    skill: {**counts[model], "n": sum(counts[model].values())}
+                    for skill, counts in raters.published.items()
+                    if model in counts
+                }
+            }
+            for model in names
+        },
     }
 
 

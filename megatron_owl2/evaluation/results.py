@@ -1,4 +1,4 @@
-"""Results beside the paper's: results.md for the eye and results.json with the same rows."""
+"""Results beside published ones: results.md for the eye and results.json with the same rows."""
 
 import json
 import re
@@ -17,7 +17,8 @@ FILES = ("results.md", "results.json")
 
 @dataclass(frozen=True)
 class Row:
-    """One value: what was measured here and, if the paper has it, there."""
+    """One value: what was measured here and, if it was published, there; `paper_model` is whose
+    value that is."""
 
     task: str
     metric: str
@@ -30,6 +31,7 @@ class Row:
     data: str | None = None  # name of the question file, or of the folder of many
     table: int | None = None
     paper_split: str | None = None
+    paper_model: str | None = None
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -129,12 +131,25 @@ def _row(benchmark: Benchmark, result: Mapping[str, Any], figure: Figure) -> Row
         data=result.get("questions_file"),
         table=figure.table,
         paper_split=figure.split or None,
+        paper_model=None if figure.value is None else figure.model,
         notes=figure.notes,
         remarks=tuple(remarks),
     )
 
 
-_HEADS = ("task", "metric", "ours", "paper", "n", "prompt", "variant", "data", "split", "table")
+_HEADS = (
+    "task",
+    "metric",
+    "ours",
+    "paper",
+    "of",
+    "n",
+    "prompt",
+    "variant",
+    "data",
+    "split",
+    "table",
+)
 
 
 def _markdown(
@@ -155,6 +170,7 @@ def _markdown(
             row.metric,
             _number(row.ours),
             _number(row.paper) + marks,
+            _text(row.paper_model),
             str(row.n),
             row.prompt,
             _text(row.variant),

@@ -94,6 +94,13 @@ def whole_number(value: Any, name: str) -> int:
     return number
 
 
+def flag(value: Any, name: str) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise _misfit(value, name, "true or false")
+    return value
+
+
 def one_of(*choices: str) -> Reader:
     """One of several words, whatever their letter case and the white space around them."""
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.errors import TaskError
-from megatron_owl2.evaluation import likelihood, results
+from megatron_owl2.evaluation import answering, results
 from megatron_owl2.evaluation.asking import (
     batches_of,
     image_reader,
@@ -39,7 +39,7 @@ from megatron_owl2.evaluation.fingerprint import mark_of_gold, mark_of_images, m
 from megatron_owl2.evaluation.journal import Batch, journal_of, read_journals, remove_journals
 from megatron_owl2.evaluation.mistakes import MISTAKES, write_mistakes
 from megatron_owl2.evaluation.prompts import PROMPTS
-from megatron_owl2.evaluation.question import Question, frames_shown
+from megatron_owl2.evaluation.question import Question, alone, frames_shown, joining
 from megatron_owl2.evaluation.ranks import from_first, together
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.rows import Id
@@ -106,6 +106,10 @@ def evaluate(
     if suffix and questions[0].candidates and not questions[0].candidates.in_template:
         raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")
     template = TEMPLATES[loaded.config.template]
+    if loaded.config.vision.temporal:
+        questions = joining(questions)
+    if settings.prompt == "official":  # published code asks no question after another
+        questions = alone(questions)
     described = {
         **about,
         "task": name,
@@ -123,7 +127,7 @@ def evaluate(
         questions,
         gold,
         [benchmark.prompts_of(q, settings.prompt, suffix, template) for q in questions],
-        batches_of(len(questions), settings.batch_size),
+        batches_of(questions, settings.batch_size),
         Path(output),
         settings,
         described,
@@ -220,7 +224,8 @@ class _Run:
         assert isinstance(splitting, torch.distributed.ProcessGroup)
         writes = splitting.rank() == 0
         read = image_reader(loaded.config, self.settings.batch_size, blind=self.settings.blind)
-        generator = Generator(loaded)
+        generator, limits = Generator(loaded), _limits(self.benchmark, self.settings)
+        suffix = self.described["prompt_suffix"]
         with ExitStack() as stack:
             with together(splitting):
                 keep = (
@@ -236,8 +241,9 @@ class _Run:
                 asked = [self.questions[place] for place in batch]
                 with together(splitting):
                     shown = [images_of(question, read) for question in asked]
+                prompts = [self.prompts[place] for place in batch]
                 with naming(asked):
-                    answers = self._answered(generator, batch, shown)
+                    answers = answering.answers(generator, asked, prompts, shown, suffix, limits)
                 with together(splitting):
                     if keep is not None:
                         keep(number, answers)
@@ -246,17 +252,6 @@ class _Run:
     def _bar(self, share: Sequence[int], *, shown: bool) -> tqdm:
         total = sum(len(self.batches[number]) for number in share)
         return tqdm(total=total, desc=self.described["task"], unit=" questions", disable=not shown)
-
-    def _answered(
-        self, generator: Generator, batch: range, shown: Sequence[list[torch.Tensor]]
-    ) -> list[str]:
-        """The model's answers to a batch, generated or chosen by their likelihood."""
-        asked = [(self.questions[place].candidates, self.prompts[place]) for place in batch]
-        compared = [(candidates, prompts) for candidates, prompts in asked if candidates]
-        if compared:
-            return likelihood.answers(generator, compared, shown)
-        limits = _limits(self.benchmark, self.settings)
-        return generator.generate([prompt for _, (prompt,) in asked], shown, **limits)
 
     def conclude(self, identity: _Identity, finished: set[int], spent: float) -> dict:
         """The result, once all files are written; the one that says it is finished comes last."""

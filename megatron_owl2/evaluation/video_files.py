@@ -21,21 +21,34 @@ class Video:
     """A video to be shown by `frames` of its frames, all in the place of one placeholder.
 
     Of a `segment` only the frames from its start up to its end are taken, in seconds or numbers of
-    frames from 0; None is all of them.
+    frames from 0; None is all of them. With `ends` the first and the last frame are among them. A
+    `joined` video has the visual tokens of one image, for models with temporal adapters; else every
+    frame has those of an image.
     """
 
     path: Path
     frames: int
     segment: tuple[float, float] | None = None
     unit: Literal["seconds", "frames"] = "seconds"
+    ends: bool = False
+    joined: bool = False
+
+    @property
+    def placeholders(self) -> int:
+        """Placeholders in a prompt: one, or one for every frame."""
+        return 1 if self.joined else self.frames
 
 
-def frame_numbers(count: int, wanted: int) -> list[int]:
+def frame_numbers(count: int, wanted: int, *, ends: bool = False) -> list[int]:
     """The numbers, from 0 and below `count`, of `wanted` frames at equal distances.
 
-    Version 1's rule: with s = (count - 1) / wanted, frame i is int(s / 2) + round(s i), so 1 is the
-    middle one. A video of fewer frames shows some twice.
+    mPLUG-Owl's rule: with s = (count - 1) / wanted, frame i is int(s / 2) + round(s i), so 1 is the
+    middle one. With `ends` it is that of EgoSchema's code, numpy's linspace from the first to the
+    last frame, rounded down. A video of fewer frames shows some twice.
     """
+    if ends:
+        step = (count - 1) / max(1, wanted - 1)
+        return [int(step * i) for i in range(wanted - 1)] + [count - 1 if wanted > 1 else 0]
     step = (count - 1) / wanted
     return [int(step / 2) + round(step * i) for i in range(wanted)]
 

@@ -36,13 +36,17 @@ def read_frames(video: Video) -> list[torch.Tensor]:
         raise TaskError(f"{video.path} has no frame")
     # Packets are counted fast and are the frames, but for codecs with packets that show nothing.
     expected = packets or _decode(video, [])[1]
-    shown, count = _decode(video, frame_numbers(expected, video.frames) if expected else [])
+    shown, count = _decode(video, _numbers(video, expected))
     if count != expected and count:
-        shown, count = _decode(video, frame_numbers(count, video.frames))
+        shown, count = _decode(video, _numbers(video, count))
     if not count:
         where = f" in {video.unit} {list(video.segment)}" if video.segment else ""
         raise TaskError(f"{video.path} has no frame{where}")
     return shown
+
+
+def _numbers(video: Video, count: int) -> list[int]:
+    return frame_numbers(count, video.frames, ends=video.ends) if count else []
 
 
 def _packets(path: Path) -> int:

@@ -17,6 +17,7 @@ from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, runner
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.runner import Settings
+from megatron_owl2.inference import api
 from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
@@ -292,6 +293,35 @@ def test_command_line_compares_likelihoods(corpus, model, tmp_path, monkeypatch,
     values = [one.total for one in found]
     assert len(set(values)) == 4 and said == "ABCD"[values.index(max(values))]
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "all"
+
+
+def test_a_question_that_follows_another_is_asked_as_in_a_chat(
+    corpus, model, tmp_path, monkeypatch
+):
+    (tmp_path / "images").mkdir()
+    file = next((corpus / "eval/seen/images").iterdir())
+    (tmp_path / "images/1.png").write_bytes(file.read_bytes())
+    asked = ["what color ?", "how many ?", "where ?"]
+    rows = [
+        {"image": "1.png", "question_id": i, "question": text, "ability": "a", "category": category}
+        for i, (text, category) in enumerate(
+            zip(asked, (["single_turn", "multi_turn"], ["multi_turn"], ["multi_turn"]), strict=True)
+        )
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--checkpoint", model, "--task", "owleval", "--no-gold", "--max-new-tokens", 6]
+    out = tmp_path / "out"
+    assert run_tool(monkeypatch, "evaluate", *options, "--data", tmp_path, "--output", out) == 0
+    said = [json.loads(line)["answer"] for line in (out / "predictions.jsonl").open()]
+    chat = api.load(str(model))
+    messages: list = []
+    for text, answer in zip(asked, said, strict=True):
+        parts: list = [{"type": "text", "text": text}]
+        if not messages:
+            parts.insert(0, {"type": "image", "image": api.read_image(tmp_path / "images/1.png")})
+        messages.append({"role": "user", "content": parts})
+        assert chat.generate([messages], max_new_tokens=6) == [answer]
+        messages.append({"role": "assistant", "content": answer})
 
 
 def test_command_line_generates(corpus, model, monkeypatch, capsys):

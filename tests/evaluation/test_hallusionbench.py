@@ -53,6 +53,9 @@ def test_hallusionbench_counts_questions_over_figures_and_figures_over_questions
         "VS chart": [50.0, 0.0, 0.0, 2, 2],
         "all": [66.67, 33.33, 33.33, 6, 2],
     }
+    # Easy: q0 and q1 of VD and q0 of VS; hard: the same of figure 1, of which q0 of VD is right.
+    assert (table["overall"]["easy"], table["overall"]["hard"]) == (100.0, 33.33)
+    assert (table["skills"]["VD"]["easy"], table["skills"]["VD"]["hard"]) == (100.0, 50.0)
     replies = ["correct", "Correct.", "incorrect", "correct", "unclear", "correct"]
     judged = dict(zip(gold, replies, strict=True))
     overall = benchmark.score(TASKS["hallusionbench"], judged, gold, "judged")["overall"]

@@ -7,6 +7,7 @@ import torch
 from benchmark_files import TASKS, draw, dump
 
 from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
+from megatron_owl2.config.templates import OWL2, TEMPLATES
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, likelihood, runner
 from megatron_owl2.evaluation.likelihood import Candidates
@@ -154,6 +155,31 @@ def test_egoschema_asks_of_each_option_whether_it_is_right(tmp_path):
         "that the answer to the given question is correct. Please answer yes or no. ASSISTANT:",
         " Yes",
     )
+
+
+def test_egoschema_asks_to_the_byte_as_version_1_was_asked(tmp_path):
+    options = {f"option {n}": "{b}" if n == 1 else "abcde"[n] for n in range(5)}
+    dump(tmp_path / "questions.json", [{"q_uid": "u", "question": "why {C}?", **options}])
+    for n in (1, 2, 3):
+        draw(tmp_path / f"images/u/image_{n}.jpg")
+    task = TASKS["egoschema"]
+    (question,), _ = benchmark.read(task, tmp_path, variant="yes")
+    suffix = task.suffix_of("official", None, "yes")
+    for template in (OWL2, TEMPLATES["vicuna_v1"]):
+        prompts = task.prompts_of(question, "official", suffix, template)
+        # The text of run_mplug.py for three frames; the line breaks of the images' lines are its.
+        assert len(prompts) == 5 and prompts[1] == (
+            "The following is a conversation between a curious human and AI assistant. The "
+            "assistant gives helpful, detailed, and polite answers to the user's questions.\n"
+            "            Human: <|image|>\nHuman: <|image|>\nHuman: <|image|>\n"
+            "\n"
+            "            Human: Given question 'why {C}?, is answer '{b}' correct?\n"
+            "            Human: Do you think that the answer to the given question is correct. "
+            "Please answer yes or no.\n"
+            "            AI:"
+        )
+    (asked, *_) = task.prompts_of(question, "official", " Now.", OWL2)
+    assert asked.endswith("Please answer yes or no. Now.\n            AI:")
 
 
 def test_the_evaluation_asks_and_scores_a_variant_by_likelihood(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def test_owleval_is_asked_and_its_ratings_are_counted(owleval):
     questions, gold, prompts = asked("owleval", owleval)
     assert questions[1].images == (owleval / "cases/1.jpg",)
     assert questions[3].images == (owleval / "images/2.jpg",)
-    assert questions[2].skill == "a, f"
+    assert questions[2].skill == "a, f, single-turn"
     assert prompts[2] == "USER: <|image|>Why,\nso? ASSISTANT:"
     assert not benchmark.has_answers(gold)
     name, content = TASKS["owleval"].submission({1: "x", 2: "y", 3: "z"}, gold)
@@ -57,7 +57,7 @@ def test_owleval_is_asked_and_its_ratings_are_counted(owleval):
     assert name == "owleval_answer.jsonl" and json.loads(content.splitlines()[2]) == row
     table = benchmark.score(TASKS["owleval"], {1: "A", 2: "d ", 3: "A"}, gold)
     assert table["overall"] == {"A": 2, "B": 0, "C": 0, "D": 1, "n": 3}
-    assert list(table["skills"]) == ["a", "b", "e", "f"]
+    assert list(table["skills"]) == ["a", "b", "e", "f", "single-turn"]
     assert table["skills"]["a"] == {"A": 1, "B": 0, "C": 0, "D": 1, "n": 2}
     with pytest.raises(ScoreError, match="1 ratings are none of A, B, C and D, such as 'a dog'"):
         benchmark.score(TASKS["owleval"], {1: "A", 2: "a dog", 3: "A"}, gold)
@@ -87,7 +87,7 @@ def test_a_sheet_is_blind_and_its_tally_is_not(owleval, capsys):
     done = ["tally", "--key", out / "key.json", "--sheet", one, two]
     assert main([*map(str, done)]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert table["unrated"] == 2
+    assert table["unrated"] == 2 and "published" not in table
     llava, owl2 = (table["models"][name] for name in ("llava", "owl2"))
     assert llava["overall"] == {"A": 2, "B": 3, "C": 0, "D": 0, "n": 5}
     assert owl2["overall"] == {"A": 0, "B": 3, "C": 2, "D": 0, "n": 5}

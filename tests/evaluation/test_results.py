@@ -15,7 +15,7 @@ from megatron_owl2.cli.evaluate import main
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import mistakes, results, suite
 from megatron_owl2.evaluation.benchmark import Question
-from megatron_owl2.evaluation.paper import FIGURES, NOTES
+from megatron_owl2.evaluation.paper import FIGURES, NOTES, PAPER_TASKS
 
 ABOUT = {"model": "m|n", "blind": False, "limit": None, "prompt": "owl2", "questions": 3}
 
@@ -46,8 +46,8 @@ def test_rows_stand_beside_the_figures_of_the_paper():
     assert [row.paper for row in results.rows_of(result("mmbench", **scored))] == [64.5, 65.4]
     rows = results.rows_of(result("pope", **scored, split="popular"))
     assert {row.metric: row.paper for row in rows}["recall"] == 82.06 and len(rows) == 5
-    (row,) = results.rows_of(result("hallusionbench", **scored))
-    assert (row.metric, row.ours, row.paper) == ("accuracy", 50.0, None)
+    (row,) = results.rows_of(result("q_bench", **scored, split="dev"))
+    assert row.paper_model == "mPLUG-Owl2"
     judged = [row.paper for row in results.rows_of(result("msvd_qa", **scored, variant="judged"))]
     assert judged == [65.4, 3.5]
     rows = results.rows_of(result("msvd_qa", **scored))
@@ -55,6 +55,41 @@ def test_rows_stand_beside_the_figures_of_the_paper():
     assert "judge" in rows[1].remarks[0]
     (row,) = results.rows_of(result("mmvet"))
     assert (row.ours, row.paper, row.n) == (None, 36.2, 3) and "judge" in row.remarks[0]
+
+
+def test_figures_of_both_versions_stand_beside_what_a_judge_says():
+    judged = {"accuracy": 50.0, "qAcc": 20.0, "fAcc": 21.0, "easy": 22.0, "hard": 23.0, "n": 9}
+    file = {"questions_file": "HallusionBench.json", "overall": judged, "skills": {}}
+    rows = results.rows_of(result("hallusionbench", **file, variant="judged"))
+    assert [(r.paper_model, r.metric, r.ours, r.paper) for r in rows if r.metric != "accuracy"] == [
+        ("mPLUG-Owl", "qAcc", 20.0, 9.45),
+        ("mPLUG-Owl", "fAcc", 21.0, 10.4),
+        ("mPLUG-Owl", "easy", 22.0, 39.34),
+        ("mPLUG-Owl", "hard", 23.0, 29.77),
+        ("mPLUG-Owl2", "qAcc", 20.0, 13.85),
+        ("mPLUG-Owl2", "fAcc", 21.0, 19.94),
+        ("mPLUG-Owl2", "easy", 22.0, 44.84),
+        ("mPLUG-Owl2", "hard", 23.0, 39.07),
+    ]
+    first, *others = results.rows_of(result("hallusionbench", **file))
+    assert (first.metric, first.ours, first.paper, first.remarks) == ("accuracy", 50.0, None, ())
+    assert len(others) == 10 and {row.ours for row in others} == {None}
+    assert {row.remarks for row in others} == {("no judge was asked",)}
+    (alone,) = results.rows_of(
+        result("hallusionbench", **file | {"questions_file": "HallusionBench_v00.json"})
+    )
+    assert (alone.ours, alone.paper) == (50.0, None)
+    assert "hallusionbench" not in PAPER_TASKS
+
+
+def test_hallusionbench_figures_follow_from_whole_numbers_of_answers():
+    # Of 1,129 questions, 455 with figure 0, 430 with others, and 346 figures.
+    sizes = {"accuracy": 1129, "qAcc": 455, "fAcc": 346, "easy": 455, "hard": 430}
+    figures = [f for f in FIGURES if f.task == "hallusionbench" and f.value is not None]
+    assert len(figures) == 10
+    for figure in figures:
+        count = round(figure.value * sizes[figure.metric] / 100)
+        assert round(100 * count / sizes[figure.metric], 2) == figure.value
 
 
 @pytest.mark.parametrize(
@@ -106,7 +141,7 @@ def test_the_files_tell_all_rows_and_what_is_missing(tmp_path):
     page = (tmp_path / "results.md").read_text()
     line = next(line for line in page.splitlines() if line.startswith("| gqa"))
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "gqa", "exact match", "50.00", "56.10[^2]", "9", "owl2", "exact", "-",
+        "gqa", "exact match", "50.00", "56.10[^2]", "mPLUG-Owl2", "9", "owl2", "exact", "-",
         "testdev (test-balanced in the paper)", "1", "",
     ]  # fmt: skip
     assert f"[^1]: {NOTES['q_bench']}" in page and "Model: m\\|n" in page

@@ -12,6 +12,7 @@ from paths import HELPERS
 from megatron_owl2.cli.evaluate import main
 from megatron_owl2.evaluation.asking import batches_of, share_of
 from megatron_owl2.evaluation.journal import journal_of
+from megatron_owl2.evaluation.question import Question
 
 pytestmark = pytest.mark.distributed
 
@@ -141,7 +142,7 @@ def test_damaged_journals_are_named(options, whole, tmp_path, capsys):
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 10, 11])
 @pytest.mark.parametrize("groups", [1, 2, 3, 8])
 def test_shares_are_whole_and_without_repetition(count, groups):
-    batches = batches_of(count, 3)
+    batches = batches_of([Question(n, "?", (), "x", None) for n in range(count)], 3)
     assert [place for batch in batches for place in batch] == list(range(count))
     assert all(len(batch) == 3 for batch in batches[:-1])
     for finished in (set(), {0}, {0, 2, 3}):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,14 @@ def test_frame_numbers_are_inside_the_video():
             assert numbers[0] >= 0 and numbers[-1] < count
 
 
+def test_frames_with_the_ends_are_those_of_linspace():
+    for count in (*range(1, 60), 899, 5400, 5401):
+        for wanted in range(1, 100):
+            published = [int(place) for place in np.linspace(0, count - 1, num=wanted)]
+            assert frame_numbers(count, wanted, ends=True) == published
+    assert frame_numbers(5400, 5, ends=True) == [0, 1349, 2699, 4049, 5399]
+
+
 @pytest.mark.parametrize(
     ("name", "codec"),
     [("a.mp4", "mpeg4"), ("a.avi", "mpeg4"), ("a.mkv", "ffv1")],
@@ -78,6 +87,7 @@ def test_the_frames_of_a_file_are_read(tmp_path, name, codec):
     path = film(tmp_path / name, 17, codec)
     assert levels(Video(path, 4)) == [2, 6, 10, 14]
     assert levels(Video(path, 1)) == [8]
+    assert levels(Video(path, 4, ends=True)) == [0, 5, 10, 16]
     assert levels(Video(path, 2, (4, 9), "frames")) == [5, 7]
     assert levels(Video(path, 5, (12, 99), "frames")) == [12, 13, 14, 14, 15]
     assert levels(Video(path, 1, (1.0, 2.0))) == [7]  # five frames, of which it is the middle one
@@ -148,6 +158,8 @@ def test_all_frames_stand_in_the_place_of_one_placeholder(tmp_path):
     ids = prompt_ids(question.prompt(""), Spelled())
     assert ids[:8] == [1, *map(ord, "USER: "), -200] and ids[8:10] == [-200, -200]
     assert "\n" not in "".join(chr(i) for i in ids if i > 0)
+    joined = replace(video, joined=True)
+    assert replace(question, images=(joined,)).prompt("") == "USER: <|image|>what? ASSISTANT:"
     placed = Question(1, "<|image|>then<|image|>?", (image, video), "x", None, placed=True)
     assert placed.prompt("", TEMPLATES["vicuna_v1"]).endswith(
         " USER: <|image|>\nthen<|image|><|image|><|image|>? ASSISTANT:"
@@ -200,6 +212,44 @@ def test_tgif_asks_about_gifs(tmp_path):
     questions, gold, _ = asked("tgif_qa", tmp_path)
     assert questions[0].images == (Video(path, 4),)
     assert marks("tgif_qa", {0: "TWO"}, gold) == {"how": (100.0, 1), "all": (100.0, 1)}
+
+
+class Joined:
+    """A generator that answers with the grey levels of the frames of every input."""
+
+    def __init__(self, loaded):
+        pass
+
+    def generate(self, prompts, images, max_new_tokens, min_new_tokens):
+        assert [p.count("<|image|>") for p in prompts] == [1] * len(images)
+        assert all(len(row) == 1 and row[0].shape[-3:] == (3, 28, 28) for row in images)
+        means = [row[0].float().mean(dim=(-3, -2, -1)) for row in images]
+        return [" ".join(str(round(m / 10)) for m in mean.reshape(-1).tolist()) for mean in means]
+
+
+def test_a_model_with_temporal_adapters_sees_a_video_as_one_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Generator", Joined)
+    setup.initialize(ParallelConfig())
+    row = {"id": 1, "video_id": 1, "question": "which?", "answer": "2 6 10 14"}
+    dump(tmp_path / "test_qa.json", [row])
+    film(tmp_path / "videos/video1.mp4", 17)
+    task = TASKS["msrvtt_qa"]
+
+    def evaluate(temporal: bool, frames: int | None = None, blind: bool = False) -> dict:
+        config = ModelConfig(vision=VisionConfig(image_size=28, temporal=temporal))
+        questions, gold = benchmark.read(task, tmp_path, frames=frames)
+        loaded, out = type("Loaded", (), {"config": config}), tmp_path / "out"
+        settings = Settings(blind=blind)
+        result = runner.evaluate(loaded, "msrvtt_qa", questions, gold, out, settings, {})
+        said = json.loads((out / "predictions.jsonl").read_text())["answer"]
+        return {"said": said, "frames": result["frames"], "right": result["overall"]["accuracy"]}
+
+    assert evaluate(True) == {"said": "2 6 10 14", "frames": 4, "right": 100.0}
+    assert evaluate(True, 3)["said"] == "2 7 13"
+    assert evaluate(True, 1)["said"] == "8"  # as an image, without the adapters
+    assert evaluate(True, blind=True)["said"] == "0 0 0 0"
+    with pytest.raises(AssertionError):
+        evaluate(False)  # of other models every frame is an image
 
 
 class Counts:
@@ -289,6 +339,10 @@ def test_egoschema_shows_videos_where_there_are_no_frames(tmp_path):
     assert prompts["u2"].startswith("USER: " + "<|image|>" * 5 + "what?\nA. a")
     with pytest.raises(TaskError, match="frames are of videos, and no question"):
         benchmark.read(TASKS["egoschema"], tmp_path, limit=1, frames=3)
+    compared, _ = benchmark.read(TASKS["egoschema"], tmp_path, variant="yes", frames=3)
+    assert compared[1].images == (Video(path, 3, ends=True),)
+    (official, *_) = TASKS["egoschema"].prompts_of(compared[1], "official", "", TEMPLATES["owl2"])
+    assert official.count("Human: <|image|>\n") == 3
 
 
 def test_seed_bench_asks_about_videos_and_their_segments(tmp_path):

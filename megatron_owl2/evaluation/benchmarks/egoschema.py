@@ -2,19 +2,26 @@
 
 What is shown are the image files in `images/<q_uid>/`, in the order of their names, or where there
 is no such folder frames of `videos/<q_uid>.mp4`.
+
+The variant "yes" is mPLUG-Owl's protocol of egoschema/EgoSchema (benchmarking/mPLUG-Owl): of every
+option it is asked whether it is right. There an answer is sampled, an option's confidence is the
+logit of "Yes" where this appears, or 0, and one of the best is drawn. Here it is the likelihood of
+"Yes" as the first word, and of equals the first option is taken: nothing is left to chance.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import choices, likelihood
 from megatron_owl2.evaluation.benchmark import Benchmark, Gold, Question
 from megatron_owl2.evaluation.image_files import images_in, named_image
 from megatron_owl2.evaluation.prompts import ADAPTER_CHOICE
-from megatron_owl2.evaluation.question import Image
+from megatron_owl2.evaluation.question import Image, spread_to_ends
 from megatron_owl2.evaluation.rows import (
     read_object,
     read_rows,
@@ -29,6 +36,18 @@ ANSWERS = "subset_answers.json"
 _YES_OR_NO = (
     "Given question '{}', is answer '{}' correct?\nDo you think that the answer to the given "
     "question is correct. Please answer yes or no."
+)
+# What the published code asks: the quotation mark before the question is not closed, and the lines
+# of its template are indented, but for those of the images after the first.
+_INDENT = 12 * " "
+_RELEASED = (
+    "The following is a conversation between a curious human and AI assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions.",
+    "{images}",
+    "Human: Given question '{question}, is answer '{option}' correct?",
+    "Human: Do you think that the answer to the given question is correct. Please answer yes or "
+    "no.{suffix}",
+    "AI:",
 )
 _OPTIONS = tuple(f"option {n}" for n in range(5))
 _FIELDS = dict.fromkeys(_OPTIONS, words) | {"q_uid": words, "question": words}
@@ -51,7 +70,8 @@ def read_questions(path: Path, gold: Gold) -> list[Question]:
 
 def read_by_likelihood(path: Path, gold: Gold) -> list[Question]:
     """The questions as version 1 was evaluated: of every option whether it is right, and how likely
-    "Yes" is then."""
+    "Yes" is then. The first and the last frame of a video are among those that are shown."""
+    questions = spread_to_ends(read_questions(path, gold))
     return [
         replace(
             question,
@@ -59,9 +79,21 @@ def read_by_likelihood(path: Path, gold: Gold) -> list[Question]:
                 tuple((_YES_OR_NO.format(row["question"], o), "Yes") for o in row["options"]),
                 likelihood.total,
                 in_template=True,
+                official=partial(_released_prompts, row),
             ),
         )
-        for question, row in zip(read_questions(path, gold), gold.values(), strict=True)
+        for question, row in zip(questions, gold.values(), strict=True)
+    ]
+
+
+def _released_prompts(row: Mapping, images: int, suffix: str) -> list[str]:
+    """The published prompts, one for every option, whatever the template of the model."""
+    lines = f"Human: {IMAGE_PLACEHOLDER}\n" * images
+    return [
+        f"\n{_INDENT}".join(_RELEASED).format(
+            images=lines, question=row["question"], option=option, suffix=suffix
+        )
+        for option in row["options"]
     ]
 
 

@@ -97,11 +97,12 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "yes_no") -> dict:
     """Accuracy per question (aAcc), qAcc and fAcc, overall, per category and per subcategory.
 
     qAcc is the share of questions that are right for all of their figures, fAcc that of figures
-    with all of their questions right; figure 0 of VS is none. `unresolved` counts answers that are
-    neither yes nor no. "yes_no" reads the word from an
-    answer; with "judged" the predictions are the replies of a language model that was asked whether
-    the answers are "correct", "incorrect" or "unclear"; its prompt here is not the published one,
-    see `--judge-prompt`. Raises ScoreError.
+    with all of their questions right; figure 0 of VS is none. `easy` is the share of questions that
+    are right for figure 0, `hard` of those that are right for all others. `unresolved` counts
+    answers that are neither yes nor no. "yes_no" reads the word from an answer; with "judged" the
+    predictions are the replies of a language model that was asked whether the answers are
+    "correct", "incorrect" or "unclear"; its prompt here is not the published one, see
+    `--judge-prompt`. Raises ScoreError.
     """
     check_ids(predictions, gold)
     said = {
@@ -146,16 +147,20 @@ def _has_no_figure(row: Mapping) -> bool:
 
 
 def _grouped(gold: Mapping, said: Mapping[Id, str]) -> dict[str, float | int]:
-    questions, figures = defaultdict(list), defaultdict(list)
+    questions, figures, easy, hard = (defaultdict(list) for _ in range(4))
     for i, row in gold.items():
         right = _is_right(said[i], row)
         group = (row["category"], row["subcategory"], row["set_id"])
-        questions[*group, row["question_id"]].append(right)
+        question = (*group, row["question_id"])
+        questions[question].append(right)
+        (hard if row["figure_id"] else easy)[question].append(right)
         if not _has_no_figure(row):
             figures[*group, row["figure_id"]].append(right)
     return {
         "qAcc": _share_of_all(questions.values()),
         "fAcc": _share_of_all(figures.values()),
+        "easy": _share_of_all(easy.values()),
+        "hard": _share_of_all(hard.values()),
         "unresolved": sum(said[i] == UNCLEAR for i in gold),
     }
 
@@ -214,7 +219,7 @@ BENCHMARK = Benchmark(
     read_gold=read_gold,
     score=score,
     variants=("yes_no", "judged"),
-    columns=("accuracy", "qAcc", "fAcc", "majority", "unresolved", "n"),
+    columns=("accuracy", "qAcc", "fAcc", "easy", "hard", "majority", "unresolved", "n"),
     submission=submission,
     unanswered_rows=True,
     judge=Judge(
