@@ -20,13 +20,14 @@ from paths import DATA
 from processes import run_ranks
 from safetensors.torch import load_file
 
-from megatron_owl2.config.load import load_config, save_config
+from megatron_owl2.config.load import load_config
 from megatron_owl2.config.lora import is_adapter, parameters
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.convert import adapters
 from megatron_owl2.convert.mapping import rules
-from megatron_owl2.convert.partition import shard, unshard
-from megatron_owl2.convert.sources import SourceModel, from_released
+from megatron_owl2.convert.megatron_io import write_checkpoint
+from megatron_owl2.convert.partition import unshard
+from megatron_owl2.convert.sources import from_released
 from megatron_owl2.convert.verify import verify as verification
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -34,7 +35,6 @@ from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.loading import LoadedModel
 from megatron_owl2.mcore import setup
 from megatron_owl2.mcore.parallel import ParallelContext
-from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
@@ -58,10 +58,10 @@ PROMPTS = ("text", "one_image", "two_images", "multi_turn")
 
 # The largest deviation from the recording that is allowed, and how many values are compared.
 BOUNDS = {
-    "visual tokens": (1e-5, 4),
+    "visual tokens": (2e-5, 4),  # 9e-6 of values up to 10.9; another processor rounds otherwise
     "logits": (1e-4, 4),
     "loss": (1e-5, 1),
-    "gradients, relative": (1e-4, 103),
+    "gradients, relative": (1e-4, 98),
     "key bias gradient norms": (1e-5, 2),  # zero in exact arithmetic: softmax ignores the bias
     "AdamW losses": (1e-3, 18),
     "AdamW gradient norms, relative": (1e-3, 18),
@@ -79,9 +79,10 @@ BOUNDS = {
 def run(folder: Path) -> dict[str, dict[str, dict]]:
     """The worst deviation of each of BOUNDS under every parallelism: `deviation`, `where` it is and
     how many were `compared`. Writes into `folder`; raises RuntimeError if a process fails."""
-    config = from_released(OFFICIAL / "hf_ckpt").config
-    config.train.precision, config.data.tokenizer = "fp32", ""
-    save_config(config, folder / "run.yaml")
+    source = from_released(OFFICIAL / "hf_ckpt", adapter=ADAPTER)
+    plain = from_released(OFFICIAL / "hf_ckpt")
+    for name, one in {"plain": plain, "adapted": source, "merged": source.merged()}.items():
+        write_checkpoint(folder / name, one.tensors, one.config)
     setup.shutdown()
     for ranks in (1, 2):
         names = [name for name, (processes, _) in PARALLELISMS.items() if processes == ranks]
@@ -171,12 +172,10 @@ def micro_batches(inputs: dict[str, torch.Tensor], config: RunConfig, length: in
     return batches
 
 
-def build(config: RunConfig, source: SourceModel) -> Owl2:
-    """This rank's part of a model with whole weights, adapters among them."""
+def build(config: RunConfig, checkpoint: Path) -> Owl2:
+    """This rank's part of a checkpoint's model."""
     model = Owl2(ParallelContext(config, setup.initialize(config.parallel)), config.model)
-    with torch.no_grad():
-        for name, tensor in weights(model).items():
-            tensor.copy_(shard(source.tensors[name].read(), tensor, model.context))
+    save_load.load_weights(checkpoint, [model])
     return model.to(setup.device())
 
 
@@ -184,22 +183,20 @@ def _measure(folder: Path, name: str) -> None:
     """Every rank's part of `run` under one parallelism."""
     runs_in_turn.join_group(name)
     overrides = PARALLELISMS[name][1]
-    config = load_config(folder / "run.yaml", overrides)
-    folder = folder / name
-    folder.mkdir(exist_ok=True)
-    model = build(config, from_released(OFFICIAL / "hf_ckpt"))
-    save_load.save(folder / "checkpoint", [model], config)
-    verify = verification.Verification(folder / "checkpoint", overrides)
+    config = load_config(folder / "plain" / "run.yaml", overrides)
+    model = build(config, folder / "plain")
+    verify = verification.Verification(folder / "plain", overrides)
     found = {
         **_visual_tokens(model),
         **_outputs(verify),
         **_greedy(config, model),
-        **_trajectories(config),
-        **_lora(config),
+        **_trajectories(config, folder / "plain"),
+        **_lora(config, folder),
     }
     if torch.distributed.get_rank() == 0:
         worst = {quantity: _worst(deviations) for quantity, deviations in found.items()}
-        (folder / "worst.json").write_text(json.dumps(worst, indent=1))
+        (folder / name).mkdir()
+        (folder / name / "worst.json").write_text(json.dumps(worst, indent=1))
     setup.shutdown()
 
 
@@ -290,12 +287,12 @@ def _without_cache(
     return answers
 
 
-def _trajectories(config: RunConfig) -> dict[str, Deviations]:
+def _trajectories(config: RunConfig, checkpoint: Path) -> dict[str, Deviations]:
     losses, norms = {}, {}
     for name, trainable in TRAJECTORIES.items():
         chosen = copy.deepcopy(config)
         chosen.stage.trainable = trainable
-        model = build(chosen, from_released(OFFICIAL / "hf_ckpt"))
+        model = build(chosen, checkpoint)
         recorded = META["adamw_trajectory"][name]
         apart = _adamw(chosen, model, batch_inputs(), recorded)
         losses |= {f"{name}, {step}": value for step, value in apart[0].items()}
@@ -339,22 +336,22 @@ def _adamw(
     return losses, norms
 
 
-def _lora(config: RunConfig) -> dict[str, Deviations]:
-    source = from_released(OFFICIAL / "hf_ckpt", adapter=ADAPTER)
+def _lora(config: RunConfig, folder: Path) -> dict[str, Deviations]:
     adapted = copy.deepcopy(config)
-    adapted.stage.lora, adapted.stage.trainable = source.config.stage.lora, []
-    model = build(adapted, source)
+    adapted.stage.lora = load_config(folder / "adapted" / "run.yaml").stage.lora
+    adapted.stage.trainable = []
+    model = build(adapted, folder / "adapted")
     found = {}
     for name, (used, one) in {
         "LoRA logits": (adapted, model),
-        "LoRA logits, merged": (config, build(config, source.merged())),
+        "LoRA logits, merged": (config, build(config, folder / "merged")),
     }.items():
         case = "merged" if name.endswith("merged") else "batch"
         logits = _logits(used, one, lora_inputs())
         found[name] = (
             {} if logits is None else _logits_apart(logits, LORA, META["lora"]["batch_rows"], case)
         )
-    found |= _lora_gradients(adapted, build(adapted, source))
+    found |= _lora_gradients(adapted, build(adapted, folder / "adapted"))
     losses, norms = _adamw(adapted, model, lora_inputs(), META["lora"]["adamw_trajectory"])
     after = {
         name: float((tensor - LORA[f"after_4_steps/{name}"]).abs().max())
