@@ -3,18 +3,20 @@
 import hashlib
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from http_server import HttpServer
 from paths import EXAMPLES
 from streams import config, loader, pairs, rows_of
 from tiny_data import encoded, make_image, write
 
 from megatron_owl2.config.load import load_config
-from megatron_owl2.config.schema import DataConfig, SourceConfig
+from megatron_owl2.config.schema import DataConfig, SourceConfig, StorageConfig
 from megatron_owl2.config.validate import validate_settings
 from megatron_owl2.data.sampling.grouped_order import GroupedOrder, SampleGroup
 from megatron_owl2.data.sampling.phases import first_phase, resume, to_json
@@ -113,6 +115,18 @@ def test_ranks_have_as_much_of_a_group_in_every_micro_batch(data, ranks):
         batches = loader(data, 0, rank, ranks, 1, limit_samples=2 * BATCH)
         found.append([key[0] == "c" for batch in batches for key in batch.keys])
     assert all(mine == found[0] for mine in found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_remote_groups_are_read_ahead(data, expected, tmp_path, workers):
+    """The images from a server, texts from a folder: each of the four blocks comes once."""
+    with HttpServer(Path(data.sources[1].path)) as server:
+        sources = [data.sources[0], SourceConfig(server.url, 3, "multimodal"), data.sources[2]]
+        storage = StorageConfig(cache=str(tmp_path / "cache"), attempts=4, timeout=5.0)
+        remote = DataConfig(**vars(data) | {"sources": sources, "storage": storage})
+        assert stretch(remote, 0, STEPS, 2, 4, workers) == expected
+        tars = [server.ranges(f"shard-{number:06d}.tar") for number in range(4)]
+        assert [len(ranges) for ranges in tars] == [1] * 4
 
 
 def test_a_substitute_is_of_the_same_group(data, tmp_path):
