@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from http_server import HttpServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from http_server import HttpServer
 from paths import EXAMPLES
 from streams import config, loader, pairs, rows_of
 from tiny_data import encoded, make_image, write
