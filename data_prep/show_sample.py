@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.validate import check_groups
 from megatron_owl2.data.batch import BadSample
 from megatron_owl2.data.conversation import Sample
 from megatron_owl2.data.row_length import row_alignment
@@ -78,6 +79,7 @@ def rows_of_run(
         f"data.phase is {data.phase}, whose rows depend on where the run was; only those of phase "
         "1 can be shown, with its sources and data.phase=1",
     )
+    check_groups(config)
     datasets = open_sources(data)
     packing = load_packing(config, datasets, tokenizer)
     phase = phases.first_phase(data, datasets, packing)

@@ -138,6 +138,7 @@ class Mixture:
             {
                 "path": str(self._path("shards", name)),
                 "weight": round(source.target / total, 9) if by_target else 0.0,
+                **({"group": source.group} if source.group else {}),
             }
             for name, source in recipe.sources.items()
         ]

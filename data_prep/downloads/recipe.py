@@ -26,7 +26,8 @@ class Source:
     Either `corpus` is to be downloaded: its tables lie in `metadata`, `list` limits the rows, and
     the share `expected` of the addresses listed is thought to give a pair. Or the data are there
     already: `input` in `format`, with `images` if it names image files. `shards` limits the samples
-    once more, by what was found. Paths are relative to the mixture's folder.
+    once more, by what was found. In training it is of `group`, one of data.groups, if these are
+    used. Paths are relative to the mixture's folder.
     """
 
     target: int
@@ -38,6 +39,7 @@ class Source:
     input: str | None = None
     images: str | None = None
     shards: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def read_recipe(path: Path) -> Recipe:
         _check_options(path, f"sources.{name}.list.", source.list, LIST_OPTIONS)
         _check_options(path, f"sources.{name}.shards.", source.shards, SHARD_OPTIONS)
         _check_source(path, f"sources.{name}", source)
+        groups = recipe.config.get("data", {}).get("groups", {})
+        known = not groups or source.group in groups
+        _require(known, path, f"sources.{name}.group", " or ".join(groups))
     return recipe
 
 

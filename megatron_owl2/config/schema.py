@@ -158,6 +158,7 @@ class SourceConfig:
 
     path: str = ""
     weight: float = number(1.0, at_least=0)  # 0, for all sources alike: its number of samples
+    group: str = ""  # of data.groups, within which the weight counts
 
 
 @dataclass
@@ -178,6 +179,8 @@ class DataConfig:
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
+    # Samples that every global batch has of the sources of a group; {}: as the weights have it.
+    groups: dict[str, int] = field(default_factory=dict)
     phase: int = number(1, at_least=1)
     tokenizer: str = ""
     # Tokens of a row, after the placeholders are expanded into visual tokens.

@@ -9,6 +9,7 @@ from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
+from megatron_owl2.utils.suggest import did_you_mean
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -101,14 +102,59 @@ def _check_sequence_length(config: RunConfig) -> None:
     )
 
 
-def _check_data(config: RunConfig) -> None:
-    """Weights of the sources, and what packed rows need."""
-    weights = [source.weight for source in config.data.sources]
+def check_groups(config: RunConfig) -> None:
+    """Refuse groups of sources that do not make up a global batch; raises ConfigError."""
+    data, train = config.data, config.train
+    for index, source in enumerate(data.sources):
+        where = f"data.sources[{index}].group is {source.group!r}"
+        if not data.groups:
+            require(
+                not source.group,
+                f"{where}, but data.groups is empty; say there how many samples of a batch the "
+                "group has, or leave it out",
+            )
+            continue
+        hint = did_you_mean(source.group, data.groups)
+        require(source.group in data.groups, f"{where}, which data.groups does not have; {hint}")
+    if not data.groups:
+        return
+    for name, count in data.groups.items():
+        require(
+            count >= 1,
+            f"data.groups.{name} is {count}; it must be at least 1, or leave the group out",
+        )
+        require(
+            not data.sources or any(source.group == name for source in data.sources),
+            f"data.groups has {name!r}, but none of data.sources; give one group: {name}",
+        )
+    total = sum(data.groups.values())
     require(
-        all(weights) or not any(weights),
-        "data.sources: a weight of 0 stands for a source's number of samples; give it to all "
-        "sources or to none",
+        total == train.global_batch_size,
+        f"data.groups adds up to {total} samples of a batch, but train.global_batch_size is "
+        f"{train.global_batch_size}; change one of them",
     )
+    require(
+        not data.packing,
+        "data.groups counts samples, of which a packed row has several; set data.packing=false, or "
+        "leave out data.groups and give the sources weights",
+    )
+    require(
+        train.epochs == 0,
+        f"train.epochs is {train.epochs}, but every group of data.groups comes to the end of its "
+        "samples at another step; set train.epochs=0 and give train.steps",
+    )
+
+
+def _check_data(config: RunConfig) -> None:
+    """Weights and groups of the sources, and what packed rows need."""
+    check_groups(config)
+    for group in config.data.groups or [""]:
+        weights = [source.weight for source in config.data.sources if source.group == group]
+        require(
+            all(weights) or not any(weights),
+            "data.sources: a weight of 0 stands for a source's number of samples; give it to all "
+            f"sources{f' of the group {group}' if group else ''} or to none",
+        )
     cp_by_te = config.parallel.context > 1 and config.kernels.backend == "transformer_engine"
     require(
         not (config.data.packing and cp_by_te),

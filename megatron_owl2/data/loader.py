@@ -81,7 +81,6 @@ class BatchLoader:
         bad_sample_log: Path | None,
         taken_at_once: int = 1,
     ):
-        self.samples_per_epoch = dataset.order.samples.samples_per_epoch
         self.restarts = 0  # of the workers, over all iterations
         self._dataset = dataset
         self._batches = batches

@@ -124,7 +124,9 @@ def test_a_corpus_is_one_new_file(project, tmp_path):
 
 def test_the_names_of_formats_and_corpora_stay():
     assert list(FORMATS) == [
+        "alpaca",
         "aokvqa",
+        "baize",
         "coco",
         "coco-instruction",
         "coco-one-caption",
@@ -134,6 +136,7 @@ def test_the_names_of_formats_and_corpora_stay():
         "img2dataset",
         "ocrvqa",
         "okvqa",
+        "owl1",
         "refcoco",
         "table",
         "textcaps",

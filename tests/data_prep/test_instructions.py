@@ -55,6 +55,41 @@ def test_the_recipe_of_the_paper_has_its_counts(tmp_path):
     assert steps["validation"][-1] == "--only-held-out"
 
 
+def test_the_recipe_of_version_1_has_its_counts_and_halves_of_a_step(tmp_path):
+    recipe = read_recipe(ROOT / "examples/owl1_instructions.yaml")
+    found = {name: (s.format, s.group, s.target) for name, s in recipe.sources.items()}
+    assert found == {
+        "alpaca": ("alpaca", "text", 102_000),
+        "vicuna": ("conversations", "text", 90_000),
+        "baize": ("baize", "text", 50_000),
+        "llava": ("conversations", "multimodal", 150_000),
+    }
+    assert recipe.config["data"]["groups"] == {"text": 128, "multimodal": 128}
+    assert recipe.config["train"]["global_batch_size"] == 256
+    steps = Mixture(recipe, tmp_path).steps("baize", 3)
+    line = " ".join(steps["shards"])
+    assert f"--input {tmp_path}/baize/quora_chat_data.json --format baize" in line
+    assert "--template owl1" in line and "--sample 50000" in line
+
+
+def test_a_source_takes_its_group_into_the_configuration(folder):
+    path = folder.parent / "recipe.yaml"
+    tree = yaml.safe_load(path.read_text()) | {"hold_out": 0, "weights": "targets"}
+    tree["config"] = {"data": {"groups": {"text": 3, "images": 5}}}
+    tree["sources"]["talk"]["group"] = "text"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(PreprocessError, match="sources.captions.group must be images or text"):
+        read_recipe(path)
+    tree["sources"]["captions"]["group"] = "images"
+    path.write_text(yaml.safe_dump(tree))
+    for name in ("captions", "talk"):
+        (folder / "shards" / name).mkdir(parents=True)
+        (folder / "shards" / name / "manifest.json").write_text('{"samples": 15}')
+    found = load_config(Mixture(read_recipe(path), folder).write_config(path), []).data
+    assert found.groups == {"text": 3, "images": 5}
+    assert [(s.group, s.weight) for s in found.sources] == [("images", 0.4), ("text", 0.6)]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A mixture of two sources, one with a sample that cannot be used."""

@@ -235,7 +235,7 @@ _COCO = {"target": 1, "format": "coco", "input": "x"}
             "unknown key 'sources.large.list.min_scores'; did",
         ),
         ("sources.large.shards.sample", 3, "unknown key 'sources.large.shards.sample'; known"),
-        ("sources.coco.format", "jpg", "sources.coco.format must be aokvqa or"),
+        ("sources.coco.format", "jpg", "sources.coco.format must be alpaca or"),
         ("sources.coco.input", None, "sources.coco.input must be a path"),
         ("sources.coco.list", {"min_side": 3}, "sources.coco.list must be absent"),
         ("sources.coco", 3, "'sources.coco' is a section, not 3"),

@@ -15,7 +15,7 @@ from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, strip_text
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
 _TAG = re.compile(f"<image>|{re.escape(IMAGE_PLACEHOLDER)}")  # LLaVA's tag and mPLUG-Owl2's
 _TAG_OF_ANY_CASE = re.compile(_TAG.pattern, re.IGNORECASE)
-_UNREAD_TAG = re.compile("<video>|<audio>", re.IGNORECASE)
+_UNREAD_TAG = re.compile(r"<video>|<audio>|<\|video\|>", re.IGNORECASE)  # the last is mPLUG-Owl's
 _SPEAKERS = {  # of LLaVA and ShareGPT, of OpenAI, and of collections of ShareGPT
     "human": HUMAN,
     "user": HUMAN,

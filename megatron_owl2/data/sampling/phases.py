@@ -76,7 +76,8 @@ def resume(
     if _phase(config, datasets, last.start_sample, packing).fingerprint != last.fingerprint:
         packed = " (or, as rows are packed, the samples' lengths or the limits of a row)"
         raise ConfigError(
-            f"data.sources or data.seed{packed if packing or last.group else ''} is not what "
+            "data.sources (with data.groups) or "
+            f"data.seed{packed if packing or last.group else ''} is not what "
             f"{where} was made with; go on with the same, "
             f"or say data.phase={last.number + 1} to go on with other data from sample "
             f"{consumed_samples} on, or start another run from the weights with "
@@ -108,6 +109,18 @@ def source_weights(config: DataConfig, datasets: Sequence[ShardedDataset]) -> li
     return [source.weight or float(len(dataset)) for source, dataset in pairs]
 
 
+def _shares(config: DataConfig, weights: list[float]) -> list[float]:
+    """The part of all samples that each source has, by its weight within its group."""
+    if not config.groups:
+        return [weight / sum(weights) for weight in weights]
+    shares, batch_size = [], sum(config.groups.values())
+    for source, weight in zip(config.sources, weights, strict=True):
+        pairs = zip(config.sources, weights, strict=True)
+        of_group = sum(other for member, other in pairs if member.group == source.group)
+        shares.append(weight / of_group * config.groups[source.group] / batch_size)
+    return shares
+
+
 def _phase(
     config: DataConfig,
     datasets: Sequence[ShardedDataset],
@@ -115,14 +128,15 @@ def _phase(
     packing: Packing | None,
 ) -> Phase:
     """The phase with its fingerprint: SHA-256 over everything that decides which samples an index
-    is, the manifests' fingerprints in order, the weights, seed, phase and the order's constants."""
-    weights = source_weights(config, datasets)
+    is, the manifests' fingerprints in order, the weights, seed, phase, the order's constants, and
+    the groups without their names."""
+    shares = _shares(config, source_weights(config, datasets))
     sources = []
-    for source, weight, dataset in zip(config.sources, weights, datasets, strict=True):
+    for source, share, dataset in zip(config.sources, shares, datasets, strict=True):
         sources.append(
             {
                 "path": source.path,
-                "weight": weight / sum(weights),
+                "weight": share,
                 "samples": len(dataset),
                 "fingerprint": dataset.fingerprint,
             }
@@ -135,6 +149,10 @@ def _phase(
     ]
     if packing is not None:
         identity.append(packing.identity)
+    if config.groups:
+        names = list(config.groups)
+        members = [names.index(source.group) for source in config.sources]
+        identity.append([[*config.groups.values()], members])
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     group = 0 if packing is None else packing.group
     return Phase(config.phase, start_sample, digest, sources, group)

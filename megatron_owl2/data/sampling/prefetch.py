@@ -5,11 +5,12 @@ one read are queued. Only storage behind a network needs it.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from megatron_owl2.data.sampling.shuffle import BLOCK_SIZE, SHUFFLE_BLOCK_SIZE, ShuffleOrder
+from megatron_owl2.data.sampling.grouped_order import SampleOrder
+from megatron_owl2.data.sampling.shuffle import BLOCK_SIZE, SHUFFLE_BLOCK_SIZE
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.storage import LocalStorage
 from megatron_owl2.errors import ShardError, StorageError
@@ -23,10 +24,10 @@ class Prefetcher:
     that fails here is tried again, and reported, when the sample is read.
     """
 
-    def __init__(self, datasets: Sequence[ShardedDataset], order: ShuffleOrder):
+    def __init__(self, datasets: Sequence[ShardedDataset], order: SampleOrder):
         self._datasets, self._order = datasets, order
         self._remote = [not isinstance(d.storage, LocalStorage) for d in datasets]
-        self._shuffle_blocks: dict[int, tuple[int, int]] = {}  # by stream: epoch and number
+        self._shuffle_blocks: dict[Hashable, tuple[int, int]] = {}  # by stream: epoch and number
         self._runtime = datasets[0].storage.runtime
         self._queue: Any = None
         self._copies: list[ShardedDataset] = []
@@ -72,7 +73,7 @@ class Prefetcher:
 
 
 def working_set(
-    datasets: Sequence[ShardedDataset], order: ShuffleOrder, ranks: int, ranks_on_node: int
+    datasets: Sequence[ShardedDataset], order: SampleOrder, ranks: int, ranks_on_node: int
 ) -> int:
     """Bytes of remote shards, about, that a node holds at a time: two shuffle blocks of every
     stream that one of its data-parallel ranks reads. A smaller cache fetches blocks again and
