@@ -112,14 +112,14 @@ def check_groups(config: RunConfig) -> None:
         hint = did_you_mean(source.group, data.groups)
         require(
             source.group in data.groups,
-            f"{where}, which data.groups does not have; {hint} data.groups={{}} is no groups",
+            f"{where}, which data.groups does not have ({{}} has none); {hint}",
         )
     if not data.groups:
         return
     for name, count in data.groups.items():
         require(
             count >= 1,
-            f"data.groups.{name} is {count}; it must be at least 1; data.groups={{}} is no groups",
+            f"data.groups.{name} is {count}; it must be at least 1, or data.groups {{}}",
         )
         require(
             not data.sources or any(source.group == name for source in data.sources),
