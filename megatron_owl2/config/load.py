@@ -6,7 +6,7 @@ same for any schema of dataclasses.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -98,11 +98,14 @@ def read_yaml(path: Path) -> dict:
 def merge(schema: type[T], layers: Sequence[Layer]) -> T:
     """An object of a dataclass with the values of `layers`, each overriding those before it.
 
+    Names with values, such as stage.rates, add to those before; {} takes these away.
     Raises ConfigError for unknown and missing keys, and values of the wrong type or choice.
     """
     known: Any = OmegaConf.structured(schema)
     for where, tree in layers:
         _check_tree(tree, schema, where)
+        for key in _emptied(tree, schema):
+            OmegaConf.update(known, key, {}, merge=False)
         try:
             known = OmegaConf.unsafe_merge(known, OmegaConf.create(tree))  # copies nothing
         except OmegaConfBaseException as error:
@@ -111,6 +114,16 @@ def merge(schema: type[T], layers: Sequence[Layer]) -> T:
         return OmegaConf.to_object(known)  # pyright: ignore[reportReturnType] # of the schema
     except OmegaConfBaseException as error:  # a missing key, or what ${...} refers to
         raise ConfigError(_describe(error)) from None
+
+
+def _emptied(tree: dict, schema: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the keys for names with values to which a tree gives none."""
+    for entry in dataclasses.fields(schema):
+        value, kind = tree.get(entry.name), entry.type
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            yield from _emptied(value, kind, f"{prefix}{entry.name}.")
+        elif get_origin(kind) is dict and value == {}:
+            yield f"{prefix}{entry.name}"
 
 
 def _describe(error: OmegaConfBaseException) -> str:

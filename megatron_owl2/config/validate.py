@@ -115,17 +115,21 @@ def check_groups(config: RunConfig) -> None:
             )
             continue
         hint = did_you_mean(source.group, data.groups)
-        require(source.group in data.groups, f"{where}, which data.groups does not have; {hint}")
+        require(
+            source.group in data.groups,
+            f"{where}, which data.groups does not have ({{}} has none); {hint}",
+        )
     if not data.groups:
         return
     for name, count in data.groups.items():
         require(
             count >= 1,
-            f"data.groups.{name} is {count}; it must be at least 1, or leave the group out",
+            f"data.groups.{name} is {count}; it must be at least 1, or data.groups {{}}",
         )
         require(
             not data.sources or any(source.group == name for source in data.sources),
-            f"data.groups has {name!r}, but none of data.sources; give one group: {name}",
+            f"data.groups has {name!r}, but none of data.sources; give one group: {name}, or "
+            "begin anew with data.groups={}",
         )
     total = sum(data.groups.values())
     require(

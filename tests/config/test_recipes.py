@@ -133,6 +133,13 @@ def test_files_and_keys_apply_in_their_order():
         load(RECIPES / "pretrain.yaml", ["nowhere.yaml"])
 
 
+def test_an_empty_section_of_names_takes_those_of_its_parents_away():
+    load, recipe = load_config, RECIPES / "finetune_lora.yaml"
+    assert load(recipe, ["stage.rates={a: 1}"]).stage.rates == {"abstractor.*": 0.2, "a": 1.0}
+    assert load(recipe, ["stage.rates={}"]).stage.rates == {}
+    assert load(recipe, ["stage.rates={}", "stage.rates={a: 1}"]).stage.rates == {"a": 1.0}
+
+
 def test_a_pattern_of_frozen_must_match():
     config = load_config(RECIPES / "pretrain.yaml", [*TINY, "stage.frozen=['vison.*']"])
     model = Owl2(ParallelContext(config, setup.initialize(ParallelConfig())), config.model)

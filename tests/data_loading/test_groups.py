@@ -225,7 +225,10 @@ GROUPS = "data.groups={text: 2, multimodal: 6}"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([GROUPS, f"data.sources=[{A}, {{path: b, group: multi}}]"], "did you mean 'multimodal'"),
+        (
+            [GROUPS, f"data.sources=[{A}, {{path: b, group: multi}}]"],
+            r"have \({} has none\); did you mean 'multimodal'",
+        ),
         ([GROUPS, f"data.sources=[{A}, {{path: b}}]"], r"sources\[1\].group is '', which data.gr"),
         ([f"data.sources=[{A}]"], "group is 'text', but data.groups is empty; say there how many"),
         ([GROUPS, f"data.sources=[{A}]"], "has 'multimodal', but none of data.sources; give one"),
