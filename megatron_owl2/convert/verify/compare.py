@@ -156,7 +156,9 @@ def _inputs(model: ModelConfig) -> Iterator[tuple[str, dict[str, torch.Tensor]]]
 
 def _load_other(directory: str | Path) -> torch.nn.Module:
     try:
-        from megatron_owl2.convert.remote_code.modeling_mplug_owl2 import MPLUGOwl2LlamaForCausalLM
+        from megatron_owl2.convert.remote_code.owl2.modeling_mplug_owl2 import (
+            MPLUGOwl2LlamaForCausalLM,
+        )
     except ImportError as error:
         raise ConversionError(f"this needs transformers 5 ({error}); pip install .[hf]") from None
     return MPLUGOwl2LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
