@@ -129,9 +129,8 @@ def test_a_run_answers_and_is_exported(installed, trained):
     said = installed.succeed("owl2", "generate", "--checkpoint", "run", *question)
     assert said.endswith("\n")
     installed.succeed("owl2", "convert-to-hf", "--checkpoint", "run", "--output", "model")
-    code = {
-        path.name for path in (ROOT / "megatron_owl2/convert/remote_code/owl2").glob("*_owl2.py")
-    }
+    folder = ROOT / "megatron_owl2/convert/remote_code/owl2"
+    code = {path.name for path in folder.glob("*_owl2.py")}
     assert len(code) >= 7
     assert code <= {path.name for path in (installed.work / "model").iterdir()}
     assert installed.succeed("owl2", "generate", "--checkpoint", "model", *question) == said

@@ -1,4 +1,4 @@
-"""The ViT and the visual abstractor of mPLUG-Owl2: pixels to visual tokens, and these in their rows.
+"""The ViT and the visual abstractor of mPLUG-Owl2, and the rows that visual tokens take.
 
 `config` has ViT and abstractor in the two dicts of `visual_config`, the decoder's width in
 `hidden_size`, and `initializer_range`.
