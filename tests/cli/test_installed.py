@@ -104,6 +104,11 @@ def test_the_command_is_there_and_nothing_is_from_the_checkout(installed):
     page = [path.name for path in (ROOT / "megatron_owl2/serving/page").iterdir()]
     shipped = installed.bin.parent.glob(f"{package}/serving/page/*")
     assert sorted(path.name for path in shipped) == sorted(page)
+    code = ROOT / "megatron_owl2/convert/remote_code"
+    for layout in ("owl1", "owl2"):  # with what links lead to
+        shipped = installed.bin.parent.glob(f"{package}/convert/remote_code/{layout}/*.py")
+        texts = {path.name: path.read_text() for path in shipped}
+        assert texts == {path.name: path.read_text() for path in (code / layout).glob("*.py")}
     wrong = installed.run("owl2", "plam")
     assert wrong.returncode == 2 and "did you mean 'plan'?" in wrong.stderr
 

@@ -7,7 +7,8 @@ so that a model is not asked as it was trained; `tokenization` is the choice:
 - "turns": a question with its labels, between media, is one piece; an answer is another, behind
   which comes EOS.
 - "official_train": media, `AI: ` and a newline with `Human: `, wherever they stand, are pieces, and
-  so is what lies between them; behind a piece that follows `AI: ` comes EOS.
+  so is what lies between them; behind a piece that follows `AI: ` comes EOS, but not at the end of
+  a prompt, where an answer is to come or to go on.
 - "official_inference": everything between media is one piece, and no answer ends in EOS.
 """
 
@@ -103,7 +104,7 @@ def default_chat_template(system: str, tokenization: str, videos: bool) -> str:
     constants = {
         "system": system,
         "videos": videos,
-        "ends_turns": tokenization == "turns",  # the rules of official training do it themselves
+        "ends_turns": tokenization != "official_inference",
         "prompt_end": "AI:" if tokenization == "turns" else _ANSWER_LABEL,
     }
     texts = {name: json.dumps(value) for name, value in constants.items()}
@@ -116,7 +117,7 @@ def prompt_ids(marked: str, tokenizer, tokenization: str, add_bos: bool = True) 
         return []
     ids = [tokenizer.bos_token_id] if add_bos else []
     if tokenization == "official_train":
-        return ids + _training_ids(marked.replace(ANSWER_MARK, ""), tokenizer)
+        return ids + _training_ids(marked, tokenizer)
     for piece in _split(marked, *_MEDIA):
         if piece in _MEDIA:
             ids.append(_MEDIA[piece])
@@ -128,21 +129,19 @@ def prompt_ids(marked: str, tokenizer, tokenization: str, add_bos: bool = True) 
 
 
 def _training_ids(marked: str, tokenizer) -> list[int]:
-    """Ids by the rules of official training; an answer that is still to come has none."""
-    pieces = _split(marked, *_MEDIA, _ANSWER_LABEL, _QUESTION_LABEL)
-    if not pieces[-1]:
-        pieces.pop()
+    """Ids by the rules of official training, which find the ends of answers by themselves."""
+    eos = tokenizer.eos_token
+    text = marked.replace(ANSWER_MARK, "").replace(eos, "")
+    pieces = _split(text, *_MEDIA, _ANSWER_LABEL, _QUESTION_LABEL)
     if any(piece in _MEDIA for piece in pieces):  # only there an empty answer has no EOS
         pieces = [piece for piece in pieces if piece]
-    ids, last = [], ""
+    ids, answers, before = [], False, ""
     for piece in pieces:
-        if piece in _MEDIA:
-            ids.append(_MEDIA[piece])
-        else:
-            ids += tokenizer.text_ids(unmarked(piece))
-            ids += [tokenizer.eos_token_id] if last == _ANSWER_LABEL else []
-        last = piece
-    return ids
+        answers = before == _ANSWER_LABEL and piece not in _MEDIA
+        ids += [_MEDIA[piece]] if piece in _MEDIA else tokenizer.text_ids(unmarked(piece))
+        ids += [tokenizer.eos_token_id] if answers else []
+        before = piece
+    return ids[:-1] if answers and not marked.endswith(eos) else ids
 
 
 def _split(text: str, *separators: str) -> list[str]:
