@@ -11,7 +11,12 @@ from exported import ATTENTIONS, load, offline
 from owl1_dirs import META, OFFICIAL, ROWS, edit, with_code
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+)
 
 CASES = ["batch", *(name for name in META["cases"] if name.startswith("single_"))]
 
@@ -354,6 +359,24 @@ def test_other_ways_of_generating_keep_every_row_with_its_images(directory, refe
         rows += out[:, ids.shape[1] :].tolist()
     assert together.tolist() == rows
     assert len(rows) == 3 * options.get("num_return_sequences", 1)
+
+
+def test_a_conversation_goes_on_from_its_cache(directory, reference):
+    model, cache = load(directory), DynamicCache()
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 4}
+    first = reference["generate_one_image/input_ids"]
+    shown = images_of(reference, "batch")
+    answered = model.generate(
+        input_ids=first, pixel_values=shown[:1], past_key_values=cache, **options
+    )
+    new = answered[:, first.shape[1] :]
+    longer = torch.cat([first, new, reference["generate_two_images/input_ids"]], dim=1)
+    encoded = []
+    model.vision_model.register_forward_hook(lambda *args: encoded.append(len(args[1][0])))
+    inputs = {"input_ids": longer, "pixel_values": shown[:3]}
+    continued = model.generate(**inputs, past_key_values=cache, **options)
+    assert encoded == [2]  # not the three of the whole conversation
+    assert torch.equal(continued, model.generate(**inputs, **options))
 
 
 def test_a_new_model_starts_finite_and_small(video_directory):
