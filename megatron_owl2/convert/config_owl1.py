@@ -1,7 +1,7 @@
 """`config.json` of the released mPLUG-Owl (version 1), to and from our ModelConfig.
 
-Sections vision_config, visual_abstractor_config and text_config, a LLaMA; the video variant has the
-same settings and is told by its weights.
+Sections vision_config, visual_abstractor_config and text_config, a LLaMA; the released video variant
+has the same settings and is told by its weights.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_owl2.convert.json_settings import Settings
 from megatron_owl2.convert.layouts import RELEASED_FFN_SIZE
 
 TEMPLATE, TOKENIZATION = "owl1", "official_inference"  # of a directory that names none
+FRAMES = 4  # of a video that the released processor takes
 TEMPORAL_QUERIES = "temporal_query_tokens"  # the weight that only the video variant has
 _FFN_MULTIPLE = 256  # of the MLP in the abstractor, in the video variant
 # What the released classes have where a directory says nothing.
@@ -80,6 +81,7 @@ def owl1_config(model: ModelConfig) -> dict[str, Any]:
             "model_type": "mplug_owl_vision_model",
             **export(model.vision, VISION),
             **FIXED_VISION,
+            **({"temporal": True} if model.vision.temporal else {}),
             "use_flash_attn": False,
             "initializer_range": model.init_std,
         },
@@ -102,6 +104,12 @@ def owl1_config(model: ModelConfig) -> dict[str, Any]:
             "use_cache": True,
         },
     }
+
+
+def owl1_processor(model: ModelConfig) -> dict[str, Any]:
+    """What the processor of a directory has to know of its model, beside the size of an image."""
+    frames = {"frames_per_video": FRAMES} if model.vision.temporal else {}
+    return {"tokenization": model.tokenization, **frames}
 
 
 def _ffn_size_with_frames(size: int) -> int:

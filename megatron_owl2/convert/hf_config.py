@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,16 @@ from megatron_owl2.convert.config_fields import (
     export,
     read_decoder,
 )
-from megatron_owl2.convert.config_owl1 import TEMPORAL_QUERIES, owl1_config, read_owl1
+from megatron_owl2.convert.config_owl1 import (
+    TEMPORAL_QUERIES,
+    owl1_config,
+    owl1_processor,
+    read_owl1,
+)
 from megatron_owl2.convert.json_settings import Settings
 from megatron_owl2.convert.layouts import MODEL_TYPES
 from megatron_owl2.convert.peft_models import refuse_peft_model
-from megatron_owl2.convert.safetensors_io import ADAPTER_SETTINGS, TensorReader, read_json
+from megatron_owl2.convert.safetensors_io import ADAPTER_SETTINGS, TensorReader
 from megatron_owl2.errors import ConversionError
 
 _FIXED_OFFICIAL_VISION = {"use_cls_token": True, "use_post_layernorm": True}
@@ -41,21 +45,6 @@ _CLIP_DEFAULTS = {  # CLIPVisionConfig's own; a CLIPModel's config leaves out wh
 _IMAGES = "image_mean", "image_std", "image_mode"  # of ModelConfig, and of an image processor
 _OFFICIAL_GRID = 32  # the released abstractor's, when grid_size is null
 _PROCESSORS = {"owl2": "MPLUGOwl2Processor", "owl1": "MplugOwlProcessor"}  # by layout
-# What transformers loads from the directory's own code, by the file that says so.
-_CLASSES = {
-    "config.json": {
-        "AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config",
-        "AutoModelForCausalLM": "modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM",
-        "AutoModelForImageTextToText": "modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM",
-    },
-    "preprocessor_config.json": {
-        "AutoImageProcessor": "image_processing_mplug_owl2.MPLUGOwl2ImageProcessor"
-    },
-    "processor_config.json": {"AutoProcessor": "processing_mplug_owl2.MPLUGOwl2Processor"},
-    "tokenizer_config.json": {  # of the slow and the fast kind
-        "AutoTokenizer": ["tokenization_mplug_owl2.MPLUGOwl2Tokenizer", None]
-    },
-}
 
 
 def read_model(directory: str | Path, layout: str | None = None) -> ModelConfig:
@@ -187,23 +176,10 @@ def write(directory: Path, layout: str, model: ModelConfig, dtype: torch.dtype) 
         trees["processor_config.json"] = {
             "processor_class": _PROCESSORS[layout],
             "tokens_per_image": model.tokens_per_image,
-            "tokenization": model.tokenization,
-            **_template_texts(model),
+            **(_template_texts(model) if layout == "owl2" else owl1_processor(model)),
         }
     for file, tree in trees.items():
         _write_json(directory / file, tree)
-
-
-def write_remote_code(directory: Path) -> None:
-    """The code that transformers 5 loads with trust_remote_code, added to an "owl2" directory: the
-    modules, and in the settings that are there the classes to take from them. Images are read by
-    the modules that training reads them with, to which links lie among the others."""
-    for module in Path(__file__).with_name("remote_code").glob("[!_]*.py"):
-        shutil.copyfile(module, directory / module.name)
-    for name, classes in _CLASSES.items():
-        path = directory / name
-        if path.is_file():
-            _write_json(path, read_json(path) | {"auto_map": classes})
 
 
 def write_tokenizer(directory: Path, model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from megatron_owl2.convert.layouts import LAYOUTS, check_layout
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.model_card import CardFacts, write_model_card
 from megatron_owl2.convert.partition import shard
+from megatron_owl2.convert.remote_files import write_remote_code
 from megatron_owl2.convert.safetensors_io import TensorReader, write_shards
 from megatron_owl2.data.tokenizer import load_tokenizer
 from megatron_owl2.errors import ConfigError, ConversionError, StorageError
@@ -139,7 +140,7 @@ def export_hf(
                 hf_config.write_tokenizer(partial, model)
                 shutil.copyfile(tokenizer, partial / "tokenizer.model")
             if layout in LAYOUTS:
-                hf_config.write_remote_code(partial)
+                write_remote_code(partial, layout)
                 write_model_card(partial, model, facts)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written: {error}") from None

@@ -22,7 +22,7 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from megatron_owl2.convert.remote_code.configuration_mplug_owl2 import MPLUGOwl2Config
+    from megatron_owl2.convert.remote_code.owl2.configuration_mplug_owl2 import MPLUGOwl2Config
 
     AutoConfig.register(MPLUGOwl2Config.model_type, MPLUGOwl2Config, exist_ok=True)
     if ARCHITECTURE in MODELS_CONFIG_MAP:

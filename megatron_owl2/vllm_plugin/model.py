@@ -31,8 +31,8 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from megatron_owl2.convert.remote_code.prompt_mplug_owl2 import IMAGE
-from megatron_owl2.convert.remote_code.vision_mplug_owl2 import (
+from megatron_owl2.convert.remote_code.owl2.prompt_mplug_owl2 import IMAGE
+from megatron_owl2.convert.remote_code.owl2.vision_mplug_owl2 import (
     MPLUGOwl2VisionModel,
     MPLUGOwl2VisualAbstractor,
 )

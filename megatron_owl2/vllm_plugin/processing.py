@@ -18,9 +18,11 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
-from megatron_owl2.convert.remote_code.configuration_mplug_owl2 import MPLUGOwl2Config
-from megatron_owl2.convert.remote_code.image_processing_mplug_owl2 import MPLUGOwl2ImageProcessor
-from megatron_owl2.convert.remote_code.prompt_mplug_owl2 import IMAGE
+from megatron_owl2.convert.remote_code.owl2.configuration_mplug_owl2 import MPLUGOwl2Config
+from megatron_owl2.convert.remote_code.owl2.image_processing_mplug_owl2 import (
+    MPLUGOwl2ImageProcessor,
+)
+from megatron_owl2.convert.remote_code.owl2.prompt_mplug_owl2 import IMAGE
 
 
 class Owl2ProcessingInfo(BaseProcessingInfo):

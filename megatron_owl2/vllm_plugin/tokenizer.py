@@ -9,15 +9,15 @@ from typing import Any
 
 from transformers import BatchEncoding
 
-from megatron_owl2.convert.remote_code.configuration_mplug_owl2 import MPLUGOwl2Config
-from megatron_owl2.convert.remote_code.processing_mplug_owl2 import MPLUGOwl2Processor
-from megatron_owl2.convert.remote_code.prompt_mplug_owl2 import (
+from megatron_owl2.convert.remote_code.owl2.configuration_mplug_owl2 import MPLUGOwl2Config
+from megatron_owl2.convert.remote_code.owl2.processing_mplug_owl2 import MPLUGOwl2Processor
+from megatron_owl2.convert.remote_code.owl2.prompt_mplug_owl2 import (
     default_chat_template,
     mark_messages,
     mark_text,
     prompt_ids,
 )
-from megatron_owl2.convert.remote_code.tokenization_mplug_owl2 import MPLUGOwl2Tokenizer
+from megatron_owl2.convert.remote_code.owl2.tokenization_mplug_owl2 import MPLUGOwl2Tokenizer
 
 
 class Owl2Tokenizer(MPLUGOwl2Tokenizer):

@@ -104,6 +104,11 @@ def test_the_command_is_there_and_nothing_is_from_the_checkout(installed):
     page = [path.name for path in (ROOT / "megatron_owl2/serving/page").iterdir()]
     shipped = installed.bin.parent.glob(f"{package}/serving/page/*")
     assert sorted(path.name for path in shipped) == sorted(page)
+    code = ROOT / "megatron_owl2/convert/remote_code"
+    for layout in ("owl1", "owl2"):  # with what links lead to
+        shipped = installed.bin.parent.glob(f"{package}/convert/remote_code/{layout}/*.py")
+        texts = {path.name: path.read_text() for path in shipped}
+        assert texts == {path.name: path.read_text() for path in (code / layout).glob("*.py")}
     wrong = installed.run("owl2", "plam")
     assert wrong.returncode == 2 and "did you mean 'plan'?" in wrong.stderr
 
@@ -129,7 +134,8 @@ def test_a_run_answers_and_is_exported(installed, trained):
     said = installed.succeed("owl2", "generate", "--checkpoint", "run", *question)
     assert said.endswith("\n")
     installed.succeed("owl2", "convert-to-hf", "--checkpoint", "run", "--output", "model")
-    code = {path.name for path in (ROOT / "megatron_owl2/convert/remote_code").glob("*_owl2.py")}
+    folder = ROOT / "megatron_owl2/convert/remote_code/owl2"
+    code = {path.name for path in folder.glob("*_owl2.py")}
     assert len(code) >= 7
     assert code <= {path.name for path in (installed.work / "model").iterdir()}
     assert installed.succeed("owl2", "generate", "--checkpoint", "model", *question) == said

@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 
 from megatron_owl2.config.schema import AbstractorConfig, DecoderConfig, ModelConfig, VisionConfig
 from megatron_owl2.convert import hf_config
+from megatron_owl2.convert.remote_files import write_remote_code
 
 ROWS = 5  # of an image
 PROMPT = "USER: <|image|>What is this? ASSISTANT:"
@@ -35,7 +36,7 @@ def processor(tmp_path_factory, no_network):
     small_tokenizer(directory).rename(directory / "tokenizer.model")
     hf_config.write(directory, "owl2", model, torch.float32)
     hf_config.write_tokenizer(directory, model)
-    hf_config.write_remote_code(directory)
+    write_remote_code(directory, "owl2")
     return AutoProcessor.from_pretrained(directory, trust_remote_code=True)
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_owl2.convert import hf_config
+from megatron_owl2.convert.remote_files import write_remote_code
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def exported_module(folder: Path) -> Iterator[ModuleType]:
     """The module of the image processor, its directory being made in `folder`."""
     package = folder / "exported_images_code"
     package.mkdir()
-    hf_config.write_remote_code(package)
+    write_remote_code(package, "owl2")
     (package / "__init__.py").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)

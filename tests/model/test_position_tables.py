@@ -13,7 +13,7 @@ from paths import DATA
 from safetensors.torch import save_file
 
 from megatron_owl2.convert.mapping import constants
-from megatron_owl2.convert.remote_code.vision_mplug_owl2 import position_table
+from megatron_owl2.convert.remote_code.owl2.vision_mplug_owl2 import position_table
 from megatron_owl2.convert.sources import from_released
 from megatron_owl2.errors import ConversionError
 from megatron_owl2.model.layer_stack import weights

@@ -1,5 +1,7 @@
-"""Modelling code for transformers 5 that an exported directory carries (trust_remote_code).
+"""Modelling code for transformers 5 that exported directories carry (trust_remote_code).
 
-These modules are copied as they are, so they import nothing of this package but each other. Three
-of them are links to the modules that read training's images.
+A folder holds what a directory of its layout carries. These modules are copied as they are, so they
+import nothing of this package but each other. What several programs need is there once, and links
+lead to it: to the modules of `data` that read training's images, and from `owl1` to those of `owl2`
+that both versions of the model share.
 """

@@ -8,6 +8,7 @@ itself is never run.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ from megatron_owl2.errors import ConversionError
 # Of fp32 on both sides; logits and losses where they are above 1, gradients of each parameter in
 # proportion to their size.
 LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4
+# The modelling code of an export, by layout.
+_MODULES = {"owl2": "modeling_mplug_owl2", "owl1": "modeling_mplug_owl"}
+_CLASSES = {"owl2": "MPLUGOwl2LlamaForCausalLM", "owl1": "MplugOwlForConditionalGeneration"}
 _TEXT = 24  # ids in an input, beside its images
 _SETTINGS = (
     "vision",
@@ -170,10 +174,11 @@ def _inputs(model: ModelConfig) -> Iterator[tuple[str, dict[str, torch.Tensor]]]
 
 def _load_other(directory: str | Path, layout: str) -> torch.nn.Module:
     try:
-        from megatron_owl2.convert.remote_code.modeling_mplug_owl2 import MPLUGOwl2LlamaForCausalLM
+        module = import_module(f"megatron_owl2.convert.remote_code.{layout}.{_MODULES[layout]}")
     except ImportError as error:
         raise ConversionError(f"this needs transformers 5 ({error}); pip install .[hf]") from None
-    return MPLUGOwl2LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = getattr(module, _CLASSES[layout])
+    return model.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def _compute(

@@ -24,6 +24,9 @@ _LOGGER = logging.get_logger(__name__)
 class MPLUGOwl2Processor(ProcessorMixin):
     """Tokenizer and image processor, and the rows that an image takes in the text."""
 
+    placeholders = (IMAGE,)  # of media in a plain string, images first
+    row_ids = {_PLACEHOLDER: 0}  # the id of the rows in place of that of a placeholder
+
     def __init__(
         self,
         image_processor,
@@ -74,18 +77,30 @@ class MPLUGOwl2Processor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise ValueError("this model reads neither videos nor audio; give frames as images")
         options = TextOptions.of(self.tokenizer, keywords)
-        texts = [self._marked(entry) for entry in _texts(text, images)]
-        frames = _frames(images, [t.count(IMAGE) for t in texts])
-        sizes = iter([len(group) * self.tokens_per_image for group in frames])
+        texts, frames = self._texts_and_frames(text, images)
+        sizes = {_PLACEHOLDER: iter([len(group) * self.tokens_per_image for group in frames])}
+        data = self._columns(texts, sizes, options)
+        if frames:
+            data["pixel_values"] = self._pixels(sum(frames, []), options)
+        return BatchFeature(data, tensor_type=options.return_tensors)
+
+    def _texts_and_frames(self, text, images) -> tuple[list[str], list[list]]:
+        """The texts with marks, and the images of every placeholder in them."""
+        image = self.placeholders[0]
+        texts = [self._marked(entry) for entry in _texts(text, images, image)]
+        return texts, _frames(images, [t.count(image) for t in texts], image)
+
+    def _columns(self, texts: list[str], sizes: dict, options: TextOptions) -> dict:
+        """Padded columns of texts with marks; `sizes` has, for the id of each placeholder, an
+        iterator over the numbers of rows that take its place."""
         rows = [self._row(t, sizes, options.add_special_tokens) for t in texts]
         if options.add_special_tokens and ([], []) in rows:
             raise ValueError(f"text {rows.index(([], [])) + 1} of {len(rows)} is empty")
-        cut = [options.truncated(row, i + 1) for i, row in enumerate(rows)]
-        data = options.padded(cut)
-        if frames:
-            values = self.image_processor(sum(frames, []), return_tensors="pt")["pixel_values"]
-            data["pixel_values"] = values if options.return_tensors else list(values.numpy())
-        return BatchFeature(data, tensor_type=options.return_tensors)
+        return options.padded([options.truncated(row, i + 1) for i, row in enumerate(rows)])
+
+    def _pixels(self, images: list, options: TextOptions):
+        values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return values if options.return_tensors else list(values.numpy())
 
     def _marked(self, text: str) -> str:
         if self.tokenizer.eos_token in text and not is_rendered(text):
@@ -93,16 +108,19 @@ class MPLUGOwl2Processor(ProcessorMixin):
                 f"a text spells {self.tokenizer.eos_token}, which is text there: turns end where "
                 "apply_chat_template ends them, in ids or in the string that it gives, unchanged"
             )
-        return mark_text(text)
+        return mark_text(text, self.placeholders)
 
-    def _row(self, marked: str, sizes, add_bos: bool) -> tuple[list[int], list[int]]:
+    def _row(self, marked: str, sizes: dict, add_bos: bool) -> tuple[list[int], list[int]]:
         """Ids and modality of a text, the next of `sizes` rows in place of every placeholder."""
         ids, modality = [], []
-        for token in prompt_ids(marked, self.tokenizer, _PLACEHOLDER, add_bos):
-            rows = next(sizes) if token == _PLACEHOLDER else 0
-            ids += [0] * rows or [token]
-            modality += [1] * rows or [0]
+        for token in self._prompt_ids(marked, add_bos):
+            rows = next(sizes[token]) if token in sizes else 0
+            ids += [self.row_ids[token]] * rows if rows else [token]
+            modality += [1] * rows if rows else [0]
         return ids, modality
+
+    def _prompt_ids(self, marked: str, add_bos: bool) -> list[int]:
+        return prompt_ids(marked, self.tokenizer, _PLACEHOLDER, add_bos)
 
 
 class _TemplateReader:
@@ -119,7 +137,7 @@ class _TemplateReader:
         return self._processor(text=[RenderedPrompt(entry) for entry in texts], **keywords)
 
 
-def _texts(text, images) -> list[str]:
+def _texts(text, images, placeholder: str) -> list[str]:
     """The texts; raises ValueError if there are none, or for what is no text."""
     texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
     order = "images come first and text second; name them: processor(images=..., text=...)"
@@ -129,12 +147,12 @@ def _texts(text, images) -> list[str]:
         if not isinstance(entry, str):
             raise ValueError(f"text holds {type(entry).__name__}, not a string; {order}")
     given = images if isinstance(images, (list, tuple)) else [images]
-    if any(isinstance(image, str) and IMAGE in image for image in given):
-        raise ValueError(f"images hold a text with {IMAGE}; {order}")
+    if any(isinstance(image, str) and placeholder in image for image in given):
+        raise ValueError(f"images hold a text with {placeholder}; {order}")
     return texts
 
 
-def _frames(images, placeholders: list[int]) -> list[list]:
+def _frames(images, placeholders: list[int], placeholder: str) -> list[list]:
     """The images of every placeholder; `placeholders` counts them in each text."""
     images = [] if images is None else images
     images = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -145,7 +163,7 @@ def _frames(images, placeholders: list[int]) -> list[list]:
         images = sum((list(group) for group in alone), [])
     if len(images) != sum(placeholders):
         raise ValueError(
-            f"{sum(placeholders)} placeholders {IMAGE}, but {len(images)} images; write one "
+            f"{sum(placeholders)} placeholders {placeholder}, but {len(images)} images; write one "
             "placeholder for each image"
         )
     frames = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]

@@ -1,12 +1,15 @@
-"""The ViT and the visual abstractor of mPLUG-Owl2: pixels to visual tokens."""
+"""The ViT and the visual abstractor of mPLUG-Owl2, and the rows that visual tokens take.
+
+`config` has ViT and abstractor in the two dicts of `visual_config`, the decoder's width in
+`hidden_size`, and `initializer_range`.
+"""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from .configuration_mplug_owl2 import MPLUGOwl2Config
 
 _OUTER_NORM_EPS = 1e-5  # of norm1, normk and norm2 in the released code, whatever its config says
 
@@ -18,13 +21,14 @@ class MPLUGOwl2VisionModel(nn.Module):
     another image size than the model's, which the position table does not fit.
     """
 
-    def __init__(self, config: MPLUGOwl2Config):
+    def __init__(self, config: PreTrainedConfig, make_layer=None):
         super().__init__()
         vision = config.visual_config["visual_model"]
         size, eps = vision["hidden_size"], vision["layer_norm_eps"]
         self.image_size = vision["image_size"]
         self.embeddings = MPLUGOwl2VisionEmbeddings(vision)
-        layers = [MPLUGOwl2VisionLayer(config) for _ in range(vision["num_hidden_layers"])]
+        make_layer = make_layer or MPLUGOwl2VisionLayer
+        layers = [make_layer(config) for _ in range(vision["num_hidden_layers"])]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.post_layernorm = nn.LayerNorm(size, eps)
 
@@ -61,7 +65,7 @@ class MPLUGOwl2VisionEmbeddings(nn.Module):
 class MPLUGOwl2VisionLayer(GradientCheckpointingLayer):
     """Pre-norm layer with biases and quick-GELU; [n, tokens, h] to the same."""
 
-    def __init__(self, config: MPLUGOwl2Config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         vision = config.visual_config["visual_model"]
         size, ffn, eps = (
@@ -86,7 +90,7 @@ class MPLUGOwl2VisionAttention(nn.Module):
     is_causal = False
     num_key_value_groups = 1
 
-    def __init__(self, config: MPLUGOwl2Config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         vision = config.visual_config["visual_model"]
         size = vision["hidden_size"]
@@ -105,7 +109,7 @@ class MPLUGOwl2VisualAbstractor(nn.Module):
     [n, 1 + patches, h] to visual tokens [n, queries + 1, decoder width], vit_eos last.
     """
 
-    def __init__(self, config: MPLUGOwl2Config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         abstractor, vision = (
             config.visual_config[name] for name in ("visual_abstractor", "visual_model")
@@ -128,13 +132,13 @@ class MPLUGOwl2VisualAbstractor(nn.Module):
 
 
 class MPLUGOwl2AbstractorLayer(GradientCheckpointingLayer):
-    """Queries [n, q, h], features [n, t, h] and positions [q + t, h] to queries."""
+    """Queries [n, q, h], features [n, t, h] and positions [q + t, h] or none to queries."""
 
-    def __init__(self, config: MPLUGOwl2Config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.crossattention = MPLUGOwl2CrossAttention(config)
 
-    def forward(self, queries, features, positions):
+    def forward(self, queries, features, positions=None):
         return self.crossattention(queries, features, positions)
 
 
@@ -148,11 +152,12 @@ class MPLUGOwl2CrossAttention(nn.Module):
     is_causal = False
     num_key_value_groups = 1
 
-    def __init__(self, config: MPLUGOwl2Config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         abstractor = config.visual_config["visual_abstractor"]
         size, ffn = abstractor["hidden_size"], abstractor["intermediate_size"]
         self.config, self.head_dim = config, size // abstractor["num_attention_heads"]
+        self.dropout = abstractor.get("attention_probs_dropout_prob", 0.0)
         self.norm1 = nn.LayerNorm(size, _OUTER_NORM_EPS)
         self.normk = nn.LayerNorm(size, _OUTER_NORM_EPS)
         projections = ("query", "key", "value")
@@ -174,31 +179,35 @@ class MPLUGOwl2CrossAttention(nn.Module):
     def forward(self, queries, features, positions):
         normed = self.norm1(queries)
         context = torch.cat([normed, self.normk(features)], dim=1)  # queries first, then the image
-        inputs = {
-            "query": normed + positions[: normed.shape[1]],
-            "key": context + positions,
-            "value": context,
-        }
+        inputs = {"query": normed, "key": context, "value": context}
+        if positions is not None:
+            inputs["query"] = normed + positions[: normed.shape[1]]
+            inputs["key"] = context + positions
         heads = (
             self.attention[name](x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for name, x in inputs.items()
         )
         output, mlp = self.output, self.output["mlp"]
-        x = normed + output["out_proj"](attend(self, *heads))
+        dropout = self.dropout if self.training else 0.0
+        x = normed + output["out_proj"](attend(self, *heads, dropout=dropout))
         normed = output["norm2"](x)
         return x + mlp["w2"](mlp["ffn_ln"](F.silu(mlp["w1"](normed)) * mlp["w3"](normed)))
 
 
-def attend(module, query, key, value) -> torch.Tensor:
+def attend(module, query, key, value, dropout: float = 0.0) -> torch.Tensor:
     """Full attention [n, heads, q, d] over [n, heads, k, d] by the configured implementation,
-    [n, q, heads * d]."""
+    [n, q, heads * d]; `dropout` is that of the probabilities."""
     function = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention
     )
-    return function(module, query, key, value, None, scaling=module.head_dim**-0.5)[0].flatten(2)
+    scaling = module.head_dim**-0.5
+    out, _ = function(module, query, key, value, None, scaling=scaling, dropout=dropout)
+    return out.flatten(2)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+def eager_attention(
+    module, query, key, value, attention_mask, scaling, dropout: float = 0.0, **kwargs
+):
     """Attention in plain torch, softmax in float32; output [b, q, heads, d] and weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -206,6 +215,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -229,3 +239,76 @@ def _sincos(count: int, size: int) -> torch.Tensor:
     frequencies = 1 / (10000.0 ** exponents.double()).float()
     angles = torch.arange(count, dtype=torch.float32, device="cpu").outer(frequencies).double()
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+class MPLUGOwl2GenerationMixin(GenerationMixin):
+    """Generation in which every row of a batch keeps its images, and none is read twice.
+
+    `modality`, int64 [b, s], is 0 at text; `visual_inputs` has the keyword of the pixels [n, ...]
+    whose visual tokens take the rows of a kind, and that kind. Everything takes
+    `config.tokens_per_image` rows.
+    """
+
+    visual_inputs = {"pixel_values": 1}
+
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, inputs_embeds=None, modality=None, **kwargs
+    ):
+        """Only positions that no cache holds are read, with the images that begin among them."""
+        visual = {name: kwargs.pop(name, None) for name in self.visual_inputs}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if modality is None:
+            return inputs | visual
+        read = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
+        length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        first = length - read.shape[1]
+        if first >= modality.shape[1]:  # every position is one that was generated
+            return inputs
+        for name, pixels in visual.items():
+            if first > 0 and pixels is not None:
+                rows = (modality == self.visual_inputs[name]).nonzero()
+                begins = rows[:: self.config.tokens_per_image, 1]
+                kept = pixels[(begins >= first).to(pixels.device)]
+                visual[name] = kept if len(kept) else None
+        modality = F.pad(modality, (0, length - modality.shape[1]))[:, first:]
+        return inputs | visual | {"modality": modality}
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
+    ):
+        """Repeats the images of a row together, as the rows are repeated for beams and samples."""
+        visual = {name: kwargs.pop(name, None) for name in self.visual_inputs}
+        visual = {name: pixels for name, pixels in visual.items() if pixels is not None}
+        modality, size = kwargs.get("modality"), self.config.tokens_per_image
+        for name, pixels in visual.items() if expand_size > 1 else ():
+            rows = visual_rows(modality, self.visual_inputs[name])
+            check_images(rows, pixels, size, name)
+            counts = ((modality == self.visual_inputs[name]).sum(1) // size).tolist()
+            groups = [g for g in pixels.split(counts) for _ in range(expand_size)]
+            visual[name] = torch.cat(groups)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return input_ids, kwargs | visual
+
+
+def visual_rows(modality: torch.Tensor | None, kind: int) -> torch.Tensor | None:
+    """Rows of a kind in the flattened [b * s, h], int64 [n]; None without `modality`."""
+    return None if modality is None else (modality.flatten() == kind).nonzero().squeeze(1)
+
+
+def check_images(
+    rows: torch.Tensor | None, pixels: torch.Tensor | None, tokens_per_image: int, name: str
+) -> None:
+    """Raises ValueError unless every image, or video, of the keyword `name` has its rows and every
+    row its image."""
+    count = 0 if rows is None else len(rows)
+    images = 0 if pixels is None else len(pixels)
+    kind = "video" if name.startswith("video") else "image"
+    if count != images * tokens_per_image:
+        raise ValueError(
+            f"modality marks {count} {kind} rows, but {name} hold {images} {kind}s, which take "
+            f"{images * tokens_per_image} rows ({tokens_per_image} each)"
+        )

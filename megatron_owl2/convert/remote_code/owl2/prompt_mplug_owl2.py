@@ -10,7 +10,7 @@ import re
 IMAGE = "<|image|>"
 # Marks in the texts of messages; no text holds such code points. After every `<`, so that no text
 # spells a placeholder or `</s>`; before every answer, which training tokenises by itself.
-_TEXT, _ANSWER = "\ud800", "\ud801"
+TEXT_MARK, ANSWER_MARK = "\ud800", "\ud801"
 # The template of official inference, where `system` and `after_image` are empty. `system` comes
 # first unless there is a system message, `after_image` after the images that begin a question.
 _TEMPLATE = """\
@@ -77,7 +77,7 @@ class RenderedPrompt(str):
     marked: str
 
     def __new__(cls, text: str, marked: str | None = None):
-        prompt = super().__new__(cls, text.replace(_TEXT, "").replace(_ANSWER, ""))
+        prompt = super().__new__(cls, unmarked(text))
         prompt.marked = text if marked is None else marked
         return prompt
 
@@ -110,14 +110,22 @@ def mark_messages(entry):
         for part in content
     ]
     if entry.get("role") == "assistant":
-        parts.insert(0, {"type": "text", "text": _ANSWER})
+        parts.insert(0, {"type": "text", "text": ANSWER_MARK})
     return entry | {"content": parts}
 
 
-def mark_text(text: str) -> str:
+def mark_text(text: str, placeholders: tuple[str, ...] = (IMAGE,)) -> str:
     """A prompt with the marks: those of the template, or of a plain string, whose only control
     tokens are placeholders. Raises ValueError as `mark_messages` does."""
-    return text.marked if is_rendered(text) else IMAGE.join(map(_literal, text.split(IMAGE)))
+    if is_rendered(text):
+        return text.marked
+    pieces = re.split(f"({'|'.join(map(re.escape, placeholders))})", text)
+    return "".join(piece if piece in placeholders else _literal(piece) for piece in pieces)
+
+
+def unmarked(marked: str) -> str:
+    """The text without the marks."""
+    return marked.replace(TEXT_MARK, "").replace(ANSWER_MARK, "")
 
 
 def is_rendered(text: str) -> bool:
@@ -134,19 +142,19 @@ def prompt_ids(marked: str, tokenizer, placeholder: int, add_bos: bool = True) -
     """
     bos = [tokenizer.bos_token_id] if add_bos else []
     first, *later = marked.split(IMAGE)
-    ids = bos + _encode(first, tokenizer) if first else []
+    ids = bos + turn_ids(first, tokenizer) if first else []
     for piece in later:
-        ids += [placeholder, *(bos if piece and not first else []), *_encode(piece, tokenizer)]
+        ids += [placeholder, *(bos if piece and not first else []), *turn_ids(piece, tokenizer)]
     return ids
 
 
-def _encode(marked: str, tokenizer) -> list[int]:
+def turn_ids(marked: str, tokenizer) -> list[int]:
     """Ids without BOS; `</s>` without a mark ends a turn and is the only special piece."""
     ids = []
     for number, turn in enumerate(marked.split(tokenizer.eos_token)):
         ids += [tokenizer.eos_token_id] if number else []
-        for piece in re.split(f" ?{_ANSWER}", turn):
-            ids += tokenizer.text_ids(piece.replace(_TEXT, ""))
+        for piece in re.split(f" ?{ANSWER_MARK}", turn):
+            ids += tokenizer.text_ids(unmarked(piece))
     return ids
 
 
@@ -154,4 +162,4 @@ def _literal(text: str) -> str:
     """A text that spells no control token."""
     if not text.isascii():
         text.encode()
-    return text.replace("<", f"<{_TEXT}")
+    return text.replace("<", f"<{TEXT_MARK}")

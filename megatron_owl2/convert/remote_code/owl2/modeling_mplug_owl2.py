@@ -7,8 +7,7 @@ loading can change them.
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -24,9 +23,12 @@ from .decoder_mplug_owl2 import (
     rotary_tables,
 )
 from .vision_mplug_owl2 import (
+    MPLUGOwl2GenerationMixin,
     MPLUGOwl2VisionEmbeddings,
     MPLUGOwl2VisionModel,
     MPLUGOwl2VisualAbstractor,
+    check_images,
+    visual_rows,
 )
 
 
@@ -96,10 +98,11 @@ class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
                     f"modality is {list(modality.shape)}, the tokens are {list(x.shape[:2])}; "
                     "what is added to input_ids needs its modality, 0 for text"
                 )
-            vision_token_index = modality.to(x.device).flatten().nonzero().squeeze(1)
+            vision_token_index = visual_rows(modality.to(x.device), 1)
         # With inputs_embeds alone the visual tokens are among them already.
         if pixel_values is not None or inputs_embeds is None:
-            check_images(vision_token_index, pixel_values, self.config.tokens_per_image)
+            size = self.config.tokens_per_image
+            check_images(vision_token_index, pixel_values, size, "pixel_values")
         if pixel_values is not None:
             visual = self.get_image_features(pixel_values).flatten(0, 1).to(x.device, x.dtype)
             x = x.flatten(0, 1).index_copy(0, vision_token_index, visual).view_as(x)
@@ -133,7 +136,7 @@ class MPLUGOwl2LlamaModel(MPLUGOwl2PreTrainedModel):
         return torch.arange(seen, seen + x.shape[1], device=x.device).expand(x.shape[0], -1)
 
 
-class MPLUGOwl2LlamaForCausalLM(MPLUGOwl2PreTrainedModel, GenerationMixin):
+class MPLUGOwl2LlamaForCausalLM(MPLUGOwl2PreTrainedModel, MPLUGOwl2GenerationMixin):
     """mPLUG-Owl2 with its language-model head.
 
     `modality`, int64 [b, s] as the processor makes it, is 1 at image rows and 0 elsewhere.
@@ -185,64 +188,4 @@ class MPLUGOwl2LlamaForCausalLM(MPLUGOwl2PreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        attention_mask=None,
-        inputs_embeds=None,
-        pixel_values=None,
-        modality=None,
-        **kwargs,
-    ):
-        """Only positions that no cache holds are read, with the images that begin among them."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if modality is None:
-            return inputs | {"pixel_values": pixel_values}
-        read = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-        length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        first = length - read.shape[1]
-        if first >= modality.shape[1]:  # every position is one that was generated
-            return inputs
-        if first > 0 and pixel_values is not None:
-            begins = modality.nonzero()[:: self.config.tokens_per_image, 1]
-            kept = pixel_values[(begins >= first).to(pixel_values.device)]
-            pixel_values = kept if len(kept) else None
-        modality = F.pad(modality, (0, length - modality.shape[1]))[:, first:]
-        return inputs | {"pixel_values": pixel_values, "modality": modality}
-
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs
-    ):
-        """Repeats the images of a row together, as the rows are repeated for beams and samples."""
-        if pixel_values is not None and expand_size > 1:
-            size, modality = self.config.tokens_per_image, kwargs.get("modality")
-            rows = None if modality is None else modality.flatten().nonzero().squeeze(1)
-            check_images(rows, pixel_values, size)
-            counts = (modality.sum(1) // size).tolist()
-            groups = [g for g in pixel_values.split(counts) for _ in range(expand_size)]
-            pixel_values = torch.cat(groups)
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **kwargs
-        )
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
-        return input_ids, kwargs
-
-
-def check_images(
-    vision_token_index: torch.Tensor | None,
-    pixel_values: torch.Tensor | None,
-    tokens_per_image: int,
-) -> None:
-    """Raises ValueError unless every image has its rows and every image row its image."""
-    rows = 0 if vision_token_index is None else len(vision_token_index)
-    images = 0 if pixel_values is None else len(pixel_values)
-    if rows != images * tokens_per_image:
-        raise ValueError(
-            f"modality marks {rows} image rows, but pixel_values hold {images} images, which take "
-            f"{images * tokens_per_image} rows ({tokens_per_image} each)"
         )

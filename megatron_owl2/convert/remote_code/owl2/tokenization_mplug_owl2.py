@@ -1,4 +1,4 @@
-"""LLaMA-2's tokenizer as mPLUG-Owl2 was trained with it."""
+"""LLaMA's tokenizer as mPLUG-Owl and mPLUG-Owl2 were trained with it."""
 
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -22,8 +22,10 @@ class MPLUGOwl2Tokenizer(SentencePieceBackend):
         return self.convert_tokens_to_ids(self.tokenize(text)) if text else []
 
     def _convert_id_to_token(self, index: int) -> str:
-        """The piece of an id; models may have more rows than pieces, which have no text."""
-        return super()._convert_id_to_token(index) if index < self.sp_model.get_piece_size() else ""
+        """The piece of an id; rows of images below 0, and those that a model has beyond the pieces,
+        have no text."""
+        known = 0 <= index < self.sp_model.get_piece_size()
+        return super()._convert_id_to_token(index) if known else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Text of pieces; special ones are spelled, which SentencePiece would not do."""

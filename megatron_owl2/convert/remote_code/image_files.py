@@ -1,1 +1,0 @@
-../../data/image_files.py

@@ -1,0 +1,1 @@
+../owl2/image_processing_mplug_owl2.py

@@ -1,0 +1,1 @@
+../owl2/processing_mplug_owl2.py

@@ -1,0 +1,1 @@
+../owl2/prompt_mplug_owl2.py

@@ -1,0 +1,1 @@
+../owl2/text_options_mplug_owl2.py

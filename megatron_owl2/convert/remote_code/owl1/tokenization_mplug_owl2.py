@@ -1,0 +1,1 @@
+../owl2/tokenization_mplug_owl2.py

@@ -1,0 +1,1 @@
+../owl2/vision_mplug_owl2.py

@@ -1,0 +1,1 @@
+"""Code that a directory of the layout "owl2" carries."""

@@ -1,0 +1,1 @@
+../../../data/image_resize.py

@@ -1,0 +1,1 @@
+../../../data/pillow_images.py

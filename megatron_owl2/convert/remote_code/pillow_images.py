@@ -1,1 +1,0 @@
-../../data/pillow_images.py
