@@ -1,7 +1,7 @@
 """`config.json` of the released mPLUG-Owl (version 1), to and from our ModelConfig.
 
-Sections vision_config, visual_abstractor_config and text_config, a LLaMA; the released video variant
-has the same settings and is told by its weights.
+Sections vision_config, visual_abstractor_config and text_config, a LLaMA; the released video
+variant has the same settings and is told by its weights.
 """
 
 from typing import Any
