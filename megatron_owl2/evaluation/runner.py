@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_owl2.config.templates import TEMPLATES
+from megatron_owl2.config.templates import Template
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import likelihood, results
 from megatron_owl2.evaluation.asking import (
@@ -105,7 +105,7 @@ def evaluate(
     suffix = benchmark.suffix_of(settings.prompt, settings.suffix, settings.variant)
     if suffix and questions[0].candidates and not questions[0].candidates.in_template:
         raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")
-    template = TEMPLATES[loaded.config.template]
+    template = loaded.config.conversation
     described = {
         **about,
         "task": name,
@@ -114,7 +114,7 @@ def evaluate(
         "frames": frames_shown(questions),
         "prompt": settings.prompt,
         "prompt_suffix": suffix,
-        "template": template.name,
+        **_described(template),
         **_limits(benchmark, settings),
         "variant": settings.variant or next(iter(benchmark.variants), None),
     }
@@ -122,6 +122,7 @@ def evaluate(
         benchmark,
         questions,
         gold,
+        template,
         [benchmark.prompts_of(q, settings.prompt, suffix, template) for q in questions],
         batches_of(len(questions), settings.batch_size),
         Path(output),
@@ -137,6 +138,13 @@ def evaluate(
         run.ask(loaded, finished, identity)
     spent = time.perf_counter() - started
     return from_first(lambda: run.conclude(identity, finished, spent))
+
+
+def _described(template: Template) -> dict[str, str]:
+    """Name and rules of a template; without those that are the default, results that are there stay
+    finished."""
+    rules = {} if template.tokenization == "turns" else {"tokenization": template.tokenization}
+    return {"template": template.name, **rules}
 
 
 def _limits(benchmark: Benchmark, settings: Settings) -> dict[str, int]:
@@ -168,6 +176,7 @@ class _Run:
     benchmark: Benchmark
     questions: Sequence[Question]
     gold: Gold
+    template: Template
     prompts: Sequence[list[str]]  # of each question one, or one for each of its candidates
     batches: Sequence[range]
     output: Path
@@ -254,7 +263,7 @@ class _Run:
         asked = [(self.questions[place].candidates, self.prompts[place]) for place in batch]
         compared = [(candidates, prompts) for candidates, prompts in asked if candidates]
         if compared:
-            return likelihood.answers(generator, compared, shown)
+            return likelihood.answers(generator, compared, shown, self.template)
         limits = _limits(self.benchmark, self.settings)
         return generator.generate([prompt for _, (prompt,) in asked], shown, **limits)
 
