@@ -149,7 +149,8 @@ class Mixture:
         tree.setdefault("data", {})["sources"] = sources
         if recipe.tokenizer is not None:
             tree["data"]["tokenizer"] = str(self.folder / recipe.tokenizer)
-            tree.setdefault("model", {})["template"] = recipe.template
+            model = tree.setdefault("model", {})
+            model |= {"template": recipe.template, "tokenization": recipe.tokenization}
         if recipe.hold_out:
             held_out = [str(self._path("validation", name)) for name in recipe.sources]
             tree.setdefault("validation", {})["sources"] = held_out
@@ -208,6 +209,7 @@ class Mixture:
         if self.recipe.tokenizer is not None:
             options["tokenizer"] = self.folder / self.recipe.tokenizer
             options["template"] = self.recipe.template
+            options["tokenization"] = self.recipe.tokenization
         return _flags(place | {"output": output} | options)
 
 

@@ -9,7 +9,7 @@ from data_prep.downloads.registry import CORPORA
 from data_prep.formats.registry import FORMATS
 from megatron_owl2.config.load import merge, read_yaml
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.config.templates import OWL2, TemplateName
+from megatron_owl2.config.templates import OWL2, TemplateName, Tokenization
 from megatron_owl2.errors import ConfigError, PreprocessError
 from megatron_owl2.utils.suggest import did_you_mean
 
@@ -50,8 +50,8 @@ class Recipe:
     from, `config` holds keys of it that differ. The weights of the sources are their targets or,
     with "samples", their numbers of samples, so that an epoch has each once. `hold_out` samples of
     every source are for validation. Lengths of samples, which packing needs, are measured with a
-    `tokenizer` (relative to the mixture's folder) and the `template`. The rest are options of the
-    tools.
+    `tokenizer` (relative to the mixture's folder), the `template` and its `tokenization`. The rest
+    are options of the tools.
     """
 
     sources: dict[str, Source]
@@ -64,6 +64,7 @@ class Recipe:
     hold_out: int = 0
     tokenizer: str | None = None
     template: TemplateName = OWL2.name
+    tokenization: Tokenization = OWL2.tokenization
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_owl2.cli.command import Command
-from megatron_owl2.cli.measure_lengths import describe, measure, read_tokenizer
+from megatron_owl2.cli.measure_lengths import (
+    add_template,
+    describe,
+    measure,
+    read_tokenizer,
+    template_from,
+)
 from megatron_owl2.cli.options import count, number, score_limit
-from megatron_owl2.config.templates import OWL2, TEMPLATES
 from megatron_owl2.errors import DataError, PreprocessError
 
 if TYPE_CHECKING:
@@ -76,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"store every image as JPEG ({DEFAULT_QUALITY} for those that --max-side changes)",
     )
 
-    add = parser.add_argument_group("output").add_argument
+    output = parser.add_argument_group("output")
+    add = output.add_argument
     add("--output", type=Path, required=True, help="folder of the data set")
     add(
         "--shard-size",
@@ -92,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="measure the samples for data.packing with it, as owl2 measure-lengths does",
     )
-    add("--template", choices=list(TEMPLATES), default=OWL2.name, help="of these lengths")
+    add_template(output)
     share = parser.add_mutually_exclusive_group()
     share.add_argument(
         "--partition", type=_partition, default=(0, 1), metavar="I/N", help="0/N to (N-1)/N"
@@ -111,7 +117,8 @@ def run(options: argparse.Namespace) -> int:
     from data_prep.worker import Settings
 
     if options.tokenizer is not None:
-        read_tokenizer(options.tokenizer)  # a wrong one is refused before the work
+        read_tokenizer(options.tokenizer)  # what is wrong is refused before the work
+        template_from(options)
     if options.only_held_out and not options.hold_out:
         raise PreprocessError("--only-held-out keeps what --hold-out N leaves out; give that too")
     if not options.input.exists():
@@ -174,7 +181,7 @@ def _measure(options: argparse.Namespace) -> None:
     from megatron_owl2.data.lengths import load_lengths
     from megatron_owl2.data.shards.dataset import ShardedDataset
 
-    tokenizer, template = read_tokenizer(options.tokenizer), TEMPLATES[options.template]
+    tokenizer, template = read_tokenizer(options.tokenizer), template_from(options)
     try:
         load_lengths(ShardedDataset(str(options.output)), tokenizer, template)
     except DataError:  # they were not measured, or are damaged

@@ -11,10 +11,11 @@ green, or between « and » where the output is no terminal.
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from megatron_owl2.cli.command import Command, UsageError
 from megatron_owl2.cli.options import count
-from megatron_owl2.config.templates import TEMPLATES
+from megatron_owl2.config.templates import TEMPLATES, Tokenization, check_trainable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("in place of what --config says")
     model.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.model")
     model.add_argument("--template", choices=TEMPLATES, help="of conversations")
+    model.add_argument(
+        "--tokenization", choices=get_args(Tokenization), help="as model.tokenization"
+    )
     model.add_argument("--sequence-length", type=count, metavar="N", help="positions of a row")
     model.add_argument("--tokens-per-image", type=count, metavar="N", help="65, as released")
 
@@ -90,9 +94,11 @@ def _config(options: argparse.Namespace):
     config.data.tokenizer = options.tokenizer or config.data.tokenizer
     config.data.sequence_length = options.sequence_length or config.data.sequence_length
     config.model.template = options.template or config.model.template
+    config.model.tokenization = options.tokenization or config.model.tokenization
     if options.tokens_per_image is not None:
         config.model.abstractor.num_queries = options.tokens_per_image - 1  # and vit_eos
     validate_model(config.model)
+    check_trainable(config.model.conversation)
     check_section(config)
     return config
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from megatron_owl2.config.fields import number, numbers
 from megatron_owl2.config.fp8 import FP8
-from megatron_owl2.config.templates import TemplateName, Tokenization
+from megatron_owl2.config.templates import Template, TemplateName, Tokenization, template_of
 
 ModalitySplit = Literal["input_norm", "key_value", "mlp_norm"]
 MODALITY_SPLIT: tuple[ModalitySplit, ...] = get_args(ModalitySplit)
@@ -112,6 +112,11 @@ class ModelConfig:
     # Way of an image to the square: stretched, padded with image_mean, or its middle (CLIP).
     image_mode: ImageMode = "stretch"
     init_std: float = number(0.02, at_least=0)
+
+    @property
+    def conversation(self) -> Template:
+        """The text of conversations and its tokenisation; raises ConfigError if they do not fit."""
+        return template_of(self.template, self.tokenization)
 
     @property
     def tokens_per_image(self) -> int:

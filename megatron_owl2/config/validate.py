@@ -7,6 +7,7 @@ from megatron_owl2.config.lora import check_lora
 from megatron_owl2.config.machine import check_files, check_machine
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import RunConfig
+from megatron_owl2.config.templates import check_trainable
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.utils.suggest import did_you_mean
@@ -32,6 +33,7 @@ def validate_settings(config: RunConfig, world_size: int) -> None:
     )
     check_section(config)
     validate_parallel(config, world_size)
+    check_trainable(config.model.conversation)
     check_lora(config.stage.lora, config.model)
     if not config.train.epochs:
         check_steps(config)

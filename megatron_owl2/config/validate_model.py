@@ -5,6 +5,7 @@ import dataclasses
 from megatron_owl2.config.fields import check_section, number_misfit
 from megatron_owl2.config.require import require
 from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.config.templates import template_of
 
 # Beyond every model: more is a mistake, which otherwise shows after minutes or in lost memory.
 _MOST_POSITIONS = 2**28
@@ -13,6 +14,7 @@ _MOST_POSITIONS = 2**28
 def validate_model(model: ModelConfig) -> None:
     """Refuse numbers that no model has and sizes that do not fit together; raises ConfigError."""
     check_section(model, "model.", misfit)
+    template_of(model.template, model.tokenization)  # refuses rules that do not fit
     vision, decoder = model.vision, model.decoder
     require(
         vision.image_size % vision.patch_size == 0,

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from megatron_owl2.config.schema import ModelConfig
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.convert.provenance import TrainedStage
 from megatron_owl2.convert.safetensors_io import read_json
 from megatron_owl2.data.conversation import prompt
@@ -126,7 +125,7 @@ def write_model_card(directory: Path, model: ModelConfig, facts: CardFacts | Non
         positions=model.decoder.max_positions,
         resized=_RESIZED[model.image_mode],
         size=model.vision.image_size,
-        prompt=json.dumps(prompt("<|image|>What is this?", TEMPLATES[model.template])),
+        prompt=json.dumps(prompt("<|image|>What is this?", model.conversation)),
         lack="" if (directory / "tokenizer.model").exists() else _LACK,
     )
     named = f"the license `{facts.license}`" if facts.license else "no license that is named here"

@@ -1,12 +1,13 @@
 """Lengths of the samples of a data set, counted once, so that rows are packed before it is read.
 
-They hold for one tokenizer and one conversation template; a file beside the shards holds those of
-each: `lengths.<16 hexadecimal digits>.safetensors`, with text and images, int32 [n] in the order of
-the data set, and manifest, uint8 [32], the fingerprint of the manifest that it belongs to.
+They hold for one tokenizer, one conversation template and its rules of tokenisation; a file beside
+the shards holds those of each: `lengths.<16 hexadecimal digits>.safetensors`, with text and images,
+int32 [n] in the order of the data set, and manifest, uint8 [32], the fingerprint of the manifest
+that it belongs to.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import DataError, StorageMissing
 
+_NAMED = {"name", "system", "user", "assistant", "after_image"}  # of a template, in every digest
 ENCODING = 1  # raised whenever `conversation.measure` gives other numbers for the same record
 
 
@@ -33,8 +35,19 @@ class SampleLengths:
 
 def file_name(tokenizer: Tokenizer, template: Template) -> str:
     """Name of the file that holds the lengths for a tokenizer and a template."""
-    identity = f"{ENCODING} {tokenizer.fingerprint} {template}"
+    identity = f"{ENCODING} {tokenizer.fingerprint} Template({_identity(template)})"
     return f"lengths.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _identity(template: Template) -> str:
+    """The fields of a template. Those that came later count where they are not the default, so that
+    files which are there keep their names."""
+    values = ((each, getattr(template, each.name)) for each in fields(template))
+    return ", ".join(
+        f"{each.name}={value!r}"
+        for each, value in values
+        if each.name in _NAMED or value != each.default
+    )
 
 
 def to_bytes(lengths: SampleLengths, dataset: ShardedDataset) -> bytes:
@@ -56,6 +69,8 @@ def load_lengths(
     fix += (
         f": owl2 measure-lengths {folder} --tokenizer {tokenizer.path} --template {template.name}"
     )
+    if template.tokenization != "turns":
+        fix += f" --tokenization {template.tokenization}"
     try:
         tensors = load(dataset.storage.read_file(name))
     except StorageMissing:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.config.templates import TEMPLATES, Template
+from megatron_owl2.config.templates import Template
 from megatron_owl2.data import images
 from megatron_owl2.data.conversation import Sample, build_sample
 from megatron_owl2.data.image_resize import SquareResize
@@ -43,7 +43,7 @@ class SampleBuilder:
         """The builder for a run's model and rows."""
         return cls(
             tokenizer,
-            TEMPLATES[config.model.template],
+            config.model.conversation,
             config.model.tokens_per_image,
             config.model.vision.image_size,
             config.data.sequence_length,

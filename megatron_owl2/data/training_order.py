@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from megatron_owl2.config.schema import DataConfig, RunConfig
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.lengths import load_lengths
 from megatron_owl2.data.sampling.grouped_order import GroupedOrder, SampleGroup, SampleOrder
 from megatron_owl2.data.sampling.packed_order import PackedOrder, Packing
@@ -20,7 +19,7 @@ def load_packing(
     """The packing of a run, None if it has none; raises what load_lengths does."""
     if not config.data.packing:
         return None
-    template = TEMPLATES[config.model.template]
+    template = config.model.conversation
     return Packing(
         lengths=[load_lengths(dataset, tokenizer, template) for dataset in datasets],
         tokens_per_image=config.model.tokens_per_image,

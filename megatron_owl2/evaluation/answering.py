@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.conversation import asking_ids
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
@@ -41,7 +40,7 @@ def answers(
         (q.candidates, of_q) for q, of_q in zip(asked, prompts, strict=True) if q.candidates
     ]
     if compared:
-        return likelihood.answers(generator, compared, images)
+        return likelihood.answers(generator, compared, images, generator.config.conversation)
     said: dict[Id, str] = {}
     conversations = _conversations(asked)
     for turn in range(1, 1 + max(map(len, conversations), default=0)):
@@ -91,7 +90,7 @@ def _ids(
             for question in (first, *(replace(question, images=()) for question in later))
         ]
         answered = [said[question.id] for question in turns[left_out:-1]]
-        ids = asking_ids(pieces, answered, generator.tokenizer, TEMPLATES[config.template])
+        ids = asking_ids(pieces, answered, generator.tokenizer, config.conversation)
         if len(ids) + ids.count(IMAGE_TOKEN_ID) * (config.tokens_per_image - 1) <= room:
             if left_out:
                 _logger.warning(

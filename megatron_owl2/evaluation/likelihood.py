@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_owl2.config.templates import OWL2, Template
 from megatron_owl2.data.conversation import prompt_ids
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.evaluation.choices import LETTERS
@@ -57,17 +58,19 @@ def answers(
     generator: "Generator",
     asked: Sequence[tuple[Candidates, Sequence[str]]],
     images: Sequence[Sequence["torch.Tensor"]],
+    template: Template = OWL2,
 ) -> list[str]:
     """For each question the letter of its most likely candidate, the first of equals.
 
-    `asked` are candidates with their prompts in the model's template, none where the candidates are
-    plain text; `images` are those of each question. Raises InferenceError as the generator does.
+    `asked` are candidates with their prompts in the model's `template`, none where the candidates
+    are plain text; `images` are those of each question. Raises InferenceError as the generator
+    does.
     """
     contexts, texts, shown = [], [], []
     for (candidates, prompts), of_question in zip(asked, images, strict=True):
         prompts = prompts if candidates.in_template else [""] * len(candidates.pairs)
         for prompt, pair in zip(prompts, candidates.pairs, strict=True):
-            context, text = _ids(candidates, prompt, pair, generator.tokenizer)
+            context, text = _ids(candidates, prompt, pair, generator.tokenizer, template)
             contexts.append(context)
             texts.append(text)
             shown.append(of_question if candidates.in_template else [])
@@ -80,12 +83,16 @@ def answers(
 
 
 def _ids(
-    candidates: Candidates, prompt: str, pair: tuple[str, str], tokenizer: Tokenizer
+    candidates: Candidates,
+    prompt: str,
+    pair: tuple[str, str],
+    tokenizer: Tokenizer,
+    template: Template,
 ) -> tuple[list[int], list[int]]:
     """The ids of the context and those of the text."""
     context, text = pair
     if candidates.in_template:
         ending = [tokenizer.eos_id] if candidates.ends else []
-        return prompt_ids(prompt, tokenizer), tokenizer.encode(text) + ending
+        return prompt_ids(prompt, tokenizer, template), tokenizer.encode(text) + ending
     before = tokenizer.encode(context) if context else []
     return [tokenizer.bos_id, *before], tokenizer.encode(context + text)[len(before) :]

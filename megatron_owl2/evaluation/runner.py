@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_owl2.config.templates import TEMPLATES
+from megatron_owl2.config.templates import Template
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import answering, results
 from megatron_owl2.evaluation.asking import (
@@ -105,7 +105,7 @@ def evaluate(
     suffix = benchmark.suffix_of(settings.prompt, settings.suffix, settings.variant)
     if suffix and questions[0].candidates and not questions[0].candidates.in_template:
         raise TaskError("this variant compares whole texts, after which no prompt suffix can stand")
-    template = TEMPLATES[loaded.config.template]
+    template = loaded.config.conversation
     if loaded.config.vision.temporal:
         questions = joining(questions)
     if settings.prompt == "official":  # published code asks no question after another
@@ -118,7 +118,7 @@ def evaluate(
         "frames": frames_shown(questions),
         "prompt": settings.prompt,
         "prompt_suffix": suffix,
-        "template": template.name,
+        **_described(template),
         **_limits(benchmark, settings),
         "variant": settings.variant or next(iter(benchmark.variants), None),
     }
@@ -141,6 +141,13 @@ def evaluate(
         run.ask(loaded, finished, identity)
     spent = time.perf_counter() - started
     return from_first(lambda: run.conclude(identity, finished, spent))
+
+
+def _described(template: Template) -> dict[str, str]:
+    """Name and rules of a template; without those that are the default, results that are there stay
+    finished."""
+    rules = {} if template.tokenization == "turns" else {"tokenization": template.tokenization}
+    return {"template": template.name, **rules}
 
 
 def _limits(benchmark: Benchmark, settings: Settings) -> dict[str, int]:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from megatron_owl2.config.schema import Precision
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import asking_ids
 from megatron_owl2.errors import BadSampleError, InferenceError
@@ -108,7 +107,6 @@ class InferenceModel:
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids, with -200 for every image, that ask for the answer to a conversation."""
-        template = TEMPLATES[self.config.template]
         questions, answers = conversation.questions, conversation.answers
         for text in (*chain.from_iterable(questions), *answers, conversation.system):
             try:
@@ -117,7 +115,9 @@ class InferenceModel:
                 raise InferenceError(
                     f"a text holds {text[error.start]!r}, half of a character, which no UTF-8 has"
                 ) from None
-        return asking_ids(questions, answers, self.tokenizer, template, conversation.system)
+        return asking_ids(
+            questions, answers, self.tokenizer, self.config.conversation, conversation.system
+        )
 
     def pixels(self, image: ImageInput | list[ImageInput]) -> torch.Tensor:
         """The square uint8 [3, H, W] of an image, [frames, 3, H, W] of a list of frames; raises

@@ -96,7 +96,10 @@ class Generator:
 
         images: per prompt its images in order, as `Request` takes them. Raises InferenceError.
         """
-        ids = [prompt_ids(p, self.tokenizer) if isinstance(p, str) else p for p in prompts]
+        template = self.config.conversation
+        ids = [
+            prompt_ids(p, self.tokenizer, template) if isinstance(p, str) else p for p in prompts
+        ]
         requests = _requests(ids, images, max_new_tokens, min_new_tokens)
         return [completion.text for completion in self.complete(requests)]
 

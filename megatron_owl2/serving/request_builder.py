@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import asking_ids
 from megatron_owl2.errors import BadSampleError, InferenceError
@@ -146,7 +145,7 @@ class RequestBuilder:
             asked = from_messages([_message(message, images) for message in chat.messages])
         except InferenceError as error:
             raise ApiError(400, str(error), param="messages") from None
-        template = TEMPLATES[self._config.template]
+        template = self._config.conversation
         prompt = asking_ids(asked.questions, asked.answers, self._tokenizer, template, asked.system)
         positions = len(prompt) + len(asked.images) * (self._config.tokens_per_image - 1)
         most, least = self._new_tokens(chat.new_tokens(), positions), max(1, chat.min_tokens or 0)

@@ -144,6 +144,16 @@ def test_files_that_cannot_be_read(tmp_path, text, words):
         ("optimizer.min_lr=1", 1, "min_lr"),
         ("model.vision.image_size=30", 1, "image_size .30. is not divisible by model.vision.patch"),
         ("model.vision.num_heads=5", 1, "num_heads .5. does not divide"),
+        (
+            "model.tokenization=official_train",
+            1,
+            "words of model.template owl1, which owl2",
+        ),
+        (
+            "model.template=owl1 & model.tokenization=official_inference",
+            1,
+            "official_inference asks only, .* train with turns or official_train",
+        ),
         ("data.sequence_length=5", 1, "leaves no room for text"),
         ("data.sequence_length=96", 1, "exceeds model.decoder.max_positions"),
         ("data.tokenizer=/no/tokenizer.model", 1, "/no/tokenizer.model does not exist"),

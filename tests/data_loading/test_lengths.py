@@ -1,5 +1,7 @@
 """Lengths of samples: measured as they are built, kept beside the shards, refused when stale."""
 
+import re
+
 import dialogues
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import tiny_data
 from tool import run
 
 from data_prep.measure import measure_lengths
-from megatron_owl2.config.templates import OWL2, TEMPLATES
+from megatron_owl2.config.templates import OWL2, TEMPLATES, template_of
 from megatron_owl2.data.conversation import build_sample, measure
 from megatron_owl2.data.lengths import ENCODING, file_name, load_lengths
 from megatron_owl2.data.shards.dataset import ShardedDataset
@@ -16,6 +18,7 @@ from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_owl2.errors import DataError
 
 VICUNA = TEMPLATES["vicuna_v1"]
+OWL1, RELEASED = TEMPLATES["owl1"], template_of("owl1", "official_train")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,9 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return train_tokenizer(words, tmp_path_factory.mktemp("t") / "tokenizer.model", 320)
 
 
-@pytest.mark.parametrize("template", [OWL2, VICUNA], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "template", [OWL2, VICUNA, OWL1, RELEASED], ids=lambda t: f"{t.name}-{t.tokenization}"
+)
 def test_they_are_those_of_the_samples(tmp_path, tokenizer, template):
     odd = Record("odd", turns=(Turn("</s><|image|> é", "<s>"), Turn("b", "c")), system="Be kind.")
     records = [*map(dialogues.dialogue, range(23)), odd]
@@ -58,9 +63,30 @@ def test_other_numbers_need_another_name():
         Record("two", (image, image), turns=(Turn("what ?", "it"), Turn("and", "so"))),
         Record("within", (image, image), turns=(Turn("<|image|> <|image|>a", "b"),)),
     ]
-    found = [measure(r, Characters(), t) for t in (OWL2, VICUNA) for r in records]  # type: ignore[arg-type]
-    owl2 = [(7, 1), (58, 0), (38, 1), (50, 2), (21, 2)]
-    assert (ENCODING, found) == (1, [*owl2, (7, 1), (213, 0), (39, 1), (206, 2), (177, 2)])
+    templates = (OWL2, VICUNA, OWL1, RELEASED)
+    found = [[measure(r, Characters(), t) for r in records] for t in templates]  # type: ignore[arg-type]
+    assert (ENCODING, found) == (
+        1,
+        [
+            [(7, 1), (58, 0), (38, 1), (50, 2), (21, 2)],
+            [(7, 1), (213, 0), (39, 1), (206, 2), (177, 2)],
+            [(7, 1), (204, 0), (40, 1), (212, 2), (188, 2)],
+            [(7, 1), (206, 0), (41, 1), (214, 2), (189, 2)],
+        ],
+    )
+
+
+class Fingerprint:
+    fingerprint = "0" * 64
+
+
+def test_files_that_were_measured_keep_their_names():
+    names = [file_name(Fingerprint(), t) for t in (OWL2, VICUNA, OWL1, RELEASED)]  # type: ignore[arg-type]
+    assert names[:2] == [
+        "lengths.16f8336c1dc6a047.safetensors",
+        "lengths.639f3139a9a8dfd7.safetensors",
+    ]
+    assert len({*names}) == 4
 
 
 def test_a_sample_that_cannot_be_read_has_none(tmp_path, tokenizer):
@@ -86,6 +112,10 @@ def test_missing_stale_and_damaged_lengths_name_the_fix(tmp_path, tokenizer):
     path.write_bytes(whole[:-3])
     with pytest.raises(DataError, match=f"is damaged .* {fix}"):
         load_lengths(ShardedDataset(str(folder)), tokenizer, VICUNA)
+    fix = f"--tokenizer {tokenizer.path} --template owl1 --tokenization official_train$"
+    measure_lengths(folder, tokenizer, OWL1)
+    with pytest.raises(DataError, match=f"holds no lengths .* {fix}"):
+        load_lengths(ShardedDataset(str(folder)), tokenizer, RELEASED)
     other = tiny_data.write(tmp_path / "other", map(dialogues.dialogue, range(11)))
     (other / path.name).write_bytes(whole)
     with pytest.raises(DataError, match="not of these shards"):
@@ -100,6 +130,24 @@ def test_where_nothing_can_be_written_a_copy_is_measured(tmp_path, tokenizer, mo
         load_lengths(dataset, tokenizer, OWL2)
     done = run("measure_lengths", "s3://bucket/set", "--tokenizer", tokenizer.path)
     assert done.returncode == 2 and "s3://bucket/set is not on a disk" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (("owl1", "official_inference"), "asks only, .* train with turns or official_train"),
+        (("owl2", "official_train"), "looks for the words of model.template owl1, which owl2 has"),
+    ],
+)
+def test_rules_that_make_no_samples_are_refused(tmp_path, tokenizer, rules, said):
+    folder = tiny_data.write(tmp_path / "set", map(dialogues.dialogue, range(3)))
+    given = ("--tokenizer", tokenizer.path, "--template", rules[0], "--tokenization", rules[1])
+    for done in (
+        run("measure_lengths", folder, *given),
+        run("show_sample", "--data", folder, *given),
+    ):
+        assert done.returncode == 2 and re.search(said, done.stderr), done.stderr
+    assert not [*folder.glob("lengths.*")]
 
 
 @pytest.mark.slow

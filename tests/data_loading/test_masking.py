@@ -4,15 +4,17 @@ import itertools
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import generated_conversations
 import numpy as np
 import pytest
 
-from megatron_owl2.config.templates import TEMPLATES, Template
+from megatron_owl2.config.templates import TEMPLATES, Template, template_of
 from megatron_owl2.data.conversation import Sample, asking_ids, build_sample, measure
 from megatron_owl2.data.image_tokens import IGNORE_INDEX
-from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record
+from megatron_owl2.data.released_tokenization import training_ids_of_text
+from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer
 from megatron_owl2.errors import BadSampleError
 
@@ -35,7 +37,7 @@ def cases(tmp_path_factory):
 def whole_text(record: Record, template: Template) -> str:
     """The conversation as one text, with marks for images, before answers and for their ends."""
     text = record.system or template.system
-    text += " " if text else ""
+    text += template.after_system if text else ""
     placed = any(IMAGE_PLACEHOLDER in turn.question for turn in record.turns)
     for number, turn in enumerate(record.turns):
         question = turn.question
@@ -45,11 +47,12 @@ def whole_text(record: Record, template: Template) -> str:
                 question = IMAGE * len(record.images) + question
             if IMAGE in question:
                 images = re.match(rf"\s*({IMAGE}\s*)*", question)[0]
-                leading = IMAGE * images.count(IMAGE)
+                leading = template.between_images.join([IMAGE] * images.count(IMAGE))
                 after = template.after_image if leading else ""
                 question = leading + after + question[len(images) :].rstrip()
                 question = question if question.strip() else question
-        text += f"USER: {question} ASSISTANT: {ANSWER}{turn.answer}{END}"
+        text += template.between_turns if number else ""
+        text += f"{template.user}{question}{template.assistant} {ANSWER}{turn.answer}{END}"
     return text
 
 
@@ -141,3 +144,78 @@ def test_truncation_cuts_whole_images_and_leaves_something_to_learn(cases):
         assert ends or (sample.labels != IGNORE_INDEX).sum() == kept - first  # of the first answer
         cut += sample.shortened
     assert refused > 500 and cut > 500
+
+
+def with_words(record: Record) -> Record:
+    """The same conversation, in which texts spell the words that the released rules look for."""
+
+    def changed(text: str) -> str:
+        return text.replace("ASSISTANT:", "AI: ").replace("USER:", "\nHuman: ")
+
+    turns = tuple(Turn(changed(turn.question), changed(turn.answer)) for turn in record.turns)
+    return replace(record, turns=turns, system=changed(record.system))
+
+
+@pytest.fixture(scope="module")
+def released(cases):
+    """Conversations under the rules of the released training."""
+    template = template_of("owl1", "official_train")
+    return [(with_words(record), template, tokenizer) for record, _, tokenizer, _ in cases[::3]]
+
+
+def test_released_rules_read_the_text_of_the_template(released):
+    compared = 0
+    for record, template, tokenizer in released:
+        sample = build_sample(record, tokenizer, ROWS, 10_000, template)
+        found = with_placeholders(sample)
+        assert sample.image_count == found.count(-200) and not sample.shortened
+        text_ids, images = measure(record, tokenizer, template)
+        assert (sample.length, images) == (text_ids + images * ROWS, sample.image_count)
+        text = whole_text(record, template)
+        if "<image>" not in text:
+            text = re.sub(f"{ANSWER}|{END}", "", text).replace(IMAGE, "<image>")
+            made = training_ids_of_text(text, tokenizer, ROWS, 10_000)
+            last = len(made.ids) - [*reversed(made.supervised)].index(True)
+            assert found == made.ids[:last], record
+            compared += 1
+    assert compared > 1000
+
+
+def test_released_rules_ask_as_they_train(released):
+    compared = 0
+    for record, template, tokenizer in released:
+        found = with_placeholders(build_sample(record, tokenizer, ROWS, 10_000, template))
+        for turns in range(1, len(record.turns) + 1):
+            questions = record.questions()[:turns]
+            # Empty pieces are read otherwise beside images, also if these only come later.
+            if record.images and all(len(pieces) == 1 for pieces in questions):
+                continue
+            given = [turn.answer for turn in record.turns[: turns - 1]]
+            asked = asking_ids(questions, given, tokenizer, template, record.system)
+            assert found[: len(asked)] == asked, record
+            compared += 1
+    assert compared > 2000
+
+
+def test_released_rules_cut_between_any_pieces_but_no_image(released):
+    chance, refused, cut = random.Random(6), 0, 0
+    for record, template, tokenizer in released:
+        whole = build_sample(record, tokenizer, ROWS, 10_000, template)
+        length, most = chance.randint(1, whole.length + 2), chance.randint(0, 4)
+        first = int(np.flatnonzero(whole.labels != IGNORE_INDEX)[0]) + 1
+        try:
+            sample = build_sample(record, tokenizer, ROWS, length, template, most)
+        except BadSampleError:
+            shown = int(whole.modality[:first].sum()) // ROWS
+            assert length < first or shown > most, record
+            refused += 1
+            continue
+        kept = sample.length
+        assert first <= kept <= length and sample.image_count <= most
+        assert sample.tokens.tolist() == whole.tokens[:kept].tolist()
+        assert sample.labels[:-1].tolist() == whole.labels[: kept - 1].tolist()
+        assert sample.labels[-1] in (tokenizer.eos_id, IGNORE_INDEX)
+        assert sample.modality.sum() == sample.image_count * ROWS
+        with_placeholders(sample)
+        cut += sample.shortened
+    assert refused > 300 and cut > 300

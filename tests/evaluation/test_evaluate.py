@@ -178,6 +178,12 @@ def test_answers_belong_to_their_images(fake, tmp_path):
     result = runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", settings, {})
     assert result["template"] == "vicuna_v1"
     assert NamesColors.seen[-1][0] == [questions[-1].prompt(" Short.", TEMPLATES["vicuna_v1"])]
+    assert "tokenization" not in result  # so results that are there stay finished
+    fake.config.template, fake.config.tokenization = "owl1", "official_train"
+    result = runner.evaluate(fake, "vqav2", questions, gold, tmp_path / "out", settings, {})
+    assert (result["template"], result["tokenization"]) == ("owl1", "official_train")
+    asked = f"{questions[-1].text} Short.\nAI: "
+    assert NamesColors.seen[-1][0][0].endswith(f"questions.\nHuman: <|image|>\nHuman: {asked}")
 
 
 def test_images_are_resized_in_the_mode_of_the_model(fake, tmp_path):

@@ -115,6 +115,16 @@ def test_the_chat_template_is_the_models(model, tasks, loaded):
     assert model.tokenizer_name.startswith("owl2-")
 
 
+def test_a_template_whose_texts_are_cut_is_refused(model, monkeypatch):
+    config = model.model.config
+    monkeypatch.setattr(config, "template", "owl1")
+    asked = model.apply_chat_template([{"role": "user", "content": "a"}])
+    assert asked.endswith("user's questions.\nHuman: a\nAI:")
+    monkeypatch.setattr(config, "tokenization", "official_train")
+    with pytest.raises(TaskError, match="tokenization is official_train, .* owl2 evaluate"):
+        model.apply_chat_template([{"role": "user", "content": "a"}])
+
+
 def instance(kind: str, *arguments) -> Instance:
     return Instance(kind, {}, arguments, 0)
 

@@ -16,7 +16,6 @@ from hf_dirs import small_tokenizer
 from processes import wait_until
 from tiny_data import encoded, make_image
 
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import asking_ids
 from megatron_owl2.data.tokenizer import Tokenizer
@@ -187,7 +186,7 @@ def offline(loaded: LoadedModel, messages: list[dict[str, Any]], **options: Any)
         return message | {"content": content if isinstance(content, str) else [*map(part, content)]}
 
     one = from_messages([plain(message) for message in messages])
-    template = TEMPLATES[loaded.config.template]
+    template = loaded.config.conversation
     ids = asking_ids(one.questions, one.answers, loaded.tokenizer, template, one.system)
     request = Request(ids, one.images, GenerationOptions(**options))
     return Generator(loaded).complete([request])[0]

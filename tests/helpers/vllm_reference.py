@@ -22,7 +22,6 @@ from megatron_owl2.config.schema import (
     ModelConfig,
     VisionConfig,
 )
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.conversation import asking_ids, prompt_ids
 from megatron_owl2.data.image_tokens import expand_placeholders
 from megatron_owl2.data.images import square_resize
@@ -109,7 +108,7 @@ def main(directory: Path) -> None:
             ids, names = prompt_ids(case["prompt"], tokenizer), case["images"]
         else:
             asked = from_messages(case["messages"])
-            template, names = TEMPLATES[model.model.template], asked.images
+            template, names = model.model.conversation, asked.images
             ids = asking_ids(asked.questions, asked.answers, tokenizer, template, asked.system)
         found.append({**case, **answer(generator, ids, [to_square[name] for name in names])})
     (directory / "cases.json").write_text(json.dumps(found))

@@ -26,7 +26,6 @@ def answers(checkpoint: str, precision: str, max_tokens: int) -> tuple[list[Case
     from megatron_owl2.mcore.setup import setup
 
     setup()
-    from megatron_owl2.config.templates import TEMPLATES
     from megatron_owl2.data import images
     from megatron_owl2.data.conversation import asking_ids
     from megatron_owl2.inference.engine import Generator
@@ -42,7 +41,7 @@ def answers(checkpoint: str, precision: str, max_tokens: int) -> tuple[list[Case
     fitting, requests, longest = [], [], 512
     for messages in conversations():
         one = from_messages([_shown(message) for message in messages])
-        template = TEMPLATES[config.template]
+        template = config.conversation
         ids = asking_ids(one.questions, one.answers, loaded.tokenizer, template, one.system)
         left = limit - len(ids) - len(one.images) * (config.tokens_per_image - 1) + 1
         if left >= max_tokens:

@@ -18,7 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.errors import Owl2Error, TaskError
 from megatron_owl2.evaluation.adapters.generation import (
@@ -102,14 +101,21 @@ class MegatronOwl2(TemplateLM):
         """The text that asks a question in the model's template, with the beginning of the answer
         if that is given.
 
-        Raises TaskError for several turns, which end in EOS, no text.
+        Raises TaskError for several turns, which end in EOS, no text, and for a model whose
+        tokenisation cuts a text, which lm-eval does not.
         """
+        template = self.model.config.conversation
+        if template.tokenization != "turns":
+            raise TaskError(
+                f"the model's tokenization is {template.tokenization}, and lm-eval makes ids of "
+                "whole texts; leave out --apply_chat_template, or evaluate with owl2 evaluate"
+            )
         turns = [(turn["role"], turn["content"]) for turn in chat_history]
         system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
         roles = [role for role, _ in turns]
         if roles not in (["user"], ["user", "assistant"]):
             raise TaskError("one question at a time; leave out --fewshot_as_multiturn")
-        text = prompt(turns[0][1], TEMPLATES[self.model.config.template], system)
+        text = prompt(turns[0][1], template, system)
         return text + "".join(f" {content}" for _, content in turns[1:])
 
     def loglikelihood_rolling(
