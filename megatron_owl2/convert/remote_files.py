@@ -3,18 +3,16 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_owl2.convert.safetensors_io import read_json
-
-CodeLayout = Literal["owl2", "owl1"]
 
 _TOKENIZER = {  # of the slow and the fast kind
     "AutoTokenizer": ["tokenization_mplug_owl2.MPLUGOwl2Tokenizer", None]
 }
 _IMAGE_PROCESSOR = {"AutoImageProcessor": "image_processing_mplug_owl2.MPLUGOwl2ImageProcessor"}
 # What transformers loads from the directory's own code, by layout and the file that says so.
-_CLASSES: dict[CodeLayout, dict[str, dict[str, Any]]] = {
+_CLASSES: dict[str, dict[str, dict[str, Any]]] = {
     "owl2": {
         "config.json": {
             "AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config",
@@ -38,7 +36,7 @@ _CLASSES: dict[CodeLayout, dict[str, dict[str, Any]]] = {
 }
 
 
-def write_remote_code(directory: Path, layout: CodeLayout) -> None:
+def write_remote_code(directory: Path, layout: str) -> None:
     """The code that transformers 5 loads with trust_remote_code, added to a directory: the modules
     of its layout, and in the settings that are there the classes to take from them."""
     for module in Path(__file__).with_name("remote_code").joinpath(layout).glob("[!_]*.py"):

@@ -64,9 +64,10 @@ class Adapter(nn.Module):
         whole = (2 * torch.rand(shape, generator=generator, device="cpu") - 1) / inputs**0.5
         self.lora_A.copy_(whole[:, self.begin :][:, : self.lora_A.shape[1]])
 
-    def up(self, hidden: torch.Tensor) -> torch.Tensor:
-        """B hidden: [..., r] to [..., out]."""
-        return F.linear(hidden, self.lora_B)
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B. Reading them by a call has megatron-core wait for what other data-parallel ranks
+        have updated of them."""
+        return self.lora_A, self.lora_B
 
 
 class Adapters(nn.ModuleDict):
@@ -116,7 +117,7 @@ class Adapters(nn.ModuleDict):
         pieces = zip(sizes, y.split([*sizes.values()], dim=-2), strict=True)
         return torch.cat(
             [
-                part + self._of(piece).up(hidden[piece]).view_as(part) if piece in hidden else part
+                part + self._up(hidden[piece], piece).view_as(part) if piece in hidden else part
                 for piece, part in pieces
             ],
             dim=-2,
@@ -130,7 +131,7 @@ class Adapters(nn.ModuleDict):
         if piece not in self:
             return y
         hidden = self.context.sum_row_outputs(self._down(x, token_keys, [piece], piece))
-        return y + self._of(piece).up(hidden)
+        return y + self._up(hidden, piece)
 
     def _down(
         self, x: torch.Tensor, token_keys: torch.Tensor | None, pieces: list[str], source: str
@@ -143,12 +144,14 @@ class Adapters(nn.ModuleDict):
         input drop the same of it, unlike peft's: to make a mask costs more than to multiply by A.
         """
         settings = self.context.lora
-        weights = torch.cat([self._of(piece).lora_A for piece in pieces])
+        weights = torch.cat([self[piece]()[0] for piece in pieces])
         scale = settings.alpha / settings.rank
         if token_keys is None:
             return scale * F.linear(x, weights)
         key = text_key(f"{self.context.seed} {self.prefix}.{source}")
-        begin = self._of(pieces[0]).begin
+        first = self[pieces[0]]
+        assert isinstance(first, Adapter)
+        begin = first.begin
 
         def dropped(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             channels = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) + begin
@@ -157,7 +160,6 @@ class Adapters(nn.ModuleDict):
 
         return scale / (1 - settings.dropout) * checkpoint(dropped, x, weights)
 
-    def _of(self, piece: str) -> Adapter:
-        adapter = self[piece]
-        assert isinstance(adapter, Adapter)
-        return adapter
+    def _up(self, hidden: torch.Tensor, piece: str) -> torch.Tensor:
+        """B hidden: [..., r] to [..., out]."""
+        return F.linear(hidden, self[piece]()[1])

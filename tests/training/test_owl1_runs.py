@@ -61,7 +61,7 @@ def runs(tmp_path_factory):
     grouped = [f"data.sources=[{', '.join(sources)}]", "data.groups={images: 4, text: 4}"]
     common = [*MODEL, f"data.tokenizer={folder / 'owl1.model'}"]
     stages = {
-        "pretrain": [*common, *STAGE_1],
+        "pretrain": [*common, *STAGE_1, f"stage.initial_checkpoint={folder / 'base'}"],
         "finetune": [
             *common,
             *STAGE_2,
@@ -69,7 +69,7 @@ def runs(tmp_path_factory):
             f"stage.initial_checkpoint={folder / 'pretrain whole'}",
         ],
     }
-    plan = []
+    plan = [("base", [*common, "train.steps=1"])]
     for stage, options in stages.items():
         plan += [
             (f"{stage} whole", [*options, ONE]),
