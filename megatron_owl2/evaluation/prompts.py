@@ -10,6 +10,8 @@ frame. It has no system text, whatever the template of the model.
 
 from dataclasses import dataclass
 
+from megatron_owl2.config.templates import Template
+
 PROMPTS = ("owl2", "official")  # the default first
 OFFICIAL_USER = "USER: "
 
@@ -31,3 +33,10 @@ ADAPTER_CHOICE = OfficialPrompt(
     "\n\nAnswer with the option’s letter from the given choices directly. ", _ADAPTER
 )
 ADAPTER_OPEN = OfficialPrompt("\nAnswer the question directly. ", _ADAPTER)
+
+
+def settings_of(template: Template) -> dict[str, str]:
+    """The name and the rules of a template among an evaluation's settings; `turns`, the default, is
+    left out, so that results which are there stay finished."""
+    rules = {} if template.tokenization == "turns" else {"tokenization": template.tokenization}
+    return {"template": template.name, **rules}

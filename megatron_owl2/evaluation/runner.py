@@ -14,7 +14,6 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_owl2.config.templates import Template
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import answering, results
 from megatron_owl2.evaluation.asking import (
@@ -38,7 +37,7 @@ from megatron_owl2.evaluation.benchmark import score as score_predictions
 from megatron_owl2.evaluation.fingerprint import mark_of_gold, mark_of_images, mark_of_questions
 from megatron_owl2.evaluation.journal import Batch, journal_of, read_journals, remove_journals
 from megatron_owl2.evaluation.mistakes import MISTAKES, write_mistakes
-from megatron_owl2.evaluation.prompts import PROMPTS
+from megatron_owl2.evaluation.prompts import PROMPTS, settings_of
 from megatron_owl2.evaluation.question import Question, alone, frames_shown, joining
 from megatron_owl2.evaluation.ranks import from_first, together
 from megatron_owl2.evaluation.registry import find_benchmarks
@@ -118,7 +117,7 @@ def evaluate(
         "frames": frames_shown(questions),
         "prompt": settings.prompt,
         "prompt_suffix": suffix,
-        **_described(template),
+        **settings_of(template),
         **_limits(benchmark, settings),
         "variant": settings.variant or next(iter(benchmark.variants), None),
     }
@@ -141,13 +140,6 @@ def evaluate(
         run.ask(loaded, finished, identity)
     spent = time.perf_counter() - started
     return from_first(lambda: run.conclude(identity, finished, spent))
-
-
-def _described(template: Template) -> dict[str, str]:
-    """Name and rules of a template; without those that are the default, results that are there stay
-    finished."""
-    rules = {} if template.tokenization == "turns" else {"tokenization": template.tokenization}
-    return {"template": template.name, **rules}
 
 
 def _limits(benchmark: Benchmark, settings: Settings) -> dict[str, int]:

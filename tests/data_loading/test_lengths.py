@@ -34,7 +34,8 @@ def test_they_are_those_of_the_samples(tmp_path, tokenizer, template):
     odd = Record("odd", turns=(Turn("</s><|image|> é", "<s>"), Turn("b", "c")), system="Be kind.")
     records = [*map(dialogues.dialogue, range(23)), odd]
     tiny_data.write(tmp_path / "set", records)
-    measured = measure_lengths(tmp_path / "set", tokenizer, template, workers=2)
+    workers = 2 if template is OWL2 else 1
+    measured = measure_lengths(tmp_path / "set", tokenizer, template, workers)
     assert measured.bad == 0 and measured.path.name == file_name(tokenizer, template)
     dataset = ShardedDataset(str(tmp_path / "set"))
     found = load_lengths(dataset, tokenizer, template)

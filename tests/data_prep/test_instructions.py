@@ -44,6 +44,7 @@ def test_the_recipe_of_the_paper_has_its_counts(tmp_path):
         line = " ".join(steps[name])
         assert f"--images {tmp_path}/coco/train2014 --output {tmp_path}/{kind}/coco" in line
         assert f"--hold-out 200 --tokenizer {tmp_path}/tokenizer.model --template owl2" in line
+        assert "--template owl2 --tokenization turns" in line
     assert steps["shards"][-8:-2] == [
         "--sample",
         "82000",

@@ -1,7 +1,9 @@
-"""Every module with parameters is called in the forward pass, not only read: megatron-core waits for
-the parameters that other data-parallel ranks have updated where a module is called
-(distributed_data_parallel.py), so one whose parameters are read behind its back computes with those
-of the step before."""
+"""Modules with parameters are called in the forward pass, not only read.
+
+megatron-core waits for the parameters that other data-parallel ranks have updated where a module is
+called (distributed_data_parallel.py); one whose parameters are read behind its back computes with
+those of the step before.
+"""
 
 import pytest
 import torch
