@@ -18,52 +18,14 @@ STEPS=11
 mkdir -p "$DIRECTORY/done" "$DIRECTORY/logs"
 cd "$DIRECTORY"
 export PATH="$VENV/bin:$PATH"
-export OMP_NUM_THREADS=1 # one thread per process, two processes: the fastest way on two cores
-end_jobs() { # those that this script has started
-    local pids
-    pids=$(jobs -p)
-    # shellcheck disable=SC2086 # several numbers
-    [ -z "$pids" ] || kill $pids 2>/dev/null || true
-}
-trap end_jobs EXIT
-
-number=0
-step() { # step NAME WHAT FUNCTION: run FUNCTION unless it is done, and note the seconds
-    local name=$1 what=$2 work=$3 started=$SECONDS
-    number=$((number + 1))
-    if [ -f "done/$name" ]; then
-        echo "== $number/$STEPS $what: done before in $(cat "done/$name") s"
-        return
-    fi
-    echo "== $number/$STEPS $what"
-    $work
-    echo $((SECONDS - started)) >"done/$name"
-    echo "   $(cat "done/$name") s"
-}
+# shellcheck source=SCRIPTDIR/steps.sh
+source "$ROOT/examples/steps.sh"
 
 shard() { # shard NAME FORMAT INPUT [options]
     local name=$1 format=$2 input=$3
     shift 3
     python "$TOOLS/preprocess_data.py" --format "$format" --input "corpus/$input" \
         --output "shards/$name" "$@"
-}
-
-run_stages() { # run_stages PROCESSES NAME...: stages side by side, each from its last checkpoint
-    local processes=$1 name failed=0
-    declare -A running
-    shift
-    for name in "$@"; do
-        (exec torchrun --standalone --nproc-per-node "$processes" -m megatron_owl2.train \
-            --config "$CONFIGS/$name.yaml" 2>"logs/$name.stderr") &
-        running[$name]=$!
-    done
-    for name in "$@"; do
-        wait "${running[$name]}" || {
-            failed=1
-            tail -n 40 "logs/$name.stderr" >&2
-        }
-    done
-    return $failed
 }
 
 make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus; }
@@ -119,12 +81,6 @@ answer() { # the exported model, on images it has never seen
     ask 000000000001 "Provide a one-sentence caption for the provided image."
     ask 000000000002 "Provide a one-sentence caption for the provided image."
     ask 000000000003 "how many shapes are there ?"
-}
-
-ask() { # ask IMAGE QUESTION
-    local image=corpus/eval/seen/images/$1.jpg
-    printf '%s\n  %s\n' "$PWD/$image" "$2"
-    python "$TOOLS/generate.py" --checkpoint model --image "$image" --prompt "$2" | sed 's/^/  > /'
 }
 
 evaluate() { # two at a time; "heldout" has colour-shape pairs that no training image has
