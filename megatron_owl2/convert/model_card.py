@@ -10,18 +10,20 @@ from typing import Any
 import yaml
 
 from megatron_owl2.config.schema import ModelConfig
+from megatron_owl2.convert.layouts import layout_of
 from megatron_owl2.convert.provenance import TrainedStage
 from megatron_owl2.convert.safetensors_io import read_json
 from megatron_owl2.data.conversation import prompt
+from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
 from megatron_owl2.errors import ConversionError
 
 _USE = """\
-# mPLUG-Owl2
+# {name}
 
-A model of the family [mPLUG-Owl2](https://arxiv.org/abs/2311.04257) for transformers 5.4 or later.
+A model of the family [{name}]({paper}) for transformers 5.4 or later.
 Its modelling code lies in this folder and runs with `trust_remote_code=True`. An image is {resized}
 to {size} x {size} pixels and takes {tokens} of the {positions} positions, in place of its
-`<|image|>` in the text.{lack}
+`{placeholder}` in the text.{video}{lack}
 
 ```python
 from PIL import Image
@@ -37,7 +39,7 @@ print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_spe
 ```
 
 `processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)` takes messages
-in place of a prompt. Their texts stay texts, whatever they spell. In a prompt `<|image|>` is an
+in place of a prompt. Their texts stay texts, whatever they spell. In a prompt `{placeholder}` is an
 image and `</s>` is text; turns end where `apply_chat_template` ends them, in its ids or in the
 string that it gives without `tokenize`, as long as nothing changes that string.
 `pipeline("image-text-to-text", model=folder, trust_remote_code=True)` takes both.
@@ -48,25 +50,54 @@ The processor follows a tokenizer's keywords: `padding`, `padding_side`, `pad_to
 `truncation`, `truncation_side`, `max_length`, `add_special_tokens`, `return_tensors`. It refuses to
 cut an image. Training put BOS before every text, which `add_special_tokens=False` leaves out.
 
+{lora}
+
+`gate_proj`, `up_proj` and `down_proj` are as usual; `target_modules="all-linear"` adapts ViT and
+abstractor too.
+"""
+_SPLIT_LORA = """\
 Keys and values have a linear for text, `multiway.0`, and one for images, `multiway.1`, so `k_proj`
 and `v_proj` alone name no linear. LoRA with peft on the attention of the decoder:
 
 ```python
 from peft import LoraConfig, get_peft_model
 
-keys_and_values = [f"{{name}}_proj.multiway.{{i}}" for name in "kv" for i in (0, 1)]
+keys_and_values = [f"{name}_proj.multiway.{i}" for name in "kv" for i in (0, 1)]
 config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", *keys_and_values, "o_proj"])
 model = get_peft_model(model, config)
-```
+```"""
+_PLAIN_LORA = """\
+LoRA with peft, on what the released training script adapts:
 
-`gate_proj`, `up_proj` and `down_proj` are as usual; `target_modules="all-linear"` adapts ViT and
-abstractor too.
-"""
+```python
+from peft import LoraConfig, get_peft_model
+
+config = LoraConfig(r=8, lora_alpha=32, target_modules=r".*language_model.*\\.(q_proj|v_proj)")
+model = get_peft_model(model, config)
+```"""
+# What a card says of the model by the layout of its directory.
+_KINDS = {
+    "owl2": {
+        "name": "mPLUG-Owl2",
+        "paper": "https://arxiv.org/abs/2311.04257",
+        "placeholder": "<|image|>",
+        "lora": _SPLIT_LORA,
+    },
+    "owl1": {
+        "name": "mPLUG-Owl",
+        "paper": "https://arxiv.org/abs/2304.14178",
+        "placeholder": "<image>",
+        "lora": _PLAIN_LORA,
+    },
+}
 _RESIZED = {
     "stretch": "squashed",
     "pad": "padded to a square with the mean colour and resized",
     "crop": "resized by its shorter side and cropped",
 }
+_VIDEO = """ A video takes as many
+positions in place of its `<|video|>`; `videos=[[frame, frame, ...]]` of the processor are its
+frames, of which it takes four."""
 _LACK = """
 
 There is no `tokenizer.model` in this folder, as the export had none; without it the processor does
@@ -118,23 +149,27 @@ def read_scores(path: str | Path) -> dict:
 
 
 def write_model_card(directory: Path, model: ModelConfig, facts: CardFacts | None = None) -> None:
-    """README.md of an export in the layout "owl2", whose other files are there already."""
-    facts = facts or CardFacts()
+    """README.md of an export of a whole model, whose other files are there already."""
+    facts, kind = facts or CardFacts(), _KINDS[layout_of(model)]
+    question = prompt(f"{IMAGE_PLACEHOLDER}What is this?", model.conversation)
     use = _USE.format(
+        **kind,
         tokens=model.tokens_per_image,
         positions=model.decoder.max_positions,
         resized=_RESIZED[model.image_mode],
         size=model.vision.image_size,
-        prompt=json.dumps(prompt("<|image|>What is this?", model.conversation)),
+        prompt=json.dumps(question.replace(IMAGE_PLACEHOLDER, kind["placeholder"])),
+        video=_VIDEO if model.vision.temporal else "",
         lack="" if (directory / "tokenizer.model").exists() else _LACK,
     )
+    name = kind["name"]
     named = f"the license `{facts.license}`" if facts.license else "no license that is named here"
     sections = [use, _training(facts), _data(facts), _scores(facts), _LICENSE.format(named)]
-    text = f"---\n{_front_matter(facts)}---\n\n" + "\n".join(filter(None, sections))
+    text = f"---\n{_front_matter(facts, name)}---\n\n" + "\n".join(filter(None, sections))
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _front_matter(facts: CardFacts) -> str:
+def _front_matter(facts: CardFacts, name: str) -> str:
     """The settings that the Hub reads."""
     settings = {
         "license": facts.license,
@@ -142,7 +177,7 @@ def _front_matter(facts: CardFacts) -> str:
         "datasets": list(facts.datasets),
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["mplug-owl2", "custom_code"],
+        "tags": [name.lower(), "custom_code"],
     }
     return yaml.safe_dump({k: v for k, v in settings.items() if v}, sort_keys=False)
 
