@@ -6,20 +6,17 @@ import random
 import generated_conversations
 import pytest
 from exported import export, grouped_model, load, offline
-from PIL import Image
 from transformers import AutoProcessor
 
 from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.convert.hf_config import read_model
 from megatron_owl2.data.conversation import build_sample, prompt
-from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import ConversionError
 
 pytestmark = pytest.mark.slow
 
 ROWS = 5  # of an image
 COUNT = 150  # conversations for each template and tokenizer
-IMAGE = Image.new("RGB", (8, 6), "red")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,27 +38,6 @@ def exports(request, tokenizers, tmp_path_factory):
     return request.param, found
 
 
-def content(chance: random.Random, pieces: list[str]) -> str | list[dict]:
-    """A message's content: its texts, now and then cut into several parts, and images between."""
-    if len(pieces) == 1 and chance.random() < 0.5:
-        return pieces[0]
-    parts = []
-    for number, piece in enumerate(pieces):
-        parts += [{"type": "image", "image": IMAGE}] if number else []
-        cut = chance.randint(0, len(piece))
-        texts = (piece[:cut], piece[cut:]) if chance.random() < 0.5 else (piece,)
-        parts += [{"type": "text", "text": text} for text in texts]
-    return parts
-
-
-def messages_of(record: Record, chance: random.Random) -> list[dict]:
-    messages = [{"role": "system", "content": record.system}] if record.system else []
-    for pieces, turn in zip(record.questions(), record.turns, strict=True):
-        messages.append({"role": "user", "content": content(chance, pieces)})
-        messages.append({"role": "assistant", "content": content(chance, [turn.answer])})
-    return messages
-
-
 @pytest.mark.parametrize("name", ["plain", "crossing"])
 def test_a_conversation_has_the_ids_of_training(exports, tokenizers, name):
     template, directories = TEMPLATES[exports[0]], exports[1]
@@ -69,7 +45,7 @@ def test_a_conversation_has_the_ids_of_training(exports, tokenizers, name):
     chance = random.Random(3)
     for record in generated_conversations.records(77, COUNT):
         sample = build_sample(record, tokenizers[name], ROWS, 10_000, template)
-        messages = messages_of(record, chance)
+        messages = generated_conversations.messages_of(record, chance)
         inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
         assert inputs["input_ids"][0].tolist() == sample.tokens.tolist(), record
         assert inputs["modality"][0].tolist() == sample.modality.tolist(), record

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+from PIL import Image
 
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER, Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
@@ -15,6 +16,7 @@ UNICODE = ["naïve café", "日本語", "🦉", "ﬁ½", "e\u0301", "\u200b", "�
 LOOK_ALIKES = ["</s>", "<s>", "<unk>", "<0x0A>", "<image>", "<|im", "age|>", "<", "/s>"]
 LOOK_ALIKES += ["USER:", " USER: ", "ASSISTANT:", " ASSISTANT: ", "</s>USER: x ASSISTANT: y"]
 SPACES = [" ", "  ", "\n", "\t", "\n\n", "\r\n", "   ", "\u00a0"]
+IMAGE = Image.new("RGB", (8, 6), "red")
 PIECES = [WORDS, WORDS, UNICODE, LOOK_ALIKES, SPACES]
 
 
@@ -83,3 +85,25 @@ def records(seed: int, count: int) -> Iterator[Record]:
             turns=tuple(Turn(question, answer) for question, answer in pairs),
             system=text(chance) if chance.random() < 0.3 else "",
         )
+
+
+def _content(chance: random.Random, pieces: list[str]) -> str | list[dict]:
+    """A message's content: its texts, now and then cut into several parts, and images between."""
+    if len(pieces) == 1 and chance.random() < 0.5:
+        return pieces[0]
+    parts = []
+    for number, piece in enumerate(pieces):
+        parts += [{"type": "image", "image": IMAGE}] if number else []
+        cut = chance.randint(0, len(piece))
+        cuts = (piece[:cut], piece[cut:]) if chance.random() < 0.5 else (piece,)
+        parts += [{"type": "text", "text": text} for text in cuts]
+    return parts
+
+
+def messages_of(record: Record, chance: random.Random) -> list[dict]:
+    """The messages of a record, with an image in the place of each."""
+    messages = [{"role": "system", "content": record.system}] if record.system else []
+    for pieces, turn in zip(record.questions(), record.turns, strict=True):
+        messages.append({"role": "user", "content": _content(chance, pieces)})
+        messages.append({"role": "assistant", "content": _content(chance, [turn.answer])})
+    return messages

@@ -7,10 +7,15 @@ import stored
 import tiny_data
 import tiny_run
 
+from megatron_owl2.config.load import load_config
 from megatron_owl2.config.lora import is_adapter
 from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data.tokenizer import train_tokenizer
-from megatron_owl2.training.checkpoint import directories
+from megatron_owl2.errors import CheckpointError
+from megatron_owl2.mcore import setup
+from megatron_owl2.mcore.parallel import ParallelContext
+from megatron_owl2.model.owl2 import build
+from megatron_owl2.training.checkpoint import directories, save_load
 
 pytestmark = pytest.mark.distributed
 
@@ -128,3 +133,25 @@ def test_dropout_of_the_abstractor_is_at_work(runs):
         tiny_run.figures(runs / name) for name in ("pretrain whole", "no dropout")
     )
     assert with_it != without and with_it[1] == pytest.approx(without[1], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["model.abstractor.positions=sincos"],
+            "positions=none, as version 1 does, not sincos; take a checkpoint of the same kind",
+        ),
+        (["model.decoder.modality_split=[key_value]"], "missing: .*linear_kv_vision.weight"),
+    ],
+)
+def test_a_start_from_the_other_version_is_refused(runs, options, message):
+    """Position tables are made where an older checkpoint lacks them: their absence says little."""
+    config = load_config(runs / "pretrain whole" / "run.yaml", options)
+    try:
+        groups = setup.initialize(config.parallel)
+        chunks = build(ParallelContext(config, groups), config.model, initialize=False)
+        with pytest.raises(CheckpointError, match=message):
+            save_load.load_weights(runs / "pretrain whole", chunks)
+    finally:
+        setup.shutdown()

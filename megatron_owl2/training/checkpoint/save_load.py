@@ -28,7 +28,7 @@ from megatron.core.utils import (
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_owl2.config.lora import is_adapter
-from megatron_owl2.config.schema import LoraConfig, RunConfig
+from megatron_owl2.config.schema import LoraConfig, ModelConfig, RunConfig
 from megatron_owl2.errors import CheckpointError
 from megatron_owl2.model import position_tables
 from megatron_owl2.model.layer_stack import weights as weights_of
@@ -210,17 +210,29 @@ def _stored_weights(
     """The local weights, once the `wanted` ones of the whole model are held against the
     checkpoint's, on all ranks alike; without the position tables that an older checkpoint lacks,
     and without adapters if it has none."""
+    stored = from_rank_0(lambda: directories.read_config(reader.directory))
+    _check_positions(reader.directory, stored.model, chunks[0].model)
     if any(map(is_adapter, stored_weights(reader.index))):
-        _check_alpha(reader.directory, chunks[0].context.lora)
+        _check_alpha(reader.directory, stored.stage.lora, chunks[0].context.lora)
     else:
         wanted = {name: shape for name, shape in wanted.items() if not is_adapter(name)}
     read = wanted.keys() - compare(reader.directory, reader.index, wanted)
     return {name: share for name, share in sharded_weights(chunks).items() if name in read}
 
 
-def _check_alpha(directory: Path, lora: LoraConfig) -> None:
+def _check_positions(directory: Path, stored: ModelConfig, model: ModelConfig) -> None:
+    """Hold the abstractor's positions, whose tables a checkpoint may lack, against the model's."""
+    theirs, ours = stored.abstractor.positions, model.abstractor.positions
+    if theirs != ours:
+        versions = {"sincos": "mPLUG-Owl2", "none": "version 1"}
+        raise CheckpointError(
+            f"{directory} has model.abstractor.positions={theirs}, as {versions[theirs]} "
+            f"does, not {ours}; take a checkpoint of the same kind, or its configuration"
+        )
+
+
+def _check_alpha(directory: Path, stored: LoraConfig, lora: LoraConfig) -> None:
     """Hold alpha, which the adapters do not show, against that of the checkpoint's own run."""
-    stored = from_rank_0(lambda: directories.read_config(directory).stage.lora)
     if lora.targets and stored.alpha != lora.alpha:
         raise CheckpointError(
             f"the adapters of {directory} were trained with stage.lora.alpha={stored.alpha:g}, not "
