@@ -22,15 +22,7 @@ def deviations(tmp_path_factory):
 
 @pytest.mark.parametrize("name", parity.PARALLELISMS)
 def test_outputs_gradients_training_and_answers_are_the_official_ones(deviations, name):
-    found = deviations[name]
-    compared = {quantity: worst["compared"] for quantity, worst in found.items()}
-    assert compared == {quantity: count for quantity, (_, count) in parity.BOUNDS.items()}
-    beyond = {
-        quantity: found[quantity]
-        for quantity, (bound, _) in parity.BOUNDS.items()
-        if not found[quantity]["deviation"] <= bound  # true of NaN
-    }
-    assert not beyond
+    assert not parity.beyond(deviations[name], parity.BOUNDS)
 
 
 def test_weights_as_the_official_converter_writes_them():

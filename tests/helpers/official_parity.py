@@ -75,6 +75,7 @@ BOUNDS = {
 _OWN_GROUP = 1 + 1e-9
 
 Deviations = dict[str, float]
+Bounds = dict[str, tuple[float, int]]
 Verify = Callable[..., dict[str, torch.Tensor]]
 
 
@@ -82,21 +83,45 @@ def run(folder: Path) -> dict[str, dict[str, dict]]:
     """The worst deviation of each of BOUNDS under every parallelism: `deviation`, `where` it is and
     how many were `compared`. Writes into `folder`; raises RuntimeError if a process fails."""
     save_config(recorded_config(), folder / "run.yaml")
+    return launch(__file__, folder)
+
+
+def launch(script: str, folder: Path) -> dict[str, dict[str, dict]]:
+    """What a script of parity writes to `folder / NAME / worst.json` under every parallelism."""
     for ranks in (1, 2):
         names = [name for name, (processes, _) in PARALLELISMS.items() if processes == ranks]
-        done = run_ranks(ranks, __file__, folder, *names, timeout=900)
+        done = run_ranks(ranks, script, folder, *names, timeout=900)
         if done.returncode != 0:
             raise RuntimeError(f"{names} ended with {done.returncode}:\n{done.stderr}")
     return {name: json.loads((folder / name / "worst.json").read_text()) for name in PARALLELISMS}
 
 
-def table() -> str:
+def write_worst(found: dict[str, Deviations], folder: Path) -> None:
+    """The worst of the deviations of each quantity, by rank 0, for `launch`."""
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        worst = {quantity: _worst(deviations) for quantity, deviations in found.items()}
+        (folder / "worst.json").write_text(json.dumps(worst, indent=1))
+
+
+def beyond(found: dict[str, dict], bounds: Bounds) -> dict[str, dict]:
+    """What is beyond its bound; AssertionError if not just what `bounds` has was compared."""
+    compared = {quantity: worst["compared"] for quantity, worst in found.items()}
+    assert compared == {quantity: count for quantity, (_, count) in bounds.items()}
+    return {
+        quantity: found[quantity]
+        for quantity, (bound, _) in bounds.items()
+        if not found[quantity]["deviation"] <= bound  # true of NaN
+    }
+
+
+def table(run: Callable[[Path], dict[str, dict[str, dict]]], bounds: Bounds) -> str:
     """The worst deviations under all parallelisms, one row per quantity, in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         found = run(Path(folder))
     lines = [f"| largest deviation | allowed | {' | '.join(PARALLELISMS)} |"]
     lines.append("|---" * (len(PARALLELISMS) + 2) + "|")
-    for quantity, (bound, _) in BOUNDS.items():
+    for quantity, (bound, _) in bounds.items():
         cells = [f"{found[name][quantity]['deviation']:.2g}" for name in PARALLELISMS]
         lines.append(f"| {quantity} | {bound:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -168,9 +193,7 @@ def _measure(folder: Path, name: str) -> None:
         **_greedy(config, model),
         **_adamw(config, model),  # last, as it changes the weights
     }
-    if torch.distributed.get_rank() == 0:
-        worst = {quantity: _worst(deviations) for quantity, deviations in found.items()}
-        (folder / "worst.json").write_text(json.dumps(worst, indent=1))
+    write_worst(found, folder)
     setup.shutdown()
 
 
@@ -294,7 +317,15 @@ def _adamw(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
     for group in optimizer.param_groups:
         if group["lr_mult"] == _OWN_GROUP:
             group["wd_mult"] = 1.0
-    recorded, losses, norms = META["adamw_trajectory"], {}, {}
+    losses, norms = follow(config, wrapped, optimizer, scheduler, batches, META["adamw_trajectory"])
+    return {"AdamW losses": losses, "AdamW gradient norms, relative": norms}
+
+
+def follow(
+    config: RunConfig, wrapped, optimizer, scheduler, batches: list[Batch], recorded: dict
+) -> tuple[Deviations, Deviations]:
+    """Deviations of losses and gradient norms from those of recorded steps on the same batches."""
+    losses, norms = {}, {}
     wanted = zip(recorded["loss_before_each_step"], recorded["grad_norm_before_clip"], strict=True)
     for step, (official_loss, official_norm) in enumerate(wanted):
         for chunk in wrapped:
@@ -307,7 +338,7 @@ def _adamw(config: RunConfig, model: Owl2) -> dict[str, Deviations]:
         update(optimizer, norm)
         losses[f"step {step}"] = abs(float(sums[0] / sums[1]) - official_loss)
         norms[f"step {step}"] = abs(norm - official_norm) / official_norm
-    return {"AdamW losses": losses, "AdamW gradient norms, relative": norms}
+    return losses, norms
 
 
 def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -321,4 +352,4 @@ if __name__ == "__main__":
         for name in sys.argv[2:]:
             _measure(Path(sys.argv[1]), name)
     else:
-        print(table())
+        print(table(run, BOUNDS))

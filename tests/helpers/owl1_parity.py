@@ -7,7 +7,6 @@ itself through torchrun, with a folder and the parallelisms of so many ranks as 
 import copy
 import json
 import sys
-import tempfile
 from itertools import zip_longest
 from pathlib import Path
 
@@ -15,9 +14,16 @@ import prepared  # noqa: F401
 import runs_in_turn
 import torch
 from id_tokenizer import IdTokenizer
-from official_parity import PARALLELISMS, Deviations, _apart, _worst
+from official_parity import (
+    PARALLELISMS,
+    Deviations,
+    _apart,
+    follow,
+    launch,
+    table,
+    write_worst,
+)
 from paths import DATA
-from processes import run_ranks
 from safetensors.torch import load_file
 
 from megatron_owl2.config.load import load_config
@@ -39,7 +45,7 @@ from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training import optimizer as optim
 from megatron_owl2.training import parameter_groups
 from megatron_owl2.training.checkpoint import save_load
-from megatron_owl2.training.step import forward_backward, gradient_norm, update
+from megatron_owl2.training.step import forward_backward
 
 OFFICIAL = DATA / "official_v1_tiny"
 ADAPTER = OFFICIAL / "lora_adapter"
@@ -84,24 +90,7 @@ def run(folder: Path) -> dict[str, dict[str, dict]]:
     for name, one in {"plain": plain, "adapted": source, "merged": source.merged()}.items():
         write_checkpoint(folder / name, one.tensors, one.config)
     setup.shutdown()
-    for ranks in (1, 2):
-        names = [name for name, (processes, _) in PARALLELISMS.items() if processes == ranks]
-        done = run_ranks(ranks, __file__, folder, *names, timeout=900)
-        if done.returncode != 0:
-            raise RuntimeError(f"{names} ended with {done.returncode}:\n{done.stderr}")
-    return {name: json.loads((folder / name / "worst.json").read_text()) for name in PARALLELISMS}
-
-
-def table() -> str:
-    """The worst deviations under all parallelisms, one row per quantity, in Markdown."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = run(Path(folder))
-    lines = [f"| largest deviation | allowed | {' | '.join(PARALLELISMS)} |"]
-    lines.append("|---" * (len(PARALLELISMS) + 2) + "|")
-    for quantity, (bound, _) in BOUNDS.items():
-        cells = [f"{found[name][quantity]['deviation']:.2g}" for name in PARALLELISMS]
-        lines.append(f"| {quantity} | {bound:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return launch(__file__, folder)
 
 
 def collapsed(ids: list[int], *others: list[int], media: int = MEDIA) -> list[list[int]]:
@@ -193,10 +182,7 @@ def _measure(folder: Path, name: str) -> None:
         **_trajectories(config, folder / "plain"),
         **_lora(config, folder),
     }
-    if torch.distributed.get_rank() == 0:
-        worst = {quantity: _worst(deviations) for quantity, deviations in found.items()}
-        (folder / name).mkdir()
-        (folder / name / "worst.json").write_text(json.dumps(worst, indent=1))
+    write_worst(found, folder / name)
     setup.shutdown()
 
 
@@ -320,20 +306,7 @@ def _adamw(
     optimizer, scheduler = optim.build_optimizer(config, wrapped)
     for group in optimizer.param_groups:  # every parameter decays in the recording
         group["wd_mult"] = 1.0
-    losses, norms = {}, {}
-    wanted = zip(recorded["loss_before_each_step"], recorded["grad_norm_before_clip"], strict=True)
-    for step, (official_loss, official_norm) in enumerate(wanted):
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        sums = forward_backward(config, wrapped, iter(batches), len(batches))
-        torch.distributed.all_reduce(sums)  # tensor ranks have the same, early stages zeros
-        scheduler.step(1)
-        norm = gradient_norm(optimizer)
-        update(optimizer, norm)
-        losses[f"step {step}"] = abs(float(sums[0] / sums[1]) - official_loss)
-        norms[f"step {step}"] = abs(norm - official_norm) / official_norm
-    return losses, norms
+    return follow(config, wrapped, optimizer, scheduler, batches, recorded)
 
 
 def _lora(config: RunConfig, folder: Path) -> dict[str, Deviations]:
@@ -417,4 +390,4 @@ if __name__ == "__main__":
         for name in sys.argv[2:]:
             _measure(Path(sys.argv[1]), name)
     else:
-        print(table())
+        print(table(run, BOUNDS))
