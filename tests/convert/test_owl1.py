@@ -21,6 +21,7 @@ from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.layouts import layout_of
 from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.sources import from_checkpoint, from_llama_and_clip, from_released
+from megatron_owl2.convert.verify.compare import compare
 from megatron_owl2.errors import ConversionError
 from megatron_owl2.mcore import setup
 
@@ -231,6 +232,17 @@ def test_a_configuration_of_the_other_version_is_refused_with_its_keys():
     config.model.decoder.modality_split = ["key_value"]
     with pytest.raises(ConversionError, match="(?s)abstractor.positions.*decoder.modality_split"):
         from_released(IMAGE, config=config)
+
+
+def test_dropout_is_no_part_of_a_proof(tmp_path):
+    source = from_released(IMAGE)
+    source.config.model.abstractor.attention_dropout = 0.5
+    write_checkpoint(tmp_path / "ckpt", source.tensors, source.config)
+    export_hf(source.tensors, source.config.model, tmp_path / "out", layout="owl1")
+    assert read_model(tmp_path / "out").abstractor.attention_dropout == 0.5
+    setup.shutdown()
+    results = list(compare(tmp_path / "ckpt", tmp_path / "out"))
+    assert len(results) == 12 and all(result.passed for result in results)
 
 
 def test_the_recipe_is_the_released_model():

@@ -110,7 +110,7 @@ class Verification:
         context = ParallelContext(self.config, groups, device=setup.device())
         (model,) = build(context, self.config.model, initialize=False)
         save_load.load_weights(self.directory, [model])
-        return model
+        return model.eval()  # without dropout, which no other code draws alike
 
     @cached_property
     def _wrapped(self) -> DistributedDataParallel:
