@@ -6,9 +6,10 @@ the start of that one.
 The result starts a stage (stage.initial_checkpoint), answers (tools/generate.py) and converts back
 (tools/convert_to_hf.py). Without --config the sizes are those of the directories and the paper's
 abstractor; with it, its model section must agree with them (image_size may differ, to
-which positions are resized, max_positions may be smaller, modality_split may share branches that
-are equal, vocab_multiple and the standard deviations of random starts are free). What --adapter
-brings stays apart from the weights: a stage with the same stage.lora goes on with it.
+which positions are resized, max_positions may be smaller, modality_split of mPLUG-Owl2 may share
+branches that are equal, vocab_multiple, attention_dropout and the standard deviations of random
+starts are free). What --adapter brings stays apart from the weights: a stage with the same
+stage.lora goes on with it.
 """
 
 import argparse

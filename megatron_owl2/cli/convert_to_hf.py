@@ -64,13 +64,18 @@ def run(options: argparse.Namespace) -> int:
     if os.path.lexists(options.output):
         raise ConversionError(f"{options.output} exists already; name a new directory")
     source = from_checkpoint(options.checkpoint)
-    layout = options.layout or layout_of(source.config.model)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.adapter:
         lora = source.config.stage.lora
         export_adapter(source.tensors, source.config.model, lora, options.output, dtype=dtype)
         print(f"wrote {options.output}")
+        if (
+            layout_of(source.config.model) == "owl1"
+        ):  # whose released directories have another tokenization than training
+            rules = source.config.model.tokenization
+            print(f"it was trained with model.tokenization={rules}, which its model must name too")
         return 0
+    layout = options.layout or layout_of(source.config.model)
     facts = CardFacts(
         license=options.license,
         base_models=options.base_model,

@@ -29,7 +29,7 @@ def validate_settings(config: RunConfig, world_size: int) -> None:
     require(
         not config.model.vision.temporal,
         "model.vision.temporal is for inference: training data have no videos, so its adapters "
-        "would learn nothing; train with model.vision.temporal=false",
+        "would learn nothing; start from a model for images",
     )
     check_section(config)
     validate_parallel(config, world_size)

@@ -18,6 +18,7 @@ from megatron_owl2.convert import mapping
 from megatron_owl2.convert.json_settings import Settings
 from megatron_owl2.convert.layouts import layout_of
 from megatron_owl2.convert.lazy_tensor import LazyTensor
+from megatron_owl2.convert.peft_models import refuse_without_settings
 from megatron_owl2.convert.safetensors_io import (
     ADAPTER_FILES,
     ADAPTER_SETTINGS,
@@ -122,6 +123,8 @@ def export_adapter(
     `dtype` is by default their own. `output` appears when complete. Raises ConversionError if it
     exists, if there is no room, if there is no adapter, or if no layout holds the model.
     """
+    if not lora.selected(adapters, model.decoder):
+        raise ConversionError("the checkpoint has no adapters (stage.lora.targets of its run.yaml)")
     found, modules, layout = {}, [], layout_of(model)
     for linear in _linears(model, layout):
         if lora.selects(adapters, linear.target):
@@ -129,8 +132,6 @@ def export_adapter(
             for ending, name in zip("AB", lora.parameters(linear.target), strict=True):
                 for module in linear.modules:
                     found[_name(module, ending)] = _cast(tensors[name], dtype)
-    if not found:
-        raise ConversionError("the checkpoint has no adapters (stage.lora.targets of its run.yaml)")
     settings = _FIXED | {
         "task_type": _TASK_TYPES[layout],
         "r": adapters.rank,
@@ -158,6 +159,7 @@ def read_adapter(
     of a later peft, and for tensors that are missing, misshapen, not numbers, or of linears that
     cannot have an adapter here.
     """
+    refuse_without_settings(directory)
     settings = Settings.read(Path(directory) / ADAPTER_SETTINGS)
     settings.hold(_FIXED)
     settings.hold({key: None for key, on in settings.tree.items() if on and key not in _KNOWN})

@@ -21,7 +21,7 @@ from megatron_owl2.convert.layouts import RELEASED_FFN_SIZE
 
 TEMPLATE, TOKENIZATION = "owl1", "official_inference"  # of a directory that names none
 FRAMES = 4  # of a video that the released processor takes
-TEMPORAL_QUERIES = "temporal_query_tokens"  # the weight that only the video variant has
+TEMPORAL = "temporal"  # in the names of weights that only the video variant has
 _FFN_MULTIPLE = 256  # of the MLP in the abstractor, in the video variant
 # What the released classes have where a directory says nothing.
 _VISION_DEFAULTS = export(VisionConfig(), VISION)

@@ -19,7 +19,7 @@ from megatron_owl2.convert.config_fields import (
     read_decoder,
 )
 from megatron_owl2.convert.config_owl1 import (
-    TEMPORAL_QUERIES,
+    TEMPORAL,
     owl1_config,
     owl1_processor,
     read_owl1,
@@ -87,7 +87,7 @@ def _read_owl2(outer: Settings) -> ModelConfig:
 
 def _read_owl1(settings: Settings) -> ModelConfig:
     names = TensorReader(settings.file.parent).names()
-    return read_owl1(settings, temporal=TEMPORAL_QUERIES in names)
+    return read_owl1(settings, temporal=any(TEMPORAL in name for name in names))
 
 
 _READERS = {"owl2": _read_owl2, "owl1": _read_owl1}

@@ -55,8 +55,6 @@ _DEMANDS: dict[str, tuple[_Demand, ...]] = {
     ),
 }
 LAYOUTS = tuple(_DEMANDS)
-# Whether a row of text alone takes an image of a batch in the released code, which shows it nobody.
-TEXT_TAKES_AN_IMAGE = {"owl2": True, "owl1": False}
 
 
 def misfits(layout: str, model: ModelConfig) -> list[str]:
@@ -71,6 +69,12 @@ def layout_of(model: ModelConfig) -> str:
             return layout
     reasons = "; ".join(f"{layout}: {', '.join(misfits(layout, model))}" for layout in LAYOUTS)
     raise ConversionError(f"no layout of Hugging Face directories holds this model. {reasons}")
+
+
+def text_takes_an_image(model: ModelConfig) -> bool:
+    """Whether a row of text alone takes an image of a batch in the released code, which shows it
+    nobody: in mPLUG-Owl2's, and not in version 1's."""
+    return model.abstractor.positions == "sincos"
 
 
 def check_layout(layout: str, model: ModelConfig) -> None:

@@ -1,18 +1,22 @@
-"""Whole PeftModels in files of a model: LoRA checkpoints of mPLUG-Owl's released trainer.
+"""Adapters without settings: whole PeftModels, as the released trainer of mPLUG-Owl leaves them.
 
 Its `checkpoint-N` holds `pytorch_model.bin` with every weight of the model below
 `base_model.model.` and the adapters among them, without settings. transformers finds no name that
-it knows there and gives a model of random weights, with no more than a warning.
+it knows there and gives a model of random weights, with no more than a warning. Trainers of later
+versions leave the adapters alone, sometimes without settings as well.
 """
 
 import logging
+import re
 from pathlib import Path
 
 import torch
 
 from megatron_owl2.config.schema import LoraConfig
 from megatron_owl2.convert.safetensors_io import (
+    ADAPTER_FILES,
     ADAPTER_SETTINGS,
+    MODEL_FILES,
     TensorReader,
     has_weights,
 )
@@ -20,24 +24,36 @@ from megatron_owl2.errors import ConversionError
 
 PREFIX = "base_model.model."
 RELEASED_ALPHA = 32  # of the released training script
-_LIVE = ".default.weight"  # of an adapter in a live PeftModel; its files have .weight
+# In a live PeftModel A and B have the name of their adapter before the end, in its files none.
+_ADAPTER = re.compile(r"(?P<module>.*\.lora_[AB])(\.(?P<adapter>[^.]+))?\.weight")
 _WRAPPED = ".base_layer.weight"  # of a linear that has an adapter, in later versions of peft
+_FILES = (*ADAPTER_FILES, *MODEL_FILES)
 _logger = logging.getLogger(__name__)
 
 
-def is_peft_model(directory: str | Path) -> bool:
-    """Whether a directory holds a whole PeftModel where a model's weights would be; raises
-    ConversionError for weights that cannot be read."""
+def lacks_settings(directory: str | Path) -> bool:
+    """Whether a directory holds adapters, or a whole PeftModel, without the file of settings;
+    raises ConversionError for weights that cannot be read."""
     directory = Path(directory)
-    if (directory / ADAPTER_SETTINGS).exists() or not has_weights(directory):
+    if (directory / ADAPTER_SETTINGS).exists() or not has_weights(directory, _FILES):
         return False
-    names = TensorReader(directory).names()
+    names = TensorReader(directory, _FILES).names()
     return bool(names) and all(name.startswith(PREFIX) for name in names)
+
+
+def refuse_without_settings(directory: str | Path) -> None:
+    """ConversionError with the way to convert adapters that have no settings."""
+    if lacks_settings(directory):
+        raise ConversionError(
+            f"{directory} holds adapters without {ADAPTER_SETTINGS}, which tells their alpha (the "
+            f"released training script of mPLUG-Owl has {RELEASED_ALPHA}). Convert them with their "
+            f"model: owl2 convert-from-hf --owl1 MODEL --adapter {directory} --adapter-alpha ALPHA"
+        )
 
 
 def refuse_peft_model(directory: str | Path) -> None:
     """ConversionError if a directory that should be a model is a whole PeftModel."""
-    if is_peft_model(directory):
+    if has_weights(Path(directory), MODEL_FILES) and lacks_settings(directory):
         raise ConversionError(
             f"{directory} is a whole PeftModel, as mPLUG-Owl's trainer saves its checkpoints: all "
             f"names begin with {PREFIX}, so that transformers would read none of them and give a "
@@ -47,42 +63,41 @@ def refuse_peft_model(directory: str | Path) -> None:
         )
 
 
-def read_peft_model(
+def read_without_settings(
     directory: str | Path, base: str | Path, alpha: float | None
 ) -> tuple[LoraConfig, TensorReader]:
-    """Rank and alpha of the adapters of a whole PeftModel, and a reader that has them alone, under
-    the names of an adapter's own file.
+    """Rank and alpha of adapters without settings, and a reader that has them alone, under the
+    names of an adapter's own file.
 
-    The other weights must be those of the model in the directory `base`. Raises ConversionError if
-    they are not, if `alpha` is None, which no file tells, and if there are no adapters.
+    Other weights beside them must be those of the model in the directory `base`. Raises
+    ConversionError if they are not, if `alpha` is None, which no file tells, and for no adapter or
+    several.
     """
-    reader = TensorReader(directory)
-    adapters = {
-        name: name.removesuffix(_LIVE) + ".weight"
-        for name in reader.names()
-        if name.endswith(_LIVE) and ".lora_" in name
-    }
-    if not adapters:
-        raise ConversionError(f"{directory} is a whole PeftModel without LoRA adapters")
     if alpha is None:
-        raise ConversionError(
-            f"{directory} is a whole PeftModel, whose files do not tell the alpha of its adapters; "
-            f"give --adapter-alpha (the released training script has {RELEASED_ALPHA})"
-        )
-    _hold_against_base(reader, reader.names() - adapters.keys(), TensorReader(base))
-    ranks = {reader.shape(name)[0] for name in adapters if ".lora_A." in name}
+        refuse_without_settings(directory)
+    assert alpha is not None
+    reader = TensorReader(directory, _FILES)
+    matches = {name: match for name in reader.names() if (match := _ADAPTER.fullmatch(name))}
+    called = sorted({match["adapter"] or "" for match in matches.values()})
+    if len(called) != 1:
+        found = f"those of {', '.join(called)}" if called else "no names with .lora_A and .lora_B"
+        raise ConversionError(f"{directory} must hold LoRA matrices of one adapter; it has {found}")
+    if frozen := reader.names() - matches.keys():
+        _hold_against_base(reader, frozen, TensorReader(base))
+    ranks = {reader.shape(name)[0] for name in matches if ".lora_A." in name}
     if len(ranks) != 1:
         raise ConversionError(f"{directory} has adapters of the ranks {sorted(ranks)}")
+    kind = "a whole PeftModel, the layout in which mPLUG-Owl's trainer leaves LoRA checkpoints and "
+    kind += "which transformers loads as a random model"
     _logger.warning(
-        "warning: %s is a whole PeftModel, the layout in which mPLUG-Owl's trainer leaves LoRA "
-        "checkpoints and which transformers loads as a random model. Its %d adapter tensors are "
-        "taken, with alpha %g; its other weights are those of %s",
+        "%s is %s. Its %d adapter tensors are taken, with alpha %g%s",
         directory,
-        len(adapters),
+        kind if frozen else "an adapter without settings",
+        len(matches),
         alpha,
-        base,
+        f"; its {len(frozen)} other tensors are those of {base}" if frozen else "",
     )
-    reader.rename(adapters)
+    reader.rename({name: f"{match['module']}.weight" for name, match in matches.items()})
     return LoraConfig(rank=ranks.pop(), alpha=alpha), reader
 
 

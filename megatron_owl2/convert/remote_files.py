@@ -36,6 +36,12 @@ _CLASSES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def model_class(layout: str) -> tuple[str, str]:
+    """Module and name of the model's class in the code of a layout."""
+    module, name = _CLASSES[layout]["config.json"]["AutoModelForCausalLM"].split(".")
+    return module, name
+
+
 def write_remote_code(directory: Path, layout: str) -> None:
     """The code that transformers 5 loads with trust_remote_code, added to a directory: the modules
     of its layout, and in the settings that are there the classes to take from them."""

@@ -139,10 +139,10 @@ class _Stored:
     dtype: torch.dtype | str
 
 
-def has_weights(directory: Path) -> bool:
-    """Whether a directory has a file of a model's weights, or an index of several."""
+def has_weights(directory: Path, files: Sequence[tuple[str, str]]) -> bool:
+    """Whether a directory has one of the `files`, or an index of several."""
     endings = ("", ".index.json")
-    return any((directory / f"{s}.{e}{more}").is_file() for s, e in MODEL_FILES for more in endings)
+    return any((directory / f"{s}.{e}{more}").is_file() for s, e in files for more in endings)
 
 
 def _found_instead(directory: Path) -> str:

@@ -20,7 +20,8 @@ from megatron_owl2.convert import adapters, hf_config, mapping
 from megatron_owl2.convert.hf_weights import read_hf
 from megatron_owl2.convert.lazy_tensor import LazyTensor, of_model
 from megatron_owl2.convert.megatron_io import read_checkpoint
-from megatron_owl2.convert.peft_models import is_peft_model, read_peft_model
+from megatron_owl2.convert.peft_models import lacks_settings, read_without_settings
+from megatron_owl2.convert.safetensors_io import ADAPTER_SETTINGS
 from megatron_owl2.data.tokenizer import load_tokenizer
 from megatron_owl2.errors import ConfigError, ConversionError, StorageError
 from megatron_owl2.mcore import setup
@@ -81,7 +82,7 @@ def from_released(
     attention_dropout, vocab_multiple and, in the layout "owl2", modality_split, if the branches
     that it shares are equal.
     The tokenizer is `tokenizer` or the directory's own, if any. `stage.lora` becomes that of the
-    adapters; `adapter_alpha` is for an `adapter` that is a whole PeftModel (peft_models.py). Raises
+    adapters; `adapter_alpha` is for an `adapter` without settings (peft_models.py). Raises
     ConversionError.
     """
     layout = layout or hf_config.find_layout(directory)
@@ -94,9 +95,13 @@ def from_released(
     if given is None:
         config.train.precision = _lossless_precision(tensors)
     if adapter is not None:
-        if is_peft_model(adapter):
-            whole = read_peft_model(adapter, directory, adapter_alpha)
-            config.stage.lora, found = adapters.adapt(*whole, config.model)
+        if lacks_settings(adapter):
+            bare = read_without_settings(adapter, directory, adapter_alpha)
+            config.stage.lora, found = adapters.adapt(*bare, config.model)
+        elif adapter_alpha is not None:
+            raise ConversionError(
+                f"{adapter} tells its alpha in {ADAPTER_SETTINGS}; leave out --adapter-alpha"
+            )
         else:
             config.stage.lora, found = adapters.read_adapter(adapter, config.model)
         return SourceModel(config, {name: tensors[name] for name in shapes} | found)

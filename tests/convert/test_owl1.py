@@ -10,12 +10,12 @@ import pytest
 import torch
 from hf_dirs import ABSTRACTOR, CLIP, LLAMA, OWL2
 from paths import DATA
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tool import run
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.config.schema import ModelConfig, RunConfig
-from megatron_owl2.convert.adapters import export_adapter
+from megatron_owl2.convert.adapters import export_adapter, read_adapter
 from megatron_owl2.convert.hf_config import read_clip, read_llama, read_model
 from megatron_owl2.convert.hf_weights import export_hf
 from megatron_owl2.convert.layouts import layout_of
@@ -140,6 +140,50 @@ def test_a_trainer_checkpoint_gives_its_adapters_and_says_so(tmp_path, caplog):
         assert torch.equal(source.tensors[name].read(), tensor.read())
 
 
+def rename(old, new):
+    def change(tensors):
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def only_adapters(tensors):
+    for name in [name for name in tensors if ".lora_" not in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rename(".default.", ".tuned."),
+        rename(".default.", "."),
+        rename("q_proj.weight", "q_proj.base_layer.weight"),
+        only_adapters,
+    ],
+)
+def test_later_trainers_checkpoints_are_read_too(change, tmp_path):
+    checkpoint = trainer_checkpoint(tmp_path / "checkpoint-20", change)
+    source = from_released(IMAGE, adapter=checkpoint, adapter_alpha=32)
+    wanted = from_released(IMAGE, adapter=ADAPTER)
+    assert source.config.stage.lora == wanted.config.stage.lora
+    assert all(
+        torch.equal(source.tensors[name].read(), tensor.read())
+        for name, tensor in wanted.tensors.items()
+    )
+
+
+def test_an_adapter_file_without_settings_needs_its_alpha_alone(tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(ADAPTER / "adapter_model.bin", tmp_path / "in")
+    source = from_released(IMAGE, adapter=tmp_path / "in", adapter_alpha=32)
+    assert source.config.stage.lora == from_released(IMAGE, adapter=ADAPTER).config.stage.lora
+    with pytest.raises(ConversionError, match="without adapter_config.json.*--adapter-alpha ALPHA"):
+        read_adapter(tmp_path / "in", source.config.model)
+    with pytest.raises(ConversionError, match="tells its alpha in adapter_config.json; leave out"):
+        from_released(IMAGE, adapter=ADAPTER, adapter_alpha=7)
+
+
 def damage(tensors):
     tensors[PREFIX + "query_tokens"][0, 0, 0] += 1
 
@@ -149,13 +193,19 @@ def drop(tensors):
         del tensors[name]
 
 
+def second(tensors):
+    for name in [name for name in tensors if ".lora_" in name]:
+        tensors[name.replace(".default.", ".other.")] = tensors[name]
+
+
 @pytest.mark.parametrize(
     ("change", "alpha", "message"),
     [
-        (lambda tensors: None, None, "do not tell the alpha.*released training script has 32"),
+        (lambda tensors: None, None, "tells their alpha .the released training script .* has 32"),
         (damage, 32.0, "was not trained from .*1 of its frozen weights differ.*query_tokens"),
         (lambda t: t.pop(PREFIX + "query_tokens"), 32.0, "1 are missing, such as query_tokens"),
-        (drop, 32.0, "without LoRA adapters"),
+        (drop, 32.0, "LoRA matrices of one adapter; it has no names with .lora_A"),
+        (second, 32.0, "of one adapter; it has those of default, other"),
     ],
 )
 def test_a_trainer_checkpoint_that_tells_too_little_is_refused(change, alpha, message, tmp_path):
@@ -243,6 +293,25 @@ def test_dropout_is_no_part_of_a_proof(tmp_path):
     setup.shutdown()
     results = list(compare(tmp_path / "ckpt", tmp_path / "out"))
     assert len(results) == 12 and all(result.passed for result in results)
+
+
+def test_a_checkpoint_is_proved_against_the_released_video_variant(tmp_path):
+    source = from_released(VIDEO)
+    source.config.model.tokenization = "turns"  # a run may choose its own
+    write_checkpoint(tmp_path / "ckpt", source.tensors, source.config)
+    setup.shutdown()
+    results = list(compare(tmp_path / "ckpt", VIDEO))
+    assert all(result.passed for result in results)
+    assert [result.check for result in results][-1] == "video, visual tokens"
+
+
+def test_a_weight_of_the_video_variant_that_is_missing_is_named(tmp_path):
+    shutil.copytree(VIDEO, tmp_path / "in")
+    tensors = load_file(VIDEO / "model.safetensors")
+    del tensors["temporal_query_tokens"]
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(ConversionError, match="(?s)missing: temporal_query_tokens$"):
+        from_released(tmp_path / "in")
 
 
 def test_the_recipe_is_the_released_model():

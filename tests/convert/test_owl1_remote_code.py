@@ -389,10 +389,11 @@ def test_a_new_model_starts_finite_and_small(video_directory):
         assert parameter.any() == weight, name
 
 
-def test_the_defaults_are_the_released_models(directory):
-    model_class = type(load(directory))
+def test_the_sizes_of_the_released_models(directory):
+    model_class, abstractor = type(load(directory)), {"intermediate_size": 2816}
     for temporal, count in ((False, 7_123_068_928), (True, 7_152_633_856)):
-        config = model_class.config_class(vision_config={"temporal": temporal})
+        sections = {"vision_config": {"temporal": temporal}, "visual_abstractor_config": abstractor}
+        config = model_class.config_class(**sections)
         with torch.device("meta"):
             model = model_class(config)
         assert sum(p.numel() for p in model.parameters()) == count

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -21,27 +22,17 @@ from megatron_owl2.convert.layouts import check_layout
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules, shared_branches
 from megatron_owl2.convert.megatron_io import read_checkpoint
+from megatron_owl2.convert.remote_files import model_class
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.errors import ConversionError
+from megatron_owl2.mcore import setup
 
 # Of fp32 on both sides; logits and losses where they are above 1, gradients of each parameter in
 # proportion to their size.
 LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4
-# The modelling code of an export, by layout.
-_MODULES = {"owl2": "modeling_mplug_owl2", "owl1": "modeling_mplug_owl"}
-_CLASSES = {"owl2": "MPLUGOwl2LlamaForCausalLM", "owl1": "MplugOwlForConditionalGeneration"}
 _TEXT = 24  # ids in an input, beside its images
-_SETTINGS = (
-    "vision",
-    "abstractor",
-    "decoder",
-    "template",
-    "tokenization",
-    "image_mean",
-    "image_std",
-    "image_mode",
-)
+_SETTINGS = ("vision", "abstractor", "decoder", "image_mean", "image_std")
 _RUN_ONLY = {
     "max_positions",
     "position_init_std",
@@ -98,14 +89,24 @@ def compare(
     common = {name: _common(stored[name].dtype, theirs[name].dtype) for name in theirs}
     _round(verification.model, common)
     if first:
-        other = _load_other(hf_directory, layout)
-        _round(other, {n: common[r.ours] for r in rules(layout, model) for n in r.theirs})
+        other = _load_other(hf_directory, layout, model)
+        rows = [rule for rule in rules(layout, model) if rule.ours in common]
+        _round(other, {name: common[rule.ours] for rule in rows for name in rule.theirs})
     for name, inputs in _inputs(model):
         # Ours first, since it refuses parallel sizes that the processes cannot carry.
         ours = verification.run(inputs, gradients=True)
         if first:
             theirs = _compute(other, model, layout, inputs)
             yield from _compare_computations(name, ours, theirs)
+    if model.vision.temporal and verification.model.pre_process:
+        frames = _frames(model)
+        with torch.no_grad():
+            tokens = verification.model.encode_images(frames.to(setup.device()), len(frames))
+        if first:
+            video = frames.transpose(0, 1).unsqueeze(0)
+            with torch.no_grad():
+                theirs = cast(Any, other).get_video_features(video)
+            yield _close("video, visual tokens", tokens.cpu(), theirs, LOGITS)
 
 
 def _differing_settings(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -172,13 +173,23 @@ def _inputs(model: ModelConfig) -> Iterator[tuple[str, dict[str, torch.Tensor]]]
         yield name, inputs
 
 
-def _load_other(directory: str | Path, layout: str) -> torch.nn.Module:
+def _frames(model: ModelConfig) -> torch.Tensor:
+    """A video of four frames, [4, 3, H, W]."""
+    size = model.vision.image_size
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1234))
+
+
+def _load_other(directory: str | Path, layout: str, model: ModelConfig) -> torch.nn.Module:
+    module, name = model_class(layout)
     try:
-        module = import_module(f"megatron_owl2.convert.remote_code.{layout}.{_MODULES[layout]}")
+        code = import_module(f"megatron_owl2.convert.remote_code.{layout}.{module}")
     except ImportError as error:
         raise ConversionError(f"this needs transformers 5 ({error}); pip install .[hf]") from None
-    model = getattr(module, _CLASSES[layout])
-    return model.from_pretrained(directory, dtype=torch.float32).eval()
+    kind = getattr(code, name)
+    config = kind.config_class.from_pretrained(directory)
+    if model.vision.temporal:  # which the released settings do not say
+        config.vision_config["temporal"] = True
+    return kind.from_pretrained(directory, config=config, dtype=torch.float32).eval()
 
 
 def _compute(
@@ -205,14 +216,18 @@ def _compute(
     return results
 
 
+def _close(check: str, ours: torch.Tensor, theirs: torch.Tensor, allowed: float) -> CheckResult:
+    apart = (ours - theirs).abs().max().item()
+    bound = allowed * max(1.0, theirs.abs().max().item())
+    passed = apart <= bound < float("inf")
+    return CheckResult(check, passed, f"apart by {apart:.2g}, allowed {bound:.2g}")
+
+
 def _compare_computations(
     name: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 ) -> Iterator[CheckResult]:
     for what, allowed in (("logits", LOGITS), ("loss", LOSS)):
-        apart = (ours[what] - theirs[what]).abs().max().item()
-        bound = allowed * max(1.0, theirs[what].abs().max().item())
-        passed = apart <= bound < float("inf")
-        yield CheckResult(f"{name}, {what}", passed, f"apart by {apart:.2g}, allowed {bound:.2g}")
+        yield _close(f"{name}, {what}", ours[what], theirs[what], allowed)
 
     names = [n for n in theirs if n.startswith("grad.")]
     norms = {n: theirs[n].norm().item() for n in names}

@@ -21,7 +21,7 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
 from megatron_owl2.convert.expand import Expanded, expand
-from megatron_owl2.convert.layouts import TEXT_TAKES_AN_IMAGE, layout_of
+from megatron_owl2.convert.layouts import layout_of, text_takes_an_image
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules
 from megatron_owl2.convert.partition import unshard
@@ -205,7 +205,7 @@ def _expand(
             attention_mask=inputs.get("attention_mask"),
             labels=labels,
             images_per_placeholder=None if counts is None else counts.tolist(),
-            text_takes_an_image=TEXT_TAKES_AN_IMAGE[layout_of(config.model)],
+            text_takes_an_image=text_takes_an_image(config.model),
             multiple_of=multiple_of,
         )
     except ValueError as error:
@@ -250,7 +250,7 @@ def _batch(inputs: dict[str, torch.Tensor], expanded: Expanded, config: RunConfi
     wanted = [len(order), 3, size, size]
     if images is None or list(images.shape) != wanted or not images.is_floating_point():
         owners = "one for each placeholder"
-        if TEXT_TAKES_AN_IMAGE[layout_of(config.model)]:
+        if text_takes_an_image(config.model):
             owners += " and one for each row without"
         found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
         raise ConversionError(f"images must be normalised floats {wanted}: {owners}; found {found}")

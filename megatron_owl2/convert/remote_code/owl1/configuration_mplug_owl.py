@@ -12,9 +12,10 @@ _VISION = {
     "layer_norm_eps": 1e-6,
     "temporal": False,
 }
+_RELEASED_SIZE = 2816  # of the abstractor's MLP, which the video variant takes as it is
 _ABSTRACTOR = {
     "hidden_size": 1024,
-    "intermediate_size": 2816,
+    "intermediate_size": 4096,
     "num_hidden_layers": 6,
     "num_attention_heads": 16,
     "attention_probs_dropout_prob": 0.1,  # the released class has it, and acts in training
@@ -25,9 +26,9 @@ _ABSTRACTOR = {
 class MplugOwlConfig(PreTrainedConfig):
     """Sizes of ViT and abstractor, dicts, and of the language model, a LlamaConfig.
 
-    The defaults are the released 7B model. `vision_config["temporal"]` says whether the model is
-    the video variant; released configurations do not name it. Raises ValueError for another
-    language model than LLaMA, and for an abstractor of another width than the ViT's.
+    The defaults are those of the released classes. `vision_config["temporal"]` says whether the
+    model is the video variant; released configurations do not name it. Raises ValueError for
+    another language model than LLaMA, and for an abstractor of another width than the ViT's.
     """
 
     model_type = "mplug-owl"
@@ -71,7 +72,7 @@ class MplugOwlConfig(PreTrainedConfig):
         """ViT and abstractor in the keys of version 2."""
         abstractor = dict(self.visual_abstractor_config)
         size = abstractor["intermediate_size"]
-        if self.vision_config["temporal"] and size != _ABSTRACTOR["intermediate_size"]:
+        if self.vision_config["temporal"] and size != _RELEASED_SIZE:
             # The released video code has two thirds of it, in whole 256s.
             abstractor["intermediate_size"] = -(-(2 * size // 3) // 256) * 256
         return {"visual_model": self.vision_config, "visual_abstractor": abstractor}
