@@ -69,9 +69,8 @@ def run(options: argparse.Namespace) -> int:
         lora = source.config.stage.lora
         export_adapter(source.tensors, source.config.model, lora, options.output, dtype=dtype)
         print(f"wrote {options.output}")
-        if (
-            layout_of(source.config.model) == "owl1"
-        ):  # whose released directories have another tokenization than training
+        # Released directories of version 1 are asked by other rules than they were trained by.
+        if layout_of(source.config.model) == "owl1":
             rules = source.config.model.tokenization
             print(f"it was trained with model.tokenization={rules}, which its model must name too")
         return 0

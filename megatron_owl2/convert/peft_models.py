@@ -47,7 +47,8 @@ def refuse_without_settings(directory: str | Path) -> None:
         raise ConversionError(
             f"{directory} holds adapters without {ADAPTER_SETTINGS}, which tells their alpha (the "
             f"released training script of mPLUG-Owl has {RELEASED_ALPHA}). Convert them with their "
-            f"model: owl2 convert-from-hf --owl1 MODEL --adapter {directory} --adapter-alpha ALPHA"
+            f"model: owl2 convert-from-hf --owl1 (or --owl2) MODEL --adapter {directory} "
+            "--adapter-alpha ALPHA"
         )
 
 

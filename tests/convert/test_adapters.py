@@ -253,7 +253,7 @@ def whole_numbers(tensors):
         (lambda f: edit_tensors(f, whole_numbers), "holds I32, wanted floating-point numbers"),
         (lambda f: edit_tensors(f, dict.clear), "holds no tensors"),
         (lambda f: (f / ADAPTER).unlink(), "holds no weights; looked for adapter_model"),
-        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
+        (lambda f: (f / "adapter_config.json").unlink(), "without adapter_config.json"),
     ],
 )
 def test_a_foreign_or_damaged_adapter_is_refused(tmp_path, small_adapter, damage, message):
