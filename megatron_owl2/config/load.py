@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_owl2.config.examples import locate
@@ -105,7 +105,10 @@ def merge(schema: type[T], layers: Sequence[Layer]) -> T:
     for where, tree in layers:
         _check_tree(tree, schema, where)
         for key in _emptied(tree, schema):
-            OmegaConf.update(known, key, {}, merge=False)
+            parent, _, name = key.rpartition(".")
+            section = OmegaConf.select(known, parent) if parent else known
+            with read_write(section):  # of a frozen dataclass, as a recipe's
+                section[name] = {}
         try:
             known = OmegaConf.unsafe_merge(known, OmegaConf.create(tree))  # copies nothing
         except OmegaConfBaseException as error:

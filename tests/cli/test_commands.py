@@ -130,7 +130,7 @@ def test_errors_are_one_line_and_a_code(arguments, code, message, tmp_path, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert-from-hf", "--output", "x"], "give either --owl2, or both"),
+        (["convert-from-hf", "--output", "x"], "give --owl2 or --owl1, or both"),
         (
             ["convert-to-hf", "--checkpoint", "c", "--output", "x", "--max-shard-gib", "0"],
             "positive",

@@ -186,6 +186,7 @@ def test_the_evaluation_asks_and_scores_a_variant_by_likelihood(tmp_path, monkey
     class Model(Likes):
         def __init__(self, loaded):
             super().__init__(lambda text: text != " B")
+            self.config = loaded.config
             shown.append(self)
 
     shown: list[Likes] = []

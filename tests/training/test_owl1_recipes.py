@@ -28,11 +28,15 @@ INPUTS = {  # shards: format and file of the corpus
 IMAGES = {"questions": "instructions", "captions": "instructions"}
 IMAGES |= {name: f"eval/{name}/images" for name in ("seen", "heldout")}
 STAGES = {  # ranks, recipe, overrides
-    "text": (1, "tiny/text", ["train.steps=60", "train.global_batch_size=32"]),
-    "pretrain": (2, "owl1_tiny/pretrain", ["train.steps=40", "validation.interval=20"]),
-    "finetune": (2, "owl1_tiny/finetune", ["train.steps=40", "validation.interval=20"]),
+    "text": (
+        1,
+        "tiny/text",
+        ["train.steps=40", "train.global_batch_size=32"],
+    ),
+    "pretrain": (2, "owl1_tiny/pretrain", ["train.steps=30", "validation.interval=15"]),
+    "finetune": (2, "owl1_tiny/finetune", ["train.steps=20", "validation.interval=20"]),
 }
-SHORT = ["validation.samples=40", "train.log_interval=20"]
+SHORT = ["validation.samples=20", "train.log_interval=5"]
 
 
 def shard(folder, name):
