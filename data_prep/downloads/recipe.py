@@ -1,15 +1,22 @@
 """Recipe of a mixture: its corpora, the number of samples and the filters of each."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.downloads.registry import CORPORA
 from data_prep.formats.registry import FORMATS
-from megatron_owl2.config.load import merge, read_yaml
-from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.config.templates import OWL2, TemplateName, Tokenization
+from megatron_owl2.config.load import load_config, merge, read_yaml
+from megatron_owl2.config.schema import RunConfig, SourceConfig
+from megatron_owl2.config.templates import (
+    OWL2,
+    TemplateName,
+    Tokenization,
+    check_trainable,
+    template_of,
+)
+from megatron_owl2.config.validate import check_groups
 from megatron_owl2.errors import ConfigError, PreprocessError
 from megatron_owl2.utils.suggest import did_you_mean
 
@@ -76,8 +83,7 @@ def read_recipe(path: Path) -> Recipe:
         recipe = merge(Recipe, [(str(path), tree)])
         merge(RunConfig, [(f"{path}, config", recipe.config)])
     except ConfigError as error:
-        said = str(error)
-        raise PreprocessError(said if str(path) in said else f"{path}: {said}") from None
+        raise _of_recipe(path, error) from None
     _require(len(recipe.sources) > 0, path, "sources", "a section of names with their sources")
     _require(recipe.hold_out >= 0, path, "hold_out", "0 or more")
     for name, source in recipe.sources.items():
@@ -86,10 +92,37 @@ def read_recipe(path: Path) -> Recipe:
         _check_options(path, f"sources.{name}.list.", source.list, LIST_OPTIONS)
         _check_options(path, f"sources.{name}.shards.", source.shards, SHARD_OPTIONS)
         _check_source(path, f"sources.{name}", source)
-        groups = recipe.config.get("data", {}).get("groups", {})
-        known = not groups or source.group in groups
-        _require(known, path, f"sources.{name}.group", " or ".join(groups))
+    try:
+        config = _training_config(path, recipe)
+        for name, source in recipe.sources.items():
+            known = source.group in (config.data.groups or [""])
+            groups = " or ".join(config.data.groups) or "absent without config.data.groups"
+            _require(known, path, f"sources.{name}.group", f"one of config.data.groups: {groups}")
+        check_groups(config)
+        check_trainable(template_of(recipe.template, recipe.tokenization))
+    except ConfigError as error:
+        raise _of_recipe(path, error) from None
     return recipe
+
+
+def _training_config(path: Path, recipe: Recipe) -> RunConfig:
+    """The configuration for training as far as the recipe says it, the groups of its sources among
+    it; raises ConfigError."""
+    own = (f"{path}, config", recipe.config)
+    layers = [own]
+    if recipe.extends is not None:
+        parent = path.parent / recipe.extends
+        layers = [(str(parent), asdict(load_config(parent))), own]
+    config = merge(RunConfig, layers)
+    config.data.sources = [
+        SourceConfig(path=name, group=source.group) for name, source in recipe.sources.items()
+    ]
+    return config
+
+
+def _of_recipe(path: Path, error: ConfigError) -> PreprocessError:
+    said = str(error)
+    return PreprocessError(said if str(path) in said else f"{path}: {said}")
 
 
 def _check_source(path: Path, where: str, source: Source) -> None:

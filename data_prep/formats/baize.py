@@ -25,8 +25,8 @@ def _as_conversation(entry: dict) -> dict:
     ]
     if not messages:
         raise SkipError("no [|Human|] and [|AI|]", shown(text))
-    if messages[-1]["from"] == "human" and not messages[-1]["value"].strip():
-        del messages[-1]  # where the next question would be
+    while messages and not messages[-1]["value"].strip():
+        del messages[-1]  # where the next question or its answer would be
     return entry | {"conversations": messages}
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_owl2.cli.command import Command, UsageError
+from megatron_owl2.errors import ScoreError
 
 
 def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,10 @@ def tally(options: argparse.Namespace) -> int:
     if options.figure:
         from megatron_owl2.plotting import ratings
 
-        ratings.draw(options.figure, table, raters.skills if raters else {})
+        try:
+            ratings.draw(options.figure, table, raters.skills if raters else {})
+        except OSError as error:
+            raise ScoreError(f"--figure {options.figure}: {error.strerror}") from None
     print(json.dumps(table, indent=1))
     return 0
 

@@ -10,7 +10,6 @@ from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.templates import check_trainable
 from megatron_owl2.config.validate_model import validate_model
 from megatron_owl2.config.validate_parallel import validate_parallel
-from megatron_owl2.utils.suggest import did_you_mean
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -113,20 +112,20 @@ def check_groups(config: RunConfig) -> None:
             require(
                 not source.group,
                 f"{where}, but data.groups is empty; say there how many samples of a batch the "
-                "group has, or leave it out",
+                "group has, or name the sources anew without group",
             )
             continue
-        hint = did_you_mean(source.group, data.groups)
         require(
             source.group in data.groups,
-            f"{where}, which data.groups does not have ({{}} has none); {hint}",
+            f"{where}, and data.groups has {', '.join(data.groups)}; give it one of these, or set "
+            "data.groups={} and no group of any source",
         )
     if not data.groups:
         return
     for name, count in data.groups.items():
         require(
             count >= 1,
-            f"data.groups.{name} is {count}; it must be at least 1, or data.groups {{}}",
+            f"data.groups.{name} is {count}; it must be at least 1, or leave the group out",
         )
         require(
             not data.sources or any(source.group == name for source in data.sources),

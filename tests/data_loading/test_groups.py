@@ -227,9 +227,12 @@ GROUPS = "data.groups={text: 2, multimodal: 6}"
     [
         (
             [GROUPS, f"data.sources=[{A}, {{path: b, group: multi}}]"],
-            r"have \({} has none\); did you mean 'multimodal'",
+            "has text, multimodal; give it one of these",
         ),
-        ([GROUPS, f"data.sources=[{A}, {{path: b}}]"], r"sources\[1\].group is '', which data.gr"),
+        (
+            [GROUPS, f"data.sources=[{A}, {{path: b}}]"],
+            r"sources\[1\].group is '', and data.groups has text",
+        ),
         ([f"data.sources=[{A}]"], "group is 'text', but data.groups is empty; say there how many"),
         ([GROUPS, f"data.sources=[{A}]"], "has 'multimodal', but none of data.sources; give one"),
         (["data.groups={text: 8, x: 0}", f"data.sources=[{A}]"], "data.groups.x is 0; it must be"),

@@ -124,8 +124,8 @@ def test_what_baize_cannot_be_cut_into_is_counted(tmp_path):
     assert skipped == {
         "no input with a dialogue": 2,
         "no [|Human|] and [|AI|]": 2,
-        "no turns": 2,
-        "empty turn": 2,
+        "no turns": 3,
+        "empty turn": 1,
         "human and gpt do not take turns": 1,
     }
 

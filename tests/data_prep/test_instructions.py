@@ -76,10 +76,16 @@ def test_the_recipe_of_version_1_has_its_counts_and_halves_of_a_step(tmp_path):
 def test_a_source_takes_its_group_into_the_configuration(folder):
     path = folder.parent / "recipe.yaml"
     tree = yaml.safe_load(path.read_text()) | {"hold_out": 0, "weights": "targets"}
-    tree["config"] = {"data": {"groups": {"text": 3, "images": 5}}}
+    tree["config"] = {
+        "data": {"groups": {"text": 3, "images": 5}},
+        "train": {"global_batch_size": 8},
+    }
     tree["sources"]["talk"]["group"] = "text"
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(PreprocessError, match="sources.captions.group must be images or text"):
+    with pytest.raises(
+        PreprocessError,
+        match="sources.captions.group must be one of config.data.groups: images or text",
+    ):
         read_recipe(path)
     tree["sources"]["captions"]["group"] = "images"
     path.write_text(yaml.safe_dump(tree))

@@ -280,3 +280,31 @@ def test_steps_hold_every_option_of_the_recipe(tmp_path):
     assert steps["download"] == f"bash {tmp_path}/lists/a/download.sh {tmp_path}/pictures/a"
     assert "--min-score similarity=0.3 --min-score aesthetic=4.5 --max-side 448" in steps["shards"]
     assert steps["shards"].endswith("--sample 10 --seed 3 --shard-size 5 --workers 6")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"groups": {"text": 8}}, r"sources\.a\.group must be one of config\.data\.groups: text"),
+        ({"group": "text"}, r"sources\.a\.group must be one of .*: absent without"),
+        ({"group": "text", "groups": {"text": 7}}, "data.groups adds up to 7 samples of a batch"),
+        (
+            {"group": "text", "groups": {"text": 8}, "packing": True},
+            "data.groups counts samples, of which a packed row has several",
+        ),
+        ({"tokenization": "official_train"}, "looks for the words of model.template owl1"),
+        (
+            {"tokenization": "official_inference", "template": "owl1"},
+            "official_inference asks only",
+        ),
+    ],
+)
+def test_what_training_would_refuse_is_refused_at_once(recipe, message, tmp_path):
+    data = {key: recipe.pop(key) for key in ("groups", "packing") if key in recipe}
+    source = {"format": "alpaca", "input": "a.json", "target": 5}
+    source |= {key: recipe.pop(key) for key in ("group",) if key in recipe}
+    (tmp_path / "base.yaml").write_text("train: {global_batch_size: 8, micro_batch_size: 1}\n")
+    tree = {"extends": "base.yaml", "sources": {"a": source}, "config": {"data": data}, **recipe}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(PreprocessError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
