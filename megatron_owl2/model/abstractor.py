@@ -72,10 +72,11 @@ class Abstractor(nn.Module):
             positions = positions.unsqueeze(1)
         for layer in self.layers:
             queries = self.layers(layer, queries, features, positions, image_keys)
-        spatial, *temporal = queries.transpose(0, 1).split(self.query_embeds.shape[1], dim=1)
+        spatial, *temporal = queries.split(self.query_embeds.shape[1])
         tokens = self.visual_fc(spatial)
         for part in temporal:
             tokens = tokens + self.temporal_fc(part)
+        tokens = tokens.transpose(0, 1)
         return torch.cat([tokens, self.vit_eos.expand(len(tokens), -1, -1)], dim=1)
 
 
