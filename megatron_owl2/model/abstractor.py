@@ -145,8 +145,13 @@ class AbstractorLayer(nn.Module):
     ) -> torch.Tensor:
         if image_keys is None:
             return attend(query, key, value)
-        keep = partial(keep_probabilities, image_keys, first_head=self.first_head, name=self.name)
-        keep = partial(keep, dropout=self.dropout)
+        keep = partial(
+            keep_probabilities,
+            image_keys,
+            first_head=self.first_head,
+            name=self.name,
+            dropout=self.dropout,
+        )
         return attend_dropping(query, key, value, keep, self.dropout)
 
 
