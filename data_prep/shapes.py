@@ -32,7 +32,7 @@ from data_prep.toy_corpus import formats, world
 from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import PreprocessError
 
-VERSION = 6  # raised whenever the same parameters give other bytes
+VERSION = 7  # raised whenever the same parameters give other bytes
 VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
 _IMAGES_PER_TASK = 250
 
@@ -110,7 +110,8 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
         tqdm(total=total, desc="shapes", unit=" samples") as progress,
         _renderer(seed, workers, progress.update) as render,
     ):
-        pixels = formats.write_pairs(folder / "pairs", render("pairs", parameters.pairs), record)
+        pairs = render("pairs", parameters.pairs)
+        pixels = formats.write_pairs(folder / "pairs", pairs, seed, record)
         formats.write_instructions(
             folder / "instructions", render("instructions", parameters.instructions), seed, record
         )
@@ -147,7 +148,7 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             "text/sharegpt_instructions": parameters.texts,
             "eval/seen": parameters.eval,
             "eval/heldout": held_out_images,
-            "eval/text": parameters.eval // 2,
+            "eval/text": sum(found.total() for found in record.answers["eval/text"].values()),
         },
         "answers": record.statistics(),
         # Images of eval/seen are new; with so few kinds of scenes, what they show may not be.

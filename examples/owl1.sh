@@ -35,9 +35,9 @@ import_parts() {
         --config "$CONFIGS/pretrain.yaml" --output checkpoints/start
 }
 
-pretrain() { run_stages 2 pretrain; }
+pretrain() { run_stage 2 pretrain; }
 
-finetune() { run_stages 2 finetune; }
+finetune() { run_stage 2 finetune; }
 
 export_model() {
     rm -rf model adapter checkpoints/merged scores # which are of the model before
@@ -59,11 +59,7 @@ evaluate() {
         for task in vqav2 pope caption; do
             echo --task $task --data corpus/eval/$set --output scores/$set-$task
         done
-    done | xargs -P 2 -L 1 python "$TOOLS/evaluate.py" --checkpoint model --min-new-tokens 1 \
-        2>logs/evaluate.stderr >logs/evaluate.stdout || {
-        cat logs/evaluate.stderr >&2
-        return 1
-    }
+    done | two_at_a_time evaluate.py --checkpoint model --min-new-tokens 1
 }
 
 report() {

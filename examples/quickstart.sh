@@ -3,6 +3,7 @@
 # pre-training, instruction tuning, export to Hugging Face, answers, scores.
 #
 #     bash examples/quickstart.sh [DIRECTORY]        (default: runs/quickstart)
+#     SEED=7 bash examples/quickstart.sh runs/seven  (another start and another order of the data)
 #
 # Steps that are done are not done again; a step that was interrupted goes on or starts over. To
 # start from the beginning, remove DIRECTORY.
@@ -21,44 +22,46 @@ export PATH="$VENV/bin:$PATH"
 # shellcheck source=SCRIPTDIR/steps.sh
 source "$ROOT/examples/steps.sh"
 
-shard() { # shard NAME FORMAT INPUT [options]
-    local name=$1 format=$2 input=$3
-    shift 3
-    python "$TOOLS/preprocess_data.py" --format "$format" --input "corpus/$input" \
-        --output "shards/$name" "$@"
-}
-
-make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus; }
+make_corpus() { python "$ROOT/data_prep/shapes.py" --output corpus --workers 2; }
 
 make_shards() {
-    local set images=(--images corpus/instructions)
-    shard pairs img2dataset pairs
-    shard documents documents text/documents.jsonl
-    shard text_start conversations text/sharegpt_start.json
-    for set in seen heldout; do
-        shard "$set" coco "eval/$set/captions_val.json" --images "corpus/eval/$set/images"
-    done
-    instructions questions instructions/llava_shapes.json "${images[@]}"
-    instructions captions instructions/llava_captions.json "${images[@]}"
-    instructions two_images instructions/llava_two_images.json "${images[@]}"
-    instructions text text/sharegpt_instructions.json
+    local set images="--images corpus/instructions"
+    # What is packed into rows is measured with the tokenizer.
+    local measure="--tokenizer corpus/tokenizer/tokenizer.model"
+    {
+        shard pairs img2dataset pairs "$measure"
+        instructions questions instructions/llava_shapes.json "$measure $images"
+        instructions captions instructions/llava_captions.json "$measure $images"
+        instructions two_images instructions/llava_two_images.json "$measure $images"
+        instructions text text/sharegpt_instructions.json "$measure"
+        shard documents documents text/documents.jsonl "$measure"
+        shard text_start conversations text/sharegpt_start.json "$measure"
+        for set in seen heldout; do
+            shard $set coco eval/$set/captions_val.json "--images corpus/eval/$set/images"
+        done
+    } | two_at_a_time preprocess_data.py
 }
 
-instructions() { # instructions NAME INPUT [options]: for training, and 200 samples for validation
-    local name=$1 input=$2
-    shift 2
-    # What instruction tuning packs into rows is measured with the tokenizer.
-    set -- "$@" --tokenizer corpus/tokenizer/tokenizer.model --hold-out 200
-    shard "$name" conversations "$input" "$@"
-    shard "validation/$name" conversations "$input" "$@" --only-held-out
+shard() { # shard NAME FORMAT INPUT OPTIONS
+    echo "--format $2 --input corpus/$3 --output shards/$1 $4"
 }
 
-start_parts() { run_stages 1 vision text; }
+instructions() { # instructions NAME INPUT OPTIONS: for training, and 200 samples for validation
+    shard "$1" conversations "$2" "$3 --hold-out 200"
+    shard "validation/$1" conversations "$2" "$3 --hold-out 200 --only-held-out"
+}
+
+start_parts() {
+    start_stage 1 vision
+    run_stage 1 text
+    run_stage 1 chat
+    finish_stage vision
+}
 
 write_parts() { # as the published CLIP and LLaMA-2 directories look
     rm -rf start
     python "$TOOLS/convert_to_hf.py" --checkpoint runs/vision --layout clip --output start/clip
-    python "$TOOLS/convert_to_hf.py" --checkpoint runs/text --layout llama --output start/llama
+    python "$TOOLS/convert_to_hf.py" --checkpoint runs/chat --layout llama --output start/llama
 }
 
 import_parts() {
@@ -67,9 +70,9 @@ import_parts() {
         --config "$CONFIGS/pretrain.yaml" --output checkpoints/start
 }
 
-pretrain() { run_stages 2 pretrain; }
+pretrain() { run_stage 2 pretrain; }
 
-finetune() { run_stages 2 finetune; }
+finetune() { run_stage 2 finetune; }
 
 export_model() {
     rm -rf model scores # which are of the model before
@@ -83,7 +86,7 @@ answer() { # the exported model, on images it has never seen
     ask 000000000003 "how many shapes are there ?"
 }
 
-evaluate() { # two at a time; "heldout" has colour-shape pairs that no training image has
+evaluate() { # "heldout" has colour-shape pairs that no training image has
     local set
     {
         for set in seen heldout; do
@@ -93,16 +96,12 @@ evaluate() { # two at a time; "heldout" has colour-shape pairs that no training 
             done
         done
         echo --task text --data corpus/eval/text/sharegpt_text.json --output scores/text
-    } | xargs -P 2 -L 1 python "$TOOLS/evaluate.py" --checkpoint model --min-new-tokens 1 \
-        2>logs/evaluate.stderr >logs/evaluate.stdout || {
-        cat logs/evaluate.stderr >&2
-        return 1
-    }
+    } | two_at_a_time evaluate.py --checkpoint model --min-new-tokens 1
 }
 
 report() {
     local task arguments=()
-    for stage in vision text pretrain finetune; do arguments+=(--run "$stage=runs/$stage"); done
+    for stage in vision text chat pretrain finetune; do arguments+=(--run "$stage=runs/$stage"); done
     for task in vqav2 pope caption; do
         for set in seen heldout; do
             arguments+=(--evaluation "$set=scores/$set-$task")

@@ -25,22 +25,33 @@ step() { # step NAME WHAT FUNCTION: run FUNCTION unless it is done, and note the
     echo "   $(cat "done/$name") s"
 }
 
-run_stages() { # run_stages PROCESSES NAME...: stages side by side, each from its last checkpoint
-    local processes=$1 name failed=0
-    declare -A running
+declare -A running # processes of stages by name
+start_stage() { # start_stage PROCESSES NAME: in the background, from its last checkpoint
+    (exec torchrun --standalone --nproc-per-node "$1" -m megatron_owl2.train \
+        --config "$CONFIGS/$2.yaml" ${SEED:+train.seed=$SEED data.seed=$SEED} \
+        2>"logs/$2.stderr") &
+    running[$2]=$!
+}
+
+finish_stage() { # finish_stage NAME
+    wait "${running[$1]}" || {
+        tail -n 40 "logs/$1.stderr" >&2
+        return 1
+    }
+}
+
+run_stage() { # run_stage PROCESSES NAME
+    start_stage "$1" "$2"
+    finish_stage "$2"
+}
+
+two_at_a_time() { # two_at_a_time TOOL OPTIONS: a tool for each line of the input, its further options
+    local tool=$1
     shift
-    for name in "$@"; do
-        (exec torchrun --standalone --nproc-per-node "$processes" -m megatron_owl2.train \
-            --config "$CONFIGS/$name.yaml" 2>"logs/$name.stderr") &
-        running[$name]=$!
-    done
-    for name in "$@"; do
-        wait "${running[$name]}" || {
-            failed=1
-            tail -n 40 "logs/$name.stderr" >&2
-        }
-    done
-    return $failed
+    xargs -P 2 -L 1 python "$TOOLS/$tool" "$@" 2>"logs/$tool.stderr" >"logs/$tool.stdout" || {
+        cat "logs/$tool.stderr" >&2
+        return 1
+    }
 }
 
 ask() { # ask IMAGE QUESTION: the exported model, about an image it has never seen

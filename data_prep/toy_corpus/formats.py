@@ -5,7 +5,6 @@ and POPE (eval).
 All bytes are a function of the arguments: no time stamps, no host names.
 """
 
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -20,7 +19,7 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from data_prep.toy_corpus import language, world
+from data_prep.toy_corpus import language, texts, world
 
 SHARD_SIZE = 10_000  # img2dataset's default
 CAPTION_EVERY = 3  # every third instruction image also asks for a caption
@@ -74,7 +73,7 @@ class AnswerRecord:
 
 
 def write_pairs(
-    folder: Path, rendered: Iterable[RenderedScene], answer_record: AnswerRecord
+    folder: Path, rendered: Iterable[RenderedScene], seed: int, answer_record: AnswerRecord
 ) -> dict:
     """Writer of img2dataset's shards and stats; returns {image_mean, image_std} of the pixels.
 
@@ -89,7 +88,11 @@ def write_pairs(
             break
         with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for i, (scene, jpeg) in enumerate(samples):
+                # Half are told in free order, as captions of the web are.
                 caption = language.caption(scene)
+                if i % 2:
+                    rng = random.Random(f"{seed}/pairs/{SHARD_SIZE * shard + i}/caption")
+                    caption = language.retelling(scene, rng)
                 answer_record.texts.append(caption)
                 answer_record.captions["pairs"].append(caption)
                 _add_pair(tar, f"{shard:05d}{i:04d}", caption, jpeg)
@@ -174,8 +177,8 @@ def write_texts(
     records = []
     for i in range(number):
         rng = random.Random(f"{seed}/text/{path.stem}/{i}")
-        skill = rng.choices(language.TEXT_SKILLS, (70, 10, 10, 10))[0]
-        dialogue = language.text_dialogue(skill, rng)
+        skill = rng.choices(texts.TEXT_SKILLS, (70, 10, 10, 10))[0]
+        dialogue = texts.text_dialogue(skill, rng)
         turns = language.with_hint(dialogue, rng)
         answer_record.add_questions(f"text/{path.stem}", dialogue)
         answer_record.add_dialogue(turns)
@@ -194,7 +197,7 @@ def write_documents(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for i in range(number):
-            text = language.document(random.Random(f"{seed}/text/{path.stem}/{i}"))
+            text = texts.document(random.Random(f"{seed}/text/{path.stem}/{i}"))
             answer_record.texts.append(text)
             file.write(json.dumps({"text": text}) + "\n")
             tick()
@@ -244,16 +247,21 @@ def write_eval(
 
 
 def write_text_eval(path: Path, number: int, seed: int, answer_record: AnswerRecord) -> None:
-    """Writer of `number` ShareGPT dialogues of one question; `skill` names the text skill."""
+    """Writer of ShareGPT dialogues of one question on `number` contexts; `skill` names the skill.
+
+    Half of the contexts are scenes, which are asked one question of each skill, as images are.
+    """
     path.parent.mkdir(parents=True)
     records = []
     for i in range(number):
-        skill = language.TEXT_SKILLS[i % len(language.TEXT_SKILLS)]
+        others = len(texts.TEXT_SKILLS) - 1
+        skill = texts.SCENE if i % 2 else texts.TEXT_SKILLS[1 + i // 2 % others]
         rng = random.Random(f"{seed}/eval/text/{i}")
-        question = language.text_dialogue(skill, rng, evaluation=True)[0]
-        answer_record.add_questions("eval/text", [dataclasses.replace(question, skill=skill)])
-        turns = [(question.text, question.answer)]
-        records.append({"id": f"text_{i}", "skill": skill} | _conversations(turns))
+        questions = texts.evaluation_questions(skill, rng)
+        answer_record.add_questions("eval/text", questions)
+        for n, question in enumerate(questions):
+            row = {"id": f"text_{i}_{n}", "skill": question.skill}
+            records.append(row | _conversations([(question.text, question.answer)]))
     _write_json(path, records)
 
 

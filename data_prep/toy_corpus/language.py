@@ -1,10 +1,9 @@
-"""Language of the embedded corpus: captions, questions, text dialogues about its scenes."""
+"""Language of the embedded corpus about its scenes: captions, retellings, questions, dialogues."""
 
 import random
-import zlib
 from dataclasses import dataclass
 
-from data_prep.toy_corpus.world import COLORS, PAIRS, POSITIONS, TRAINING_PAIRS, Scene, sample_scene
+from data_prep.toy_corpus.world import COLORS, PAIRS, POSITIONS, TRAINING_PAIRS, Scene
 
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
 ANSWER_HINT = "Answer the question using a single word or phrase."
@@ -12,9 +11,7 @@ ANSWER_HINT = "Answer the question using a single word or phrase."
 # space, and a user leaves it out: one third of the dialogues each.
 _HINTS = (f"\n{ANSWER_HINT}", f" {ANSWER_HINT}", "")
 
-TEXT_SKILLS = ("scene", "reversal", "mixing", "prices")
-MAX_TURNS = 4
-DOCUMENT_QUESTIONS = 5
+MAX_TURNS = 6
 _BOTH = 0.25  # share of the dialogues on two images with a question about both
 # A skill's tickets in the draw for a dialogue's turns: the more, the earlier and the more often.
 _TICKETS = {
@@ -22,20 +19,11 @@ _TICKETS = {
     "shape": 3,
     "count": 1,
     "count by colour": 1,
-    "relation": 2,
-    "existence": 2,
+    "location": 1,
+    "relation": 3,
+    "existence": 3,
     "letter": 1,
 }
-
-_THINGS = ("book", "cup", "door", "fish", "hat", "pen", "sun", "tree")
-_MIXTURES = (
-    ("red", "yellow", "orange"),
-    ("blue", "yellow", "green"),
-    ("red", "blue", "purple"),
-    ("blue", "green", "cyan"),
-    ("red", "white", "pink"),
-    ("black", "white", "gray"),
-)
 
 
 @dataclass(frozen=True)
@@ -51,11 +39,28 @@ class Question:
 
 def caption(scene: Scene) -> str:
     """Caption in reading order, position first: "top left red circle , top right letter B ."."""
-    parts = {s.cell: f"{POSITIONS[s.cell]} {s.color} {s.shape}" for s in scene.shapes}
+    parts = _things(scene)
+    return " , ".join(" ".join(parts[cell]) for cell in sorted(parts)) + " ."
+
+
+def retelling(scene: Scene, rng: random.Random) -> str:
+    """Caption in free order, of the things and of the words for each: "letter B top right , red top
+    left circle ."
+
+    Whoever predicts it from another telling must find each thing by whatever comes first of it.
+    """
+    parts = list(_things(scene).values())
+    rng.shuffle(parts)
+    return " , ".join(" ".join(rng.sample(words, len(words))) for words in parts) + " ."
+
+
+def _things(scene: Scene) -> dict[int, list[str]]:
+    """Words for the thing in each cell, position first."""
+    things = {s.cell: [POSITIONS[s.cell], s.color, s.shape] for s in scene.shapes}
     if scene.letter is not None:
         cell = scene.letter.cell
-        parts[cell] = f"{POSITIONS[cell]} letter {scene.letter.text}"
-    return " , ".join(parts[cell] for cell in sorted(parts)) + " ."
+        things[cell] = [POSITIONS[cell], f"letter {scene.letter.text}"]
+    return things
 
 
 def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Question]]:
@@ -71,6 +76,7 @@ def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Ques
         "shape": [q for i in subjects for q in _shape_questions(scene, i)],
         "count": [_count_question(scene)],
         "count by colour": _color_count_questions(scene, rng),
+        "location": _location_questions(scene),
         "relation": _relation_questions(scene),
         "existence": [q for i in subjects for q in _existence_questions(scene, i, rng)],
         "letter": [],
@@ -83,7 +89,7 @@ def candidate_questions(scene: Scene, rng: random.Random) -> dict[str, list[Ques
 
 
 def dialogue(scene: Scene, rng: random.Random) -> list[Question]:
-    """Up to four different questions, none answered already by the turns before it."""
+    """Up to six different questions, none answered already by the turns before it."""
     candidates = candidate_questions(scene, rng)
     turns: list[Question] = []
     told: frozenset = frozenset()
@@ -168,14 +174,33 @@ def _color_count_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return questions
 
 
+def _location_questions(scene: Scene) -> list[Question]:
+    questions = []
+    for i, shape in enumerate(scene.shapes):
+        if (name := _name(scene, i)) is not None:
+            asks = frozenset({("location", i)})
+            tells = asks | _told_by(name, i)
+            text = f"where is the {name} ?"
+            questions.append(Question("location", text, POSITIONS[shape.cell], asks, tells))
+    if scene.letter is not None:
+        asks = frozenset({("location", "letter")})
+        answer = POSITIONS[scene.letter.cell]
+        questions.append(Question("location", "where is the letter ?", answer, asks, asks))
+    return questions
+
+
+def _told_by(name: str, i: int) -> set:
+    """Facts that the name of shape `i` gives away."""
+    return {("shape", i), ("color", i)} if " " in name else {("shape", i)}
+
+
 def _relation_questions(scene: Scene) -> list[Question]:
     """Questions where one thing is relative to another in its row or column; diagonals would be
     ambiguous."""
     named = []
     for i, shape in enumerate(scene.shapes):
         if (name := _name(scene, i)) is not None:
-            told = {("shape", i)} if name == shape.shape else {("shape", i), ("color", i)}
-            named.append((shape.cell, name, told))
+            named.append((shape.cell, name, _told_by(name, i)))
     if scene.letter is not None:
         named.append((scene.letter.cell, "letter", set()))
     questions = []
@@ -207,74 +232,3 @@ def _existence_questions(scene: Scene, i: int, rng: random.Random) -> list[Quest
         Question("existence", f"is there a {color} {shape} ?", "yes", facts, facts),
         Question("existence", f"is there a {wrong} ?", "no", facts),
     ]
-
-
-def text_dialogue(skill: str, rng: random.Random, evaluation: bool = False) -> list[Question]:
-    """Dialogue without an image for one of TEXT_SKILLS; its first question carries the context.
-
-    One context in eight is kept for evaluation and never occurs with `evaluation` False. Colour
-    mixing is the exception: it is knowledge, which can only be asked for as it was taught.
-    """
-    while True:
-        context, turns = _TEXT_SKILLS[skill](rng)
-        if skill == "mixing" or _is_reserved(context) == evaluation:
-            break
-    first = Question(turns[0].skill, f"{context} {turns[0].text}", turns[0].answer)
-    return [first, *turns[1:]]
-
-
-def document(rng: random.Random) -> str:
-    """Plain text of a scene and questions with answers about it; never a scene that is kept for
-    evaluation."""
-    while True:
-        scene = sample_scene(rng)
-        context = caption(scene)
-        if not _is_reserved(context):
-            break
-    questions = [q for found in candidate_questions(scene, rng).values() for q in found]
-    asked = rng.sample(questions, min(DOCUMENT_QUESTIONS, len(questions)))
-    return " ".join([context, *(f"{q.text} {q.answer} ." for q in asked)])
-
-
-def _is_reserved(context: str) -> bool:
-    return zlib.crc32(context.encode()) % 8 == 0
-
-
-def _text_scene(rng: random.Random) -> tuple[str, list[Question]]:
-    scene = sample_scene(rng)
-    return caption(scene), dialogue(scene, rng)
-
-
-def _reversal(rng: random.Random) -> tuple[str, list[Question]]:
-    words = rng.sample(_THINGS, rng.choice((2, 3, 3, 3)))
-    turns = [Question("reversal", "what is the reverse ?", " ".join(reversed(words)))]
-    return " ".join(words) + " .", turns
-
-
-def _mixing(rng: random.Random) -> tuple[str, list[Question]]:
-    *parts, result = rng.choice(_MIXTURES)
-    rng.shuffle(parts)
-    return f"mix {parts[0]} and {parts[1]} .", [Question("mixing", "what color is it ?", result)]
-
-
-def _prices(rng: random.Random) -> tuple[str, list[Question]]:
-    things, prices = rng.sample(_THINGS, 2), rng.sample(range(1, 10), 2)
-    cheap, dear = sorted(things, key=lambda thing: prices[things.index(thing)])
-    asked = rng.randrange(2)
-    turns = [
-        Question("prices", f"what does the {things[asked]} cost ?", str(prices[asked])),
-        Question(
-            "prices", *rng.choice((("what costs more ?", dear), ("what costs less ?", cheap)))
-        ),
-    ]
-    rng.shuffle(turns)
-    context = f"a {things[0]} costs {prices[0]} , a {things[1]} costs {prices[1]} ."
-    return context, turns
-
-
-_TEXT_SKILLS = {
-    "scene": _text_scene,
-    "reversal": _reversal,
-    "mixing": _mixing,
-    "prices": _prices,
-}

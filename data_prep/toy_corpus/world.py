@@ -95,6 +95,15 @@ def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
     return Scene(tuple(sorted(shapes, key=lambda shape: shape.cell)), letter)
 
 
+def sample_crowd(rng: random.Random) -> Scene:
+    """Random scene for a text: two shapes or three, and a letter in half of them."""
+    number, with_letter = rng.choice((2, 3)), rng.random() < 0.5
+    cells = rng.sample(range(4), number + with_letter)
+    letter = Letter(cells[-1], rng.choice(LETTERS)) if with_letter else None
+    shapes = (Shape(cell, *rng.choice(TRAINING_PAIRS)) for cell in cells[:number])
+    return Scene(tuple(sorted(shapes, key=lambda shape: shape.cell)), letter)
+
+
 def draw_image(seed: int, split: str, index: int, held_out: bool = False) -> tuple[Scene, bytes]:
     """Image number `index` of a split as (scene, JPEG bytes); depends on the arguments only."""
     rng = random.Random(f"{seed}/{split}/{index}")
