@@ -16,5 +16,5 @@ if [ "${1:-}" = unit ]; then
         -m "not distributed and not slow and not slurm and not gpu" "$@"
 fi
 "$VENV/bin/pyright"
-"$VENV/bin/shellcheck" --external-sources examples/*.sh slurm/*.sh tests/*.sh tests/*/*.sh .ci/run
+"$VENV/bin/shellcheck" --external-sources examples/*.sh examples/*/*.sh slurm/*.sh tests/*.sh tests/*/*.sh .ci/run
 exec "$VENV/bin/pytest" --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

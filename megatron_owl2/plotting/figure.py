@@ -160,7 +160,8 @@ def _curves(box, curves: Sequence[LossCurves]) -> None:
 
 
 def _bars(box, scores: Scores) -> None:
-    box.suptitle("Accuracy per skill, %", x=0.01, ha="left", fontweight="bold")
+    title = "Accuracy per skill, % (below each: questions of the sets)"
+    box.suptitle(title, x=0.01, ha="left", fontweight="bold")
     axis = box.subplots()
     skills = list(dict.fromkeys(skill for rows in scores.values() for skill in rows))
     width = 0.8 / len(scores)
@@ -186,7 +187,12 @@ def _bars(box, scores: Scores) -> None:
                 if i == 0
                 else None,
             )
-    axis.set_xticks(range(len(skills)), skills, color=_INK)
+    questions = [
+        dict.fromkeys(str(rows[skill].n) for rows in scores.values() if skill in rows)
+        for skill in skills
+    ]
+    labels = [f"{skill}\n{', '.join(n)}" for skill, n in zip(skills, questions, strict=True)]
+    axis.set_xticks(range(len(skills)), labels, color=_INK, fontsize=8)
     axis.tick_params(axis="x", length=0)
     axis.set_ylim(0, 112)
     axis.set_yticks(range(0, 101, 25))

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.shapes import VOCAB_SIZE
-from data_prep.toy_corpus import language as language
+from data_prep.toy_corpus import language
+from data_prep.toy_corpus import texts as toy_texts
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -19,8 +20,8 @@ def corpus(number: int) -> list[str]:
     rng = random.Random(0)
     texts = [f"USER: {language.CAPTION_REQUEST} ASSISTANT: top left letter A ."] * (number // 10)
     for i in range(number):
-        skill = language.TEXT_SKILLS[i % 4]
-        turns = language.with_hint(language.text_dialogue(skill, rng), rng)
+        skill = toy_texts.TEXT_SKILLS[i % 4]
+        turns = language.with_hint(toy_texts.text_dialogue(skill, rng), rng)
         texts.append(" ".join(f"USER: {q} ASSISTANT: {a}" for q, a in turns))
     return texts
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep import shapes
 from data_prep.toy_corpus import formats as shapes_formats
-from data_prep.toy_corpus import language, world
+from data_prep.toy_corpus import language, texts, world
 
 pytestmark = pytest.mark.slow
 
@@ -55,16 +55,29 @@ def dialogue_of(record: dict) -> list[tuple[str, str]]:
 # An oracle of its own: it reads the caption and works out the answer from that alone.
 
 
-def parse(caption: str) -> dict[tuple[int, int], tuple[str, str]]:
+Things = dict[tuple[int, int], tuple[str, str]]
+
+
+def parse(caption: str) -> Things:
     """{(row, column): (colour, shape) or ("letter", L)}."""
-    assert caption.endswith(" .")
-    scene = {}
-    for part in caption.removesuffix(" .").split(" , "):
-        vertical, horizontal, first, second = part.split()
-        place = ("top", "bottom").index(vertical), ("left", "right").index(horizontal)
-        assert place not in scene
-        scene[place] = (first, second)
+    scene = parse_free(caption)
     assert list(scene) == sorted(scene), "captions go in reading order"
+    said = [part.split()[0] in ("top", "bottom") for part in caption.split(" , ")]
+    assert all(said), "captions name the position first"
+    return scene
+
+
+def parse_free(telling: str) -> Things:
+    """The same of a telling in any order."""
+    assert telling.endswith(" .")
+    scene = {}
+    for part in telling.removesuffix(" .").split(" , "):
+        words = part.split()
+        at = next(i for i, word in enumerate(words) if word in ("top", "bottom"))
+        vertical, horizontal, others = *words[at : at + 2], words[:at] + words[at + 2 :]
+        place = ("top", "bottom").index(vertical), ("left", "right").index(horizontal)
+        assert place not in scene and len(others) == 2
+        scene[place] = tuple(sorted(others, key=[*world.COLORS, "letter", *others].index))
     return scene
 
 
@@ -100,6 +113,9 @@ def answer(caption: str, question: str) -> str:
         if row == other_row:
             return "left" if column < other_column else "right"
         return "above" if row < other_row else "below"
+    if match := re.fullmatch(r"where is the (.+) \?", question):
+        row, column = place_of(match[1])
+        return f"{('top', 'bottom')[row]} {('left', 'right')[column]}"
     assert question == "what letter is there ?"
     return only(second for first, second in scene.values() if first == "letter")
 
@@ -126,7 +142,10 @@ def test_pairs_are_an_img2dataset_folder(corpus):
         key = f"{i:09d}"
         image, text = members[f"{key}.jpg"], members[f"{key}.txt"].decode()
         scene, jpeg = world.draw_image(SMALL.seed, "pairs", i)
-        assert (image, text) == (jpeg, language.caption(scene))
+        assert image == jpeg
+        if i % 2 == 0:
+            assert text == language.caption(scene)
+        assert parse_free(text) == parse(language.caption(scene))
         metadata = json.loads(members[f"{key}.json"])
         assert metadata.pop("url")
         assert metadata == {
@@ -149,7 +168,7 @@ def test_pairs_are_an_img2dataset_folder(corpus):
 def test_pairs_continue_in_the_next_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_formats, "SHARD_SIZE", 3)
     images = [world.draw_image(1, "pairs", i) for i in range(7)]
-    shapes_formats.write_pairs(tmp_path / "pairs", images, shapes_formats.AnswerRecord())
+    shapes_formats.write_pairs(tmp_path / "pairs", images, 1, shapes_formats.AnswerRecord())
     counts = []
     for shard in range(3):
         counts.append(load(tmp_path / f"pairs/{shard:05d}_stats.json")["count"])
@@ -183,7 +202,7 @@ def test_training_never_asks_about_held_out_pairs():
     for i in range(3000):
         rng = random.Random(i)
         scene = world.sample_scene(rng)
-        turns = [*language.dialogue(scene, rng), *language.text_dialogue("scene", rng)]
+        turns = [*language.dialogue(scene, rng), *texts.text_dialogue("scene", rng)]
         said = " ".join(f"{turn.text} {turn.answer}" for turn in turns)
         assert not any(pair in said for pair in HELD_OUT_TEXT), said
 
@@ -207,6 +226,26 @@ def test_caption_names_the_position_first():
     expected = "top left red circle , top right blue star , bottom right letter B ."
     assert language.caption(scene) == expected
     assert language.caption(world.Scene((), world.Letter(2, "X"))) == "bottom left letter X ."
+
+
+def test_retellings_say_the_same_in_every_order():
+    shapes_ = (world.Shape(0, "red", "circle"), world.Shape(1, "blue", "star"))
+    scene = world.Scene(shapes_, world.Letter(3, "B"))
+    told = [language.retelling(scene, random.Random(i)) for i in range(2000)]
+    assert all(parse_free(text) == parse(language.caption(scene)) for text in told)
+    first = Counter(text.split(" , ")[0] for text in told)
+    orders = {"red circle top left", "circle red top left", "top left red circle"}
+    orders |= {"red top left circle", "circle top left red", "top left circle red"}
+    assert orders < set(first) and len(first) == 6 + 6 + 2
+    assert min(first[order] for order in orders) > 2000 / 3 / 6 / 2
+
+
+def test_crowds_have_two_shapes_or_three_and_a_letter_in_half():
+    crowds = [world.sample_crowd(random.Random(i)) for i in range(2000)]
+    numbers = Counter(len(scene.shapes) for scene in crowds)
+    assert set(numbers) == {2, 3} and numbers[2] / 2000 == pytest.approx(0.5, abs=0.05)
+    assert sum(scene.letter is not None for scene in crowds) / 2000 == pytest.approx(0.5, abs=0.05)
+    assert not any(scene.held_out for scene in crowds)
 
 
 def test_instructions_are_llava_conversations_with_right_answers(corpus):
@@ -333,22 +372,21 @@ def documents_of(corpus: Path) -> list[str]:
 def test_documents_tell_the_truth_without_held_out_pairs(corpus):
     documents = documents_of(corpus)
     assert len(documents) == SMALL.texts
-    asked = 0
     for text in documents:
-        context, _, rest = text.partition(" . ")
-        assert not set(world.HELD_OUT) & set(parse(context + " .").values())
-        for question, given in re.findall(r"([^.?]+ \?) (\w+) \.", rest):
-            assert given == answer(context + " .", question.strip())
-            asked += 1
-        for color, shape in world.HELD_OUT:
-            assert f"{color} {shape}" not in text
-    assert asked > 2 * SMALL.texts
+        first, *again = (f"{telling} ." for telling in text.removesuffix(" .").split(" . "))
+        assert not set(world.HELD_OUT) & set(parse(first).values())
+        assert len(again) == 2 and all(parse_free(telling) == parse(first) for telling in again)
+        assert len(parse(first)) >= 2
 
 
 def test_text_evaluation_is_right_and_new(corpus):
     records = load(corpus / "eval/text/sharegpt_text.json")
-    assert len(records) == SMALL.eval // 2
-    assert {record["skill"] for record in records} == set(language.TEXT_SKILLS)
+    on_scenes = [r for r in records if r["conversations"][0]["value"].startswith(("top", "bottom"))]
+    asked = Counter(record["skill"] for record in on_scenes)
+    assert asked["colour"] == asked["shape"] == asked["existence"] == SMALL.eval // 4
+    others = Counter(record["skill"] for record in records) - asked
+    assert others.total() == SMALL.eval // 4 and set(others) == {*texts.TEXT_SKILLS} - {"scene"}
+    assert len({record["id"] for record in records}) == len(records)
     training = {text.partition(" . ")[0] + " ." for text in documents_of(corpus)}
     for name in ("sharegpt_start", "sharegpt_instructions"):
         for record in load(corpus / f"text/{name}.json"):
@@ -364,8 +402,8 @@ def test_evaluation_keeps_text_contexts_for_itself(skill):
     contexts = {True: set(), False: set()}
     for i in range(2000):
         for evaluation, found in contexts.items():
-            turns = language.text_dialogue(skill, random.Random(i), evaluation)
-            found.add(split_context([(turns[0].text, "")])[0])
+            draw = texts.evaluation_questions if evaluation else texts.text_dialogue
+            found.add(split_context([(draw(skill, random.Random(i))[0].text, "")])[0])
     assert min(map(len, contexts.values())) > 30
     assert not contexts[True] & contexts[False]
 
@@ -409,7 +447,8 @@ def test_eval_questions_are_vqa_v2(corpus, name):
         assert {row["answer"] for row in annotation["answers"]} == {right}
         assert {row["answer_confidence"] for row in annotation["answers"]} == {"yes"}
     skills = Counter(annotation["question_type"] for annotation in annotations)
-    assert set(skills) == {"colour", "shape", "count", "count by colour", "relation", "letter"}
+    kinds = {"colour", "shape", "count", "count by colour", "location", "relation", "letter"}
+    assert set(skills) == kinds
     assert skills["count"] == skills["count by colour"] == len(captions)
 
 
@@ -463,8 +502,9 @@ def test_corpus_json_counts_what_was_written(corpus):
     for name in ("instructions/llava_shapes", "instructions/llava_captions", "text/sharegpt_start"):
         assert summary["counts"][name] == len(load(corpus / f"{name}.json"))
     assert summary["counts"]["text/documents"] == len(documents_of(corpus))
+    assert summary["counts"]["eval/text"] == len(load(corpus / "eval/text/sharegpt_text.json"))
     annotations = load(corpus / "eval/seen/annotations.json")["annotations"]
-    for skill in ("colour", "shape", "count", "count by colour", "relation", "letter"):
+    for skill in ("colour", "shape", "count", "count by colour", "location", "relation", "letter"):
         answers = Counter(
             row["multiple_choice_answer"] for row in annotations if row["question_type"] == skill
         )
