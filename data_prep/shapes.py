@@ -5,8 +5,8 @@
     pairs/         img2dataset's output folder (its webdataset form): images with captions
     instructions/  LLaVA conversations: llava_shapes.json (questions), llava_captions.json,
                    llava_two_images.json (two images each)
-    text/          plain texts and ShareGPT dialogues for the language model's start, other
-                   dialogues for joint tuning
+    text/          ShareGPT dialogues for the language model's start, retellings of scenes and
+                   others, and more of these for joint tuning
     eval/          COCO captions, VQAv2 and POPE on images with training pairs (seen) and with
                    held-out pairs (heldout); ShareGPT questions without an image (text)
     tokenizer/     a SentencePiece model trained on the training text
@@ -35,6 +35,14 @@ from megatron_owl2.errors import PreprocessError
 VERSION = 7  # raised whenever the same parameters give other bytes
 VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
 _IMAGES_PER_TASK = 250
+_TEXTS = {  # shares of text skills in the files of text/
+    "sharegpt_retellings": {"retelling": 1},
+    "sharegpt_start": {"scene": 70, "reversal": 10, "mixing": 10, "prices": 10},
+    "sharegpt_instructions": {
+        **{"scene": 56, "reversal": 8, "mixing": 8, "prices": 8},
+        "retelling": 20,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ def _is_complete(output: Path, parameters: Parameters) -> bool:
 def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
     seed, held_out_images = parameters.seed, parameters.eval // 2
     images = parameters.pairs + parameters.instructions + parameters.eval + held_out_images
-    total = images + 3 * parameters.texts
+    total = images + len(_TEXTS) * parameters.texts
     record = formats.AnswerRecord()
     with (
         tqdm(total=total, desc="shapes", unit=" samples") as progress,
@@ -115,11 +123,9 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
         formats.write_instructions(
             folder / "instructions", render("instructions", parameters.instructions), seed, record
         )
-        documents = folder / "text/documents.jsonl"
-        formats.write_documents(documents, parameters.texts, seed, record, progress.update)
-        for name in ("sharegpt_start", "sharegpt_instructions"):
-            path = folder / "text" / f"{name}.json"
-            formats.write_texts(path, parameters.texts, seed, record, progress.update)
+        for name, shares in _TEXTS.items():
+            path = folder / f"text/{name}.json"
+            formats.write_texts(path, parameters.texts, shares, seed, record, progress.update)
         seen = render("eval/seen", parameters.eval)
         formats.write_eval(folder / "eval/seen", seen, seed, record)
         held_out = render("eval/heldout", held_out_images, held_out=True)
@@ -143,9 +149,7 @@ def _write_corpus(folder: Path, parameters: Parameters, workers: int) -> None:
             "instructions/llava_shapes": parameters.instructions,
             "instructions/llava_captions": -(-parameters.instructions // formats.CAPTION_EVERY),
             "instructions/llava_two_images": (parameters.instructions - 1) // formats.TWO_EVERY,
-            "text/documents": parameters.texts,
-            "text/sharegpt_start": parameters.texts,
-            "text/sharegpt_instructions": parameters.texts,
+            **{f"text/{name}": parameters.texts for name in _TEXTS},
             "eval/seen": parameters.eval,
             "eval/heldout": held_out_images,
             "eval/text": sum(found.total() for found in record.answers["eval/text"].values()),

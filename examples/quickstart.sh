@@ -34,7 +34,7 @@ make_shards() {
         instructions captions instructions/llava_captions.json "$measure $images"
         instructions two_images instructions/llava_two_images.json "$measure $images"
         instructions text text/sharegpt_instructions.json "$measure"
-        shard documents documents text/documents.jsonl "$measure"
+        shard retellings conversations text/sharegpt_retellings.json "$measure"
         shard text_start conversations text/sharegpt_start.json "$measure"
         for set in seen heldout; do
             shard $set coco eval/$set/captions_val.json "--images corpus/eval/$set/images"

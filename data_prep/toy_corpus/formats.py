@@ -1,6 +1,6 @@
 """Writers of the embedded corpus in the formats that real data sets publish.
 
-img2dataset (pairs), LLaVA (instructions), JSON lines and ShareGPT (text), COCO captions, VQAv2
+img2dataset (pairs), LLaVA (instructions), ShareGPT (text), COCO captions, VQAv2
 and POPE (eval).
 All bytes are a function of the arguments: no time stamps, no host names.
 """
@@ -167,9 +167,14 @@ def write_instructions(
 
 
 def write_texts(
-    path: Path, number: int, seed: int, answer_record: AnswerRecord, tick: Callable[[], object]
+    path: Path,
+    number: int,
+    shares: dict[str, int],
+    seed: int,
+    answer_record: AnswerRecord,
+    tick: Callable[[], object],
 ) -> None:
-    """Writer of `number` ShareGPT dialogues: 70 % on a scene given as text, 30 % small text skills.
+    """Writer of `number` ShareGPT dialogues with `shares` of text skills.
 
     `tick` is called after each.
     """
@@ -177,9 +182,9 @@ def write_texts(
     records = []
     for i in range(number):
         rng = random.Random(f"{seed}/text/{path.stem}/{i}")
-        skill = rng.choices(texts.TEXT_SKILLS, (70, 10, 10, 10))[0]
+        (skill,) = rng.choices(list(shares), list(shares.values()))
         dialogue = texts.text_dialogue(skill, rng)
-        turns = language.with_hint(dialogue, rng)
+        turns = language.with_hint(dialogue, rng) if skill != texts.RETELLING else _plain(dialogue)
         answer_record.add_questions(f"text/{path.stem}", dialogue)
         answer_record.add_dialogue(turns)
         records.append({"id": f"{path.stem}_{i}"} | _conversations(turns))
@@ -187,20 +192,8 @@ def write_texts(
     _write_json(path, records)
 
 
-def write_documents(
-    path: Path, number: int, seed: int, answer_record: AnswerRecord, tick: Callable[[], object]
-) -> None:
-    """Writer of `number` plain texts as JSON lines {"text": ...}, as web corpora are published.
-
-    `tick` is called after each.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for i in range(number):
-            text = texts.document(random.Random(f"{seed}/text/{path.stem}/{i}"))
-            answer_record.texts.append(text)
-            file.write(json.dumps({"text": text}) + "\n")
-            tick()
+def _plain(dialogue: Sequence[language.Question]) -> Turns:
+    return [(question.text, question.answer) for question in dialogue]
 
 
 def write_eval(
@@ -254,8 +247,8 @@ def write_text_eval(path: Path, number: int, seed: int, answer_record: AnswerRec
     path.parent.mkdir(parents=True)
     records = []
     for i in range(number):
-        others = len(texts.TEXT_SKILLS) - 1
-        skill = texts.SCENE if i % 2 else texts.TEXT_SKILLS[1 + i // 2 % others]
+        scene, *others = texts.EVALUATED_SKILLS
+        skill = scene if i % 2 else others[i // 2 % len(others)]
         rng = random.Random(f"{seed}/eval/text/{i}")
         questions = texts.evaluation_questions(skill, rng)
         answer_record.add_questions("eval/text", questions)

@@ -1,4 +1,4 @@
-"""Texts of the embedded corpus without an image: documents and dialogues for the language model.
+"""Texts of the embedded corpus without an image: dialogues for the language model.
 
 One context in eight is kept for evaluation and occurs in no training text. Colour mixing is the
 exception: it is knowledge, which can only be asked for as it was taught.
@@ -19,8 +19,8 @@ from data_prep.toy_corpus.language import (
 from data_prep.toy_corpus.world import Scene, sample_crowd, sample_scene
 
 SCENE = "scene"
-TEXT_SKILLS = (SCENE, "reversal", "mixing", "prices")
-_RETELLINGS = 2  # of a document
+RETELLING = "retelling"  # has many right answers, so it is not evaluated
+EVALUATED_SKILLS = (SCENE, "reversal", "mixing", "prices")
 _THINGS = ("book", "cup", "door", "fish", "hat", "pen", "sun", "tree")
 _MIXTURES = (
     ("red", "yellow", "orange"),
@@ -32,19 +32,11 @@ _MIXTURES = (
 )
 
 
-def document(rng: random.Random) -> str:
-    """Plain text that tells of a crowded scene and tells it again in free order; never a scene that
-    is kept for evaluation.
-
-    Texts that say nothing twice do not make a model of this size look anything up: of two things it
-    then mixes the colours, in texts and in images.
-    """
-    scene = _draw(sample_crowd, rng, evaluation=False)
-    return " ".join([caption(scene), *(retelling(scene, rng) for _ in range(_RETELLINGS))])
-
-
 def text_dialogue(skill: str, rng: random.Random) -> list[Question]:
-    """Dialogue without an image for one of TEXT_SKILLS; its first question carries the context."""
+    """Dialogue without an image for RETELLING or one of EVALUATED_SKILLS, whose first question
+    carries the context."""
+    if skill == RETELLING:
+        return _retellings(rng)
     if skill == SCENE:
         sample = sample_crowd if rng.random() < 0.5 else sample_scene
         scene = _draw(sample, rng, evaluation=False)
@@ -54,9 +46,20 @@ def text_dialogue(skill: str, rng: random.Random) -> list[Question]:
     return [_with_context(context, turns[0]), *turns[1:]]
 
 
+def _retellings(rng: random.Random) -> list[Question]:
+    """Dialogue in which a crowded scene is told again in free order, twice.
+
+    What is said there can only be looked up. A model of this size that learns from questions alone
+    does not come to look things up: of two things it mixes the colours, in texts and in images.
+    """
+    scene = _draw(sample_crowd, rng, evaluation=False)
+    asked = (f"{caption(scene)} tell it again .", "and again .")
+    return [Question(RETELLING, text, retelling(scene, rng)) for text in asked]
+
+
 def evaluation_questions(skill: str, rng: random.Random) -> list[Question]:
-    """Questions about one context that is kept for evaluation, each with that context: about a
-    crowded scene one of every skill, of another text skill one."""
+    """Questions for one of EVALUATED_SKILLS about one context that is kept for evaluation, each
+    with that context: about a crowded scene one of every skill, of another text skill one."""
     if skill == SCENE:
         scene = _draw(sample_crowd, rng, evaluation=True)
         context = caption(scene)

@@ -20,7 +20,7 @@ def corpus(number: int) -> list[str]:
     rng = random.Random(0)
     texts = [f"USER: {language.CAPTION_REQUEST} ASSISTANT: top left letter A ."] * (number // 10)
     for i in range(number):
-        skill = toy_texts.TEXT_SKILLS[i % 4]
+        skill = toy_texts.EVALUATED_SKILLS[i % 4]
         turns = language.with_hint(toy_texts.text_dialogue(skill, rng), rng)
         texts.append(" ".join(f"USER: {q} ASSISTANT: {a}" for q, a in turns))
     return texts
