@@ -124,16 +124,16 @@ def write(results: dict[str, dict[str, float]], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "probes.md").write_text(text + "\n")
     (folder / "probes.json").write_text(json.dumps(results, indent=1) + "\n")
-    with canvas(folder / "probes.png", "What a linear probe reads", 9, 3.8) as figure:
+    with canvas(folder / "probes.png", "What a linear probe reads", 11, 4) as figure:
         axes = figure.subplots(1, len(columns), sharey=True)
         for axis, column in zip(axes, columns, strict=True):
             places = range(len(results))
             axis.barh(places, [row[column] for row in results.values()], color="#2b6cb0")
             axis.set_yticks(places, list(results))
-            axis.set_title(column)
+            axis.set_title(column, fontsize=10)
             axis.set_xlim(0, 100)
         axes[0].invert_yaxis()
-        figure.text(0.01, 0.01, note, fontsize=7)
+        figure.supxlabel(note, fontsize=8)
     return text
 
 
