@@ -17,8 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 HELD_OUT = ("questions", "captions", "text")
 INPUTS = {  # shards: format and file of the corpus
     "pairs": ("img2dataset", "pairs"),
-    "documents": ("documents", "text/documents.jsonl"),
-    "text_start": ("conversations", "text/sharegpt_start.json"),
+    "retellings": ("conversations", "text/sharegpt_retellings.json"),
     "questions": ("conversations", "instructions/llava_shapes.json"),
     "captions": ("conversations", "instructions/llava_captions.json"),
     "text": ("conversations", "text/sharegpt_instructions.json"),
@@ -31,7 +30,10 @@ STAGES = {  # ranks, recipe, overrides
     "text": (
         1,
         "tiny/text",
-        ["train.steps=40", "train.global_batch_size=32"],
+        [
+            *("train.steps=40", "train.global_batch_size=32"),
+            *("data.packing=false", "data.sequence_length=96"),
+        ],
     ),
     "pretrain": (2, "owl1_tiny/pretrain", ["train.steps=30", "validation.interval=15"]),
     "finetune": (2, "owl1_tiny/finetune", ["train.steps=20", "validation.interval=20"]),
@@ -109,7 +111,8 @@ def test_what_is_frozen_stays_as_it_was(folder):
     assert changed >= {n for n in learnt if not n.endswith("key.bias")} and changed <= learnt
     assert all(pretrained[name].equal(tuned[name]) for name in pretrained)
     added = tuned.keys() - pretrained.keys()
-    assert len(added) == 16 and all(map(is_adapter, added))
+    # A and B of two linears in each of three layers.
+    assert len(added) == 12 and all(map(is_adapter, added))
 
 
 def test_every_step_has_as_many_texts_as_images(folder):

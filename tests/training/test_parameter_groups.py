@@ -46,6 +46,7 @@ def plan_of():
     [
         ("tiny/vision.yaml", VISION | LANGUAGE),
         ("tiny/text.yaml", LANGUAGE),
+        ("tiny/chat.yaml", LANGUAGE),
         ("tiny/pretrain.yaml", VISION),
         ("tiny/finetune.yaml", VISION | LANGUAGE),
     ],
@@ -115,8 +116,11 @@ def test_plans_that_differ_have_other_fingerprints(plan_of):
     )
 
 
+LAYERS = "model.decoder.num_layers=4"  # one or two for every chunk
+
+
 def configured(overrides: list[str]) -> RunConfig:
-    return load_config(EXAMPLES / "tiny" / "pretrain.yaml", overrides)
+    return load_config(EXAMPLES / "tiny" / "pretrain.yaml", [LAYERS, *overrides])
 
 
 def plan_in_parallelisms():
@@ -151,7 +155,7 @@ def plan_in_parallelisms():
 
 
 def test_every_rank_has_the_whole_plan_from_the_ranks_of_its_pipeline(plan_of):
-    plan, _, config = plan_of("tiny/pretrain.yaml")
+    plan, _, config = plan_of("tiny/pretrain.yaml", LAYERS)
     whole = [parameter_groups.fingerprint(plan), parameter_groups.summary(plan, config)]
     run = run_ranks(4, __file__, "plan")
     assert run.returncode == 0, run.stderr[-2000:]
