@@ -50,7 +50,7 @@ def _retellings(rng: random.Random) -> list[Question]:
     """Dialogue in which a crowded scene is told again in free order, twice.
 
     What is said there can only be looked up. A model of this size that learns from questions alone
-    does not come to look things up: of two things it mixes the colours, in texts and in images.
+    hardly comes to look things up: of two things it mixes the colours, in texts and in images.
     """
     scene = _draw(sample_crowd, rng, evaluation=False)
     asked = (f"{caption(scene)} tell it again .", "and again .")

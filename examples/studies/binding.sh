@@ -41,9 +41,9 @@ ask_texts() {
         echo --checkpoint runs/$start --output scores/text-$start
     done | two_at_a_time evaluate.py --task text --data corpus/eval/text --min-new-tokens 1
     python "$TOOLS/report.py" --output texts --title "Language start, asked about texts" \
-        --run "texts=$QUICKSTART/runs/text" --run "then dialogues=runs/chat" \
+        --run "retellings=$QUICKSTART/runs/text" --run "then dialogues=runs/chat" \
         --run mixed=runs/mixed --run "dialogues alone=runs/dialogues_alone" \
-        --evaluation "texts, then dialogues=scores/text-chat" \
+        --evaluation "retellings first=scores/text-chat" \
         --evaluation mixed=scores/text-mixed \
         --evaluation "dialogues alone=scores/text-dialogues_alone"
 }
@@ -71,19 +71,19 @@ ask_images() {
         done
     done | two_at_a_time evaluate.py --data corpus/eval/seen --min-new-tokens 1
     for task in vqav2 pope caption; do
-        quickstart+=(--evaluation "texts, then dialogues=$QUICKSTART/scores/seen-$task")
+        quickstart+=(--evaluation "retellings first=$QUICKSTART/scores/seen-$task")
         once+=(--evaluation "dialogues alone=scores/finetune-$task")
         twice+=(--evaluation "dialogues alone, twice the steps=scores/finetune_long-$task")
     done
     python "$TOOLS/report.py" --output images --title "Language start, asked about images" \
-        --run "texts, then dialogues=$QUICKSTART/runs/finetune" \
+        --run "retellings first=$QUICKSTART/runs/finetune" \
         --run "dialogues alone=runs/finetune" --run "twice the steps=runs/finetune_long" \
         "${quickstart[@]}" "${once[@]}" "${twice[@]}"
 }
 
 probe() { python "$CONFIGS/probes.py" "$QUICKSTART" probes; }
 
-step starts "two other language starts: dialogues alone, and texts and dialogues mixed" language_starts
+step starts "two other language starts: dialogues alone, and retellings mixed with them" language_starts
 step texts "ask all three about texts" ask_texts
 step probes "linear probes of ViT and abstractor" probe
 step import "import the start of dialogues alone" import_parts

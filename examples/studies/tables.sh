@@ -71,7 +71,7 @@ finetune() { # finetune SEED NAME VARIANT-OF-STAGE-1 VARIANTS...
 }
 export -f run_once train pretrain finetune
 
-two_at_a_time() { # each line: NAME COMMAND ARGUMENTS
+runs_two_at_a_time() { # each line: NAME COMMAND ARGUMENTS
     xargs -P 2 -L 1 bash -euo pipefail -c 'run_once "$@"' run_once
 }
 
@@ -95,10 +95,10 @@ for seed in $SEEDS; do
     cut -d' ' -f2 <<<"$RUNS" | sort -u | while read -r variant; do
         echo "pretrain-$variant-$seed pretrain $seed $variant"
     done
-done | two_at_a_time
+done | runs_two_at_a_time
 for seed in $SEEDS; do
     while read -r name stage_1 variants; do
         echo "$name-$seed finetune $seed $name $stage_1 $variants"
     done <<<"$RUNS"
-done | two_at_a_time
+done | runs_two_at_a_time
 python "$ROOT/examples/studies/tables.py" . "$SEEDS"
