@@ -32,7 +32,7 @@ from data_prep.toy_corpus import formats, world
 from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import PreprocessError
 
-VERSION = 7  # raised whenever the same parameters give other bytes
+VERSION = 8  # raised whenever the same parameters give other bytes
 VOCAB_SIZE = 576  # the least multiple of 64 that makes every word of the corpus one piece
 _IMAGES_PER_TASK = 250
 _TEXTS = {  # shares of text skills in the files of text/

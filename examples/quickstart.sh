@@ -54,8 +54,8 @@ instructions() { # instructions NAME INPUT OPTIONS: for training, and 200 sample
 start_parts() {
     start_stage 1 vision
     run_stage 1 text
-    run_stage 1 chat
     finish_stage vision
+    run_stage 2 chat
 }
 
 write_parts() { # as the published CLIP and LLaMA-2 directories look

@@ -86,21 +86,22 @@ def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
     """
     number = rng.choices((1, 2, 0), (45, 35, 0 if held_out else 20))[0]
     with_letter = number == 0 or rng.random() < 3 / 8  # .2 + .8 * 3/8 = half of the scenes
+    return _compose(rng, number, with_letter, held_out)
+
+
+def sample_crowd(rng: random.Random) -> Scene:
+    """Random scene for a text: two shapes or three, and a letter in half of them."""
+    return _compose(rng, rng.choice((2, 3)), rng.random() < 0.5)
+
+
+def _compose(rng: random.Random, number: int, with_letter: bool, held_out: bool = False) -> Scene:
+    """Random scene of `number` shapes, the first one drawn a held-out pair if `held_out` is set."""
     cells = rng.sample(range(4), number + with_letter)
     pairs = [rng.choice(TRAINING_PAIRS) for _ in range(number)]
     if held_out:
         pairs[0] = rng.choice(HELD_OUT)
     letter = Letter(cells[-1], rng.choice(LETTERS)) if with_letter else None
     shapes = (Shape(cell, *pair) for cell, pair in zip(cells, pairs, strict=False))
-    return Scene(tuple(sorted(shapes, key=lambda shape: shape.cell)), letter)
-
-
-def sample_crowd(rng: random.Random) -> Scene:
-    """Random scene for a text: two shapes or three, and a letter in half of them."""
-    number, with_letter = rng.choice((2, 3)), rng.random() < 0.5
-    cells = rng.sample(range(4), number + with_letter)
-    letter = Letter(cells[-1], rng.choice(LETTERS)) if with_letter else None
-    shapes = (Shape(cell, *rng.choice(TRAINING_PAIRS)) for cell in cells[:number])
     return Scene(tuple(sorted(shapes, key=lambda shape: shape.cell)), letter)
 
 
