@@ -3,9 +3,10 @@
 #
 #     bash examples/studies/tables.sh [QUICKSTART]      (default: runs/quickstart)
 #
-# QUICKSTART is the folder of a quickstart, whose corpus, shards and starts are used; the results lie in
-# its studies/tables. SEEDS is taken from the environment (default: "1 2 3"). Two runs go side by side,
-# one thread each; runs that are done are not done again.
+# QUICKSTART is the folder of a quickstart, whose corpus, shards and vision start are used; the results
+# lie in its studies/tables. The language start has told scenes again and never answered: questions are
+# learned in stage 2, from texts and from images. SEEDS is taken from the environment (default: "1 2 3").
+# Two runs go side by side, one thread each; runs that are done are not done again.
 set -euo pipefail
 QUICKSTART=${1:-}
 [ -z "$QUICKSTART" ] || QUICKSTART=$(realpath -m "$QUICKSTART")
@@ -18,9 +19,9 @@ CONFIGS=$ROOT/examples/studies/tables
 TOOLS=$ROOT/tools
 SEEDS=${SEEDS:-1 2 3}
 DIRECTORY=$QUICKSTART/studies/tables
-mkdir -p "$DIRECTORY/done" "$DIRECTORY/logs" "$DIRECTORY/scores"
+mkdir -p "$DIRECTORY/done" "$DIRECTORY/logs" "$DIRECTORY/scores" "$DIRECTORY/start"
 cd "$DIRECTORY"
-for part in corpus shards start; do
+for part in corpus shards start/clip; do
     ln -sfn "$QUICKSTART/$part" $part
 done
 export PATH="$VENV/bin:$PATH" CONFIGS TOOLS OMP_NUM_THREADS=1
@@ -36,6 +37,12 @@ run_once() { # run_once NAME COMMAND...: with a log, unless it is done
         tail -n 20 "logs/$name" >&2
         return 1
     fi
+}
+
+language_start() {
+    rm -rf start/llama
+    python "$TOOLS/convert_to_hf.py" --checkpoint "$QUICKSTART/runs/text" --layout llama \
+        --output start/llama
 }
 
 train() { # train SEED OUTPUT START FILES...: files of settings go one over the other
@@ -91,6 +98,7 @@ queries_32 queries_32 queries_32
 resolution_28 base resolution_28
 resolution_42 base resolution_42"
 
+run_once language_start language_start
 for seed in $SEEDS; do
     cut -d' ' -f2 <<<"$RUNS" | sort -u | while read -r variant; do
         echo "pretrain-$variant-$seed pretrain $seed $variant"
