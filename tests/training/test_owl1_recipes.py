@@ -35,8 +35,8 @@ STAGES = {  # ranks, recipe, overrides
             *("data.packing=false", "data.sequence_length=96"),
         ],
     ),
-    "pretrain": (2, "owl1_tiny/pretrain", ["train.steps=30", "validation.interval=15"]),
-    "finetune": (2, "owl1_tiny/finetune", ["train.steps=20", "validation.interval=20"]),
+    "pretrain": (2, "owl1_tiny/pretrain", ["train.steps=45", "validation.interval=15"]),
+    "finetune": (2, "owl1_tiny/finetune", ["train.steps=30", "validation.interval=15"]),
 }
 SHORT = ["validation.samples=20", "train.log_interval=5"]
 
