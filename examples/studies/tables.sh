@@ -24,13 +24,14 @@ cd "$DIRECTORY"
 for part in corpus shards start/clip; do
     ln -sfn "$QUICKSTART/$part" $part
 done
-export PATH="$VENV/bin:$PATH" CONFIGS TOOLS OMP_NUM_THREADS=1
+export PATH="$VENV/bin:$PATH" QUICKSTART CONFIGS TOOLS OMP_NUM_THREADS=1
 
 run_once() { # run_once NAME COMMAND...: with a log, unless it is done
     local name=$1
     shift
     [ ! -f "done/$name" ] || return 0
-    if "$@" >"logs/$name" 2>&1; then
+    # A shell of its own: within `if` a function goes on after a command that fails.
+    if bash -euo pipefail -c '"$@"' run_once "$@" >"logs/$name" 2>&1; then
         touch "done/$name"
         echo "$(date +%H:%M) $name"
     else
@@ -76,7 +77,7 @@ finetune() { # finetune SEED NAME VARIANT-OF-STAGE-1 VARIANTS...
     python "$TOOLS/evaluate.py" --checkpoint "$run" --task text --data corpus/eval/text \
         --output "scores/$name-$seed-text" --min-new-tokens 1
 }
-export -f run_once train pretrain finetune
+export -f run_once language_start train pretrain finetune
 
 runs_two_at_a_time() { # each line: NAME COMMAND ARGUMENTS
     xargs -P 2 -L 1 bash -euo pipefail -c 'run_once "$@"' run_once
@@ -106,7 +107,7 @@ for seed in $SEEDS; do
 done | runs_two_at_a_time
 for seed in $SEEDS; do
     while read -r name stage_1 variants; do
-        echo "$name-$seed finetune $seed $name $stage_1 $variants"
+        echo "$name-$seed finetune $seed $name $stage_1${variants:+ $variants}"
     done <<<"$RUNS"
 done | runs_two_at_a_time
 python "$ROOT/examples/studies/tables.py" . "$SEEDS"
