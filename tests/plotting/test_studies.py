@@ -1,9 +1,11 @@
-"""The tables of the studies: means and spreads over the seeds, and every run they name is made."""
+"""The tables of the studies: means and spreads over the seeds; every run they name is made."""
 
 import itertools
 import json
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -60,6 +62,59 @@ def test_every_run_changes_what_its_table_is_about(run):
         assert sources == {"text"}
     else:
         assert sources == (images if name.endswith("multimodal") else images | {"text"})
+
+
+# In place of Python and torchrun: what they are called with becomes a line of calls.
+STAND_IN = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+[[ "$*" != *"train.output=${FAILING:-none} "* ]]
+"""
+
+
+def test_the_script_makes_every_run_once_and_stops_where_one_fails(tmp_path):
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    calls, binaries, quickstart = (tmp_path / name for name in ("calls", "venv/bin", "quickstart"))
+    (tmp_path / "examples/environment.sh").write_text(
+        f"ROOT={tmp_path} VENV={binaries.parent}\nfail() {{ echo $* >&2; exit 1; }}\n"
+    )
+    for folder in (binaries, quickstart / "done", quickstart / "start"):
+        folder.mkdir(parents=True)
+    (quickstart / "done/parts").touch()
+    for name in ("python", "torchrun"):
+        (binaries / name).write_text(STAND_IN)
+        (binaries / name).chmod(0o755)
+
+    def tables_sh(failing: str = "none") -> tuple[subprocess.CompletedProcess, list[str]]:
+        """The finished process, and the settings and output of every run that it called for."""
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", tmp_path / "examples/studies/tables.sh", quickstart],
+            env={"PATH": "/usr/bin:/bin", "CALLS": str(calls), "FAILING": failing, "SEEDS": "1 2"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        trained = [line for line in calls.read_text().splitlines() if line.startswith("torchrun")]
+        settings = (re.findall(r"tables/(\w+)\.yaml|train\.output=(\S+)", line) for line in trained)
+        return done, [" ".join(file or run for file, run in found) for found in settings]
+
+    done, made = tables_sh(failing="runs/no_split-1")
+    assert done.returncode and "no_split-1" not in "".join(done.stdout.split())
+    wanted = set()
+    for seed in "12":
+        for name, first, *second in runs_of_the_script():
+            stage_1 = " ".join(["pretrain", *([first] if first != "base" else [])])
+            wanted.add(f"{stage_1} runs/pretrain-{first}-{seed}")
+            wanted.add(f"{' '.join(['finetune', *second])} runs/{name}-{seed}")
+    assert len(made) == len(set(made)) and set(made) == wanted
+    asked = calls.read_text()
+    assert "scores/no_split-2-text" in asked and "scores/no_split-1-" not in asked
+    assert "tables.py" not in asked
+
+    done, made = tables_sh()
+    assert done.returncode == 0, done.stderr
+    assert made == ["finetune no_split runs/no_split-1"]
+    assert "tables.py . 1 2" in calls.read_text()
 
 
 def test_means_and_spreads_are_those_of_the_scores(tables, tmp_path, monkeypatch, capsys):
