@@ -113,8 +113,7 @@ def _cell(values: list[float]) -> str:
 def draw(found: Found, questions: dict[str, int], seeds: list[str], path: Path) -> None:
     """A panel for each table: bars of the means and a dot for every seed."""
     asked = ", ".join(f"{questions[name]:,} on {label}" for name, label in SETS.items())
-    title = f"The paper's ablations, small: % of exact answers ({asked}; {len(seeds)} seeds)"
-    with canvas(path, title, 11, 8) as figure:
+    with canvas(path, "The paper's ablations, small", 11, 8) as figure:
         axes = figure.subplots(2, 2, sharex=True)
         for axis, table in zip(axes.flat, TABLES, strict=True):
             for number, (name, label) in enumerate(SETS.items()):
@@ -133,6 +132,7 @@ def draw(found: Found, questions: dict[str, int], seeds: list[str], path: Path) 
             loc="outside lower center",
             ncols=3,
             frameon=False,
+            title=f"% of exact answers ({asked}; {len(seeds)} seeds)",
         )
 
 
