@@ -117,6 +117,15 @@ def test_the_script_makes_every_run_once_and_stops_where_one_fails(tmp_path):
     assert "tables.py . 1 2" in calls.read_text()
 
 
+@pytest.mark.parametrize("control", ["dialogues_alone", "mixed"])
+def test_a_language_start_for_comparison_begins_from_nothing_with_as_many_rows(control):
+    config = load_config(STUDIES / f"{control}.yaml")
+    assert config.stage.initial_checkpoint is None
+    rows = config.train.steps * config.train.global_batch_size
+    stages = [load_config(EXAMPLES / f"tiny/{name}.yaml").train for name in ("text", "chat")]
+    assert rows == sum(stage.steps * stage.global_batch_size for stage in stages)
+
+
 def test_means_and_spreads_are_those_of_the_scores(tables, tmp_path, monkeypatch, capsys):
     values = itertools.count(10)
     expected = {}
