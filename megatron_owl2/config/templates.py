@@ -49,7 +49,6 @@ TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
         Template("owl2"),
-        Template("owl1"),
         Template(
             "vicuna_v1",
             system="A chat between a curious user and an artificial intelligence assistant. The "

@@ -9,6 +9,7 @@ import torch
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.model.owl2 import Owl2
 from megatron_owl2.training.checkpoint import save_load
+from megatron_owl2.training.model_settings import check_initial
 from megatron_owl2.training.parameter_groups import Parameter
 
 _logger = logging.getLogger(__name__)
@@ -20,10 +21,11 @@ def load_initial_weights(
     """Load `stage.initial_checkpoint` into this rank's chunks, at another image size too.
 
     Without one the weights stay random, with a warning if some of them do not train. Raises
-    CheckpointError as load_weights does.
+    CheckpointError as load_weights does, and ConfigError for the weights of another model.
     """
     initial = config.stage.initial_checkpoint
     if initial is not None:
+        check_initial(config, Path(initial))
         save_load.load_weights(Path(initial), chunks, any_resolution=True)
         _logger.info("weights from %s", initial)
         return

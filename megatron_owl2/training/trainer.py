@@ -36,6 +36,7 @@ from megatron_owl2.training.metrics.accumulator import without_sources
 from megatron_owl2.training.metrics.data_report import write_data_report
 from megatron_owl2.training.metrics.grad_norms import GradNormsByGroup
 from megatron_owl2.training.metrics.wandb_logger import WandbLogger
+from megatron_owl2.training.model_settings import check_resumed
 from megatron_owl2.training.profiling import Profiler, Timers
 from megatron_owl2.training.run_data import open_run_data
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
@@ -260,6 +261,7 @@ class Trainer:
 
     def _load_checkpoint(self, directory: Path, progress: dict) -> None:
         state = self.state
+        check_resumed(self.config, self.tokenizer, directory)
         if progress["stage_fingerprint"] != state.stage_fingerprint:
             raise ConfigError(
                 "stage.trainable, stage.rates, stage.lora or optimizer.vision_layer_decay is not "

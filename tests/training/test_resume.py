@@ -10,6 +10,7 @@ import runs_in_turn
 import tiny_run
 import torch
 
+from megatron_owl2.data.tokenizer import train_tokenizer
 from megatron_owl2.errors import CheckpointError
 from megatron_owl2.training.checkpoint import directories
 
@@ -165,6 +166,39 @@ def test_other_data_is_refused_on_resume(uninterrupted, tmp_path):
         assert refused.returncode != 0
         (line,) = [x for x in refused.stderr.splitlines() if x.startswith("error: ")]
         assert override.partition("=")[0] in line and "is not what" in line
+
+
+def test_another_model_of_the_same_shapes_is_refused(uninterrupted, tmp_path):
+    """On resume, and as the start of a stage, which may choose its template and resolution only."""
+    config, whole = uninterrupted
+    start = f"stage.initial_checkpoint={whole}"
+    for override, before in (
+        ("model.decoder.norm_eps=1e-5", "1e-06"),
+        ("model.vision.num_heads=2", "4"),
+        ("model.template=vicuna_v1", "owl2"),
+    ):
+        name, _, now = override.partition("=")
+        wanted = f"{name} was {before} and is {now.replace('1e-5', '1e-05')}"
+        refused = tiny_run.train(config, whole, override, f"train.steps={STEPS + 1}")
+        assert refused.returncode != 0
+        (line,) = [x for x in refused.stderr.splitlines() if x.startswith("error: ")]
+        assert wanted in line and "iter_0000006" in line
+        begun = tiny_run.train(config, tmp_path / name, override, start, "train.steps=1")
+        if name == "model.template":
+            assert begun.returncode == 0, begun.stderr
+        else:
+            assert begun.returncode != 0
+            assert f"holds the weights of another model: {wanted}" in begun.stderr
+
+
+def test_another_vocabulary_is_refused_on_resume(uninterrupted, tmp_path):
+    config, whole = uninterrupted
+    texts = [f"other words {i} altogether, zebra {i * 7}" for i in range(60)]
+    train_tokenizer(texts, tmp_path / "other.model", tiny_run.MODEL["decoder"]["vocab_size"])
+    options = [f"data.tokenizer={tmp_path / 'other.model'}", f"train.steps={STEPS + 1}"]
+    refused = tiny_run.train(config, whole, *options)
+    assert refused.returncode != 0
+    assert "error: data.tokenizer is another than" in refused.stderr
 
 
 def test_other_data_start_a_recorded_phase(uninterrupted, tmp_path):
