@@ -86,6 +86,10 @@ class ScoreError(Owl2Error, ValueError):
     """Predictions that do not belong to the gold."""
 
 
+class MissingPredictionsError(ScoreError):
+    """Questions of the gold without a prediction; the message lists them."""
+
+
 class JudgeError(RetryableError, RuntimeError):
     """A judge's server that does not answer or refuses; names the request and the cause."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_owl2.cli import judge, rating
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
 from megatron_owl2.cli.options import add_model
-from megatron_owl2.errors import ScoreError
+from megatron_owl2.errors import MissingPredictionsError, ScoreError
 
 SUITES = ("paper",)
 
@@ -198,7 +198,11 @@ def score(options: argparse.Namespace) -> int:
             scores = benchmark.score(task, predictions, gold, options.variant)
     except ScoreError as error:
         given = options.replies or options.predictions
-        raise ScoreError(f"{given} and {options.gold}: {error}") from None
+        fix = ""
+        if isinstance(error, MissingPredictionsError):
+            fix = "; score against the gold that was asked"
+            fix += "" if options.replies else ", or count these as wrong (--missing wrong)"
+        raise ScoreError(f"{given} and {options.gold}: {error}{fix}") from None
     print(json.dumps({**missing, **scores}, indent=1))
     return 0
 

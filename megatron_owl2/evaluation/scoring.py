@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron_owl2.errors import ScoreError
+from megatron_owl2.errors import MissingPredictionsError, ScoreError
 
 RATINGS = ("A", "B", "C", "D")  # that people give, the best first
 _LISTED = 10  # ids in a message
@@ -116,9 +116,8 @@ def check_ids(predictions: Mapping, gold: Mapping) -> None:
     if missing:
         listed = ", ".join(map(repr, missing[:_LISTED]))
         more = ", ..." if len(missing) > _LISTED else ""
-        raise ScoreError(
-            f"{len(missing)} of {len(gold)} gold questions have no prediction: {listed}{more}; "
-            "score against the gold that was asked, or count these as wrong (--missing wrong)"
+        raise MissingPredictionsError(
+            f"{len(missing)} of {len(gold)} gold questions have no prediction: {listed}{more}"
         )
     unknown = [i for i in predictions if i not in gold]
     known = set(map(str, gold)) if unknown else set()

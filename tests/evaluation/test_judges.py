@@ -245,7 +245,9 @@ def test_a_prompt_can_be_given(tmp_path, capsys):
     lines(predictions, rows[:1])
     prompt.write_text("{question}{prediction}")
     assert main(make) == 2
-    assert "1 of 2 gold questions have no prediction" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "1 of 2 gold questions have no prediction" in refused
+    assert "--missing" not in refused  # which this mode does not have
 
 
 BODY = {"messages": [{"role": "user", "content": "?"}]}

@@ -143,7 +143,7 @@ def test_exact_match_ignores_white_space_only():
 
 def test_predictions_must_belong_to_the_gold():
     gold = {1: annotation(["red"] * 10), 2: annotation(["red"] * 10)}
-    with pytest.raises(ScoreError, match="1 of 2 gold questions have no prediction: 2; "):
+    with pytest.raises(ScoreError, match="1 of 2 gold questions have no prediction: 2$"):
         vqa({1: "red"}, gold)
     with pytest.raises(ScoreError, match="1 predictions have no gold, such as 3"):
         vqa({1: "red", 2: "red", 3: "red"}, gold)
