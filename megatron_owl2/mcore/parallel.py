@@ -90,8 +90,9 @@ class ParallelContext:
             batch_p2p_comm=not interleaved,
             batch_p2p_sync=False,  # a way around a fault of old versions of torch
             # Of a tensor that was sent only its graph is used again. The interleaved schedule would
-            # free some while they are being sent.
-            deallocate_pipeline_outputs=not interleaved,
+            # free some while they are being sent; and a stage without layers sends its very input,
+            # or a view, whose gradient needs its shape.
+            deallocate_pipeline_outputs=not interleaved and all(self._layers),
             context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence,
             tp_comm_overlap=parallel.tensor_overlap,
