@@ -38,7 +38,9 @@ class RunData:
         if not config.train.epochs:
             return config.train.steps
         rows = self.phases[-1].start_sample + self.order.rows(config.train.epochs)
-        return -(-rows // config.train.global_batch_size)
+        done, taken = (self.progress["step"], self.progress["slots"]) if self.progress else (0, 0)
+        # The steps so far may have had another batch size.
+        return done + max(0, -(-(rows - taken) // config.train.global_batch_size))
 
 
 def open_run_data(config: RunConfig, tokenizer: Tokenizer, resumed_from: Path | None) -> RunData:

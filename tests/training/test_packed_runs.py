@@ -50,6 +50,10 @@ def runs(tmp_path_factory):
             ("stopped", [*whole, two]),
             ("stopped", [*whole, epoch]),
             ("spoilt", [*spoilt, epoch]),
+            ("then of 4", [*whole, two]),
+            ("then of 4", [*whole, epoch, "train.global_batch_size=4"]),
+            ("then of 16", [*whole, two]),
+            ("then of 16", [*whole, epoch, "train.global_batch_size=16"]),
         ],
         2: [("two ranks", [*whole, epoch, one])],
     }
@@ -79,6 +83,19 @@ def test_an_epoch_sees_every_sample_once_and_says_so(runs):
         (runs / "1.log").read_text()
     )
     assert "samples with" in (runs / "1.log").read_text(), "the packing is described"
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_an_epoch_ends_at_its_end_when_the_batch_size_changed(runs, size):
+    """Two steps of 8 rows, the rest in batches of another size."""
+    run = runs / f"then of {size}"
+    report = json.loads((run / NAME).read_text())
+    assert [row["seen"] for row in report["sources"]] == [SIZES["a"], SIZES["b"]]
+    rows = tiny_run.rows(run)
+    of_8 = tiny_run.rows(runs / "whole")[-1]["step"]
+    fewest, most = (-(-(8 * steps - 16) // size) for steps in (of_8 - 1, of_8))
+    assert fewest <= len(rows) - 2 <= most
+    assert all(row["loss"] is not None for row in rows), "no step is empty"
 
 
 def test_further_epochs_are_another_phase(runs):
