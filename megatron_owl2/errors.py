@@ -62,6 +62,10 @@ class CheckpointIOError(CheckpointError, RetryableError):
     may_be_retried = RetryableError.may_be_retried
 
 
+class RunDirectoryError(RetryableError, RuntimeError):
+    """A run directory that another job uses, or that a disk does not let be made."""
+
+
 class DivergedError(Owl2Error, FloatingPointError):
     """Gradients that were refused too often in a row; names the step and the settings."""
 

@@ -22,6 +22,7 @@ from megatron_owl2.utils.suggest import did_you_mean
 
 T = TypeVar("T")
 _COMMAND_LINE = "the command line"
+_QUOTES, _NOTHING = ("'", '"'), ("", "null", "~")  # texts that are left to YAML
 Layer = tuple[str, dict]  # where keys and values come from, for messages, and their tree
 
 
@@ -136,13 +137,29 @@ def _describe(error: OmegaConfBaseException) -> str:
 
 
 def _parse(override: str) -> dict:
+    name, _, text = override.partition("=")
+    if _is_text(RunConfig, name) and text[:1] not in _QUOTES and text not in _NOTHING:
+        tree: Any = text  # as it is: YAML reads 2024_11_05 and 12:30 as numbers
+        for key in reversed(name.split(".")):
+            tree = {key: tree}
+        return tree
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         return tree
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(
             f"an override is not valid YAML: {' '.join(str(error).split())}"
         ) from None
+
+
+def _is_text(schema: Any, name: str) -> bool:
+    """Whether the key of this dotted name holds any text."""
+    key, _, rest = name.partition(".")
+    types = {entry.name: entry.type for entry in dataclasses.fields(schema)}
+    kind = types.get(key)
+    if rest:
+        return dataclasses.is_dataclass(kind) and _is_text(kind, rest)
+    return kind in (str, str | None)
 
 
 def _read_with_parents(path: Path) -> list[Layer]:

@@ -120,6 +120,7 @@ def _check_gpus_are_seen() -> None:
 def check_files(config: RunConfig) -> None:
     """Refuse a run whose files and directories are not there; raises ConfigError."""
     require(config.train.output != "", "train.output is not set; name the run directory")
+    _check_output(Path(config.train.output))
     require(config.data.tokenizer != "", "data.tokenizer is not set; name a SentencePiece model")
     require(
         Path(config.data.tokenizer).is_file(),
@@ -134,6 +135,20 @@ def check_files(config: RunConfig) -> None:
     require(
         initial is None or Path(initial).is_dir(),
         f"stage.initial_checkpoint: {initial} is not a directory",
+    )
+
+
+def _check_output(output: Path) -> None:
+    """A directory that can be made or written; a home directory is the shell's to fill in."""
+    require(
+        output.parts[0] != "~",
+        f"train.output: {output} would be in a folder called ~; write $HOME in its place",
+    )
+    there = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
+    require(
+        there.is_dir() and os.access(there, os.W_OK | os.X_OK),
+        f"train.output: {output} cannot be made or written, for {there} is "
+        f"{'not writable' if there.is_dir() else 'a file'}",
     )
 
 

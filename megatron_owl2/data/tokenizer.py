@@ -48,7 +48,8 @@ class Tokenizer:
                 "train the model with train_tokenizer or take LLaMA-2's"
             )
 
-        self.fingerprint = hashlib.sha256(data).hexdigest()  # of the file
+        self.data = data  # the content of the file
+        self.fingerprint = hashlib.sha256(data).hexdigest()
 
     @property
     def vocab_size(self) -> int:

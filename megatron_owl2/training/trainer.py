@@ -9,7 +9,6 @@ from types import TracebackType
 
 import torch
 
-from megatron_owl2.config.load import save_config
 from megatron_owl2.config.machine import warn_of_slow_settings
 from megatron_owl2.config.schema import RunConfig
 from megatron_owl2.config.validate import check_steps, validate
@@ -39,6 +38,7 @@ from megatron_owl2.training.metrics.wandb_logger import WandbLogger
 from megatron_owl2.training.model_settings import check_resumed
 from megatron_owl2.training.profiling import Profiler, Timers
 from megatron_owl2.training.run_data import open_run_data
+from megatron_owl2.training.run_directory import run_directory, set_back
 from megatron_owl2.training.sample_consistency import SampleConsistencyCheck
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.state import TrainState
@@ -82,7 +82,7 @@ class Trainer:
             while self.state.step < self.config.train.steps and not self.signal:
                 self.train_step()
             self.checkpoints.wait()
-            if self.main and not self.signal:
+            if self.main and self.state.step >= self.config.train.steps:
                 self.report_data()
             self.watchdog.end()  # closing what watches the run may take its time
         return self.signal if self.state.step < self.config.train.steps else 0
@@ -102,8 +102,10 @@ class Trainer:
         self.signal = int(received)  # the device has come past it, so this waits for nothing
         ending = state.step == config.train.steps or self.signal != 0
         saving = ending or state.step % config.train.save_interval == 0
-        # A run that a signal ends has no time for it.
-        validating = not self.signal and self.validator.due(state.step)
+        validating = self.validator.due(state.step)
+        if validating and self.signal:  # a run that a signal ends has no time for it
+            _logger.warning("no validation after step %d: a signal ends the run", state.step)
+            validating = False
         # Checkpoints carry full counts, so a row comes before each.
         logging_due = saving or validating or state.step % config.train.log_interval == 0
         self.scheduler.step(1)
@@ -203,6 +205,7 @@ class Trainer:
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
                 progress=self.state.to_json(),
+                tokenizer=self.tokenizer.data,
             )
 
     def start(self) -> None:
@@ -215,6 +218,7 @@ class Trainer:
         self.main = self.rank == 0
         _logger.info("%s", setup.describe_ranks())
         warn_of_slow_settings(config)
+        self._closing.enter_context(run_directory(self.output))
         self.tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
 
     def open_data(self) -> None:
@@ -248,16 +252,9 @@ class Trainer:
 
     def resume(self) -> None:
         """Weights, optimizer, schedule and state of the latest checkpoint, if there is one."""
-        state, config = self.state, self.config
         if self.resumed_from is not None and self.data.progress is not None:
             self._load_checkpoint(self.resumed_from, self.data.progress)
-        if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.output / "run.yaml")
-            metrics.drop_after(self.output, state.step)
-            bad_samples.drop_after(self.output, state.consumed_samples)
-            fault_tolerance.drop_after(self.output, state.step)
-        torch.distributed.barrier()  # no rank writes its bad samples before the file was cut
+        set_back(self.output, self.config, self.state)
 
     def _load_checkpoint(self, directory: Path, progress: dict) -> None:
         state = self.state

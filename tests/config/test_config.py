@@ -45,6 +45,42 @@ def test_files_extend_others_and_overrides_win(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("2024_11_05", "2024_11_05"),
+        ("007", "007"),
+        ("12:30", "12:30"),
+        ("1e3", "1e3"),
+        ("no", "no"),
+        ("a #b", "a #b"),
+        ("a=b", "a=b"),
+        ("'a b'", "a b"),
+        ("${data.tokenizer}", "t"),
+    ],
+)
+def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path, given, wanted):
+    (tmp_path / "run.yaml").write_text("data: {tokenizer: t}\n")
+    overrides = [f"train.output={given}", f"stage.initial_checkpoint={given}"]
+    config = load_config(tmp_path / "run.yaml", overrides)
+    assert config.train.output == config.stage.initial_checkpoint == wanted
+    nothing = load_config(tmp_path / "run.yaml", [*overrides, "stage.initial_checkpoint=null"])
+    assert nothing.stage.initial_checkpoint is None
+
+
+def test_a_run_directory_that_cannot_be_is_refused_at_once(run_yaml, tmp_path):
+    (tmp_path / "file").touch()
+    for place, words in (
+        (tmp_path / "file", "file is a file"),
+        (tmp_path / "file/run", "run cannot be made or written, for .*/file is a file"),
+        ("~/run", "write [$]HOME"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            validate(load_config(run_yaml, [f"train.output={place}"]), 1)
+    validate(load_config(run_yaml, [f"train.output={tmp_path / 'new/run'}"]), 1)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
     "override, words",
     [
         ("train.stps=5", "unknown key 'train.stps'; did you mean 'train.steps'"),

@@ -128,8 +128,12 @@ def test_half_a_checkpoint_is_never_taken_for_one(uninterrupted, tmp_path):
                 (broken / file.name).write_bytes(file.read_bytes())
         with pytest.raises(CheckpointError, match=f"not a complete.*{name}"):
             directories.resolve(broken)
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="does not exist$"):
         directories.resolve(tmp_path / "nowhere")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("iter_0000009")
+    with pytest.raises(CheckpointError, match="0009 does not exist, which .*/latest names; write"):
+        directories.resolve(tmp_path)
 
 
 def test_a_killed_save_leaves_the_last_checkpoint_in_place(uninterrupted, tmp_path):

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import signal
+from pathlib import Path
 
 import faults
 import pytest
@@ -18,9 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_owl2.config.load import load_config
 from megatron_owl2.data.shards.records import Record
+from megatron_owl2.errors import RunDirectoryError
+from megatron_owl2.mcore import setup
+from megatron_owl2.training import run_directory
+from megatron_owl2.training.checkpoint import directories
+from megatron_owl2.training.metrics import data_report
 from megatron_owl2.training.signals import StopSignal
 from megatron_owl2.training.step import forward_backward
 from megatron_owl2.training.trainer import Trainer
+from megatron_owl2.utils.files import locked
 
 pytestmark = pytest.mark.distributed
 
@@ -108,6 +116,50 @@ def test_a_trainer_can_be_subclassed_and_run_in_place(tmp_path):
     assert done.returncode == 0, done.stderr
     here, there = tiny_run.rows(tmp_path / "here"), tiny_run.rows(tmp_path / "there")
     assert [row["loss"] for row in here] == pytest.approx([row["loss"] for row in there], rel=1e-6)
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path, caplog):
+    """The data report is written; the validation, which takes its time, is left out and told."""
+
+    class Signalled(Trainer):
+        def forward_backward(self):
+            if self.state.step == self.config.train.steps:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().forward_backward()
+
+    config = tiny_run.make(tmp_path, 2)
+    sources = f"validation.sources=['{tmp_path / 'shards'}']"
+    options = [f"train.output={tmp_path / 'run'}", sources, "validation.interval=1"]
+    with caplog.at_level("WARNING"):
+        assert Signalled(load_config(config, options)).train() == 0
+    assert "no validation after step 2" in caplog.text
+    assert ["validation" in row for row in tiny_run.rows(tmp_path / "run")] == [True, False]
+    assert (tmp_path / "run" / data_report.NAME).is_file()
+
+
+def test_a_tokenizer_that_moves_during_a_run_is_in_its_checkpoints(tmp_path):
+    class Moving(Trainer):
+        def build_data(self):
+            super().build_data()
+            Path(self.config.data.tokenizer).rename(tmp_path / "moved.model")
+
+    config = load_config(tiny_run.make(tmp_path), [f"train.output={tmp_path / 'run'}"])
+    assert Moving(config).train() == 0
+    saved = directories.resolve(tmp_path / "run") / "tokenizer.model"
+    assert saved.read_bytes() == (tmp_path / "moved.model").read_bytes()
+
+
+def test_one_job_at_a_time_trains_in_a_run_directory(tmp_path, monkeypatch):
+    config = load_config(tiny_run.make(tmp_path), [f"train.output={tmp_path / 'run'}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / run_directory.LOCK).touch()
+    with locked(tmp_path / "run" / run_directory.LOCK):
+        monkeypatch.setattr(run_directory, "PATIENCE", 0.0)
+        with pytest.raises(RunDirectoryError, match="another job trains in .*/run; wait for it"):
+            Trainer(config).train()
+    setup.shutdown()
+    assert Trainer(config).train() == 0  # the lock of the other is gone
+    assert Trainer(config).train() == 0  # and this one's, too
 
 
 class Reads(TorchDispatchMode):

@@ -24,13 +24,14 @@ def resolve(path: str | Path) -> Path:
 
     Raises CheckpointError if there is none or it is not whole.
     """
-    path = Path(path)
+    path, named_by = Path(path), ""
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file():
             path = folder / (folder / LATEST).read_text().strip()
+            named_by = f", which {folder / LATEST} names; write the name of another one there"
             break
     if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        raise CheckpointError(f"checkpoint {path} does not exist{named_by}")
     if missing := _lacks(path):
         raise CheckpointError(f"{path} is not a complete checkpoint: {', '.join(missing)} missing")
     return path
@@ -88,10 +89,15 @@ def read_progress(directory: str | Path) -> dict:
     return progress
 
 
-def write_companions(partial: Path, config: RunConfig, progress: dict) -> None:
-    """Put what makes a checkpoint self-contained beside its tensors."""
+def write_companions(
+    partial: Path, config: RunConfig, progress: dict, tokenizer: bytes | None = None
+) -> None:
+    """Put what makes a checkpoint self-contained beside its tensors; the tokenizer is that of the
+    configuration unless its content is given."""
     save_config(config, partial / "run.yaml")
-    if config.data.tokenizer:  # weights converted from a directory without one have none
+    if tokenizer is not None:
+        (partial / "tokenizer.model").write_bytes(tokenizer)
+    elif config.data.tokenizer:  # weights converted from a directory without one have none
         shutil.copyfile(config.data.tokenizer, partial / "tokenizer.model")
     (partial / "progress.json").write_text(json.dumps(progress, indent=1))
 

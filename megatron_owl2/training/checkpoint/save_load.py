@@ -56,8 +56,9 @@ class Save:
     """A checkpoint on its way into `directory` (an `iter_*` name or any other).
 
     Made by all ranks together; from then on the model may change, for what is written are copies.
-    `chunks` are this rank's parts of the model. The tokenizer is copied from
-    `config.data.tokenizer`. Without optimizer and scheduler the checkpoint holds weights only.
+    `chunks` are this rank's parts of the model. `tokenizer` is the content of its file; without it
+    that is copied from `config.data.tokenizer`, which may have moved since a run began. Without
+    optimizer and scheduler the checkpoint holds weights only.
     The copies are made in `staging`, or in memory that is freed when they are written.
     Raises CheckpointIOError on all ranks if the disk refuses one.
     """
@@ -71,6 +72,7 @@ class Save:
         optimizer: ChainedOptimizer | None = None,
         scheduler: OptimizerParamScheduler | None = None,
         progress: dict | None = None,
+        tokenizer: bytes | None = None,
         staging: Staging | None = None,
     ):
         self.directory = Path(directory)
@@ -88,7 +90,7 @@ class Save:
         self._writing = Writing(state, self._partial, staging or Staging())
         with raise_on_all_ranks(self.directory):
             if self._main:
-                directories.write_companions(self._partial, config, progress or {})
+                directories.write_companions(self._partial, config, progress or {}, tokenizer)
 
     @property
     def written(self) -> bool:
