@@ -54,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("give --owl2 or --owl1, or both --language-model and --vision-model")
     if options.adapter and not given:
         raise UsageError("--adapter goes with --owl2 or --owl1, the model that it was made for")
+    if options.overrides and not options.config:
+        raise UsageError("section.key=value needs --config")
     if options.adapter_alpha is not None and not options.adapter:
         raise UsageError("--adapter-alpha goes with --adapter")
     if options.adapter_alpha is not None and not 0 < options.adapter_alpha < float("inf"):

@@ -136,6 +136,11 @@ def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(tmp_path):
             ("--output", "x", "--owl2", "a", "--vision-model", "b"),
             "give --owl2 or --owl1",
         ),
+        (
+            "convert_from_hf",
+            ("--output", "x", "--owl2", OWL2, "model.vision.image_size=112"),
+            "section.key=value needs --config",
+        ),
         ("convert_from_hf", ("--output", "x", "--owl2", "nowhere"), "nowhere is not a directory"),
         ("convert_from_hf", ("--output", "/dev/null/x", "--owl2", OWL2), "error: "),
         ("convert_to_hf", ("--output", "x", "--checkpoint", "nowhere"), "nowhere does not exist"),
