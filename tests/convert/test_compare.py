@@ -99,6 +99,29 @@ def test_another_setting_is_found(converted, tmp_path, capsys):
     assert "weights" not in failed(said)
 
 
+def test_other_prompts_and_pixels_are_found(converted, tmp_path, capsys):
+    whole = from_released(OWL2)
+    whole.config.model.template = "vicuna_v1"
+    whole.config.model.image_mode = "pad"
+    export_hf(whole.tensors, whole.config.model, tmp_path / "out")
+    status, said, _ = against(converted, tmp_path / "out", capsys)
+    assert (status, failed(said)) == (1, ["settings"])
+    assert "template is owl2 in the checkpoint, vicuna_v1 there" in said
+    assert "image_mode is stretch in the checkpoint, pad there" in said
+
+
+@pytest.mark.parametrize(("exported", "found"), [(False, []), (True, ["settings"])])
+def test_a_released_directory_leaves_the_template_to_the_run(tmp_path, capsys, exported, found):
+    """Without a processor it says nothing of prompts; an export of the default says that one."""
+    whole = from_released(OWL2)
+    if exported:
+        export_hf(whole.tensors, whole.config.model, tmp_path / "out")
+    whole.config.model.template = "vicuna_v1"
+    write_checkpoint(tmp_path / "ckpt", whole.tensors, whole.config)
+    _, said, _ = against(tmp_path / "ckpt", tmp_path / "out" if exported else OWL2, capsys)
+    assert failed(said) == found
+
+
 def test_names_and_shapes_are_listed(converted, tmp_path, capsys):
     other = editable(OWL2, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")

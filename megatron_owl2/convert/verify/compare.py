@@ -32,7 +32,8 @@ from megatron_owl2.mcore import setup
 # proportion to their size.
 LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4
 _TEXT = 24  # ids in an input, beside its images
-_SETTINGS = ("vision", "abstractor", "decoder", "image_mean", "image_std")
+_SETTINGS = ("vision", "abstractor", "decoder", "image_mean", "image_std", "image_mode")
+_PROMPTS = ("template", "tokenization")  # which a released directory leaves to the run
 _RUN_ONLY = {
     "max_positions",
     "position_init_std",
@@ -72,7 +73,9 @@ def compare(
     stored = read_checkpoint(verification.directory)
     try:
         layout = hf_config.find_layout(hf_directory)
-        settings = _differing_settings(model, hf_config.read_model(hf_directory, layout))
+        has_processor = (Path(hf_directory) / "processor_config.json").exists()
+        compared = _SETTINGS + _PROMPTS if has_processor else _SETTINGS
+        settings = _differing(compared, model, hf_config.read_model(hf_directory, layout))
         check_layout(layout, model)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         theirs = read_hf(hf_directory, layout, model, shapes)
@@ -109,9 +112,9 @@ def compare(
             yield _close("video, visual tokens", tokens.cpu(), theirs, LOGITS)
 
 
-def _differing_settings(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+def _differing(names: Sequence[str], ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     found = []
-    for section in _SETTINGS:
+    for section in names:
         a, b = getattr(ours, section), getattr(theirs, section)
         if not dataclasses.is_dataclass(a):
             pairs = [(section, a, b)]
