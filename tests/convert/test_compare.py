@@ -143,7 +143,14 @@ def test_what_cannot_be_compared_is_an_error(converted, tmp_path, capsys):
     assert status == 2 and "--against makes its own inputs" in complaint
     status, _, complaint = run_tool("verify_checkpoint", "--checkpoint", converted, capsys=capsys)
     assert status == 2 and "give either --against, or both" in complaint
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    status, said, _ = against(converted, tmp_path / "empty", capsys)
-    assert status == 1 and "model_type is 'llama', wanted 'mplug_owl2'" in said
+    foreign, bare = tmp_path / "foreign", editable(OWL2, tmp_path / "bare")
+    foreign.mkdir()
+    (foreign / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (bare / "model.safetensors").unlink()
+    for directory, message in (
+        (tmp_path / "nowhere", "nowhere is not a directory"),
+        (foreign, "model_type is 'llama', wanted 'mplug_owl2'"),
+        (bare, "bare holds no weights"),
+    ):
+        status, said, complaint = against(converted, directory, capsys)
+        assert (status, said) == (2, "") and message in complaint

@@ -23,6 +23,7 @@ from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.mapping import rules, shared_branches
 from megatron_owl2.convert.megatron_io import read_checkpoint
 from megatron_owl2.convert.remote_files import model_class
+from megatron_owl2.convert.safetensors_io import TensorReader
 from megatron_owl2.convert.verify.verify import Verification
 from megatron_owl2.data.image_tokens import IGNORE_INDEX, IMAGE_TOKEN_ID
 from megatron_owl2.errors import ConversionError
@@ -66,16 +67,17 @@ def compare(
     narrower of the two files. Results come on rank 0, none elsewhere. If names or shapes differ,
     nothing is computed. Takes 16 bytes of memory for every parameter on rank 0. `overrides` are
     those of `verify`. Raises CheckpointError for a damaged checkpoint and ConversionError for
-    weights that cannot be read or without transformers.
+    a directory that is none in a released layout or cannot be read, or without transformers.
     """
     verification = Verification(directory, [*overrides, "train.precision=fp32"])
     model, first = verification.config.model, verification.rank == 0
     stored = read_checkpoint(verification.directory)
+    layout = hf_config.find_layout(hf_directory)
+    has_processor = (Path(hf_directory) / "processor_config.json").exists()
+    compared = _SETTINGS + _PROMPTS if has_processor else _SETTINGS
+    settings = _differing(compared, model, hf_config.read_model(hf_directory, layout))
+    TensorReader(hf_directory)  # an error if they cannot be read, a failed check if they misfit
     try:
-        layout = hf_config.find_layout(hf_directory)
-        has_processor = (Path(hf_directory) / "processor_config.json").exists()
-        compared = _SETTINGS + _PROMPTS if has_processor else _SETTINGS
-        settings = _differing(compared, model, hf_config.read_model(hf_directory, layout))
         check_layout(layout, model)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         theirs = read_hf(hf_directory, layout, model, shapes)
