@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         stages=trained_stages(options.checkpoint),
     )
     export_hf(
-        source.merged().tensors,
+        source.merged(dtype).tensors,
         source.config.model,
         options.output,
         tokenizer=source.config.data.tokenizer or None,

@@ -85,26 +85,33 @@ def _linears(model: ModelConfig, layout: str) -> Iterator[_Linear]:
 
 
 def merge(
-    tensors: dict[str, LazyTensor], model: ModelConfig, adapters: LoraConfig
+    tensors: dict[str, LazyTensor],
+    model: ModelConfig,
+    adapters: LoraConfig,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, LazyTensor]:
-    """The weights with the adapters in them: W + alpha / r B A in fp32, in the dtype of W."""
+    """The weights with the adapters in them: W + alpha / r B A, computed in fp32.
+
+    `dtype` is that of the sums, by default the dtype of W.
+    """
     by_weight: dict[str, list[_Linear]] = {}
     for linear in _linears(model, "llama"):  # every decoder's weights are cut alike
         if lora.selects(adapters, linear.target):
             by_weight.setdefault(linear.rule.ours, []).append(linear)
 
     def merged(weight: str, linears: list[_Linear]) -> LazyTensor:
+        kind = dtype or tensors[weight].dtype
+
         def read() -> torch.Tensor:
-            whole = tensors[weight].read()
             transform = linears[0].rule.transform
-            pieces = transform.split(whole.float())
+            pieces = transform.split(tensors[weight].read().float())
             for linear in linears:
                 a, b = (tensors[name].read().float() for name in lora.parameters(linear.target))
                 piece = pieces[linear.index]
                 pieces[linear.index] = piece + adapters.alpha / adapters.rank * (b @ a)
-            return transform.join(pieces).to(whole.dtype)
+            return transform.join(pieces).to(kind)
 
-        return LazyTensor(tensors[weight].shape, tensors[weight].dtype, read)
+        return LazyTensor(tensors[weight].shape, kind, read)
 
     plain = {name: tensor for name, tensor in tensors.items() if not lora.is_adapter(name)}
     return plain | {weight: merged(weight, linears) for weight, linears in by_weight.items()}

@@ -49,11 +49,12 @@ class SourceModel:
     config: RunConfig
     tensors: dict[str, LazyTensor]
 
-    def merged(self) -> "SourceModel":
-        """The same model with its adapters, if any, merged into the weights."""
+    def merged(self, dtype: torch.dtype | None = None) -> "SourceModel":
+        """The same model with its adapters, if any, merged into the weights, which become `dtype`
+        then, or keep their own."""
         config = copy.deepcopy(self.config)
         config.stage.lora = LoraConfig()
-        tensors = adapters.merge(self.tensors, config.model, self.config.stage.lora)
+        tensors = adapters.merge(self.tensors, config.model, self.config.stage.lora, dtype)
         return SourceModel(config, tensors)
 
     def build(self) -> Owl2:

@@ -113,16 +113,17 @@ def _hf_run_config(path: Path) -> RunConfig:
 def _merged_weights(
     path: Path, exported: bool, config: RunConfig, adapter: str | Path | None
 ) -> dict[str, LazyTensor] | None:
-    """Whole weights with all adapters in them, or None if there are no adapters."""
+    """Whole weights, in fp32 where adapters are in them, or None if there are no adapters."""
+    wide = torch.float32  # whatever is stored; the model casts
     if adapter is None and not config.stage.lora.targets:
         return None
     if exported:
-        return sources.from_released(path, config=config, adapter=adapter).merged().tensors
-    source = sources.from_checkpoint(path).merged()
+        return sources.from_released(path, config=config, adapter=adapter).merged(wide).tensors
+    source = sources.from_checkpoint(path).merged(wide)
     if adapter is None:
         return source.tensors
     lora, found = adapters.read_adapter(adapter, source.config.model)
-    return adapters.merge(source.tensors | found, source.config.model, lora)
+    return adapters.merge(source.tensors | found, source.config.model, lora, wide)
 
 
 def _prepare(module: nn.Module, context: ParallelContext) -> None:

@@ -15,7 +15,7 @@ from megatron_owl2.config.lora import is_adapter, selected
 from megatron_owl2.config.schema import LoraConfig
 from megatron_owl2.convert.adapters import export_adapter, read_adapter
 from megatron_owl2.convert.hf_weights import export_hf
-from megatron_owl2.convert.lazy_tensor import of_model
+from megatron_owl2.convert.lazy_tensor import LazyTensor, of_model
 from megatron_owl2.convert.megatron_io import write_checkpoint
 from megatron_owl2.convert.sources import SourceModel, from_checkpoint, from_released, weight_shapes
 from megatron_owl2.convert.verify.verify import Verification
@@ -23,6 +23,7 @@ from megatron_owl2.errors import ConfigError, ConversionError
 from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
+from megatron_owl2.model.position_tables import NAMES as TABLES
 
 EVERY = LoraConfig(["*"], rank=3, alpha=12.0)
 SOME = LoraConfig(["*.query", "*.value_*", "*.1.mlp.down"], rank=2, alpha=8.0, dropout=0.05)
@@ -133,6 +134,42 @@ def test_adapters_answer_as_the_merged_model_does(tmp_path):
     without = answers.pop("unadapted")
     assert all(ids == answers["merged"] for ids in answers.values())
     assert without != answers["merged"]
+
+
+def test_adapters_of_a_narrow_model_are_merged_as_wide_as_asked(tmp_path, capsys):
+    """Small ones would mostly vanish in the model's own 16 bits."""
+    source, tokenizer = adapted(EVERY), small_tokenizer(tmp_path)
+    source.config.data.tokenizer, model = str(tokenizer), source.config.model
+
+    def of(dtype):
+        return {
+            name: tensor
+            if is_adapter(name) or name in TABLES
+            else LazyTensor.of(tensor.read().bfloat16().to(dtype))
+            for name, tensor in source.tensors.items()
+        }
+
+    narrow, wide = of(torch.bfloat16), of(torch.float32)
+    write_checkpoint(tmp_path / "ckpt", narrow, source.config)
+    export_hf(SourceModel(source.config, wide).merged().tensors, model, tmp_path / "wide")
+    command = ["convert_to_hf", "--checkpoint", tmp_path / "ckpt", "--output"]
+    for output, more in (("own", []), ("asked", ["--dtype", "float32"])):
+        assert run_tool(*command, tmp_path / output, *more, capsys=capsys)[0] == 0
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert tensors_of(tmp_path / "own")[weight].dtype == torch.bfloat16
+    assert_same(tensors_of(tmp_path / "asked"), expected := tensors_of(tmp_path / "wide"))
+    assert not torch.equal(expected[weight], expected[weight].bfloat16().float())
+
+    plain = {name: tensor for name, tensor in narrow.items() if not is_adapter(name)}
+    export_hf(plain, model, tmp_path / "base", tokenizer=tokenizer)
+    export_adapter(narrow, model, EVERY, tmp_path / "adapter")
+    own = load_model(tmp_path / "ckpt").model
+    beside = load_model(tmp_path / "base", adapter=tmp_path / "adapter").model
+    shutil.copy(tokenizer, tmp_path / "wide" / "tokenizer.model")
+    for name, wanted in load_model(tmp_path / "wide").model.named_parameters():
+        assert torch.equal(own.get_parameter(name), wanted), name
+        assert torch.equal(beside.get_parameter(name), wanted), name
+    setup.shutdown()
 
 
 def test_an_adapter_of_peft_comes_in(tmp_path):
