@@ -1,8 +1,8 @@
 """Chat with a model in the terminal, about images that are shown in between."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from megatron_owl2.errors import InferenceError
@@ -53,13 +53,15 @@ class Chat:
             if line:
                 try:
                     self._obey(line)
+                except KeyboardInterrupt:  # while an image is read
+                    self.write("\n")
                 except (InferenceError, OSError) as error:
                     self.write(f"error: {error}\n")
 
     def _obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
         if command == "/image" and argument.strip():
-            image = read_image(Path(argument.strip()).expanduser())
+            image = read_image(os.path.expanduser(argument.strip()))  # leaves unknown users' ~
             self._images.append({"type": "image", "image": image})
         elif line == "/reset":
             self._reset()

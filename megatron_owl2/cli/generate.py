@@ -10,6 +10,7 @@ may stand beside these. The same command goes on where it was interrupted.
 """
 
 import argparse
+import io
 import os
 import sys
 from contextlib import suppress
@@ -149,6 +150,8 @@ def _chat(options: argparse.Namespace) -> int:
 
     with suppress(ImportError):
         import readline  # noqa: F401 - input() edits lines and has a history with it
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is no text must not end the chat
+        sys.stdin.reconfigure(errors="surrogateescape")
     model = api.load(options.checkpoint, options.precision, adapter=options.adapter)
     Chat(model, input, _show, system=options.system, options=given_options(options)).run()
     return 0

@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_owl2.config.schema import Precision
 from megatron_owl2.data import images as image_processing
 from megatron_owl2.data.conversation import asking_ids
-from megatron_owl2.errors import BadSampleError, InferenceError
+from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.messages import (
     Conversation,
     Message,
@@ -163,7 +163,7 @@ def read_image(image: ImageInput) -> torch.Tensor:
             return image_processing.from_pillow(image)
         if isinstance(image, str | PathLike):
             return image_processing.decode(Path(image).read_bytes())
-    except BadSampleError as error:
+    except ValueError as error:  # BadSampleError, or a path that no file can have
         raise InferenceError(f"{name}: {error}") from None
     raise InferenceError(
         f"an image is of type {type(image).__name__}; give a path, a Pillow image or a tensor "

@@ -1,6 +1,9 @@
 """Chat: what the model is asked line by line, commands, and answers that are stopped."""
 
+import io
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from exported import export, grouped_model
@@ -75,6 +78,23 @@ def test_an_image_is_shown_once_with_the_next_question(tmp_path):
     assert model.asked[0][0][-1]["content"][0]["image"].shape == (3, 30, 40)
 
 
+def test_a_path_that_can_be_none_is_an_error_and_not_the_end():
+    model = Echo()
+    said = talk(model, "one", "/image ~nosuchuser/x.png", "/image a\0b.png", "two")
+    assert said.count("error: ") == 2
+    assert len(model.asked[1][0]) == 3  # with the question and the answer before
+
+
+def test_ctrl_c_while_an_image_is_read_is_not_the_end(monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_owl2.cli.chat.read_image", interrupted)
+    model = Echo()
+    assert talk(model, "/image x.png", "one").endswith("\nyou said one\n\n")
+    assert [part["type"] for part in model.asked[0][0][-1]["content"]] == ["text"]
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat():
     model = Echo()
 
@@ -135,6 +155,21 @@ def test_the_command_chats_with_a_model(directory, tmp_path, monkeypatch, capsys
         {"role": "user", "content": "bamer"},
     ]
     assert second == model.generate([messages], **limits)[0]
+
+
+def test_bytes_that_are_no_text_are_told_and_those_of_a_file_name_are_kept(
+    directory, tmp_path, monkeypatch, capsys
+):
+    shown = os.fsencode(tmp_path) + b"/\xe4.png"
+    Path(os.fsdecode(shown)).write_bytes(b"no image")
+    given = io.BytesIO(b"b\xe4dal\n/image " + shown + b"\nbadal\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given, encoding="utf-8"))
+    command = ["--checkpoint", str(directory), "--chat", "--min-new-tokens", "4"]
+    assert generate.main(command, "owl2 generate") == 0
+    first, second, answer = capsys.readouterr().out.split("> ")[1:4]
+    assert first.startswith("error: a text holds '\\udce4', half of a character")
+    assert second.startswith("error: ") and "image cannot be" in second
+    assert answer.strip() and not answer.startswith("error")
 
 
 def test_a_chat_is_of_one_process(monkeypatch, capsys):

@@ -193,6 +193,9 @@ def test_what_cannot_be_shown_is_refused(model, files, tmp_path):
             model.generate(QUESTION, shown)
     with pytest.raises(FileNotFoundError, match=r"no\.jpg"):
         model.generate("badal", ["no.jpg"])
+    for name in ("a\0b.png", "\ud800.png"):
+        with pytest.raises(InferenceError, match=r"\.png: "):
+            model.generate(QUESTION, [name])
     with pytest.raises(InferenceError, match="2 prompts, but images for 1"):
         model.generate(["badal", "kunat"], [files[:1]])
 
