@@ -17,7 +17,7 @@ from megatron_owl2.config.schema import LoraConfig, ModelConfig
 from megatron_owl2.convert import mapping
 from megatron_owl2.convert.json_settings import Settings
 from megatron_owl2.convert.layouts import layout_of
-from megatron_owl2.convert.lazy_tensor import LazyTensor
+from megatron_owl2.convert.lazy_tensor import LazyTensor, finite
 from megatron_owl2.convert.peft_models import refuse_without_settings
 from megatron_owl2.convert.safetensors_io import (
     ADAPTER_FILES,
@@ -128,7 +128,8 @@ def export_adapter(
     """The adapters alone as a directory of peft, for the exported model without them.
 
     `dtype` is by default their own. `output` appears when complete. Raises ConversionError if it
-    exists, if there is no room, if there is no adapter, or if no layout holds the model.
+    exists, if there is no room, if there is no adapter, if no layout holds the model, or if a
+    weight is not finite in `dtype`.
     """
     if not lora.selected(adapters, model.decoder):
         raise ConversionError("the checkpoint has no adapters (stage.lora.targets of its run.yaml)")
@@ -138,7 +139,8 @@ def export_adapter(
             modules += linear.modules
             for ending, name in zip("AB", lora.parameters(linear.target), strict=True):
                 for module in linear.modules:
-                    found[_name(module, ending)] = _cast(tensors[name], dtype)
+                    theirs = _name(module, ending)
+                    found[theirs] = _cast(theirs, tensors[name], dtype)
     settings = _FIXED | {
         "task_type": _TASK_TYPES[layout],
         "r": adapters.rank,
@@ -265,9 +267,9 @@ def _name(module: str, ending: str) -> str:
     return f"{_PREFIX}{module}.lora_{ending}.weight"
 
 
-def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
     kind = dtype or tensor.dtype
-    return LazyTensor(tensor.shape, kind, lambda: tensor.read().cpu().to(kind))
+    return LazyTensor(tensor.shape, kind, lambda: finite(name, tensor.read().cpu(), kind))
 
 
 def _lazy(reader: TensorReader, name: str) -> LazyTensor:

@@ -9,7 +9,7 @@ import torch
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config, mapping
 from megatron_owl2.convert.layouts import LAYOUTS, check_layout
-from megatron_owl2.convert.lazy_tensor import LazyTensor
+from megatron_owl2.convert.lazy_tensor import LazyTensor, finite
 from megatron_owl2.convert.model_card import CardFacts, write_model_card
 from megatron_owl2.convert.partition import shard
 from megatron_owl2.convert.remote_files import write_remote_code
@@ -157,7 +157,7 @@ def _theirs(
             if rule.ours not in current:
                 current.clear()
                 current[rule.ours] = rule.transform.split(tensors[rule.ours].read().cpu())
-            return _cast(name, current[rule.ours][index], kind)
+            return finite(name, current[rule.ours][index], kind)
 
         kind = tensors[rule.ours].dtype if rule.constant else dtype
         return LazyTensor(tuple(shape), kind, read)
@@ -171,15 +171,6 @@ def _theirs(
     for name, same in mapping.shared_branches(layout, model).items():
         theirs[name] = theirs[same]
     return theirs
-
-
-def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    cast = tensor.to(dtype)
-    if not all(limit.isfinite() for limit in cast.aminmax()):
-        finite = all(limit.isfinite() for limit in tensor.aminmax())
-        reason = f"is too large for {dtype}" if finite else "is not finite"
-        raise ConversionError(f"{name} holds a value that {reason}; nothing was written")
-    return cast
 
 
 def _check(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_owl2.errors import ConversionError
 from megatron_owl2.model.layer_stack import weights
 
 
@@ -32,6 +33,16 @@ class LazyTensor:
 def of_model(model: torch.nn.Module) -> dict[str, LazyTensor]:
     """The weights of a model by name, as they are when they are read."""
     return {name: LazyTensor.of(tensor) for name, tensor in weights(model).items()}
+
+
+def finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype`; raises ConversionError if a value is not finite there."""
+    cast = tensor.to(dtype)
+    if not all(limit.isfinite() for limit in cast.aminmax()):
+        before = all(limit.isfinite() for limit in tensor.aminmax())
+        reason = f"is too large for {dtype}" if before else "is not finite"
+        raise ConversionError(f"{name} holds a value that {reason}; nothing was written")
+    return cast
 
 
 def read_ahead(tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm
 
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.convert.lazy_tensor import LazyTensor, read_ahead
+from megatron_owl2.convert.lazy_tensor import LazyTensor, finite, read_ahead
 from megatron_owl2.training.checkpoint import directories
 from megatron_owl2.training.checkpoint.async_writer import raise_io_error
 from megatron_owl2.training.checkpoint.index import read_index, stored_weights, unreadable
@@ -37,7 +37,7 @@ class _ReadingPlanner(DefaultSavePlanner):
         name, tensor = next(self._coming)
         assert name == index.fqn, f"{index.fqn} is asked for before {name}"
         self._progress.update()
-        return tensor
+        return finite(name, tensor, tensor.dtype)
 
 
 class _IndexedReader(FileSystemReader):
@@ -61,7 +61,8 @@ def write_checkpoint(
     """A checkpoint of whole weights at `directory`, which loads under any parallel sizes.
 
     Every tensor keeps its dtype and has a file of its own. The directory appears when complete.
-    Raises CheckpointError if it exists or the disk refuses; nothing is left then.
+    Raises CheckpointError if it exists, a weight is not finite or the disk refuses; nothing is left
+    then.
     """
     directory = Path(directory)
     empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}

@@ -249,6 +249,21 @@ def test_adapters_of_shared_keys_are_written_for_both_modalities(tmp_path):
         read_adapter(tmp_path / "adapter", model)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [(float("nan"), None, "is not finite"), (1e6, torch.float16, "is too large for torch.float16")],
+)
+def test_an_adapter_that_is_not_finite_is_not_written(tmp_path, value, dtype, message):
+    source = adapted(SOME)
+    name = next(name for name in source.tensors if is_adapter(name))
+    damaged = source.tensors[name].read().clone()
+    damaged[0, 1] = value
+    tensors = source.tensors | {name: LazyTensor.of(damaged)}
+    with pytest.raises(ConversionError, match=f"base_model.*lora_.* holds a value that {message}"):
+        export_adapter(tensors, source.config.model, SOME, tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
 def edit_settings(folder, **changed):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))

@@ -8,6 +8,7 @@ import torch
 from hf_dirs import CLIP, DATA, LLAMA, OWL2, editable, parts_config, run_tool, small_tokenizer
 from safetensors.torch import load_file, save_file
 
+from megatron_owl2.config.load import save_config
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.safetensors_io import TensorReader
 from megatron_owl2.convert.sources import from_llama_and_clip, from_released
@@ -32,6 +33,24 @@ def test_all_misfits_are_listed(tmp_path):
         f"dtype: {count} holds I64, wanted floating-point numbers",
     ):
         assert line in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("released", [True, False])
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, released, value):
+    broken = editable(OWL2 if released else LLAMA, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, broken / "model.safetensors")
+    source = ["--owl2", broken]
+    if not released:
+        save_config(parts_config(), tmp_path / "run.yaml")
+        source = ["--language-model", broken, "--vision-model", CLIP]
+        source += ["--config", tmp_path / "run.yaml"]
+    arguments = (*source, "--output", tmp_path / "out")
+    status, _, complaint = run_tool("convert_from_hf", *arguments, capsys=capsys)
+    assert status == 2 and not (tmp_path / "out").exists()
+    assert "out could not be written: final_norm.weight holds a value that is not" in complaint
 
 
 def test_damaged_and_hostile_files_are_refused(tmp_path):
