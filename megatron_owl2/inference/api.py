@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack, overload
@@ -19,6 +18,7 @@ from megatron_owl2.errors import InferenceError
 from megatron_owl2.inference.messages import (
     Conversation,
     Message,
+    check_texts,
     from_messages,
     from_question,
 )
@@ -108,13 +108,7 @@ class InferenceModel:
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids, with -200 for every image, that ask for the answer to a conversation."""
         questions, answers = conversation.questions, conversation.answers
-        for text in (*chain.from_iterable(questions), *answers, conversation.system):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InferenceError(
-                    f"a text holds {text[error.start]!r}, half of a character, which no UTF-8 has"
-                ) from None
+        check_texts(conversation)
         return asking_ids(
             questions, answers, self.tokenizer, self.config.conversation, conversation.system
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 from megatron_owl2.data.shards.records import IMAGE_PLACEHOLDER
@@ -73,6 +74,18 @@ def from_messages(messages: Sequence[Message]) -> Conversation:
     if len(conversation.questions) == len(conversation.answers):
         raise InferenceError("the last message must be the user's, which the model answers")
     return conversation
+
+
+def check_texts(conversation: Conversation) -> None:
+    """Refusal of texts that no UTF-8 has, and so no tokenizer; raises InferenceError."""
+    questions = chain.from_iterable(conversation.questions)
+    for text in (*questions, *conversation.answers, conversation.system):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InferenceError(
+                f"a text holds {text[error.start]!r}, half of a character, which no UTF-8 has"
+            ) from None
 
 
 def _content(message: Message, where: str) -> tuple[list[str], list]:

@@ -1,10 +1,12 @@
 """Generation options of a request: lengths, sampling, stop strings and beams."""
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_owl2.errors import InferenceError
+
+_LARGEST = sys.float_info.max  # a whole number may be larger
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,21 @@ class GenerationOptions:
     def __post_init__(self):
         _in_range("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         _in_range("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "at least 0")
-        _in_range("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0")
+        _in_range(
+            "temperature",
+            self.temperature,
+            0 <= self.temperature <= _LARGEST,
+            "at least 0, and finite",
+        )
         _in_range("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _in_range("top_k", self.top_k, self.top_k >= 0, "at least 0 (0: all)")
         _in_range(
             "repetition_penalty",
             self.repetition_penalty,
-            0 < self.repetition_penalty < math.inf,
-            "above 0",
+            0 < self.repetition_penalty <= _LARGEST,
+            "above 0, and finite",
         )
-        _in_range("beams", self.beams, self.beams >= 1, "at least 1")
+        _in_range("beams", self.beams, 1 <= self.beams <= sys.maxsize, f"1 to {sys.maxsize}")
         _in_range(
             "length_penalty", self.length_penalty, -10 <= self.length_penalty <= 10, "-10 to 10"
         )

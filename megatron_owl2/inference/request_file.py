@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_owl2.errors import InferenceError
-from megatron_owl2.inference.messages import Conversation, from_messages, from_question
+from megatron_owl2.inference.messages import Conversation, check_texts, from_messages, from_question
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.utils.files import locked, write_atomically
 from megatron_owl2.utils.json_text import json_lines, parse_json
@@ -163,6 +163,7 @@ def _conversation(row: Mapping[str, Any], folder: Path) -> Conversation:
             raise InferenceError(f"'prompt' is {row['prompt']!r}; it must be a text")
         conversation = from_question(row["prompt"], images)
         conversation.system = system
+    check_texts(conversation)
     conversation.images = [_file(image, folder) for image in conversation.images]
     return conversation
 

@@ -15,6 +15,7 @@ from megatron_owl2.cli import generate, visualize_attention
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.request_file import answer_file
 
+HALF = [{"role": "user", "content": "\ud800"}]
 WORDS = ("badal", "bamer", "dinap", "kunat", "gosel", "fitan")
 
 
@@ -153,6 +154,12 @@ def test_answers_of_something_else_are_refused(folder, answers, tmp_path, capsys
         ({"id": 1, "prompt": "x", "logprobs": 1}, "'logprobs' is 1; it must be true or false"),
         ({"id": 1, "prompt": "x", "stop": 1}, "'stop' is 1; it must be a text"),
         ({"id": 1, "prompt": "x", "system": 1}, "'system' is 1; it must be a text"),
+        ({"id": 1, "prompt": "x", "temperature": 10**400}, "temperature is 1000"),
+        ({"id": 1, "prompt": "x", "repetition_penalty": 10**400}, "repetition_penalty is 1000"),
+        ({"id": 1, "prompt": "x", "beams": 10**400}, "beams is 1000"),
+        ({"id": 1, "prompt": "\ud800"}, r"a text holds '\ud800', half of a character"),
+        ({"id": 1, "prompt": "x", "system": "\ud800"}, r"a text holds '\ud800', half of a"),
+        ({"id": 1, "messages": HALF}, r"a text holds '\ud800', half of a character"),
         (["x"], "it is no object"),
     ],
 )
