@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from megatron_owl2.config.fields import choice_misfit
 from megatron_owl2.config.schema import (
     KernelConfig,
     LoraConfig,
@@ -54,10 +55,12 @@ def load_model(
     Under torchrun the weights are split over `tensor_parallel` of its processes, over all if it is
     None, and these must make the same calls; each other group of as many has the whole model, too.
     `precision` is fp32 or bf16. Adapters of a checkpoint, and those of a directory of peft that
-    `adapter` names, are merged into the weights. Raises InferenceError for a directory that is
-    neither or has no fitting tokenizer, CheckpointError and ConversionError for damaged ones,
-    ConfigError if the processes cannot split the model.
+    `adapter` names, are merged into the weights. Raises InferenceError for another precision and
+    for a directory that is neither or has no fitting tokenizer, CheckpointError and ConversionError
+    for damaged ones, ConfigError if the processes cannot split the model.
     """
+    if choices := choice_misfit(Precision, precision):
+        raise InferenceError(f"precision is {precision!r}; {choices}")
     path = Path(path)
     if not path.is_dir():
         raise InferenceError(f"{path} is not a directory; name a checkpoint or an HF export")

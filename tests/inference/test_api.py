@@ -215,5 +215,8 @@ def test_loading_is_the_engines(directory, tmp_path):
     assert [loaded.generate("badal", max_new_tokens=12)] == reference.generate(
         [prompt("badal")], [[]], 12
     )
+    for precision in ("fp16", "FP32"):
+        with pytest.raises(InferenceError, match=f"precision is '{precision}'; use fp32 or bf16"):
+            megatron_owl2.load(directory, precision)
     with pytest.raises(megatron_owl2.Owl2Error, match="is not a directory"):
         megatron_owl2.load(tmp_path / "no")
