@@ -121,7 +121,7 @@ def put_in_order(path: Path, requests: Sequence[FileRequest]) -> None:
     answers = read_answers(path, requests)
     lines = b"".join(_line(answers[request.id]) for request in requests)
     if lines != path.read_bytes():
-        write_atomically(path, lines)
+        write_atomically(path.resolve(), lines)  # what a link stands for, as the answers did
 
 
 def _request(

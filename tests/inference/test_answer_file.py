@@ -131,6 +131,14 @@ def test_answers_of_something_else_are_refused(folder, answers, tmp_path, capsys
     assert "another process writes" in capsys.readouterr().err
 
 
+def test_an_output_that_is_a_link_stays_one(folder, answers, tmp_path):
+    real, output = tmp_path / "real.jsonl", tmp_path / "answers.jsonl"
+    real.write_text("".join([answers[7], answers[2]]))  # not in the order of the requests
+    output.symlink_to(real)
+    assert generate.main(command(folder, output), "owl2 generate") == 0
+    assert output.is_symlink() and real.read_text() == "".join(answers)
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
