@@ -14,6 +14,7 @@ One line for each check; the exit status is 1 if one failed, 2 if they could not
 """
 
 import argparse
+import os
 
 from megatron_owl2.cli.command import Command, UsageError, is_first_rank
 
@@ -34,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("give either --against, or both --inputs and --output")
     if options.against is not None and (any(files) or options.gradients):
         raise UsageError("--against makes its own inputs and always compares gradients")
+    if all(files) and os.path.realpath(options.inputs) == os.path.realpath(options.output):
+        raise UsageError(f"--output {options.output} is the file of the inputs")
 
     from megatron_owl2.mcore.setup import setup
 

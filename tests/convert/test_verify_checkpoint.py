@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from hf_dirs import run_tool
 from paths import DATA, TOOLS
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
@@ -145,6 +146,18 @@ def test_narrow_integers_are_as_good(converted, reference, inputs):
     inputs |= {name: inputs[name].int() for name in ("input_ids", "labels")}
     inputs[COUNTS] = torch.ones(6, dtype=torch.int32)
     check(verify(converted, inputs, gradients=True), reference, gradients=True)
+
+
+def test_the_inputs_are_not_overwritten(converted, inputs, tmp_path, capsys):
+    file, link = tmp_path / "inputs.safetensors", tmp_path / "link.safetensors"
+    save_file(inputs, file)
+    link.symlink_to(file)
+    before = file.read_bytes()
+    for output in (file, link):
+        arguments = ("--checkpoint", converted, "--inputs", file, "--output", output)
+        status, _, complaint = run_tool("verify_checkpoint", *arguments, capsys=capsys)
+        assert status == 2 and f"--output {output} is the file of the inputs" in complaint
+    assert file.read_bytes() == before and link.is_symlink()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
