@@ -27,11 +27,6 @@ from megatron_owl2.utils.files import new_directory
 _GIB = 1024**3
 
 
-def read_hf_config(directory: str | Path) -> ModelConfig:
-    """The ModelConfig of a directory in a released layout; raises ConversionError."""
-    return hf_config.read_model(directory)
-
-
 def read_hf(
     directory: str | Path,
     layout: str,

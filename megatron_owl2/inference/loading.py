@@ -18,8 +18,8 @@ from megatron_owl2.config.schema import (
     RunConfig,
 )
 from megatron_owl2.config.validate_parallel import validate_parallel
-from megatron_owl2.convert import adapters, sources
-from megatron_owl2.convert import hf_weights as hf
+from megatron_owl2.convert import adapters, hf_config, sources
+from megatron_owl2.convert.hf_weights import load_hf_weights
 from megatron_owl2.convert.lazy_tensor import LazyTensor
 from megatron_owl2.convert.partition import shard
 from megatron_owl2.data.tokenizer import Tokenizer, load_tokenizer
@@ -90,7 +90,7 @@ def load_model(
             for name, tensor in weights(model).items():
                 tensor.copy_(shard(merged[name].read(), tensor, context))
     elif exported:
-        hf.load_hf_weights(path, model)
+        load_hf_weights(path, model)
     else:
         save_load.load_weights(directories.resolve(path), [model])
     _prepare(model, context)
@@ -108,7 +108,7 @@ def _tensor_parallel_size(wanted: int | None) -> int:
 
 
 def _hf_run_config(path: Path) -> RunConfig:
-    config = RunConfig(model=hf.read_hf_config(path))
+    config = RunConfig(model=hf_config.read_model(path))
     config.data.tokenizer = str(path / "tokenizer.model")
     return config
 

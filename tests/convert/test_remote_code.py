@@ -12,8 +12,9 @@ from paths import DATA
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_owl2.convert import hf_weights as hf
 from megatron_owl2.convert.expand import expand
+from megatron_owl2.convert.hf_config import read_model
+from megatron_owl2.convert.hf_weights import load_hf_weights
 
 OFFICIAL = DATA / "official_tiny"
 META = json.loads((OFFICIAL / "meta.json").read_text())
@@ -33,8 +34,8 @@ def reference():
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
     """The official tiny model after a journey through ours."""
-    model = build(hf.read_hf_config(OFFICIAL / "hf_ckpt"))
-    hf.load_hf_weights(OFFICIAL / "hf_ckpt", model)
+    model = build(read_model(OFFICIAL / "hf_ckpt"))
+    load_hf_weights(OFFICIAL / "hf_ckpt", model)
     return export(model, tmp_path_factory.mktemp("official") / "export")
 
 
@@ -208,9 +209,9 @@ def test_save_and_load_again(official, tmp_path):
     assert type(again).__module__.startswith("transformers_modules.saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["rope_theta"] == 10000.0 and "rope_parameters" not in config
-    assert hf.read_hf_config(tmp_path / "saved") == hf.read_hf_config(official)
-    restored = build(hf.read_hf_config(tmp_path / "saved"))
-    hf.load_hf_weights(tmp_path / "saved", restored)
+    assert read_model(tmp_path / "saved") == read_model(official)
+    restored = build(read_model(tmp_path / "saved"))
+    load_hf_weights(tmp_path / "saved", restored)
 
 
 def test_a_new_model_starts_finite_and_small(official):

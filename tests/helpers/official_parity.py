@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from megatron_owl2.config.load import load_config, save_config
 from megatron_owl2.config.schema import RunConfig
-from megatron_owl2.convert.hf_weights import load_hf_weights, read_hf_config
+from megatron_owl2.convert.hf_config import read_model
+from megatron_owl2.convert.hf_weights import load_hf_weights
 from megatron_owl2.convert.verify import verify as verification
 from megatron_owl2.data.batch import Batch
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
@@ -159,7 +160,7 @@ def build(config: RunConfig, directory: Path) -> Owl2:
 
 def recorded_config() -> RunConfig:
     """The tiny model with the settings of the recorded AdamW steps."""
-    config = RunConfig(model=read_hf_config(OFFICIAL / "hf_ckpt"))
+    config = RunConfig(model=read_model(OFFICIAL / "hf_ckpt"))
     recorded = META["adamw_trajectory"]
     config.train.precision = "fp32"
     config.train.steps = len(recorded["loss_before_each_step"])

@@ -17,7 +17,8 @@ from megatron_owl2.config.schema import (
     RunConfig,
     VisionConfig,
 )
-from megatron_owl2.convert import hf_weights as hf
+from megatron_owl2.convert.hf_config import read_model
+from megatron_owl2.convert.hf_weights import load_hf_weights
 from megatron_owl2.data.conversation import prompt
 from megatron_owl2.data.image_tokens import IMAGE_TOKEN_ID
 from megatron_owl2.errors import InferenceError
@@ -223,9 +224,9 @@ def test_a_checkpoint_and_its_export_answer_like_the_model(loaded, tokenizer, tm
 
 
 def test_greedy_ids_of_the_official_model():
-    config = hf.read_hf_config(OFFICIAL / "hf_ckpt")
+    config = read_model(OFFICIAL / "hf_ckpt")
     model = build(config)
-    hf.load_hf_weights(OFFICIAL / "hf_ckpt", model)
+    load_hf_weights(OFFICIAL / "hf_ckpt", model)
     reference = load_file(OFFICIAL / "reference.safetensors")
     meta = json.loads((OFFICIAL / "meta.json").read_text())
     names = list(meta["generation"])
