@@ -196,12 +196,18 @@ class _Run:
         to other settings.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        if self.settings.restart:
-            remove_journals(self.output)
-        elif (result := _finished(self.output, identity)) is not None:
+        result = None if self.settings.restart else _result(self.output)
+        if result is not None and result.get("fingerprint") == identity.fingerprint:
             _logger.info("%s is finished; --restart asks again", self.output)
             remove_journals(self.output)  # of a process that was killed at the very end
             return result, set()
+        if result is not None and "overall" in result and not has_answers(self.gold):
+            raise TaskError(
+                f"{self.output} holds scores, which answers without gold would replace; name "
+                "another --output, or give --restart"
+            )
+        if self.settings.restart:
+            remove_journals(self.output)
         answers = self._answers(identity)
         if answers:
             known = sum(map(len, answers.values()))
@@ -302,15 +308,15 @@ class _Run:
         ]
 
 
-def _finished(output: Path, identity: _Identity) -> dict | None:
+def _result(output: Path) -> dict | None:
+    """What an evaluation that was finished left, if it is whole."""
     if not ((output / SCORES).is_file() and (output / PREDICTIONS).is_file()):
         return None
     try:
         result = parse_json((output / SCORES).read_bytes())
     except ValueError:
         return None
-    same = isinstance(result, dict) and result.get("fingerprint") == identity.fingerprint
-    return result if same else None
+    return result if isinstance(result, dict) else None
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -233,6 +233,7 @@ def test_the_file_for_a_server_is_of_all_questions_of_this_evaluation(fake, tmp_
         fake, "vqav2", *benchmark.read(TASKS["vqav2"], folder, 2), out, Settings(limit=2), {}
     )
     assert not file.exists()  # that of other predictions, and none of some questions
+    out, file = tmp_path / "server", tmp_path / "server/submission_evalai.json"
     next(folder.glob("*annotations.json")).unlink()
     questions, gold = benchmark.read(TASKS["vqav2"], folder, with_gold=False)
     result = runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
@@ -240,6 +241,19 @@ def test_the_file_for_a_server_is_of_all_questions_of_this_evaluation(fake, tmp_
     assert "overall" not in result and json.loads((out / "scores.json").read_text()) == result
     row = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])
     assert (row["answer"], row["score"], row["gold"]) == ("red", None, None)
+
+
+def test_answers_without_gold_do_not_replace_scores(fake, tmp_path):
+    folder, out = write_vqa(tmp_path / "vqa"), tmp_path / "out"
+    runner.evaluate(fake, "vqav2", *benchmark.read(TASKS["vqav2"], folder), out, Settings(), {})
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    questions, gold = benchmark.read(TASKS["vqav2"], folder, with_gold=False)
+    with pytest.raises(TaskError, match="out holds scores, .* name another --output, or .*restart"):
+        runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    again = Settings(restart=True)
+    assert "overall" not in runner.evaluate(fake, "vqav2", questions, gold, out, again, {})
+    assert "overall" not in runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
 
 
 @pytest.mark.parametrize("tag", ["<image>", "<|image|>"])
@@ -266,6 +280,9 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     assert again == {key: written[key] for key in ("overall", "skills")}
     assert run_tool(monkeypatch, "evaluate", *score, data / "annotations.json") == 2
     assert "gold questions have no prediction" in capsys.readouterr().err
+    assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 2
+    assert f"{output} holds scores, which" in capsys.readouterr().err
+    options[-1] = output = tmp_path / "server"
     assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 0
     assert f"2 answers to questions without gold are in {output}" in capsys.readouterr().out
     assert "overall" not in json.loads((output / "scores.json").read_text())
