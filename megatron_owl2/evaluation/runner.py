@@ -193,7 +193,7 @@ class _Run:
         """The result that is there already, or None and the batches that are answered.
 
         Without a result, files of an earlier evaluation are removed. Raises TaskError for answers
-        to other settings.
+        to other settings, and what the rule raises that cannot score.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         result = None if self.settings.restart else _result(self.output)
@@ -206,6 +206,8 @@ class _Run:
                 f"{self.output} holds scores, which answers without gold would replace; name "
                 "another --output, or give --restart"
             )
+        # A rule that cannot score is told before hours of asking; any answers will do.
+        self._scores([question.gold or "" for question in self.questions])
         if self.settings.restart:
             remove_journals(self.output)
         answers = self._answers(identity)

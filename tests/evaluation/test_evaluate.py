@@ -256,6 +256,30 @@ def test_answers_without_gold_do_not_replace_scores(fake, tmp_path):
     assert "overall" not in runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
 
 
+def test_a_rule_that_cannot_score_is_told_before_the_questions_are_asked(
+    fake, tmp_path, monkeypatch
+):
+    rows = {1: "a.png", 2: "b.png"}
+    (tmp_path / "images").mkdir()
+    for name in rows.values():
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / name)
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in rows.items()],
+        "annotations": [{"image_id": i, "id": i, "caption": "red"} for i in rows],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    questions, gold = benchmark.read(TASKS["coco_caption"], tmp_path)
+    arguments = ("coco_caption", questions, gold, tmp_path / "out")
+    before = runner.evaluate(fake, *arguments, Settings(), {})
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    for restart in (False, True):
+        settings = Settings(variant="pycocoevalcap", restart=restart)
+        with pytest.raises(TaskError, match=r"pip install 'megatron-owl2\[captions\]'"):
+            runner.evaluate(fake, *arguments, settings, {})
+    assert len(NamesColors.seen) == 1
+    assert json.loads((tmp_path / "out/scores.json").read_text()) == before
+
+
 @pytest.mark.parametrize("tag", ["<image>", "<|image|>"])
 def test_a_tag_in_a_question_is_no_text(tmp_path, tag):
     row = {"question_id": 1, "image": "1.jpg", "text": f"{tag}\nis it?", "label": "no"}
