@@ -178,9 +178,9 @@ class _Run:
     described: Mapping[str, Any]
 
     def identity(self) -> _Identity:
-        """All that the predictions depend on; where the data lie is no part of it."""
+        """All that the predictions depend on; where data and model lie is no part of it."""
         settings = {
-            **{name: value for name, value in self.described.items() if name != "data"},
+            **{k: v for k, v in self.described.items() if k not in ("data", "checkpoint")},
             "batch_size": self.settings.batch_size,
             "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
             "questions": mark_of_questions(self.questions, self.prompts),

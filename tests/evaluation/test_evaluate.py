@@ -2,7 +2,9 @@
 
 import json
 import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation.fingerprint import mark_of_model
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.runner import Settings
-from megatron_owl2.inference import api
+from megatron_owl2.inference import api, loading
 from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
@@ -316,6 +319,59 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     options[1] = tmp_path
     assert run_tool(monkeypatch, "evaluate", *options) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", [["--task", "vqav2"], ["--task", "vqav2", "--task", "pope"]])
+def test_scores_are_marked_by_the_checkpoint_that_answered(
+    corpus, tmp_path, monkeypatch, capsys, task
+):
+    """A run that saves its next checkpoint while one is loaded."""
+    run, tokenizer = tmp_path / "run", corpus / "tokenizer/tokenizer.model"
+    other = build_model(tokenizer, tmp_path / "other", seed=2) / "checkpoints/iter_0000001"
+    first = build_model(tokenizer, run) / "checkpoints/iter_0000001"
+    shutil.copytree(other, run / "checkpoints/iter_0000002")
+    data = corpus / "eval/seen"
+    if len(task) > 2:
+        for name in ("vqav2", "pope"):
+            shutil.copytree(data, tmp_path / "data" / name)
+        data = tmp_path / "data"
+
+    def save_meanwhile(name: str):
+        old = getattr(loading, name)
+
+        def called(*arguments, **options):
+            (run / "checkpoints/latest").write_text("iter_0000002")
+            return old(*arguments, **options)
+
+        monkeypatch.setattr(loading, name, called)
+
+    def evaluate(checkpoint: Path, output: Path) -> dict:
+        options = ["--checkpoint", checkpoint, *task, "--data", data, "--output", output]
+        assert run_tool(monkeypatch, "evaluate", *options, "--limit", 4) == 0
+        return json.loads(next(output.rglob("scores.json")).read_text())
+
+    plain = evaluate(first, tmp_path / "first")
+    assert "checkpoint" not in plain  # it has the name of the model
+    for place in ("load_model", "load_tokenizer"):
+        (run / "checkpoints/latest").write_text("iter_0000001")
+        save_meanwhile(place)
+        scores = evaluate(run, tmp_path / place)
+        assert scores["checkpoint"] == "iter_0000001"
+        assert scores["model_content"] == plain["model_content"] == mark_of_model(first)
+        answers = next((tmp_path / place).rglob("predictions.jsonl")).read_bytes()
+        assert answers == next((tmp_path / "first").rglob("predictions.jsonl")).read_bytes()
+    scores = evaluate(run, tmp_path / "next")
+    assert scores["checkpoint"] == "iter_0000002"
+    assert scores["model_content"] == mark_of_model(other)
+
+
+def test_the_name_of_a_checkpoint_is_no_setting(fake, tmp_path):
+    """Evaluations that were finished before it was kept, or by another path, stay finished."""
+    arguments = (*benchmark.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa")), tmp_path / "out")
+    first = runner.evaluate(fake, "vqav2", *arguments, Settings(), {"model": "run"})
+    again = {"model": "run", "checkpoint": "iter_0000001"}
+    assert runner.evaluate(fake, "vqav2", *arguments, Settings(), again) == first
+    assert len(NamesColors.seen) == 1
 
 
 def test_command_line_compares_likelihoods(corpus, model, tmp_path, monkeypatch, capsys):
