@@ -281,14 +281,22 @@ def test_a_prompt_can_be_given(tmp_path, capsys):
     predictions, prompt = lines(tmp_path / "p.jsonl", rows), tmp_path / "prompt.txt"
     make = ["requests", "--task", "mmvet", "--predictions", predictions, "--gold", gold]
     make = [*map(str, make), "--output", str(tmp_path / "r.jsonl"), "--judge-prompt", str(prompt)]
-    prompt.write_text("Grade {question} | {reference} | {prediction} | {other}")
+    braces = r'{"grade": 1} {\'pred\': 2} {} {0} {{x}} \boxed{grade} {not a field} {"a"}'
+    prompt.write_text(f"Grade {{question}} | {{reference}} | {{prediction}} | {braces}")
     assert main([*make, "--judge-model", "mine"]) == 0
     body = rows_of(tmp_path / "r.jsonl")[1]["body"]
-    assert body["messages"] == [{"role": "user", "content": "Grade y? | 4 | no | {other}"}]
+    assert body["messages"] == [{"role": "user", "content": f"Grade y? | 4 | no | {braces}"}]
     assert body["model"] == "mine"
     capsys.readouterr()
     for content, message in (
         (b"Grade {question}", "prompt.txt has no {prediction}; fields of this task are {question}"),
+        (
+            b"{question} {ground_truth} {prediction}",
+            "prompt.txt has {ground_truth}, which is no field; fields of this task are {question}, "
+            "{reference}, {prediction}\n",
+        ),
+        (b"{question}\n{Reference}, {prediction}", "prompt.txt has {Reference}, which is no"),
+        (b"{question}:{ reference } {prediction}", "prompt.txt has { reference }, which is"),
         (b"\xff", "prompt.txt is not text in UTF-8"),
     ):
         prompt.write_bytes(content)
