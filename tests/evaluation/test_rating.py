@@ -94,8 +94,14 @@ def test_a_sheet_is_blind_and_its_tally_is_not(owleval, capsys):
     assert owl2["skills"]["a"] == {"A": 0, "B": 2, "C": 1, "D": 0, "n": 3}
     assert owl2["skills"]["f"] == {"A": 0, "B": 1, "C": 0, "D": 0, "n": 1}
 
-    assert main([*make, *map(str, models)]) == 2  # nobody's work is written over
-    assert "sheet.csv exists and may be filled in" in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in ("sheet.csv", "key.json", "sheet.html"):  # nobody's work is written over
+        assert main([*make, *map(str, models)]) == 2
+        told = f"{out / name} exists, of a sheet that may be filled in; name another folder"
+        assert told in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        (out / name).unlink()  # as if it were with a rater
+        before.pop(name)
     for given in (f"owl2={models[1]}", models[0]):
         with pytest.raises(SystemExit):
             main([*make, str(models[0]), str(given)])
