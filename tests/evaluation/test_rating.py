@@ -113,6 +113,10 @@ def test_a_sheet_of_some_questions_takes_predictions_of_all(owleval, capsys):
     arguments = ["rating-sheet", "--task", "owleval", "--data", str(owleval), "--limit", "2"]
     assert main([*arguments, "--predictions", str(path), "--output", str(folder)]) == 0
     assert "2 answers are in" in capsys.readouterr().out
+    for limit in ("-1", "0"):  # -1 left the last question out
+        with pytest.raises(SystemExit):
+            main([*arguments[:-1], limit, "--predictions", str(path), "--output", f"{folder}2"])
+        assert f"--limit: {limit} is not a positive whole number" in capsys.readouterr().err
 
 
 def test_no_answer_is_a_formula_in_a_spreadsheet(owleval):
