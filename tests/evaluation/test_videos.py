@@ -230,10 +230,13 @@ def test_msrvtt_and_msvd_ask_about_numbered_videos(tmp_path):
 def test_tgif_asks_about_gifs(tmp_path):
     path = film(tmp_path / "videos/tumblr_1.gif", 3, "gif")
     table = "gif_name\tquestion\tanswer\ttype\tvid_id\ntumblr_1\thow many?\ttwo\t1\tFRAMEQA1\n"
+    table += 'tumblr_1\twhat does it say ,"hi" now\thi\t1\tFRAMEQA2\n'
     (tmp_path / "Test_frameqa_question.csv").write_text(table)
     questions, gold, _ = asked("tgif_qa", tmp_path)
     assert questions[0].images == (Video(path, 4),)
-    assert marks("tgif_qa", {0: "TWO"}, gold) == {"how": (100.0, 1), "all": (100.0, 1)}
+    assert questions[1].text == 'what does it say ,"hi" now'
+    right = {"how": (100.0, 1), "what": (100.0, 1), "all": (100.0, 2)}
+    assert marks("tgif_qa", {0: "TWO", 1: "hi"}, gold) == right
 
 
 class Joined:
