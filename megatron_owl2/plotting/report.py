@@ -114,11 +114,19 @@ def _read_scores(directory: Path) -> dict:
     """The scores of an evaluation, with every field that a report shows."""
     path = directory / SCORES
     scores = _json(path)
-    _check_fields(path, scores, {"task": str, "blind": bool, "skills": dict})
+    _check_fields(path, scores, {"task": str, "blind": bool})
+    if "skills" not in scores:
+        raise ReportError(f"{path} has no scores, as its answers have no gold; leave it out")
+    _check_fields(path, scores, {"skills": dict})
     if scores["task"] not in find_benchmarks():
         known = ", ".join(find_benchmarks())
         raise ReportError(f"{path}: there is no task {scores['task']!r}; known: {known}")
     for skill, row in scores["skills"].items():
+        if isinstance(row, dict) and not {"accuracy", "majority"} <= row.keys():
+            raise ReportError(
+                f"{path}: a report shows accuracy beside that of the most common answer, which "
+                f"{scores['task']} does not have; leave it out, its figures are in results.md"
+            )
         numbers = {"accuracy": int | float, "majority": int | float, "n": int}
         _check_fields(f"{path}, skill {skill!r},", row, numbers)
     return scores

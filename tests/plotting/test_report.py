@@ -104,6 +104,19 @@ def test_the_same_evaluation_twice_or_of_another_size_is_refused(outputs):
         report.named("--run", ["dir"])
 
 
+def test_what_a_report_cannot_show_is_told(tmp_path):
+    folder = evaluation(tmp_path / "captions", {}, task="coco_caption")
+    scores = {"task": "coco_caption", "blind": False}
+    rows = {"caption": {"cider_d": 90.0, "n": 9}}
+    for content, told in (
+        (scores | {"overall": {}, "skills": rows}, "which coco_caption does not have; leave it"),
+        (scores, "has no scores, as its answers have no gold; leave it out"),
+    ):
+        (folder / "scores.json").write_text(json.dumps(content))
+        with pytest.raises(ReportError, match=told):
+            report.collect([("seen", folder)])
+
+
 def test_curves_are_read_from_the_metrics(outputs):
     curves = report.read_loss_curves("second", outputs / "finetune")
     assert curves.name == "second" and curves.validation == {}
