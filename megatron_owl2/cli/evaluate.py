@@ -106,9 +106,11 @@ def run(options: argparse.Namespace) -> int:
 def _run_one(options: argparse.Namespace, settings) -> int:
     from megatron_owl2.evaluation import registry, suite, tables
 
-    (task,) = options.task
+    (task,), directory = options.task, _directory(options)
     job = suite.Job(task, Path(options.data), Path(options.output), not options.no_gold)
-    result = suite.run_job(job, lambda: _load(options), settings, lambda: _about(options))
+    result = suite.run_job(
+        job, lambda: _load(options, directory), settings, lambda: _about(options, directory)
+    )
     if is_first_rank():
         if "overall" in result:
             print(tables.table(result, registry.find_benchmarks()[task].columns))
@@ -126,8 +128,9 @@ def _run_several(options: argparse.Namespace, settings) -> int:
     jobs, without = suite.find_jobs(
         list(dict.fromkeys(tasks)), Path(options.data), output, with_gold=not options.no_gold
     )
-    model = _load(options)
-    outcome = suite.run_jobs(jobs, model, settings, _about(options), output, without)
+    directory = _directory(options)
+    model, about = _load(options, directory), _about(options, directory)
+    outcome = suite.run_jobs(jobs, model, settings, about, output, without)
     if is_first_rank():
         print((output / "results.md").read_text())
         if outcome.failed:
@@ -135,27 +138,35 @@ def _run_several(options: argparse.Namespace, settings) -> int:
     return 1 if outcome.failed else 0
 
 
-def _load(options: argparse.Namespace):
+def _directory(options: argparse.Namespace) -> Path:
+    from megatron_owl2.evaluation.fingerprint import model_directory
+
+    return model_directory(Path(options.checkpoint))
+
+
+def _load(options: argparse.Namespace, directory: Path):
     from megatron_owl2.inference import loading
 
     return loading.load_model(
-        options.checkpoint,
+        directory,
         options.precision,
         adapter=options.adapter,
         tensor_parallel=options.tensor_parallel,
     )
 
 
-def _about(options: argparse.Namespace) -> dict[str, str]:
+def _about(options: argparse.Namespace, directory: Path) -> dict[str, str]:
     """The model, by name and by content; all processes together, once it is loaded."""
     from megatron_owl2.evaluation.fingerprint import mark_of_model
     from megatron_owl2.evaluation.ranks import from_first
 
     about = {
         "model": options.checkpoint,
-        "model_content": from_first(lambda: mark_of_model(Path(options.checkpoint))),
+        "model_content": from_first(lambda: mark_of_model(directory)),
         "precision": options.precision,
     }
+    if directory != Path(options.checkpoint):  # that of a run
+        about["checkpoint"] = directory.name
     if options.adapter:
         about["adapter"] = options.adapter
         about["adapter_content"] = from_first(lambda: mark_of_model(Path(options.adapter)))

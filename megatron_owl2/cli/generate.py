@@ -118,10 +118,11 @@ def _answer(options: argparse.Namespace) -> int:
 
 
 def _answer_file(options: argparse.Namespace) -> int:
-    from megatron_owl2.evaluation.fingerprint import mark_of_model
+    from megatron_owl2.evaluation.fingerprint import mark_of_model, model_directory
     from megatron_owl2.inference import api, request_file
 
-    directories = [Path(name) for name in (options.checkpoint, options.adapter) if name]
+    checkpoint = model_directory(Path(options.checkpoint))
+    directories = [checkpoint, *([Path(options.adapter)] if options.adapter else [])]
     for directory in directories:
         if not directory.is_dir():
             raise InferenceError(f"{directory} is not a directory")
@@ -133,7 +134,7 @@ def _answer_file(options: argparse.Namespace) -> int:
         raise InferenceError(f"--output {options.output} is the file of the requests")
     if is_first_rank():
         request_file.read_answers(options.output, requests)  # before the seconds of loading
-    model = api.load(options.checkpoint, options.precision, adapter=options.adapter)
+    model = api.load(checkpoint, options.precision, adapter=options.adapter)
 
     from megatron_owl2.cli.answer_file import answer_requests
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_owl2.cli.command import Command, UsageError
+from megatron_owl2.cli.options import count
 from megatron_owl2.errors import ScoreError
 
 
@@ -31,7 +32,7 @@ def add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, help="folder for the sheet, the page and the key"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--limit", type=int, help="the first N questions only")
+    parser.add_argument("--limit", type=count, metavar="N", help="the first N questions only")
 
 
 def write_sheet(options: argparse.Namespace) -> int:
@@ -58,8 +59,8 @@ def write_sheet(options: argparse.Namespace) -> int:
         f"{len(items) - lost.total()} answers are in {options.output}/{rating.SHEET}; keep "
         f"{rating.KEY} away"
     )
-    for model, count in lost.items():
-        print(f"{count} answers of {model} were not kept by those who published it: left out")
+    for model, number in lost.items():
+        print(f"{number} answers of {model} were not kept by those who published it: left out")
     return 0
 
 

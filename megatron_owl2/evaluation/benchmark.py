@@ -290,7 +290,13 @@ def _gold_beside(questions: Path, pattern: str) -> Path:
     """The gold file in the folder of a question file: of several, the one whose name has most of
     the words of the questions' and no other, as v2_mscoco_val2014_annotations.json."""
     found = _matching(questions.parent, pattern)
-    if len(found) == 1 and not _is_of_another_split(found[0], questions):
+    if all(_is_of_another_split(path, questions) for path in found):
+        names = ", ".join(path.name for path in found)
+        raise TaskError(
+            f"{questions.parent} holds no {pattern} for {questions.name}, only of another split "
+            f"({names}); put its own there"
+        )
+    if len(found) == 1:
         return found[0]
     fitting = [path for path in found if _words(path) <= _words(questions)]
     most = max((len(_words(path)) for path in fitting), default=0)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 
 from megatron_owl2.evaluation.cider import approximate_ptb, cider_d, cider_table
-from megatron_owl2.evaluation.pycocoevalcap_scores import reference_score
+from megatron_owl2.evaluation.pycocoevalcap_scores import one_line, reference_score
 from megatron_owl2.evaluation.scoring import check_ids
 
 VARIANTS: tuple[str, ...] = ("approximate_ptb", "split_at_spaces", "pycocoevalcap")
@@ -38,5 +38,5 @@ def score(predictions: Mapping, gold: Mapping, variant: str = "approximate_ptb")
 
 def submission(predictions: Mapping, gold: Mapping) -> tuple[str, bytes]:
     """COCO's result file, which pycocoevalcap reads: a JSON list of image_id and caption."""
-    rows = [{"image_id": i, "caption": text} for i, text in predictions.items()]
+    rows = [{"image_id": i, "caption": one_line(text)} for i, text in predictions.items()]
     return "coco_captions.json", json.dumps(rows).encode()

@@ -123,5 +123,5 @@ def check_answers(gold: Mapping) -> None:
     if missing := [i for i, row in gold.items() if row["answer"] is None]:
         raise ScoreError(
             f"{len(missing)} of {len(gold)} questions have no published answer, such as "
-            f"{missing[0]!r}; their benchmark's server scores them"
+            f"{missing[0]!r}; their benchmark's server scores them ('evaluate --no-gold')"
         )

@@ -19,16 +19,22 @@ _WHOLE = 64 << 20  # bytes of a file up to which all of it is read
 _SAMPLES, _SAMPLE = 64, 1 << 20  # and how many pieces of how many bytes of a longer one
 
 
+def model_directory(path: Path) -> Path:
+    """An export itself, or the checkpoint that a run directory means now. Whoever loads a model and
+    marks it gives both this, as a run may save its next checkpoint in between."""
+    with suppress(CheckpointError):  # of an export
+        return directories.resolve(path)
+    return path
+
+
 def mark_of_model(path: Path) -> str:
     """A mark of the files of an export, or of the checkpoint that a run directory means.
 
     Of files above 64 MiB the length counts and 64 pieces of 1 MiB, evenly spread: weights that were
     trained on differ in all of them.
     """
-    with suppress(CheckpointError):  # an export
-        path = directories.resolve(path)
     digest = xxh3_128()
-    for file in sorted(file for file in path.iterdir() if file.is_file()):
+    for file in sorted(file for file in model_directory(path).iterdir() if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode(errors="surrogateescape"))
         with file.open("rb") as content:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_owl2.errors import TaskError
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
+_NAME = re.compile(r"(?<![\w{])\{( *[A-Za-z_][\w-]* *)\}")  # meant as one; \boxed{x} is not
 _SYSTEM_ENDS = "\n---\n"  # the line between the system's text and the user's
 
 
@@ -49,11 +50,12 @@ class Judge:
         }
 
     def check(self, prompt: str, where: str, row: Mapping[str, Any]) -> None:
-        """Refusal, as TaskError, of a prompt that does not show the answer or the question."""
+        """Refusal, as TaskError, of a prompt that does not show the answer or the question, or that
+        names what is no field; other braces, such as those of JSON, stand for themselves."""
         known = self.fields("", row)
+        fields = f"fields of this task are {', '.join(f'{{{name}}}' for name in known)}"
         named = set(_FIELD.findall(prompt))
         if missing := [name for name in ("question", "prediction") if name not in named]:
-            raise TaskError(
-                f"{where} has no {{{missing[0]}}}; fields of this task are "
-                + ", ".join(f"{{{name}}}" for name in known)
-            )
+            raise TaskError(f"{where} has no {{{missing[0]}}}; {fields}")
+        if unknown := [name for name in _NAME.findall(prompt) if name not in known]:
+            raise TaskError(f"{where} has {{{unknown[0]}}}, which is no field; {fields}")

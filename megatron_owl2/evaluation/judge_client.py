@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megatron_owl2.errors import JudgeError, TaskError
-from megatron_owl2.evaluation.judge_files import REPLY
+from megatron_owl2.evaluation.judge_files import REPLY, unmarked
 from megatron_owl2.evaluation.rows import read_rows, short
 from megatron_owl2.utils.files import locked
 from megatron_owl2.utils.json_text import is_json_list
@@ -55,9 +55,9 @@ class Server:
 def ask_all(requests: Mapping[str, dict[str, Any]], replies: Path, server: Server) -> int:
     """The number of new replies, to those of {custom_id: body} that have none in the file.
 
-    Raises JudgeError for a server that refuses a request or cannot be reached, and TaskError for a
-    file of replies that is damaged elsewhere than at its end, or if httpx is not installed; what
-    was answered is in the file all the same.
+    Raises JudgeError for a server that refuses a request or cannot be reached and for replies to
+    other requests, and TaskError for a file of replies that is damaged elsewhere than at its end,
+    or if httpx is not installed; what was answered is in the file all the same.
     """
     try:
         import httpx
@@ -75,8 +75,15 @@ def ask_all(requests: Mapping[str, dict[str, Any]], replies: Path, server: Serve
 def _ask_missing(
     client: "httpx.Client", server: Server, requests: Mapping[str, dict], replies: Path
 ) -> int:
-    answered = _answered(replies)
-    left = {i: body for i, body in requests.items() if i not in answered}
+    answered = {unmarked(i): i for i in _answered(replies)}
+    for i in requests:
+        reply = answered.get(unmarked(i), i)
+        if reply != i and unmarked(i) not in (i, reply):  # both have a mark
+            raise JudgeError(
+                f"{replies} holds the reply {reply}, to another answer, judge's model or prompt "
+                f"than {i}; name another file"
+            )
+    left = {i: body for i, body in requests.items() if unmarked(i) not in answered}
     with (
         replies.open("a", encoding="utf-8") as file,
         tqdm(total=len(requests), initial=len(requests) - len(left), unit=" replies") as bar,

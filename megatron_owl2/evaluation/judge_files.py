@@ -1,12 +1,17 @@
 """Files of judged benchmarks: requests as OpenAI's batch interface takes them, and replies.
 
-A request's `custom_id` is RUN.ATTEMPT.ID: the run of the whole benchmark and the attempt to get a
-reply that can be read, from 1, and the question's id. A reply is a row of `custom_id` and `text`.
+A request's `custom_id` is RUN.ATTEMPT-MARK.ID: the run of the whole benchmark and the attempt to
+get a reply that can be read, from 1, a mark of the request, and the question's id. A reply is a row
+of `custom_id` and `text`. By the mark it is known what it is a reply to; those of earlier versions
+have none, and are taken as they are.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -31,13 +36,15 @@ from megatron_owl2.evaluation.scoring import check_ids
 
 _REQUEST = {"custom_id": words, "body": object_of(messages=list_of(object_of(role=words)))}
 REPLY = {"custom_id": words, "text": text}
+_MARK = re.compile(r"^(\d+\.\d+)-[0-9a-f]{8}\.")
 
 
 @dataclass(frozen=True)
 class Replies:
-    """Replies by run, question's id as a text, and attempt."""
+    """Replies by run, question's id as a text, and attempt; `marks` of those that have one."""
 
     texts: Mapping[int, Mapping[str, Mapping[int, str]]]
+    marks: Mapping[tuple[int, str, int], str] = field(default_factory=dict)
 
     def chosen(self, judge: Judge, run: int, i: Id) -> tuple[int, str | None]:
         """The number of attempts made and the first reply that can be read, else the last."""
@@ -67,21 +74,41 @@ def requests(
     runs: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """The requests that are still to be made, each of them once: of questions without a reply, or
-    without one that can be read in fewer attempts than the judge makes. Raises ScoreError."""
+    without one that can be read in fewer attempts than the judge makes. Raises ScoreError, also for
+    replies to other requests."""
     judge = judge_of(benchmark)
     predictions = with_ids_of(gold, predictions)
     check_ids(predictions, gold)
     for run in range(1, runs + 1):
         for i, row in gold.items():
+            bodies = partial(judge.body, prompt, model, predictions[i], row)
+            for attempt in replies.texts.get(run, {}).get(str(i), {}):
+                mark = replies.marks.get((run, str(i), attempt))
+                if mark not in (None, _mark(bodies(attempt))):
+                    raise ScoreError(
+                        f"the reply {run}.{attempt}-{mark}.{i} is to another answer, judge's model "
+                        "or prompt; give another file of --replies"
+                    )
             made, reply = replies.chosen(judge, run, i)
             if made >= judge.attempts or (reply is not None and judge.readable(reply)):
                 continue
+            body = bodies(made + 1)
             yield {
-                "custom_id": f"{run}.{made + 1}.{i}",
+                "custom_id": f"{run}.{made + 1}-{_mark(body)}.{i}",
                 "method": "POST",
                 "url": "/v1/chat/completions",
-                "body": judge.body(prompt, model, predictions[i], row, made + 1),
+                "body": body,
             }
+
+
+def _mark(body: Mapping[str, Any]) -> str:
+    content = json.dumps([body["model"], body["messages"]])
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def unmarked(custom_id: str) -> str:
+    """RUN.ATTEMPT.ID of a custom_id, which is as it was if it has no mark."""
+    return _MARK.sub(r"\1.", custom_id)
 
 
 def read_requests(path: Path) -> dict[str, dict[str, Any]]:
@@ -96,19 +123,30 @@ def read_requests(path: Path) -> dict[str, dict[str, Any]]:
 def read_replies(path: Path) -> Replies:
     """The replies of a file; raises TaskError for rows that are none, and ids that come twice."""
     texts: dict[int, dict[str, dict[int, str]]] = {}
+    marks: dict[tuple[int, str, int], str] = {}
     for i, row in rows_by_id(path, read_rows(path, REPLY), "custom_id").items():
-        run, attempt, question = _parts(path, str(i))
-        texts.setdefault(run, {}).setdefault(question, {})[attempt] = row["text"]
-    return Replies(texts)
+        run, attempt, mark, question = _parts(path, str(i))
+        of_question = texts.setdefault(run, {}).setdefault(question, {})
+        if attempt in of_question:
+            raise TaskError(
+                f"{path} holds replies to several requests {unmarked(str(i))}, about different "
+                "answers or of different judges; leave those of one"
+            )
+        of_question[attempt] = row["text"]
+        if mark:
+            marks[run, question, attempt] = mark
+    return Replies(texts, marks)
 
 
-def _parts(path: Path, custom_id: str) -> tuple[int, int, str]:
+def _parts(path: Path, custom_id: str) -> tuple[int, int, str, str]:
+    """Run, attempt, mark ("" if it has none) and question."""
     try:
         run, attempt, question = custom_id.split(".", 2)
-        return whole_number(run, "run"), whole_number(attempt, "attempt"), question
+        attempt, _, mark = attempt.partition("-")
+        return whole_number(run, "run"), whole_number(attempt, "attempt"), mark, question
     except (ValueError, Misfit):
         raise TaskError(
-            f"{path}: the custom_id {custom_id!r} is not RUN.ATTEMPT.ID as in the requests"
+            f"{path}: the custom_id {custom_id!r} is not RUN.ATTEMPT-MARK.ID as in the requests"
         ) from None
 
 

@@ -29,8 +29,10 @@ def reference_score(predictions: Mapping[Id, str], gold: Mapping[Id, Mapping]) -
         raise TaskError(
             "this variant needs a Java runtime (on Debian: apt-get install default-jre)"
         )
-    said = {i: [{"caption": predictions[i]}] for i in gold}
-    references = {i: [{"caption": text} for text in row["answers"]] for i, row in gold.items()}
+    said = {i: [{"caption": one_line(predictions[i])}] for i in gold}
+    references = {
+        i: [{"caption": one_line(text)} for text in row["answers"]] for i, row in gold.items()
+    }
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what they print is no result
             tokeniser = PTBTokenizer()
@@ -44,3 +46,9 @@ def reference_score(predictions: Mapping[Id, str], gold: Mapping[Id, Mapping]) -
     others = {"bleu_4": bleu[3], "rouge_l": rouge}
     table["overall"] |= {name: round(100 * float(value), 2) for name, value in others.items()}
     return table
+
+
+def one_line(text: str) -> str:
+    """A caption for pycocoevalcap, which tells captions apart by lines: Java ends one at more
+    characters than it replaces. White space makes no difference to the tokens."""
+    return " ".join(text.split())

@@ -32,6 +32,7 @@ from megatron_owl2.evaluation.rows import (
 )
 from megatron_owl2.evaluation.scoring import RATINGS, check_ids, count_ratings, group_by_skill
 from megatron_owl2.evaluation.video_files import Video
+from megatron_owl2.utils.files import write_atomically
 from megatron_owl2.utils.html_page import render
 
 SHEET, PAGE, KEY = "sheet.csv", "sheet.html", "key.json"
@@ -87,11 +88,14 @@ def shuffled_items(
 
 def write_sheet(folder: Path, items: Sequence[Item]) -> None:
     """The sheet to fill in, a page to read with it, and the key to the models, for nobody who
-    rates. Lost answers are in the key alone. Raises TaskError if the folder has a sheet, or for an
-    image that cannot be read.
+    rates. Lost answers are in the key alone. Raises TaskError if the folder has one of the three,
+    or for an image that cannot be read.
     """
-    if (folder / SHEET).exists():
-        raise TaskError(f"{folder / SHEET} exists and may be filled in; name another folder")
+    for name in (SHEET, KEY, PAGE):  # a sheet that was moved away is nothing without its key
+        if (folder / name).exists():
+            raise TaskError(
+                f"{folder / name} exists, of a sheet that may be filled in; name another folder"
+            )
     shown = [item for item in items if not item.lost]
     page = render(_TEMPLATE, questions=list(_page_rows(items)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +112,7 @@ def write_sheet(folder: Path, items: Sequence[Item]) -> None:
         }
         for item in items
     }
-    (folder / KEY).write_text(json.dumps(key, indent=1) + "\n")
+    write_atomically(folder / KEY, (json.dumps(key, indent=1) + "\n").encode())
     (folder / PAGE).write_bytes(page)
     # With a mark by which spreadsheet programs know UTF-8.
     (folder / SHEET).write_text(table.getvalue(), encoding="utf-8-sig", errors="replace")

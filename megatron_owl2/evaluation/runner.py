@@ -178,9 +178,9 @@ class _Run:
     described: Mapping[str, Any]
 
     def identity(self) -> _Identity:
-        """All that the predictions depend on; where the data lie is no part of it."""
+        """All that the predictions depend on; where data and model lie is no part of it."""
         settings = {
-            **{name: value for name, value in self.described.items() if name != "data"},
+            **{k: v for k, v in self.described.items() if k not in ("data", "checkpoint")},
             "batch_size": self.settings.batch_size,
             "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
             "questions": mark_of_questions(self.questions, self.prompts),
@@ -193,15 +193,23 @@ class _Run:
         """The result that is there already, or None and the batches that are answered.
 
         Without a result, files of an earlier evaluation are removed. Raises TaskError for answers
-        to other settings.
+        to other settings, and what the rule raises that cannot score.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        if self.settings.restart:
-            remove_journals(self.output)
-        elif (result := _finished(self.output, identity)) is not None:
+        result = None if self.settings.restart else _result(self.output)
+        if result is not None and result.get("fingerprint") == identity.fingerprint:
             _logger.info("%s is finished; --restart asks again", self.output)
             remove_journals(self.output)  # of a process that was killed at the very end
             return result, set()
+        if result is not None and "overall" in result and not has_answers(self.gold):
+            raise TaskError(
+                f"{self.output} holds scores, which answers without gold would replace; name "
+                "another --output, or give --restart"
+            )
+        # A rule that cannot score is told before hours of asking; any answers will do.
+        self._scores([question.gold or "" for question in self.questions])
+        if self.settings.restart:
+            remove_journals(self.output)
         answers = self._answers(identity)
         if answers:
             known = sum(map(len, answers.values()))
@@ -302,15 +310,15 @@ class _Run:
         ]
 
 
-def _finished(output: Path, identity: _Identity) -> dict | None:
+def _result(output: Path) -> dict | None:
+    """What an evaluation that was finished left, if it is whole."""
     if not ((output / SCORES).is_file() and (output / PREDICTIONS).is_file()):
         return None
     try:
         result = parse_json((output / SCORES).read_bytes())
     except ValueError:
         return None
-    same = isinstance(result, dict) and result.get("fingerprint") == identity.fingerprint
-    return result if same else None
+    return result if isinstance(result, dict) else None
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ Images inside them stay the bytes or the base64 text that the file has.
 import csv
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """
     if path.suffix.lower() == ".parquet":
         return [(f"row {n}", row) for n, row in enumerate(_read_parquet(path), start=1)]
-    (_, names), *lines = read_lines(path, _DELIMITERS[path.suffix.lower()]) or [("", [])]
-    if len(names) == 1 and "\t" in names[0]:
-        (_, names), *lines = read_lines(path, "\t")
+    (_, names), *lines = read_lines(path, _delimiter(path)) or [("", [])]
     if len(set(names)) < len(names):
         raise TaskError(f"{path}: two columns have one name: {', '.join(names)}")
     for place, fields in lines:
@@ -37,6 +35,14 @@ def read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         (place, {name: field or None for name, field in zip(names, fields, strict=True)})
         for place, fields in lines
     ]
+
+
+def _delimiter(path: Path) -> str:
+    """What separates the names of a table, if it can be read."""
+    head = b""
+    with suppress(OSError), path.open("rb") as file:
+        head = file.readline()
+    return "\t" if b"\t" in head and b"," not in head else _DELIMITERS[path.suffix.lower()]
 
 
 def read_lines(path: Path, delimiter: str = ",") -> list[tuple[str, list[str]]]:

@@ -100,14 +100,17 @@ def _inside(video: Video, container, stream) -> Iterator["av.VideoFrame"]:
     if video.unit == "frames":
         yield from islice(container.decode(stream), int(start), int(end))
         return
+    first = stream.start_time or 0  # time stamps may begin anywhere, as those of what was cut out
     if start > 0:
-        container.seek(int(start * 1e6), backward=True)  # to a key frame before it
+        begin = float(first * stream.time_base)
+        container.seek(int((begin + start) * 1e6), backward=True)  # to a key frame before it
     for frame in container.decode(stream):
         if frame.time is None:
             raise TaskError(f"{video.path} has frames without a time; its segments cannot be found")
-        if frame.time >= end:
+        time = float((frame.pts - first) * frame.time_base)
+        if time >= end:
             return
-        if frame.time >= start:
+        if time >= start:
             yield frame
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from megatron_owl2.mcore.parallel import ParallelContext
 from megatron_owl2.model.layer_stack import weights
 from megatron_owl2.model.owl2 import Owl2, build
 from megatron_owl2.training.checkpoint import directories, save_load
+from megatron_owl2.training.from_rank_0 import from_rank_0
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,19 @@ def load_model(
     path = Path(path)
     if not path.is_dir():
         raise InferenceError(f"{path} is not a directory; name a checkpoint or an HF export")
+    tensor_parallel = _tensor_parallel_size(tensor_parallel)
+    groups = setup.initialize(ParallelConfig(tensor=tensor_parallel))
     exported = _is_hf_export(path)
-    config = (
-        _hf_run_config(path) if exported else directories.read_config(directories.resolve(path))
-    )
+    if not exported:  # one for all processes: a run may save its next checkpoint meanwhile
+        path = from_rank_0(partial(directories.resolve, path))
+    config = _hf_run_config(path) if exported else directories.read_config(path)
     if not config.data.tokenizer:
         raise InferenceError(f"{path} has no tokenizer.model; put the model's own there")
     try:
         tokenizer = load_tokenizer(config.data.tokenizer, config.model.decoder.vocab_size)
     except ConfigError as error:
         raise InferenceError(f"{path}: {error}") from None
-    config.parallel = ParallelConfig(tensor=_tensor_parallel_size(tensor_parallel))
+    config.parallel = ParallelConfig(tensor=tensor_parallel)
     if exported:  # padded here, and not when a checkpoint was made
         decoder = config.model.decoder
         decoder.vocab_multiple = math.lcm(decoder.vocab_multiple, config.parallel.tensor)
@@ -82,7 +86,6 @@ def load_model(
     config.kernels, config.stage.lora = KernelConfig(), LoraConfig()
     config.train.precision = precision
     validate_parallel(config, config.parallel.tensor)
-    groups = setup.initialize(config.parallel)
     context = ParallelContext(config, groups, device=setup.device())
     (model,) = build(context, config.model, initialize=False)
     if merged is not None:
@@ -92,7 +95,7 @@ def load_model(
     elif exported:
         load_hf_weights(path, model)
     else:
-        save_load.load_weights(directories.resolve(path), [model])
+        save_load.load_weights(path, [model])
     _prepare(model, context)
     return LoadedModel(model.eval(), config.model, tokenizer)
 

@@ -12,6 +12,8 @@ from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.utils.json_text import parse_json, parse_json_lines
 
 _MOST_STEPS = 10**12
+# What evaluations in one row have in common, whatever they show to the model.
+_ALIKE = ("task", "model_content", "adapter_content", "prompt", "prompt_suffix")
 
 
 @dataclass
@@ -66,12 +68,21 @@ def collect(evaluations: Sequence[tuple[str, Path]]) -> Scores:
 
     A set may have several directories: one per task, and one more per task with black images.
     Raises ReportError if one is missing, two are of the same kind, or a blind evaluation was not
-    asked the same number of questions.
+    asked the same number of questions, in the same way, or is of another model.
     """
     scores: Scores = {}
+    beside: dict[tuple[str, str], dict] = {}
     for name, directory in evaluations:
         result = _read_scores(directory)
+        result.setdefault("adapter_content", None)
         for skill, row in result["skills"].items():
+            other = beside.setdefault((name, skill), result)
+            for key in _ALIKE:  # evaluations of earlier versions lack some
+                if other.get(key, result.get(key)) != result.get(key, other.get(key)):
+                    raise ReportError(
+                        f"{directory}: the {key} of skill {skill!r} is not that of the other "
+                        f"evaluation of set {name!r}; give one of them another name"
+                    )
             entry = scores.setdefault(name, {}).setdefault(skill, SkillScore())
             kind = "blind" if result["blind"] else "accuracy"
             if getattr(entry, kind) is not None:
@@ -114,11 +125,19 @@ def _read_scores(directory: Path) -> dict:
     """The scores of an evaluation, with every field that a report shows."""
     path = directory / SCORES
     scores = _json(path)
-    _check_fields(path, scores, {"task": str, "blind": bool, "skills": dict})
+    _check_fields(path, scores, {"task": str, "blind": bool})
+    if "skills" not in scores:
+        raise ReportError(f"{path} has no scores, as its answers have no gold; leave it out")
+    _check_fields(path, scores, {"skills": dict})
     if scores["task"] not in find_benchmarks():
         known = ", ".join(find_benchmarks())
         raise ReportError(f"{path}: there is no task {scores['task']!r}; known: {known}")
     for skill, row in scores["skills"].items():
+        if isinstance(row, dict) and not {"accuracy", "majority"} <= row.keys():
+            raise ReportError(
+                f"{path}: a report shows accuracy beside that of the most common answer, which "
+                f"{scores['task']} does not have; leave it out, its figures are in results.md"
+            )
         numbers = {"accuracy": int | float, "majority": int | float, "n": int}
         _check_fields(f"{path}, skill {skill!r},", row, numbers)
     return scores

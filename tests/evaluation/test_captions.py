@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -136,7 +138,7 @@ def test_karpathys_coco(tmp_path):
     assert questions[0].prompt(TASKS["coco_caption"].suffix) == (
         "USER: <|image|>Provide a one-sentence caption for the provided image. ASSISTANT:"
     )
-    name, content = TASKS["coco_caption"].submission({391895: "a man", 7: "b"}, gold)
+    name, content = TASKS["coco_caption"].submission({391895: "a\r man", 7: "b"}, gold)
     assert name == "coco_captions.json"
     assert json.loads(content) == [
         {"image_id": 391895, "caption": "a man"},
@@ -206,6 +208,63 @@ def test_pycocoevalcap_and_own_cider_agree_on_tokens_that_are_words():
     assert theirs["skills"] == ours["skills"]
     assert set(theirs["overall"]) == {"cider_d", "n", "bleu_4", "rouge_l"}
     assert all(0 < theirs["overall"][name] < 100 for name in ("bleu_4", "rouge_l"))
+
+
+class TokenisesLines:
+    """A stand-in for PTBTokenizer, which hands Java a line per caption and gets lines back."""
+
+    def tokenize(self, captions):
+        owners = [i for i, texts in captions.items() for _ in texts]
+        texts = [row["caption"].replace("\n", " ") for rows in captions.values() for row in rows]
+        lines = re.split("\r\n|[\n\r\v\f\u2028\u2029]", "\n".join(texts))  # as Java ends them
+        found = {i: [] for i in captions}
+        for i, line in zip(owners, lines, strict=False):
+            found[i].append(" ".join(line.lower().split()))
+        return found
+
+
+class CountsRight:
+    """A stand-in for the scorers: the mean of 1 for each image with one of its references."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def compute_score(self, theirs, ours, **options):
+        values = [float(ours[i][0] in texts) for i, texts in theirs.items()]
+        return [sum(values) / len(values)] * 4, values
+
+
+class Rouge(CountsRight):
+    def compute_score(self, theirs, ours, **options):
+        (mean, *_), values = super().compute_score(theirs, ours)
+        return mean, values
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """pycocoevalcap with no Java, so that tests need neither."""
+    for name, kind, found in (
+        ("bleu.bleu", "Bleu", CountsRight),
+        ("cider.cider", "Cider", CountsRight),
+        ("rouge.rouge", "Rouge", Rouge),
+        ("tokenizer.ptbtokenizer", "PTBTokenizer", TokenisesLines),
+    ):
+        monkeypatch.setitem(sys.modules, f"pycocoevalcap.{name}", SimpleNamespace(**{kind: found}))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\v", "\f", "\u2028", "\u2029", "\x85", " \r"])
+@pytest.mark.parametrize("side", ["prediction", "reference"])
+def test_a_caption_of_several_lines_is_its_own_images(stand_in, end, side):
+    """Java's tokeniser ends a line at more than pycocoevalcap takes out of a caption."""
+    said, gold = {i: texts[0] for i, texts in REFERENCES.items()}, caption_gold()
+    if side == "prediction":
+        said[1] = said[1].replace(" on ", f"{end}on ") + end
+    else:
+        texts = gold[1]["answers"]
+        gold[1]["answers"] = [texts[0].replace(" on ", f"{end}on ") + end, *texts[1:]]
+    overall = benchmark.score(TASKS["coco_caption"], said, gold, "pycocoevalcap")["overall"]
+    assert overall == {"cider_d": 100.0, "n": 3, "bleu_4": 100.0, "rouge_l": 100.0}
 
 
 def test_what_pycocoevalcap_needs_is_named(monkeypatch):

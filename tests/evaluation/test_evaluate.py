@@ -2,7 +2,9 @@
 
 import json
 import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from megatron_owl2.config.templates import TEMPLATES
 from megatron_owl2.data import images
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import benchmark, runner
+from megatron_owl2.evaluation.fingerprint import mark_of_model
 from megatron_owl2.evaluation.registry import find_benchmarks
 from megatron_owl2.evaluation.runner import Settings
-from megatron_owl2.inference import api
+from megatron_owl2.inference import api, loading
 from megatron_owl2.inference.engine import Generator
 from megatron_owl2.inference.loading import load_model
 from megatron_owl2.mcore import setup
@@ -233,6 +236,7 @@ def test_the_file_for_a_server_is_of_all_questions_of_this_evaluation(fake, tmp_
         fake, "vqav2", *benchmark.read(TASKS["vqav2"], folder, 2), out, Settings(limit=2), {}
     )
     assert not file.exists()  # that of other predictions, and none of some questions
+    out, file = tmp_path / "server", tmp_path / "server/submission_evalai.json"
     next(folder.glob("*annotations.json")).unlink()
     questions, gold = benchmark.read(TASKS["vqav2"], folder, with_gold=False)
     result = runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
@@ -240,6 +244,43 @@ def test_the_file_for_a_server_is_of_all_questions_of_this_evaluation(fake, tmp_
     assert "overall" not in result and json.loads((out / "scores.json").read_text()) == result
     row = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])
     assert (row["answer"], row["score"], row["gold"]) == ("red", None, None)
+
+
+def test_answers_without_gold_do_not_replace_scores(fake, tmp_path):
+    folder, out = write_vqa(tmp_path / "vqa"), tmp_path / "out"
+    runner.evaluate(fake, "vqav2", *benchmark.read(TASKS["vqav2"], folder), out, Settings(), {})
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    questions, gold = benchmark.read(TASKS["vqav2"], folder, with_gold=False)
+    with pytest.raises(TaskError, match="out holds scores, .* name another --output, or .*restart"):
+        runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    again = Settings(restart=True)
+    assert "overall" not in runner.evaluate(fake, "vqav2", questions, gold, out, again, {})
+    assert "overall" not in runner.evaluate(fake, "vqav2", questions, gold, out, Settings(), {})
+
+
+def test_a_rule_that_cannot_score_is_told_before_the_questions_are_asked(
+    fake, tmp_path, monkeypatch
+):
+    rows = {1: "a.png", 2: "b.png"}
+    (tmp_path / "images").mkdir()
+    for name in rows.values():
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / name)
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in rows.items()],
+        "annotations": [{"image_id": i, "id": i, "caption": "red"} for i in rows],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    questions, gold = benchmark.read(TASKS["coco_caption"], tmp_path)
+    arguments = ("coco_caption", questions, gold, tmp_path / "out")
+    before = runner.evaluate(fake, *arguments, Settings(), {})
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    for restart in (False, True):
+        settings = Settings(variant="pycocoevalcap", restart=restart)
+        with pytest.raises(TaskError, match=r"pip install 'megatron-owl2\[captions\]'"):
+            runner.evaluate(fake, *arguments, settings, {})
+    assert len(NamesColors.seen) == 1
+    assert json.loads((tmp_path / "out/scores.json").read_text()) == before
 
 
 @pytest.mark.parametrize("tag", ["<image>", "<|image|>"])
@@ -266,6 +307,9 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     assert again == {key: written[key] for key in ("overall", "skills")}
     assert run_tool(monkeypatch, "evaluate", *score, data / "annotations.json") == 2
     assert "gold questions have no prediction" in capsys.readouterr().err
+    assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 2
+    assert f"{output} holds scores, which" in capsys.readouterr().err
+    options[-1] = output = tmp_path / "server"
     assert run_tool(monkeypatch, "evaluate", *options, "--limit", 2, "--no-gold") == 0
     assert f"2 answers to questions without gold are in {output}" in capsys.readouterr().out
     assert "overall" not in json.loads((output / "scores.json").read_text())
@@ -275,6 +319,59 @@ def test_command_line_evaluates_and_scores(corpus, model, tmp_path, monkeypatch,
     options[1] = tmp_path
     assert run_tool(monkeypatch, "evaluate", *options) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", [["--task", "vqav2"], ["--task", "vqav2", "--task", "pope"]])
+def test_scores_are_marked_by_the_checkpoint_that_answered(
+    corpus, tmp_path, monkeypatch, capsys, task
+):
+    """A run that saves its next checkpoint while one is loaded."""
+    run, tokenizer = tmp_path / "run", corpus / "tokenizer/tokenizer.model"
+    other = build_model(tokenizer, tmp_path / "other", seed=2) / "checkpoints/iter_0000001"
+    first = build_model(tokenizer, run) / "checkpoints/iter_0000001"
+    shutil.copytree(other, run / "checkpoints/iter_0000002")
+    data = corpus / "eval/seen"
+    if len(task) > 2:
+        for name in ("vqav2", "pope"):
+            shutil.copytree(data, tmp_path / "data" / name)
+        data = tmp_path / "data"
+
+    def save_meanwhile(name: str):
+        old = getattr(loading, name)
+
+        def called(*arguments, **options):
+            (run / "checkpoints/latest").write_text("iter_0000002")
+            return old(*arguments, **options)
+
+        monkeypatch.setattr(loading, name, called)
+
+    def evaluate(checkpoint: Path, output: Path) -> dict:
+        options = ["--checkpoint", checkpoint, *task, "--data", data, "--output", output]
+        assert run_tool(monkeypatch, "evaluate", *options, "--limit", 4) == 0
+        return json.loads(next(output.rglob("scores.json")).read_text())
+
+    plain = evaluate(first, tmp_path / "first")
+    assert "checkpoint" not in plain  # it has the name of the model
+    for place in ("load_model", "load_tokenizer"):
+        (run / "checkpoints/latest").write_text("iter_0000001")
+        save_meanwhile(place)
+        scores = evaluate(run, tmp_path / place)
+        assert scores["checkpoint"] == "iter_0000001"
+        assert scores["model_content"] == plain["model_content"] == mark_of_model(first)
+        answers = next((tmp_path / place).rglob("predictions.jsonl")).read_bytes()
+        assert answers == next((tmp_path / "first").rglob("predictions.jsonl")).read_bytes()
+    scores = evaluate(run, tmp_path / "next")
+    assert scores["checkpoint"] == "iter_0000002"
+    assert scores["model_content"] == mark_of_model(other)
+
+
+def test_the_name_of_a_checkpoint_is_no_setting(fake, tmp_path):
+    """Evaluations that were finished before it was kept, or by another path, stay finished."""
+    arguments = (*benchmark.read(TASKS["vqav2"], write_vqa(tmp_path / "vqa")), tmp_path / "out")
+    first = runner.evaluate(fake, "vqav2", *arguments, Settings(), {"model": "run"})
+    again = {"model": "run", "checkpoint": "iter_0000001"}
+    assert runner.evaluate(fake, "vqav2", *arguments, Settings(), again) == first
+    assert len(NamesColors.seen) == 1
 
 
 def test_command_line_compares_likelihoods(corpus, model, tmp_path, monkeypatch, capsys):

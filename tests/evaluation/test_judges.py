@@ -1,6 +1,7 @@
 """Judged benchmarks through files and a server: requests, replies, attempts, runs and scores."""
 
 import json
+import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,13 @@ def lines(path: Path, rows) -> Path:
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def ids_of(rows: list[dict]) -> list[str]:
+    """Their custom_ids, all of which have a mark of the request, without it."""
+    ids = [row["custom_id"] for row in rows]
+    assert all(re.match(r"\d\.\d-[0-9a-f]{8}\.", i) for i in ids)
+    return [judge_files.unmarked(i) for i in ids]
 
 
 def reply(i: str, text: str) -> dict:
@@ -100,9 +108,7 @@ def test_mmvet_from_predictions_to_a_mean_of_runs(tmp_path, monkeypatch, capsys)
     assert main([*map(str, make)]) == 0
     assert capsys.readouterr().out == f"4 requests are in {requests}\n"
     first = rows_of(requests)[0]
-    assert [row["custom_id"] for row in rows_of(requests)] == [
-        "1.1.v1_0", "1.1.v1_1", "2.1.v1_0", "2.1.v1_1"
-    ]  # fmt: skip
+    assert ids_of(rows_of(requests)) == ["1.1.v1_0", "1.1.v1_1", "2.1.v1_0", "2.1.v1_1"]
     assert (first["method"], first["url"]) == ("POST", "/v1/chat/completions")
     body = first["body"]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("gpt-4-0613", 0.0, 3)
@@ -131,7 +137,7 @@ def test_mmvet_from_predictions_to_a_mean_of_runs(tmp_path, monkeypatch, capsys)
         assert {body["model"] for _, body, _ in asked} == {"other"}
         assert main([*map(str, make)]) == 0
         capsys.readouterr()
-        assert [row["custom_id"] for row in rows_of(requests)] == ["1.2.v1_0", "2.2.v1_0"]
+        assert ids_of(rows_of(requests)) == ["1.2.v1_0", "2.2.v1_0"]
         assert main([*ask]) == 0
     assert main([*map(str, make)]) == 0
     assert capsys.readouterr().out.endswith("no request is left\n")
@@ -149,6 +155,51 @@ def test_mmvet_from_predictions_to_a_mean_of_runs(tmp_path, monkeypatch, capsys)
         with pytest.raises(SystemExit):
             main([*ask, "--api-key-env", "KEY_OF_JUDGE"])
         assert f"the variable KEY_OF_JUDGE {fault}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["answers", "model", "prompt"])
+@pytest.mark.parametrize("by", ["judge", "batch"])
+def test_replies_to_other_answers_or_of_other_judges_are_refused(tmp_path, capsys, change, by):
+    gold = dump(tmp_path / "mm-vet.json", VET)
+    said, prompt = tmp_path / "p.jsonl", tmp_path / "prompt.txt"
+    requests, replies = tmp_path / "requests.jsonl", tmp_path / "replies.jsonl"
+    prompt.write_text("{question} {prediction}")
+    lines(said, [{"id": i, "answer": "one"} for i in VET])
+    make = ["requests", "--task", "mmvet", "--predictions", said, "--gold", gold]
+    make = [*map(str, make), "--output", str(requests), "--replies", str(replies)]
+    assert main(make) == 0
+    if by == "batch":  # which gives back the custom_id and no other field
+        lines(replies, [reply(row["custom_id"], "0.5") for row in rows_of(requests)])
+    else:
+        with judge(lambda body, number: "0.5") as (url, _):
+            ask_all(judge_files.read_requests(requests), replies, Server(url))
+    assert main(make) == 0 and "no request is left" in capsys.readouterr().out
+    if change == "answers":
+        lines(said, [{"id": i, "answer": "two"} for i in VET])
+    changed = {"model": ["--judge-model", "other"], "prompt": ["--judge-prompt", str(prompt)]}
+    make += changed.get(change, [])
+    assert main(make) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"the reply 1\.1-[0-9a-f]{8}\.v1_0 is to another answer, judge's model", told)
+    assert "--replies" in told and told.count("\n") == 1
+    assert main([*make, "--replies", str(tmp_path / "others.jsonl")]) == 0
+
+
+def test_a_judge_does_not_mix_replies_to_different_requests(tmp_path):
+    path, server = tmp_path / "replies.jsonl", Server("http://127.0.0.1:9", tries=1)
+    lines(path, [reply("1.1-0123abcd.a", "0.5")])
+    with pytest.raises(JudgeError, match="holds the reply 1.1-0123abcd.a, to another answer"):
+        ask_all({"1.1-0123abce.a": BODY}, path, server)
+    for replied, asked in (  # requests or replies of earlier versions have no mark
+        ("1.1-0123abcd.a", "1.1-0123abcd.a"),
+        ("1.1.a", "1.1-0123abcd.a"),
+        ("1.1-0123abcd.a", "1.1.a"),
+    ):
+        lines(path, [reply(replied, "0.5")])
+        assert ask_all({asked: BODY}, path, server) == 0
+    lines(path, [reply("1.1-0123abcd.a", "0.5"), reply("1.1-0123abce.a", "1")])
+    with pytest.raises(TaskError, match="holds replies to several requests 1.1.a"):
+        read_replies(path)
 
 
 def test_runs_have_a_mean_and_a_deviation():
@@ -175,7 +226,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again_five_times():
         if not found:
             break
         (request,) = found
-        assert request["custom_id"] == f"1.{len(attempts) + 1}.v1_0"
+        assert ids_of([request]) == [f"1.{len(attempts) + 1}.v1_0"]
         heat.append(request["body"]["temperature"])
         attempts[len(attempts) + 1] = "well"
     assert heat == [0.0, 0.0, 0.5, 1.0, 1.5]
@@ -196,7 +247,7 @@ def test_each_judge_is_shown_what_it_needs():
     gold = {0: row | {"image_content": ["chair", "cat"]}}
     (request,) = requests_of("mmhal_bench", {0: "Three {question}."}, gold)
     (message,) = request["body"]["messages"]
-    assert request["custom_id"] == "1.1.0" and request["body"]["model"] == "gpt-4-0314"
+    assert ids_of([request]) == ["1.1.0"] and request["body"]["model"] == "gpt-4-0314"
     assert message["content"].endswith(
         "### Image Contents\nchair, cat\n\n### Question\nhow many?\n\n### Standard Human-Generated "
         "Answer\nTwo.\n\n### Response of the Model\nThree {question}.\n"
@@ -218,7 +269,7 @@ def test_each_judge_is_shown_what_it_needs():
     assert user["content"].endswith("{'pred': 'no', 'score': 1}.")  # braces that are no field
     replies = Replies({1: {"3": {1: "{'pred': 'yes', 'sc"}}})
     (request,) = requests_of("msvd_qa", {3: "a guy"}, {3: row}, replies)
-    assert request["custom_id"] == "1.2.3" and request["body"]["temperature"] == 0.0
+    assert ids_of([request]) == ["1.2.3"] and request["body"]["temperature"] == 0.0
     replies = Replies({1: {"3": {1: "{'pred': 'yes', 'sc", 2: "{'pred': 'yes', 'score': 4}"}}})
     overall = score_replies(TASKS["msvd_qa"], replies, {3: row})["overall"]
     assert overall == {"accuracy": 100.0, "score": 4.0, "unreadable": 0, "n": 1}
@@ -230,14 +281,22 @@ def test_a_prompt_can_be_given(tmp_path, capsys):
     predictions, prompt = lines(tmp_path / "p.jsonl", rows), tmp_path / "prompt.txt"
     make = ["requests", "--task", "mmvet", "--predictions", predictions, "--gold", gold]
     make = [*map(str, make), "--output", str(tmp_path / "r.jsonl"), "--judge-prompt", str(prompt)]
-    prompt.write_text("Grade {question} | {reference} | {prediction} | {other}")
+    braces = r'{"grade": 1} {\'pred\': 2} {} {0} {{x}} \boxed{grade} {not a field} {"a"}'
+    prompt.write_text(f"Grade {{question}} | {{reference}} | {{prediction}} | {braces}")
     assert main([*make, "--judge-model", "mine"]) == 0
     body = rows_of(tmp_path / "r.jsonl")[1]["body"]
-    assert body["messages"] == [{"role": "user", "content": "Grade y? | 4 | no | {other}"}]
+    assert body["messages"] == [{"role": "user", "content": f"Grade y? | 4 | no | {braces}"}]
     assert body["model"] == "mine"
     capsys.readouterr()
     for content, message in (
         (b"Grade {question}", "prompt.txt has no {prediction}; fields of this task are {question}"),
+        (
+            b"{question} {ground_truth} {prediction}",
+            "prompt.txt has {ground_truth}, which is no field; fields of this task are {question}, "
+            "{reference}, {prediction}\n",
+        ),
+        (b"{question}\n{Reference}, {prediction}", "prompt.txt has {Reference}, which is no"),
+        (b"{question}:{ reference } {prediction}", "prompt.txt has { reference }, which is"),
         (b"\xff", "prompt.txt is not text in UTF-8"),
     ):
         prompt.write_bytes(content)
@@ -349,8 +408,8 @@ def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "r.jsonl"
     for row, message in (
         ({"custom_id": "1.1.a"}, r"'text' is missing; .* \(line 1\)"),
-        (reply("a", "x"), "custom_id 'a' is not RUN.ATTEMPT.ID"),
-        (reply("x.1.a", "x"), "custom_id 'x.1.a' is not RUN.ATTEMPT.ID"),
+        (reply("a", "x"), "custom_id 'a' is not RUN.ATTEMPT-MARK.ID"),
+        (reply("x.1.a", "x"), "custom_id 'x.1.a' is not RUN.ATTEMPT-MARK.ID"),
     ):
         lines(path, [row])
         with pytest.raises(TaskError, match=message):

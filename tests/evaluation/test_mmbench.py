@@ -10,7 +10,7 @@ import pytest
 from benchmark_files import LETTER, TASKS, asked, marks, mmbench_rows, png, write_tsv
 
 from megatron_owl2.config.schema import ModelConfig, ParallelConfig, VisionConfig
-from megatron_owl2.errors import TaskError
+from megatron_owl2.errors import ScoreError, TaskError
 from megatron_owl2.evaluation import benchmark, runner
 from megatron_owl2.evaluation.runner import Settings
 from megatron_owl2.mcore import setup
@@ -115,9 +115,15 @@ def test_images_inside_the_file_are_shown(tmp_path, monkeypatch):
     answers = list(map(json.loads, (output / "predictions.jsonl").read_text().splitlines()))
     assert [row["prediction"] for row in answers] == ["red", "blue", "red", "blue", "blue"]
     assert answers[0]["images"] == ["inside the question file"]
+    answer = rows[1].pop("answer")
+    with pytest.raises(ScoreError, match="1 of 5 questions have no .* answer, such as 8; .*--no-g"):
+        evaluate(rows)
+    assert len(NamesColors.seen) == 1  # told before the questions are asked
+    assert json.loads((output / "scores.json").read_text())["overall"] == scores
+    rows[1]["answer"] = answer
     for row in rows:
         row.pop("answer")
-    (output / "submission_mmbench.xlsx").unlink()
+    output = tmp_path / "server"
     assert "overall" not in evaluate(rows) and (output / "submission_mmbench.xlsx").exists()
     rows[1]["image"] = base64.b64encode(b"no image" * 9).decode()
     with pytest.raises(TaskError, match="inside the question file: .*the image of question 8"):

@@ -123,6 +123,18 @@ def test_questions_of_a_folder_of_several_sets_find_their_gold(tmp_path, name, o
         assert benchmark.read(TASKS["vqav2"], file)[0][0].gold == str(meant)
 
 
+@pytest.mark.parametrize("others", [GOLD_NAMES[1:], (GOLD_NAMES[1], "test_annotations.json")])
+def test_gold_of_another_split_alone_is_told_as_such(tmp_path, others):
+    name = "v2_OpenEnded_mscoco_train2014_questions.json"
+    file = dump(tmp_path / name, {"questions": [question()]})
+    for other in others:
+        dump(tmp_path / other, {"annotations": [annotation()]})
+    image(tmp_path, "1.jpg")
+    with pytest.raises(TaskError, match="holds no .* only of another split .*; put its") as error:
+        benchmark.read(TASKS["vqav2"], file)
+    assert name in str(error.value) and all(other in str(error.value) for other in others)
+
+
 @pytest.mark.parametrize(
     ("task", "content", "reason"),
     [

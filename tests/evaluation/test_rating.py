@@ -94,8 +94,14 @@ def test_a_sheet_is_blind_and_its_tally_is_not(owleval, capsys):
     assert owl2["skills"]["a"] == {"A": 0, "B": 2, "C": 1, "D": 0, "n": 3}
     assert owl2["skills"]["f"] == {"A": 0, "B": 1, "C": 0, "D": 0, "n": 1}
 
-    assert main([*make, *map(str, models)]) == 2  # nobody's work is written over
-    assert "sheet.csv exists and may be filled in" in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in ("sheet.csv", "key.json", "sheet.html"):  # nobody's work is written over
+        assert main([*make, *map(str, models)]) == 2
+        told = f"{out / name} exists, of a sheet that may be filled in; name another folder"
+        assert told in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        (out / name).unlink()  # as if it were with a rater
+        before.pop(name)
     for given in (f"owl2={models[1]}", models[0]):
         with pytest.raises(SystemExit):
             main([*make, str(models[0]), str(given)])
@@ -107,6 +113,10 @@ def test_a_sheet_of_some_questions_takes_predictions_of_all(owleval, capsys):
     arguments = ["rating-sheet", "--task", "owleval", "--data", str(owleval), "--limit", "2"]
     assert main([*arguments, "--predictions", str(path), "--output", str(folder)]) == 0
     assert "2 answers are in" in capsys.readouterr().out
+    for limit in ("-1", "0"):  # -1 left the last question out
+        with pytest.raises(SystemExit):
+            main([*arguments[:-1], limit, "--predictions", str(path), "--output", f"{folder}2"])
+        assert f"--limit: {limit} is not a positive whole number" in capsys.readouterr().err
 
 
 def test_no_answer_is_a_formula_in_a_spreadsheet(owleval):

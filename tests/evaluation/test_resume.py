@@ -158,7 +158,7 @@ def test_ranks_share_the_questions(options, whole, tmp_path):
     program = HELPERS / "evaluation_ranks.py"
     done = processes.run_ranks(2, program, tmp_path, *options)
     assert done.returncode == 0, done.stderr
-    for name in ("shared", "resumed", "split"):
+    for name in ("shared", "resumed", "latest", "split"):
         assert predictions(tmp_path / name) == predictions(whole), name
         assert not list((tmp_path / name).glob("journal*"))
     one = predictions(tmp_path / "one").splitlines(keepends=True)

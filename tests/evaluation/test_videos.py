@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +26,20 @@ av = pytest.importorskip("av")
 SHORT = " Answer the question using a single word or phrase. ASSISTANT:"
 
 
-def film(path: Path, count: int, codec: str = "mpeg4", rate: int = 5, **options: str) -> Path:
-    """A video whose frame i is grey of level 10 i."""
+def film(
+    path: Path, count: int, codec: str = "mpeg4", rate: int = 5, start: int = 0, **options: str
+) -> Path:
+    """A video whose frame i is grey of level 10 i, its first time stamp that of frame `start`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = {"ffv1": "bgr0", "gif": "rgb8"}.get(codec, "yuv420p")
     with av.open(str(path), "w", options=options) as file:
         stream = file.add_stream(codec, rate=rate)
         stream.width = stream.height = 32
         stream.pix_fmt = pixels
-        for level in range(0, 10 * count, 10):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8), "rgb24")
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * i, np.uint8), "rgb24")
+            if start:
+                frame.pts, frame.time_base = start + i, Fraction(1, rate)
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
@@ -93,6 +98,23 @@ def test_the_frames_of_a_file_are_read(tmp_path, name, codec):
     assert levels(Video(path, 1, (1.0, 2.0))) == [7]  # five frames, of which it is the middle one
     with pytest.raises(TaskError, match=r"has no frame in seconds \[8.0, 9.0\]"):
         read_frames(Video(path, 1, (8.0, 9.0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [("a.mp4", "mpeg4", 5), ("a.mkv", "ffv1", 5), ("a.mpg", "mpeg2video", 25)],
+)
+@pytest.mark.parametrize("start", [1, 15])
+def test_segments_are_counted_from_the_first_frame(tmp_path, name, codec, rate, start):
+    """Time stamps of a video need not begin at 0: those of a part that was cut out often do not."""
+    path = film(tmp_path / name, 17, codec, rate, start)
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].start_time > 0
+    for begin, end in ((0, 5), (5, 10), (12, 17)):
+        found = levels(Video(path, 5, (begin / rate, end / rate)))
+        assert found == [begin + n for n in frame_numbers(5, 5)]
+        assert levels(Video(path, 5, (begin, end), "frames")) == found
+    assert levels(Video(path, 4)) == [2, 6, 10, 14]
 
 
 def test_an_animated_gif_is_a_video(tmp_path, caplog):
@@ -208,10 +230,13 @@ def test_msrvtt_and_msvd_ask_about_numbered_videos(tmp_path):
 def test_tgif_asks_about_gifs(tmp_path):
     path = film(tmp_path / "videos/tumblr_1.gif", 3, "gif")
     table = "gif_name\tquestion\tanswer\ttype\tvid_id\ntumblr_1\thow many?\ttwo\t1\tFRAMEQA1\n"
+    table += 'tumblr_1\twhat does it say ,"hi" now\thi\t1\tFRAMEQA2\n'
     (tmp_path / "Test_frameqa_question.csv").write_text(table)
     questions, gold, _ = asked("tgif_qa", tmp_path)
     assert questions[0].images == (Video(path, 4),)
-    assert marks("tgif_qa", {0: "TWO"}, gold) == {"how": (100.0, 1), "all": (100.0, 1)}
+    assert questions[1].text == 'what does it say ,"hi" now'
+    right = {"how": (100.0, 1), "what": (100.0, 1), "all": (100.0, 2)}
+    assert marks("tgif_qa", {0: "TWO", 1: "hi"}, gold) == right
 
 
 class Joined:

@@ -12,6 +12,7 @@ from megatron_owl2.cli.evaluate import main
 from megatron_owl2.errors import TaskError
 from megatron_owl2.evaluation import runner
 from megatron_owl2.evaluation.ranks import from_first, together
+from megatron_owl2.training.checkpoint import directories
 
 
 def check(folder: Path, options: list[str]) -> None:
@@ -21,6 +22,7 @@ def check(folder: Path, options: list[str]) -> None:
     assert main([*shared, str(folder / "one"), "--limit", "1"]) == 0  # fewer than ranks
     check_errors(rank)
     check_a_failing_share(folder / "resumed", shared, rank)
+    check_one_checkpoint(folder / "latest", shared, rank)
     parallel_state.destroy_model_parallel()
     assert main([*options, "--output", str(folder / "split")]) == 0  # tensor parallel
 
@@ -55,6 +57,21 @@ def check_a_failing_share(output: Path, shared: list[str], rank: int) -> None:
     assert (output / "journal-1.jsonl").read_bytes().count(b"\n") == 1
     torch.distributed.barrier()
     assert main([*shared, str(output)]) == 0
+
+
+def check_one_checkpoint(output: Path, shared: list[str], rank: int) -> None:
+    """Rank 1 sees a newer checkpoint of the run, which is damaged: all load that of rank 0."""
+    resolve, run = directories.resolve, shared[shared.index("--checkpoint") + 1]
+
+    def newer(path):
+        return output / "newer" if rank == 1 and str(path) == run else resolve(path)
+
+    output.mkdir(exist_ok=True)
+    (output / "newer").mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    directories.resolve = newer
+    assert main([*shared, str(output)]) == 0
+    directories.resolve = resolve
 
 
 if __name__ == "__main__":

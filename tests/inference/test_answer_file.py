@@ -1,17 +1,20 @@
 """Files of requests: answers in order, going on after a kill, and errors with their line."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import processes
 import pytest
+from evaluations import build_model
 from exported import export, grouped_model
 from hf_dirs import small_tokenizer
 from tiny_data import make_image
 
 import megatron_owl2
 from megatron_owl2.cli import generate, visualize_attention
+from megatron_owl2.inference import api
 from megatron_owl2.inference.options import GenerationOptions
 from megatron_owl2.inference.request_file import answer_file
 
@@ -108,6 +111,31 @@ def test_an_interrupted_file_goes_on(folder, answers, tmp_path, capsys, monkeypa
     assert generate.main(command(folder, output), "owl2 generate") == 0
     assert "0 of 10 requests answered now" in capsys.readouterr().out and not asked
     assert output.read_text() == "".join(answers)
+
+
+def test_answers_are_marked_by_the_checkpoint_that_gave_them(tmp_path, capsys, monkeypatch):
+    """A run that saves its next checkpoint before the one that was named is loaded."""
+    run, tokenizer = tmp_path / "run", small_tokenizer(tmp_path)
+    first = build_model(tokenizer, run) / "checkpoints/iter_0000001"
+    other = build_model(tokenizer, tmp_path / "other", seed=2) / "checkpoints/iter_0000001"
+    shutil.copytree(other, run / "checkpoints/iter_0000002")
+    requests, output = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    requests.write_text(json.dumps({"id": 1, "prompt": "badal"}) + "\n")
+    load = api.load
+
+    def save_and_load(*arguments, **options):
+        (run / "checkpoints/latest").write_text("iter_0000002")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(api, "load", save_and_load)
+    rest = ["--requests", requests, "--output", output, "--max-new-tokens", 9]
+    assert generate.main([*map(str, ["--checkpoint", run, *rest])], "owl2 generate") == 0
+    (answer,) = map(json.loads, output.read_text().splitlines())
+    assert answer["answer"] == load(first).generate("badal", max_new_tokens=9)
+    assert generate.main([*map(str, ["--checkpoint", first, *rest])], "owl2 generate") == 0
+    assert "0 of 1 requests answered now" in capsys.readouterr().out
+    assert generate.main([*map(str, ["--checkpoint", run, *rest])], "owl2 generate") == 2
+    assert "line 1 answers 1 as it was asked before" in capsys.readouterr().err
 
 
 def test_answers_of_something_else_are_refused(folder, answers, tmp_path, capsys):

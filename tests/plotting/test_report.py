@@ -104,6 +104,50 @@ def test_the_same_evaluation_twice_or_of_another_size_is_refused(outputs):
         report.named("--run", ["dir"])
 
 
+def test_evaluations_of_another_model_or_prompt_share_no_row(tmp_path):
+    alike = {"model_content": "1", "prompt": "owl2", "prompt_suffix": " Short."}
+    skills = {"colour": (50.0, 20.0, 9)}
+
+    def change(folder: Path, **more) -> None:
+        path = folder / "scores.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+    seen = evaluation(tmp_path / "seen", skills)
+    blind = evaluation(tmp_path / "blind", skills, blind=True)
+    pairs = [("seen", seen), ("seen", blind)]
+    change(seen, **alike)
+    assert report.collect(pairs)["seen"]["colour"].blind == 50.0  # that says nothing of these
+    change(blind, **alike)
+    assert report.collect(pairs)["seen"]["colour"].blind == 50.0
+    for key, value in (
+        ("model_content", "2"),
+        ("prompt", "official"),
+        ("prompt_suffix", ""),
+        ("adapter_content", "3"),
+        ("task", "okvqa"),
+    ):
+        before = (blind / "scores.json").read_text()
+        change(blind, **{key: value})
+        for given in (pairs, pairs[::-1]):
+            with pytest.raises(ReportError, match=f"the {key} of skill 'colour' is not that of"):
+                report.collect(given)
+        assert len(report.collect([("seen", seen), ("other", blind)])) == 2
+        (blind / "scores.json").write_text(before)
+
+
+def test_what_a_report_cannot_show_is_told(tmp_path):
+    folder = evaluation(tmp_path / "captions", {}, task="coco_caption")
+    scores = {"task": "coco_caption", "blind": False}
+    rows = {"caption": {"cider_d": 90.0, "n": 9}}
+    for content, told in (
+        (scores | {"overall": {}, "skills": rows}, "which coco_caption does not have; leave it"),
+        (scores, "has no scores, as its answers have no gold; leave it out"),
+    ):
+        (folder / "scores.json").write_text(json.dumps(content))
+        with pytest.raises(ReportError, match=told):
+            report.collect([("seen", folder)])
+
+
 def test_curves_are_read_from_the_metrics(outputs):
     curves = report.read_loss_curves("second", outputs / "finetune")
     assert curves.name == "second" and curves.validation == {}
