@@ -15,6 +15,8 @@ from paths import DATA
 from read_corpus import collect, refused, write_images
 from tiny_data import encoded, make_image, record, write
 
+from megatron_owl2.data.shards.records import Record, Turn
+
 REAL = DATA / "img2dataset"
 
 
@@ -157,7 +159,14 @@ def test_folders_in_a_tar_are_no_damage(tmp_path):
 
 
 def test_webdataset_reads_our_shards_back(tmp_path):
+    turns = (Turn("first?", "yes"), Turn("second?", "no"))
+    two = tuple(encoded(make_image(seed)) for seed in (1, 2))
     originals = [record(index) for index in range(25)]
+    originals.append(Record("plain", caption="text alone", metadata={"url": "u"}))
+    for name, pictures in (("none", ()), ("one", two[:1]), ("two", two)):
+        for system in ("", "You are an owl."):
+            key = f"{name}{len(system)}"
+            originals.append(Record(key, pictures, turns=turns, system=system, source="talks"))
     folder = write(tmp_path / "set", originals)
     records, skipped = collect("webdataset", folder)
     assert records == originals and skipped == {}

@@ -17,7 +17,8 @@ IMAGE_PLACEHOLDER = "<|image|>"  # stands for an image in a question; the offici
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # webdataset ends a key at the first dot, ustar at 100
 _IMAGES, _TEXTS = {"jpg", "jpeg", "png", "webp"}, {"json", "txt"}
 _NUMBERED = re.compile(r"(0|[1-9]\d{0,3})\.([a-z]+)")  # the extension of one of several images
-_FIELDS = {"caption", "turns", "system", "source", "metadata"}
+COMMON_FIELDS = {"source", "metadata"}  # in the .json member of a record
+FIELDS = COMMON_FIELDS | {"caption", "turns", "system"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Record:
         images = tuple(members[extension] for extension in _images(members.keys()))
         body = _json(members["json"]) if "json" in members else {}
         try:
-            if "txt" in members or not body.keys() <= _FIELDS:
+            if "txt" in members or not body.keys() <= FIELDS:
                 if len(images) != 1:
                     raise BadSampleError("a caption of several images" if images else "no image")
                 text = decode_text(members["txt"]) if "txt" in members else body["caption"]
