@@ -85,8 +85,8 @@ def select(
     """Decisions (KEEP and reasons not to; uint8 [rows]) about the rows of every table.
 
     Of duplicates the first stays. Of the rest, the `hold_out` records with the largest priorities,
-    and those equal to the least of them, go or, with `only_held_out`, stay alone. Of what is left,
-    `sample` keeps exactly that many, or about that fraction.
+    and those equal to the least of them, go or, with `only_held_out`, stay alone and all. Of those
+    that are not held out, `sample` keeps exactly that many, or about that fraction.
     """
     sizes = [len(table()) for table in tables]
     starts = np.cumsum([0, *sizes])
@@ -98,7 +98,7 @@ def select(
     if only_held_out:
         keep_decisions[keep_decisions == KEEP] = NOT_HELD_OUT
         keep_decisions[keep_decisions == HELD_OUT] = KEEP
-    if sample is not None:
+    elif sample is not None:
         _draw(tables, starts, keep_decisions, sample)
     for start, stop in zip(starts, starts[1:], strict=False):
         yield keep_decisions[start:stop]

@@ -184,7 +184,8 @@ def _finish(state: JobState, plan: InputPlan, settings: Settings) -> Statistics:
         rows += result["rows"]
     write_atomically(state.skipped, statistics.skipped_lines())
     statistics.check_scores(settings.filters.score_names)
-    asked = settings.sample if isinstance(settings.sample, int) else None
+    sample = None if settings.only_held_out else settings.sample
+    asked = sample if isinstance(sample, int) else None
     report = Statistics.of(statistics, rows, asked, plan.unread)
     if not rows:
         raise PreprocessError(

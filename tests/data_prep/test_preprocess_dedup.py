@@ -142,6 +142,17 @@ def test_what_is_held_out_is_in_no_sample_of_the_rest(tmp_path):
     assert "hold_out" not in json.loads((tmp_path / "none/preprocess/job.json").read_text())
 
 
+@pytest.mark.parametrize("sample", [3, 20, 0.1, 0.9])
+def test_a_sample_of_the_rest_takes_nothing_from_what_is_held_out(tmp_path, sample):
+    """The commands for the two differ in --only-held-out alone."""
+    corpus = pairs(splits=4, size=10)
+    job(corpus, tmp_path / "all", hold_out=7, only_held_out=True)
+    outcome = job(corpus, tmp_path / "held", hold_out=7, only_held_out=True, sample=sample)
+    assert keys(tmp_path / "held") == keys(tmp_path / "all")
+    assert report(tmp_path / "held")["skipped"] == {"not held out": 33}
+    assert "asked for" not in str(outcome.report)
+
+
 def test_records_about_one_image_are_held_out_together(tmp_path):
     images = [encoded(make_image(seed)) for seed in range(10)]
     # Three records about each image, in other splits and under other keys, and ten without one.
