@@ -57,8 +57,8 @@ def priority(record: Record, split: InputSplit, seed: int, by_images: bool = Fal
     """64-bit priority of a record; those with the smallest ones are the sample.
 
     It depends on the seed, the split's name and the record's key, so neither filters nor the number
-    of processes or partitions change it. `by_images`: on the seed and the bytes of the images, if
-    there are any, so that all records about the same images have the same.
+    of processes or partitions change it. `by_images`: on the seed and the bytes of the images in
+    their order, if there are any, so that all records of just the same images have the same.
     """
     if by_images and record.images:
         return combine(seed, *map(xxh3_64_intdigest, record.images))

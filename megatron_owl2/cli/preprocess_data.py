@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="leave out N samples and all others about their images, for validation",
+        help="leave out N samples, and all others of just the same images, for validation",
     )
     add(
         "--only-held-out",

@@ -167,6 +167,16 @@ def test_records_about_one_image_are_held_out_together(tmp_path):
         assert not about[0] & about[1] and about[1]
 
 
+def test_records_of_several_images_are_held_out_with_those_of_the_same_in_their_order():
+    split, turns = as_splits([[]])[0], (Turn("q", "a"),)
+
+    def drawn(key, *images):
+        return dedup.priority(Record(key, images, turns=turns), split, seed=3, by_images=True)
+
+    assert drawn("one", A, B) == drawn("two", A, B)
+    assert len({drawn("one", *images) for images in ((A,), (B,), (A, B), (B, A))}) == 4
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
 def test_equal_priorities_are_held_out_together(count):
     table = np.zeros(4, dtype=dedup.ROW)
