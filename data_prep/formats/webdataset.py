@@ -53,7 +53,8 @@ class Webdataset:
             paths, root, unread = [source], source.parent, []
         else:
             root = source
-            paths, unread = find_files(source).select(is_tar, partial(_is_companion, source))
+            found = find_files(source, options.output)
+            paths, unread = found.select(is_tar, partial(_is_companion, source))
         if not paths:
             raise PreprocessError(
                 f"{source} holds no tar file ({', '.join(ENDINGS)}, or .tar compressed)"

@@ -150,7 +150,11 @@ def run(options: argparse.Namespace) -> int:
     plan = reader.plan(
         options.input,
         ReadOptions(
-            options.images, options.shard_size, options.image_column, options.caption_column
+            options.images,
+            options.shard_size,
+            options.image_column,
+            options.caption_column,
+            options.output,
         ),
     )
     if options.plan:

@@ -124,6 +124,27 @@ def test_our_own_data_set_leaves_nothing_to_mention(crowd, tmp_path):
     assert len(collect("webdataset", tmp_path / "out")[0]) == 12
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "img2dataset", "table", "documents"])
+def test_an_output_in_the_input_is_no_part_of_it(tmp_path, kind):
+    corpus, more = tmp_path / "corpus", ()
+    if kind == "img2dataset":
+        shutil.copytree(DATA / "img2dataset/webdataset", corpus)
+    else:
+        shard(corpus / "a.tar", 0)
+        (corpus / "a.jsonl").write_text('{"image": "0.jpg", "caption": "a", "text": "b"}\nx\n')
+        (corpus / "0.jpg").write_bytes(encoded(make_image(0)))
+        more = ("--images", corpus) if kind == "table" else ()
+    output = corpus / "sets/one"
+    succeeded(tool(corpus, kind, output, *more))
+    kept = records(output)
+    (output / "manifest.json").unlink()
+    (tmp_path / "link").symlink_to(output)
+    for same in (output, tmp_path / "link"):
+        assert "kept" in succeeded(tool(corpus, kind, same, *more))
+    assert records(output) == kept
+    assert "sets/one" not in str(report(output)["unread"])
+
+
 def test_a_folder_without_shards_says_what_is_in_it(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     (tmp_path / "._b.tar").write_bytes(APPLE)
