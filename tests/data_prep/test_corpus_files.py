@@ -259,6 +259,23 @@ def test_a_lost_shard_of_img2dataset_is_named(tmp_path):
     assert unread("img2dataset", folder) == {"00001_stats.json": lost}
 
 
+def read_only(path, mode):  # os.access of a user who may only read; root may do all
+    return not mode & os.W_OK
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_it_is_indexed(tmp_path, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(b"not looked at")
+    monkeypatch.setattr(os, "access", read_only)
+    with pytest.raises(ShardError, match=f"{tmp_path} may not be written to; .* folder of links"):
+        index_directory(tmp_path)
+    monkeypatch.undo()
+    shard(tmp_path / "b/a.tar", 0)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.tar").symlink_to(tmp_path / "b/a.tar")
+    assert [row["name"] for row in index_directory(tmp_path / "links").rows] == ["a.tar"]
+    assert len(records(tmp_path / "links")) == 3 and os.listdir(tmp_path / "b") == ["a.tar"]
+
+
 def test_links_in_a_circle_end(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/x.tar").write_bytes(b"x")
