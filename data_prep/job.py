@@ -167,7 +167,11 @@ def _select(state: JobState, splits: Sequence[InputSplit], settings: Settings) -
         )
         for split, decisions in zip(splits, selection, strict=True):
             np.save(folder / f"{split.name}.npy", decisions)
-        folder.rename(state.selection)
+        try:
+            folder.rename(state.selection)
+        except OSError:
+            if not state.selection.exists():  # or another run has made the same
+                raise
 
 
 def _finish(state: JobState, plan: InputPlan, settings: Settings) -> Statistics:
