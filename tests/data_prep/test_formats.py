@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 import webdataset
 import xxhash
 from paths import DATA
+from preprocess_run import failed, succeeded, tool
 from read_corpus import collect, refused, write_images
 from tiny_data import encoded, make_image, record, write
 
@@ -65,6 +67,42 @@ def test_img2dataset_unfinished_and_lost(tmp_path):
     only_metadata.mkdir()
     shutil.copy(REAL / "files/00000.parquet", only_metadata)
     assert "not from img2dataset" in refused("img2dataset", only_metadata)
+
+
+@pytest.mark.parametrize("change", ["caption", "touch", "statistics", "new file"])
+def test_img2dataset_a_change_of_files_in_a_folder_is_noticed(tmp_path, change):
+    folder = shutil.copytree(REAL / "files", tmp_path / "files")
+    before = os.stat(folder / "00000").st_mtime_ns
+    succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    again = succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    assert "was finished already" in again
+    text = folder / "00000/000000.txt"
+    if change == "caption":
+        text.write_text("x")
+    elif change == "touch":
+        os.utime(text, ns=(1, 1))
+    elif change == "statistics":
+        (folder / "00000_stats.json").write_text("{}")
+    else:
+        (folder / "00000/new.txt").write_text("x")
+    os.utime(folder / "00000", ns=(before, before))
+    said = failed(tool(folder, "img2dataset", tmp_path / "set"))
+    assert "the input changed" in said and "split 00000: " in said
+
+
+def test_img2dataset_folders_of_jobs_of_earlier_versions_go_on(tmp_path):
+    """Their identity was size and change of the folder alone."""
+    folder, path = REAL / "files", tmp_path / "set/preprocess/job.json"
+    succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    description = json.loads(path.read_text())
+    for part in description["parts"]:
+        status = (folder / part[0]).stat()
+        part[1] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    path.write_text(json.dumps(description))
+    assert "was finished already" in succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    part[1] = "1 bytes, changed 1"
+    path.write_text(json.dumps(description))
+    assert "the input changed" in failed(tool(folder, "img2dataset", tmp_path / "set"))
 
 
 @pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])
