@@ -109,7 +109,7 @@ class Record:
             text = json.dumps(
                 body, ensure_ascii=False, sort_keys=True, allow_nan=False, separators=(",", ":")
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise BadSampleError(f"source or metadata is not valid JSON: {error}") from None
         text = _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):04x}", text)
         return [*members, (f"{self.key}.json", text.encode())]
