@@ -52,16 +52,18 @@ class CorpusFiles:
         return taken, sorted(unread, key=lambda entry: (entry.path, entry.reason))
 
 
-def find_files(source: Path) -> CorpusFiles:
+def find_files(source: Path, output: Path | None = None) -> CorpusFiles:
     """Files of a corpus: `source` itself, or all that lie in this folder and the folders in it.
 
-    Links to files and folders are followed; one to a folder above itself is not.
+    Links to files and folders are followed; one to a folder above itself is not. `output`, a folder
+    that is made of the corpus, is no part of it.
     """
     if not source.is_dir():
         return CorpusFiles([source])
     files: set[Path] = set()
     unread: list[UnreadFile] = []
-    for found in _walk(source, (os.path.realpath(source),)):
+    made = None if output is None else os.path.realpath(output)
+    for found in _walk(source, (os.path.realpath(source),), made):
         if isinstance(found, UnreadFile):
             unread.append(found)
         else:
@@ -129,8 +131,9 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path], list[UnreadFile]]
     return files, folders, unread
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path | UnreadFile]:
-    """Files in a folder and below; `above` are the real paths of it and of those that led here."""
+def _walk(folder: Path, above: tuple[str, ...], output: str | None) -> Iterator[Path | UnreadFile]:
+    """Files in a folder and below, without those in `output`; `above` are the real paths of it and
+    of those that led here."""
     try:
         files, folders, unread = list_folder(folder)
     except PermissionError:
@@ -142,8 +145,8 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path | UnreadFile]:
         real = os.path.realpath(path)
         if real in above:
             yield UnreadFile(path, "link to a folder above it")
-        else:
-            yield from _walk(path, (*above, real))
+        elif real != output:
+            yield from _walk(path, (*above, real), output)
 
 
 def _unknown(path: Path) -> str:

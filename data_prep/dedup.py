@@ -57,8 +57,8 @@ def priority(record: Record, split: InputSplit, seed: int, by_images: bool = Fal
     """64-bit priority of a record; those with the smallest ones are the sample.
 
     It depends on the seed, the split's name and the record's key, so neither filters nor the number
-    of processes or partitions change it. `by_images`: on the seed and the bytes of the images, if
-    there are any, so that all records about the same images have the same.
+    of processes or partitions change it. `by_images`: on the seed and the bytes of the images in
+    their order, if there are any, so that all records of just the same images have the same.
     """
     if by_images and record.images:
         return combine(seed, *map(xxh3_64_intdigest, record.images))
@@ -85,8 +85,8 @@ def select(
     """Decisions (KEEP and reasons not to; uint8 [rows]) about the rows of every table.
 
     Of duplicates the first stays. Of the rest, the `hold_out` records with the largest priorities,
-    and those equal to the least of them, go or, with `only_held_out`, stay alone. Of what is left,
-    `sample` keeps exactly that many, or about that fraction.
+    and those equal to the least of them, go or, with `only_held_out`, stay alone and all. Of those
+    that are not held out, `sample` keeps exactly that many, or about that fraction.
     """
     sizes = [len(table()) for table in tables]
     starts = np.cumsum([0, *sizes])
@@ -98,7 +98,7 @@ def select(
     if only_held_out:
         keep_decisions[keep_decisions == KEEP] = NOT_HELD_OUT
         keep_decisions[keep_decisions == HELD_OUT] = KEEP
-    if sample is not None:
+    elif sample is not None:
         _draw(tables, starts, keep_decisions, sample)
     for start, stop in zip(starts, starts[1:], strict=False):
         yield keep_decisions[start:stop]

@@ -10,7 +10,7 @@ from xxhash import xxh3_64_intdigest as checksum
 from data_prep.corpus_files import CorpusFiles, UnreadFile, find_files, why_unread
 from data_prep.formats.common.compression import HEAD, compression_of, how_to_unpack, why_not_data
 from data_prep.formats.common.tars import is_tar
-from data_prep.map_shards import map_shards
+from data_prep.map_shards import check_writable, map_shards
 from megatron_owl2.data.shards.manifest import MANIFEST, write_manifest
 from megatron_owl2.data.shards.records import why_unusable
 from megatron_owl2.data.shards.tar import (
@@ -46,8 +46,8 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
     """Index of all tar files of a folder, which makes it a data set.
 
     Writes `.idx` and `.sums` beside each and, if none of them fails, the manifest. Raises
-    ShardError if it is no folder, holds no tar file or is a data set already, or if training cannot
-    use most samples.
+    ShardError if it is no folder, holds no tar file, is a data set already or may not be written
+    to, or if training cannot use most samples.
     """
     if not directory.is_dir():
         raise ShardError(f"{directory} is not a folder; name the folder that holds the tar files")
@@ -59,6 +59,7 @@ def index_directory(directory: Path, workers: int = 1) -> Indexed:
     paths, unread = _find_shards(directory)
     if not paths:
         raise ShardError(f"{directory} holds no .tar file{why_unread(unread)}")
+    check_writable(directory)
     sizes = {path: path.stat().st_size for path in paths}
     found = Indexed(unread=unread)
     for _, result in map_shards(_index, sizes, workers, "index"):

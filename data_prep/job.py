@@ -167,7 +167,11 @@ def _select(state: JobState, splits: Sequence[InputSplit], settings: Settings) -
         )
         for split, decisions in zip(splits, selection, strict=True):
             np.save(folder / f"{split.name}.npy", decisions)
-        folder.rename(state.selection)
+        try:
+            folder.rename(state.selection)
+        except OSError:
+            if not state.selection.exists():  # or another run has made the same
+                raise
 
 
 def _finish(state: JobState, plan: InputPlan, settings: Settings) -> Statistics:
@@ -184,7 +188,8 @@ def _finish(state: JobState, plan: InputPlan, settings: Settings) -> Statistics:
         rows += result["rows"]
     write_atomically(state.skipped, statistics.skipped_lines())
     statistics.check_scores(settings.filters.score_names)
-    asked = settings.sample if isinstance(settings.sample, int) else None
+    sample = None if settings.only_held_out else settings.sample
+    asked = sample if isinstance(sample, int) else None
     report = Statistics.of(statistics, rows, asked, plan.unread)
     if not rows:
         raise PreprocessError(

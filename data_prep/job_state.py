@@ -64,6 +64,7 @@ class JobState:
         found, job = self._read_json(path), json.loads(json.dumps(job))
         if found is None:
             raise PreprocessError(f"{path} has gone; start again")
+        _complete_identities(found, job)
         if found == job:
             return
         different = sorted(key for key in found.keys() | job if found.get(key) != job.get(key))
@@ -190,6 +191,14 @@ def _last_change(folder: Path, lock: Path) -> float:
         with suppress(FileNotFoundError):
             newest = max(newest, path.stat().st_mtime)
     return newest
+
+
+def _complete_identities(found: dict, job: dict) -> None:
+    """Completion of the identities that an earlier version has left, the beginnings of today's."""
+    now = dict(job["parts"])
+    for part in found.get("parts", ()):
+        if now.get(part[0], "").startswith(f"{part[1]},"):
+            part[1] = now[part[0]]
 
 
 def _change(found: dict, job: dict) -> str:

@@ -1,6 +1,8 @@
 """Work on every shard of a data set, in several processes, with progress in bytes."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -10,6 +12,14 @@ from megatron_owl2.utils.process_pool import ProcessPool, WorkerDiedError
 
 _Shard = TypeVar("_Shard")
 _Result = TypeVar("_Result")
+
+
+def check_writable(directory: Path) -> None:
+    """Check, before the work, that its results can lie beside the shards; raises ShardError."""
+    if not os.access(directory, os.W_OK):
+        raise ShardError(
+            f"{directory} may not be written to; name a copy, or a folder of links to its files"
+        )
 
 
 def map_shards(

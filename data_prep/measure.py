@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.map_shards import map_shards
+from data_prep.map_shards import check_writable, map_shards
 from megatron_owl2.config.templates import Template
 from megatron_owl2.data.conversation import measure
 from megatron_owl2.data.lengths import SampleLengths, file_name, to_bytes
@@ -30,9 +30,11 @@ def measure_lengths(
 ) -> Measured:
     """The lengths of a folder of shards, written beside them; images are not decoded.
 
-    Raises ShardError if the folder is no data set, or a shard not what its manifest says.
+    Raises ShardError if the folder is no data set, or a shard not what its manifest says, or if it
+    may not be written to.
     """
     dataset = ShardedDataset(str(directory))
+    check_writable(directory)
     work = partial(_measure_shard, dataset, tokenizer, template)
     sizes = {index: row["bytes"] for index, row in enumerate(dataset.shards)}
     tables = dict(map_shards(work, sizes, workers, "measure"))

@@ -35,8 +35,8 @@ _LEFT_OUT: dict[int | None, str] = {
 class Settings:
     """Settings of a job: `read` is that of the format; `deduplicate` is None, "image" or "pair";
     `sample` a number of records (int), a fraction of them (float below 1) or None for all;
-    `hold_out` a number of records that are left out first, and with them all others about their
-    images; with `only_held_out` just these are kept.
+    `hold_out` a number of records that are left out first, and with them all others of just
+    the same images; with `only_held_out` just these are kept, and `sample` is without effect.
 
     The names of the fields are the keys of job.json.
     """

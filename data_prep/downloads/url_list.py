@@ -63,7 +63,7 @@ def write_url_list(
     folder of all of them. Raises PreprocessError if it does not have the columns, if no row is
     left, or if `output` was made with other options.
     """
-    paths, unread = tables.files(source)
+    paths, unread = tables.files(source, output)
     published = Published(corpus, paths)
     for name in (*selection.min_score, *selection.max_score):
         published.check(name, corpus.scores, "score")

@@ -31,7 +31,7 @@ class Documents:
         if source.is_file():
             paths, unread = [source], []  # whatever its name is
         else:
-            paths, unread = tables.files(source, (".jsonl",))
+            paths, unread = tables.files(source, options.output, (".jsonl",))
         splits = [split for path in paths for split in _splits(source, path, options)]
         return InputPlan(splits, unread)
 

@@ -29,7 +29,7 @@ class Format(Protocol):
         whenever its samples may have changed. A payload must be picklable and small: a path and
         a range rather than the samples. Samples are best left to `read`, since nothing that is
         done here runs in parallel. Files are found by `corpus_files.find_files`, which follows
-        links and passes over hidden files; whatever is not read is named.
+        links and passes over hidden files and `options.output`; whatever is not read is named.
 
         Raises PreprocessError, naming the file and the fix, if the input is not of this format,
         or if `options` lack what the format needs or hold what it has no use for.

@@ -3,11 +3,14 @@
 Whatever the form, NNNNN_stats.json says how many addresses gave no image; they are counted.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from data_prep.corpus_files import CorpusFiles, UnreadFile, list_folder, why_unread
 from data_prep.formats.common import parquet, tables
@@ -143,11 +146,23 @@ def _stats_file(path: Path) -> Path:
 
 def _identity(path: Path) -> str:
     status = path.stat()
-    return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    found = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    if not path.is_dir():
+        return found
+    digest = xxhash.xxh3_128()
+    for file in (*_members(path), _stats_file(path)):  # of which the folder's own time says nothing
+        status = file.stat()
+        name = os.fsencode(file.name)
+        digest.update(b"%s/%d/%d/" % (name, status.st_size, status.st_mtime_ns))
+    return f"{found}, files {digest.hexdigest()}"
+
+
+def _members(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and is_member(p.name))
 
 
 def _read_folder(folder: Path) -> Iterator[Sample | Skipped]:
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and is_member(p.name))
+    names = [path.name for path in _members(folder)]
     for key, group in groupby(names, lambda name: split_name(name)[0]):
         members = list(group)
         found = {split_name(name)[1]: (folder / name).read_bytes() for name in members}

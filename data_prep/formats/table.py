@@ -45,7 +45,7 @@ class Table:
         table does not have the columns.
         """
         splits = []
-        paths, unread = tables.files(source, companions=_IMAGE_ENDINGS)
+        paths, unread = tables.files(source, options.output, companions=_IMAGE_ENDINGS)
         for path in paths:
             if tables.kind_of(path) != ".parquet":
                 images_folder(source, options)

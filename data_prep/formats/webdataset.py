@@ -26,11 +26,15 @@ from data_prep.formats.common.tars import ENDINGS, is_tar, member_of, read_tar, 
 from data_prep.formats.format import Format
 from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.manifest import MANIFEST
-from megatron_owl2.data.shards.records import Record, decode_text, why_unusable
+from megatron_owl2.data.shards.records import (
+    COMMON_FIELDS,
+    FIELDS,
+    Record,
+    decode_text,
+    why_unusable,
+)
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import parse_json
-
-_OURS = {"source", "metadata"}  # with a caption or turns, what the .json member of our shards holds
 
 
 class Webdataset:
@@ -49,7 +53,8 @@ class Webdataset:
             paths, root, unread = [source], source.parent, []
         else:
             root = source
-            paths, unread = find_files(source).select(is_tar, partial(_is_companion, source))
+            found = find_files(source, options.output)
+            paths, unread = found.select(is_tar, partial(_is_companion, source))
         if not paths:
             raise PreprocessError(
                 f"{source} holds no tar file ({', '.join(ENDINGS)}, or .tar compressed)"
@@ -89,7 +94,7 @@ class Webdataset:
 def _record(key: str, members: dict[str, bytes], caption_column: str | None, path: Path) -> Record:
     json_name = member_of(members, ("json",), "json")
     row = {} if json_name is None else _row(members[json_name])
-    if row.keys() - {"caption", "turns"} == _OURS:
+    if COMMON_FIELDS <= row.keys() <= FIELDS:
         try:
             record = Record.from_members(key, members)
             return replace(record, key=record_key(key, record.metadata))

@@ -66,12 +66,20 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(mixture: "Mixture", name: str, workers: int) -> bool:
     """Whether a source is ready after its steps."""
-    if missing := mixture.missing(name):
+    state, missing = mixture.state(name), mixture.missing(name)
+    of_list = mixture.recipe.sources[name].corpus is not None
+    if state.ready and (missing or (of_list and not state.download_complete)):
+        print(f"{name}: nothing is done, since it is ready and what it was made of is gone")
+        return True
+    if missing:
         print(f"{name}: {missing}", file=sys.stderr)
         return False
     for step, command in mixture.steps(name, workers).items():
-        if step == "download" and mixture.state(name).download_complete:
-            continue
+        if step == "download":
+            state = mixture.state(name)
+            # Shards are of the images that were downloaded then; another download has others.
+            if state.sharded is not None or state.download_complete:
+                continue
         print(f"{name}, {step}: {shlex.join(command)}", flush=True)
         if subprocess.run(command).returncode != 0:
             print(f"{name}: the step '{step}' failed", file=sys.stderr)

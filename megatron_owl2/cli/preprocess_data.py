@@ -67,9 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="leave out N samples and all others about their images, for validation",
+        help="leave out N samples, and all others of just the same images, for validation",
     )
-    add("--only-held-out", action="store_true", help="keep just what --hold-out leaves out")
+    add(
+        "--only-held-out",
+        action="store_true",
+        help="keep just what --hold-out leaves out, whatever --sample is",
+    )
     add("--seed", type=int, default=0, help="of the samples that are kept or held out")
 
     add = parser.add_argument_group("how images are stored").add_argument
@@ -146,7 +150,11 @@ def run(options: argparse.Namespace) -> int:
     plan = reader.plan(
         options.input,
         ReadOptions(
-            options.images, options.shard_size, options.image_column, options.caption_column
+            options.images,
+            options.shard_size,
+            options.image_column,
+            options.caption_column,
+            options.output,
         ),
     )
     if options.plan:

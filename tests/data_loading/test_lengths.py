@@ -1,5 +1,6 @@
 """Lengths of samples: measured as they are built, kept beside the shards, refused when stale."""
 
+import os
 import re
 
 import dialogues
@@ -15,7 +16,7 @@ from megatron_owl2.data.lengths import ENCODING, file_name, load_lengths
 from megatron_owl2.data.shards.dataset import ShardedDataset
 from megatron_owl2.data.shards.records import Record, Turn
 from megatron_owl2.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_owl2.errors import DataError
+from megatron_owl2.errors import DataError, ShardError
 
 VICUNA = TEMPLATES["vicuna_v1"]
 OWL1, RELEASED = TEMPLATES["owl1"], template_of("owl1", "official_train")
@@ -43,6 +44,17 @@ def test_they_are_those_of_the_samples(tmp_path, tokenizer, template):
         sample = build_sample(record, tokenizer, 7, 4096, template)
         assert found.images[index] == sample.image_count == len(record.images)
         assert found.text[index] + 7 * found.images[index] == sample.length
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_it_is_measured(
+    tmp_path, tokenizer, monkeypatch
+):
+    folder = tiny_data.write(tmp_path / "set", map(dialogues.dialogue, range(3)))
+    for path in folder.glob("*.tar"):
+        path.unlink()  # is not looked at
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(ShardError, match=f"{folder} may not be written to; .* folder of links"):
+        measure_lengths(folder, tokenizer, OWL2)
 
 
 class Characters:

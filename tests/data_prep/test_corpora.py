@@ -65,6 +65,13 @@ def refused(corpus: str, source: Path, output: Path, **selection) -> str:
     return str(error.value)
 
 
+def test_a_list_in_the_folder_of_its_corpus_is_no_part_of_it(tmp_path):
+    laion(tmp_path / "tables/0.parquet")
+    made = make("laion", tmp_path / "tables", tmp_path / "tables/list")
+    assert make("laion", tmp_path / "tables", tmp_path / "tables/list") == made
+    assert made.listed == 100
+
+
 def test_cc3m_and_cc12m_have_no_header_and_no_quotes(tmp_path):
     cc3m, cc12m = tmp_path / "Train_GCC-training.tsv", tmp_path / "cc12m.tsv"
     captions = ['a "half quoted', "two\twords", "", "été"]

@@ -124,6 +124,27 @@ def test_our_own_data_set_leaves_nothing_to_mention(crowd, tmp_path):
     assert len(collect("webdataset", tmp_path / "out")[0]) == 12
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "img2dataset", "table", "documents"])
+def test_an_output_in_the_input_is_no_part_of_it(tmp_path, kind):
+    corpus, more = tmp_path / "corpus", ()
+    if kind == "img2dataset":
+        shutil.copytree(DATA / "img2dataset/webdataset", corpus)
+    else:
+        shard(corpus / "a.tar", 0)
+        (corpus / "a.jsonl").write_text('{"image": "0.jpg", "caption": "a", "text": "b"}\nx\n')
+        (corpus / "0.jpg").write_bytes(encoded(make_image(0)))
+        more = ("--images", corpus) if kind == "table" else ()
+    output = corpus / "sets/one"
+    succeeded(tool(corpus, kind, output, *more))
+    kept = records(output)
+    (output / "manifest.json").unlink()
+    (tmp_path / "link").symlink_to(output)
+    for same in (output, tmp_path / "link"):
+        assert "kept" in succeeded(tool(corpus, kind, same, *more))
+    assert records(output) == kept
+    assert "sets/one" not in str(report(output)["unread"])
+
+
 def test_a_folder_without_shards_says_what_is_in_it(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     (tmp_path / "._b.tar").write_bytes(APPLE)
@@ -236,6 +257,23 @@ def test_a_lost_shard_of_img2dataset_is_named(tmp_path):
     (folder / "00001.tar").unlink()
     lost = "statistics of a shard that is not there"
     assert unread("img2dataset", folder) == {"00001_stats.json": lost}
+
+
+def read_only(path, mode):  # os.access of a user who may only read; root may do all
+    return not mode & os.W_OK
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_it_is_indexed(tmp_path, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(b"not looked at")
+    monkeypatch.setattr(os, "access", read_only)
+    with pytest.raises(ShardError, match=f"{tmp_path} may not be written to; .* folder of links"):
+        index_directory(tmp_path)
+    monkeypatch.undo()
+    shard(tmp_path / "b/a.tar", 0)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.tar").symlink_to(tmp_path / "b/a.tar")
+    assert [row["name"] for row in index_directory(tmp_path / "links").rows] == ["a.tar"]
+    assert len(records(tmp_path / "links")) == 3 and os.listdir(tmp_path / "b") == ["a.tar"]
 
 
 def test_links_in_a_circle_end(tmp_path):

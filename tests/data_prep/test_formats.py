@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -12,8 +13,11 @@ import pytest
 import webdataset
 import xxhash
 from paths import DATA
+from preprocess_run import failed, succeeded, tool
 from read_corpus import collect, refused, write_images
 from tiny_data import encoded, make_image, record, write
+
+from megatron_owl2.data.shards.records import Record, Turn
 
 REAL = DATA / "img2dataset"
 
@@ -63,6 +67,42 @@ def test_img2dataset_unfinished_and_lost(tmp_path):
     only_metadata.mkdir()
     shutil.copy(REAL / "files/00000.parquet", only_metadata)
     assert "not from img2dataset" in refused("img2dataset", only_metadata)
+
+
+@pytest.mark.parametrize("change", ["caption", "touch", "statistics", "new file"])
+def test_img2dataset_a_change_of_files_in_a_folder_is_noticed(tmp_path, change):
+    folder = shutil.copytree(REAL / "files", tmp_path / "files")
+    before = os.stat(folder / "00000").st_mtime_ns
+    succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    again = succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    assert "was finished already" in again
+    text = folder / "00000/000000.txt"
+    if change == "caption":
+        text.write_text("x")
+    elif change == "touch":
+        os.utime(text, ns=(1, 1))
+    elif change == "statistics":
+        (folder / "00000_stats.json").write_text("{}")
+    else:
+        (folder / "00000/new.txt").write_text("x")
+    os.utime(folder / "00000", ns=(before, before))
+    said = failed(tool(folder, "img2dataset", tmp_path / "set"))
+    assert "the input changed" in said and "split 00000: " in said
+
+
+def test_img2dataset_folders_of_jobs_of_earlier_versions_go_on(tmp_path):
+    """Their identity was size and change of the folder alone."""
+    folder, path = REAL / "files", tmp_path / "set/preprocess/job.json"
+    succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    description = json.loads(path.read_text())
+    for part in description["parts"]:
+        status = (folder / part[0]).stat()
+        part[1] = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    path.write_text(json.dumps(description))
+    assert "was finished already" in succeeded(tool(folder, "img2dataset", tmp_path / "set"))
+    part[1] = "1 bytes, changed 1"
+    path.write_text(json.dumps(description))
+    assert "the input changed" in failed(tool(folder, "img2dataset", tmp_path / "set"))
 
 
 @pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])
@@ -157,7 +197,14 @@ def test_folders_in_a_tar_are_no_damage(tmp_path):
 
 
 def test_webdataset_reads_our_shards_back(tmp_path):
+    turns = (Turn("first?", "yes"), Turn("second?", "no"))
+    two = tuple(encoded(make_image(seed)) for seed in (1, 2))
     originals = [record(index) for index in range(25)]
+    originals.append(Record("plain", caption="text alone", metadata={"url": "u"}))
+    for name, pictures in (("none", ()), ("one", two[:1]), ("two", two)):
+        for system in ("", "You are an owl."):
+            key = f"{name}{len(system)}"
+            originals.append(Record(key, pictures, turns=turns, system=system, source="talks"))
     folder = write(tmp_path / "set", originals)
     records, skipped = collect("webdataset", folder)
     assert records == originals and skipped == {}

@@ -77,6 +77,18 @@ def test_a_broken_line_costs_no_other(tmp_path):
     assert list(format_.read(elsewhere)) == list(format_.read(split.payload))
 
 
+@pytest.mark.parametrize("name", ["talk.json", "talk.jsonl"])
+def test_an_entry_that_is_nested_too_deeply_costs_no_other(tmp_path, name):
+    """It can be read, but not be sent to another process."""
+    deep = f'{{"id": {"[" * 600}{"]" * 600}, {json.dumps(HELLO)[1:]}'.replace('"id": 1, ', "")
+    path = write(tmp_path / name, [HELLO, deep, HELLO | {"id": [[{"a": 1}]]}])
+    records, skipped = collect("conversations", path)
+    assert [r.metadata["id"] for r in records] == [1, [[{"a": 1}]]]
+    assert skipped == {"entry is nested too deeply": 1}
+    for split in FORMATS["conversations"].plan(path, ReadOptions()).splits:
+        pickle.dumps(split.payload)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

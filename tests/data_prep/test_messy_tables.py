@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from foreign_tars import pack, parts
-from preprocess_run import failed, tool
+from preprocess_run import failed, records, report, succeeded, tool
 from read_corpus import collect, refused, write_images
 from tiny_data import encoded, make_image
 
@@ -204,6 +204,34 @@ def test_a_value_that_python_cannot_hold_costs_no_caption(images, tmp_path, colu
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
     records, skipped = collect("table", tmp_path / "t.parquet", images=images)
     assert [r.caption for r in records] == ["a", "b"] and skipped == {}
+
+
+def test_what_is_not_utf8_beside_the_text_costs_no_sample(images, tmp_path):
+    """Columns that training does not read, and the name of the file."""
+    table = tmp_path / "caf\udce9.csv"
+    table.write_bytes(b"image,caption,author,title\xe9\n0.jpg,a,Andr\xe9,x\n1.jpg,\xe9,y,z\n")
+    succeeded(tool(table, "table", tmp_path / "rows", "--images", images))
+    (kept,) = records(tmp_path / "rows")
+    assert (kept.caption, kept.source) == ("a", r"caf\udce9")
+    assert kept.metadata == {"author": r"Andr\udce9", r"title\udce9": "x"}
+    assert report(tmp_path / "rows")["skipped"] == {"caption is not valid Unicode": 1}
+
+    lines = tmp_path / "caf\udce9.jsonl"
+    lines.write_text('{"image": "0.jpg", "caption": "a", "url": "u\\udce9", "n": 1}\n')
+    succeeded(tool(lines, "table", tmp_path / "lines", "--images", images, "--sample", 5))
+    (kept,) = records(tmp_path / "lines")
+    assert kept.metadata == {"url": r"u\udce9", "n": 1}
+
+    lines.write_text('{"text": "a"}\n')
+    succeeded(tool(lines, "documents", tmp_path / "documents"))
+    lines.write_text(
+        '{"id": "\\udce9", "messages": [{"role": "user", "content": "q"},'
+        ' {"role": "assistant", "content": "a"}]}\n'
+    )
+    succeeded(tool(lines, "conversations", tmp_path / "talks"))
+    assert [r.metadata for r in records(tmp_path / "talks")] == [{"id": r"\udce9"}]
+    for name in ("documents", "talks"):
+        assert [r.source for r in records(tmp_path / name)] == [r"caf\udce9"]
 
 
 def test_a_caption_of_parquet_that_is_not_utf8_is_left_out_alone(images, tmp_path):

@@ -162,6 +162,35 @@ def test_a_download_that_stops_is_continued(folder):
     assert table(build(folder).stdout)["small"] == ["40", "31", "30", "30"]
 
 
+@pytest.mark.parametrize("gone", ["pictures/small", "pictures/small/00001_stats.json", "lists"])
+def test_a_source_that_is_ready_needs_no_raw_data(folder, gone):
+    assert build(folder, "--run", "--only", "small").returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "shards").rglob("*")}
+    (folder / "metadata/cc3m.tsv").unlink()
+    path = folder / gone
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    (folder.parent / "bin/img2dataset").write_text("#!/bin/sh\nexit 3\n")
+    again = build(folder, "--run", "--only", "small")
+    assert again.returncode == 0 and "small: ready" in again.stdout, again.stderr
+    assert "small, " not in again.stdout and not (path.exists() and path.is_dir())
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "shards").rglob("*")}
+    assert build(folder, "--run", "--only", "coco").returncode == 0
+    shutil.rmtree(folder / "coco")
+    again = build(folder, "--run", "--only", "coco")
+    assert again.returncode == 0 and "coco: ready" in again.stdout, again.stderr
+
+
+def test_a_download_is_not_begun_again_behind_its_shards(folder):
+    """What is held out later must be of the images that the shards were made of."""
+    write_recipe(folder.parent, RECIPE | {"hold_out": 5})
+    assert build(folder, "--run", "--only", "small").returncode == 0
+    shutil.rmtree(folder / "pictures")
+    shutil.rmtree(folder / "validation")
+    made = build(folder, "--run", "--only", "small")
+    assert made.returncode == 1 and "small: the step 'shards' failed" in made.stderr
+    assert "small, download" not in made.stdout and not (folder / "pictures").exists()
+
+
 def test_failures_are_named_and_the_rest_goes_on(folder):
     (folder / "metadata/cc3m.tsv").unlink()
     (folder.parent / "bin/img2dataset").write_text("#!/bin/sh\nexit 3\n")

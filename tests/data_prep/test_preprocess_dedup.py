@@ -142,6 +142,17 @@ def test_what_is_held_out_is_in_no_sample_of_the_rest(tmp_path):
     assert "hold_out" not in json.loads((tmp_path / "none/preprocess/job.json").read_text())
 
 
+@pytest.mark.parametrize("sample", [3, 20, 0.1, 0.9])
+def test_a_sample_of_the_rest_takes_nothing_from_what_is_held_out(tmp_path, sample):
+    """The commands for the two differ in --only-held-out alone."""
+    corpus = pairs(splits=4, size=10)
+    job(corpus, tmp_path / "all", hold_out=7, only_held_out=True)
+    outcome = job(corpus, tmp_path / "held", hold_out=7, only_held_out=True, sample=sample)
+    assert keys(tmp_path / "held") == keys(tmp_path / "all")
+    assert report(tmp_path / "held")["skipped"] == {"not held out": 33}
+    assert "asked for" not in str(outcome.report)
+
+
 def test_records_about_one_image_are_held_out_together(tmp_path):
     images = [encoded(make_image(seed)) for seed in range(10)]
     # Three records about each image, in other splits and under other keys, and ten without one.
@@ -154,6 +165,16 @@ def test_records_about_one_image_are_held_out_together(tmp_path):
         assert 8 <= len(out) <= 10 and len(rest) + len(out) == 40
         about = [{key.split("-")[1] for key in found if "text" not in key} for found in (rest, out)]
         assert not about[0] & about[1] and about[1]
+
+
+def test_records_of_several_images_are_held_out_with_those_of_the_same_in_their_order():
+    split, turns = as_splits([[]])[0], (Turn("q", "a"),)
+
+    def drawn(key, *images):
+        return dedup.priority(Record(key, images, turns=turns), split, seed=3, by_images=True)
+
+    assert drawn("one", A, B) == drawn("two", A, B)
+    assert len({drawn("one", *images) for images in ((A,), (B,), (A, B), (B, A))}) == 4
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])

@@ -227,6 +227,13 @@ def test_more_pixels_than_can_be_decoded(tmp_path):
     assert keys(tmp_path) == ["good"] and skipped(tmp_path) == {reason: 1}
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def test_records_that_cannot_be_stored_are_counted(tmp_path):
     content = [
         pair("twice"),
@@ -234,12 +241,13 @@ def test_records_that_cannot_be_stored_are_counted(tmp_path):
         pair("a.b"),
         pair("nan", value=math.nan),
         pair("odd", value=object()),
+        pair("deep", value=nested(10_000)),
         pair("\ud800", encoded(make_image(0))),
     ]
     for name, options in (("one", {}), ("two", {"sample": 5})):
         job([content], tmp_path / name, **options)
         assert keys(tmp_path / name) == ["twice"]
-        assert skipped(tmp_path / name) == {"key occurs twice": 1, "record cannot be stored": 4}
+        assert skipped(tmp_path / name) == {"key occurs twice": 1, "record cannot be stored": 5}
 
 
 def shape(image: bytes) -> tuple[str, tuple[int, int]]:

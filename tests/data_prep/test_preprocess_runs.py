@@ -29,6 +29,7 @@ from preprocess_run import (
 )
 from processes import group_is_gone, wait_until
 
+import data_prep.job
 from data_prep.job import preprocess
 from data_prep.reencode import Reencoding
 from data_prep.splits import InputPlan, InputSplit, Skipped
@@ -149,6 +150,22 @@ def test_a_changed_input_between_two_readings_is_refused(corpus, tmp_path):
         with pytest.raises(PreprocessError, match="split part3: sample . is not what the first"):
             preprocess(InputPlan(splits), settings, output, {})
         assert not list(output.glob("part3*")) and not list((output / UNFINISHED).iterdir())
+
+
+@pytest.mark.parametrize("name", ["two readings", "duplicates"])
+def test_two_runs_may_select_at_once(corpus, tmp_path, monkeypatch, name):
+    """One begins to select, and the other does all of the work before it is through."""
+    options, select = OPTIONS[name], data_prep.job.select
+    job(corpus, tmp_path / "alone/set", **options)
+
+    def overtaken(*arguments, **more):
+        monkeypatch.setattr(data_prep.job, "select", select)
+        assert job(corpus, tmp_path / "set", **options).selected
+        return select(*arguments, **more)
+
+    monkeypatch.setattr(data_prep.job, "select", overtaken)
+    assert job(corpus, tmp_path / "set", **options).finished
+    assert tree(tmp_path / "set") == tree(tmp_path / "alone/set")
 
 
 def read_and_die(items: list) -> Iterator:

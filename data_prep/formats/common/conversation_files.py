@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from data_prep.splits import InputPlan, InputSplit, ReadOptions, Skipped
 from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import is_json_list, json_lines, parse_json
+
+_DEEPEST = (
+    100  # lists and objects in each other; pickle, by which entries are sent, bears about 500
+)
+_NESTING = (dict, list)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class ConversationFiles:
         check_data(source)
         data = source.read_bytes()
         unit, entries = _parse(data, source, self.fields)
+        entries = [(n, _Fault.DEEP if _is_deep(entry) else entry) for n, entry in entries]
         images = options.images
         if images or any(names_files(entry) for _, entry in entries):
             images = images_folder(source, options)
@@ -71,8 +78,8 @@ class ConversationFiles:
         for number, entry in entries:
             name = entry.get("id") if isinstance(entry, dict) else None
             where = f"{source.name}, {unit} {number}, id {shown(name)}"
-            if entry is _BrokenLine:
-                yield Skipped("line is not JSON", where)
+            if isinstance(entry, _Fault):
+                yield Skipped(entry.value, where)
                 continue
             try:
                 if not isinstance(entry, dict):
@@ -83,8 +90,21 @@ class ConversationFiles:
                 yield skipped(error, where)
 
 
-class _BrokenLine:
-    """Stand-in for an entry whose line is not JSON; the class itself, which pickle keeps one."""
+class _Fault(Enum):
+    """Stand-in for an entry that cannot be used, and the reason."""
+
+    BROKEN = "line is not JSON"
+    DEEP = "entry is nested too deeply"
+
+
+def _is_deep(entry: Any) -> bool:
+    level = [entry] if isinstance(entry, _NESTING) else []
+    for _ in range(_DEEPEST):
+        inside = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [inner for values in inside for inner in values if isinstance(inner, _NESTING)]
+        if not level:
+            return False
+    return True
 
 
 def _parse(data: bytes, source: Path, fields: tuple[str, ...]) -> tuple[str, list[tuple[int, Any]]]:
@@ -100,7 +120,7 @@ def _parse(data: bytes, source: Path, fields: tuple[str, ...]) -> tuple[str, lis
             try:
                 entries.append((number, parse_json(line)))
             except ValueError:
-                entries.append((number, _BrokenLine))
+                entries.append((number, _Fault.BROKEN))
     except ValueError as error:
         raise PreprocessError(f"{source} is not JSON: {error}") from None
     if not any(isinstance(entry, dict) for _, entry in entries):

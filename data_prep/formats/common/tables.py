@@ -44,10 +44,13 @@ def kind_of(path: Path) -> str:
 
 
 def files(
-    source: Path, kinds: Sequence[str] = KINDS, companions: Collection[str] = ()
+    source: Path,
+    output: Path | None,
+    kinds: Sequence[str] = KINDS,
+    companions: Collection[str] = (),
 ) -> tuple[list[Path], list[UnreadFile]]:
-    """Paths of the table `source`, or of the tables of one kind in the folder and below, and the
-    files that are none; `companions` are endings of files that need no mention.
+    """Paths of the table `source`, or of the tables of one kind in the folder and below, but not in
+    `output`, and the files that are none; `companions` are endings of files that need no mention.
 
     Raises PreprocessError if there is none, or more than one kind.
     """
@@ -60,7 +63,7 @@ def files(
         return [source], []
     if not source.is_dir():
         raise PreprocessError(f"{source} is neither a file nor a folder")
-    found, unread = find_files(source).select(
+    found, unread = find_files(source, output).select(
         lambda path: kind_of(path) in kinds, lambda path: kind_of(path) in companions
     )
     several = sorted({kind_of(path) for path in found})

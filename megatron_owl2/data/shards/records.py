@@ -16,8 +16,10 @@ IMAGE_PLACEHOLDER = "<|image|>"  # stands for an image in a question; the offici
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # webdataset ends a key at the first dot, ustar at 100
 _IMAGES, _TEXTS = {"jpg", "jpeg", "png", "webp"}, {"json", "txt"}
+_SURROGATE = re.compile("[\ud800-\udfff]")  # for a byte that is not UTF-8; UTF-8 cannot hold it
 _NUMBERED = re.compile(r"(0|[1-9]\d{0,3})\.([a-z]+)")  # the extension of one of several images
-_FIELDS = {"caption", "turns", "system", "source", "metadata"}
+COMMON_FIELDS = {"source", "metadata"}  # in the .json member of a record
+FIELDS = COMMON_FIELDS | {"caption", "turns", "system"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Record:
 
         One image is `<key>.jpg`, of several the first `<key>.0.jpg`, or as their types ask. Raises
         BadSampleError for a key with other characters than letters, digits, `_`, `-`, an image that
-        is not JPEG, PNG or WebP, or metadata that JSON cannot hold.
+        is not JPEG, PNG or WebP, or metadata that JSON cannot hold. Lone surrogates in source and
+        metadata are escaped with a backslash, which is text.
         """
         if not KEY.fullmatch(self.key):
             raise BadSampleError(
@@ -105,10 +108,11 @@ class Record:
         try:
             text = json.dumps(
                 body, ensure_ascii=False, sort_keys=True, allow_nan=False, separators=(",", ":")
-            ).encode()
-        except (TypeError, ValueError) as error:
+            )
+        except (TypeError, ValueError, RecursionError) as error:
             raise BadSampleError(f"source or metadata is not valid JSON: {error}") from None
-        return [*members, (f"{self.key}.json", text)]
+        text = _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):04x}", text)
+        return [*members, (f"{self.key}.json", text.encode())]
 
     @classmethod
     def from_members(cls, key: str, members: Mapping[str, bytes]) -> "Record":
@@ -132,7 +136,7 @@ class Record:
         images = tuple(members[extension] for extension in _images(members.keys()))
         body = _json(members["json"]) if "json" in members else {}
         try:
-            if "txt" in members or not body.keys() <= _FIELDS:
+            if "txt" in members or not body.keys() <= FIELDS:
                 if len(images) != 1:
                     raise BadSampleError("a caption of several images" if images else "no image")
                 text = decode_text(members["txt"]) if "txt" in members else body["caption"]
