@@ -149,20 +149,21 @@ def _identity(path: Path) -> str:
     found = f"{status.st_size} bytes, changed {status.st_mtime_ns}"
     if not path.is_dir():
         return found
-    digest = xxhash.xxh3_128()
-    for file in (*_members(path), _stats_file(path)):  # of which the folder's own time says nothing
-        status = file.stat()
-        name = os.fsencode(file.name)
-        digest.update(b"%s/%d/%d/" % (name, status.st_size, status.st_mtime_ns))
+    digest = xxhash.xxh3_128()  # of the files, of which the folder's own time says nothing
+    members = sorted(_members(path), key=lambda entry: entry.name)
+    statuses = [(entry.name, entry.stat()) for entry in members]
+    for name, status in [*statuses, ("", _stats_file(path).stat())]:
+        digest.update(b"%s/%d/%d/" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
     return f"{found}, files {digest.hexdigest()}"
 
 
-def _members(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and is_member(p.name))
+def _members(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.is_file() and is_member(entry.name)]
 
 
 def _read_folder(folder: Path) -> Iterator[Sample | Skipped]:
-    names = [path.name for path in _members(folder)]
+    names = sorted(entry.name for entry in _members(folder))
     for key, group in groupby(names, lambda name: split_name(name)[0]):
         members = list(group)
         found = {split_name(name)[1]: (folder / name).read_bytes() for name in members}

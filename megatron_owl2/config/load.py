@@ -22,7 +22,8 @@ from megatron_owl2.utils.suggest import did_you_mean
 
 T = TypeVar("T")
 _COMMAND_LINE = "the command line"
-_QUOTES, _NOTHING = ("'", '"'), ("", "null", "~")  # texts that are left to YAML
+_NOTHING = ("", "~", "null", "Null", "NULL")  # of YAML
+_MARKS = ("'", '"', "!")  # of a text or a tag of YAML
 Layer = tuple[str, dict]  # where keys and values come from, for messages, and their tree
 
 
@@ -138,7 +139,8 @@ def _describe(error: OmegaConfBaseException) -> str:
 
 def _parse(override: str) -> dict:
     name, _, text = override.partition("=")
-    if _is_text(RunConfig, name) and text[:1] not in _QUOTES and text not in _NOTHING:
+    text = text.strip()
+    if _is_text(RunConfig, name) and text not in _NOTHING and not text.startswith(_MARKS):
         tree: Any = text  # as it is: YAML reads 2024_11_05 and 12:30 as numbers
         for key in reversed(name.split(".")):
             tree = {key: tree}

@@ -141,7 +141,7 @@ def check_files(config: RunConfig) -> None:
 def _check_output(output: Path) -> None:
     """A directory that can be made or written; a home directory is the shell's to fill in."""
     require(
-        output.parts[0] != "~",
+        output.parts[:1] != ("~",),
         f"train.output: {output} would be in a folder called ~; write $HOME in its place",
     )
     there = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_owl2.errors import TaskError
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
-_NAME = re.compile(r"(?<![\w{])\{( *[A-Za-z_][\w-]* *)\}")  # meant as one; \boxed{x} is not
+_NAME = re.compile(r"(?<![\w{}^])\{( *[A-Za-z_][\w-]* *)\}")  # meant as one; \frac{a}{b} is not
 _SYSTEM_ENDS = "\n---\n"  # the line between the system's text and the user's
 
 

@@ -54,7 +54,8 @@ def test_files_extend_others_and_overrides_win(tmp_path):
         ("no", "no"),
         ("a #b", "a #b"),
         ("a=b", "a=b"),
-        ("'a b'", "a b"),
+        ("'a b '", "a b "),
+        (" a b ", "a b"),
         ("${data.tokenizer}", "t"),
     ],
 )
@@ -63,8 +64,10 @@ def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path, given, wanted):
     overrides = [f"train.output={given}", f"stage.initial_checkpoint={given}"]
     config = load_config(tmp_path / "run.yaml", overrides)
     assert config.train.output == config.stage.initial_checkpoint == wanted
-    nothing = load_config(tmp_path / "run.yaml", [*overrides, "stage.initial_checkpoint=null"])
-    assert nothing.stage.initial_checkpoint is None
+    for nothing in ("null", " Null", "NULL", "~", ""):
+        last = f"stage.initial_checkpoint={nothing}"
+        config = load_config(tmp_path / "run.yaml", [*overrides, last])
+        assert config.stage.initial_checkpoint is None
 
 
 def test_a_run_directory_that_cannot_be_is_refused_at_once(run_yaml, tmp_path):
@@ -76,7 +79,8 @@ def test_a_run_directory_that_cannot_be_is_refused_at_once(run_yaml, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             validate(load_config(run_yaml, [f"train.output={place}"]), 1)
-    validate(load_config(run_yaml, [f"train.output={tmp_path / 'new/run'}"]), 1)
+    for place in (tmp_path / "new/run", ".", "./"):
+        validate(load_config(run_yaml, [f"train.output={place}"]), 1)
     assert not (tmp_path / "new").exists()
 
 

@@ -281,7 +281,7 @@ def test_a_prompt_can_be_given(tmp_path, capsys):
     predictions, prompt = lines(tmp_path / "p.jsonl", rows), tmp_path / "prompt.txt"
     make = ["requests", "--task", "mmvet", "--predictions", predictions, "--gold", gold]
     make = [*map(str, make), "--output", str(tmp_path / "r.jsonl"), "--judge-prompt", str(prompt)]
-    braces = r'{"grade": 1} {\'pred\': 2} {} {0} {{x}} \boxed{grade} {not a field} {"a"}'
+    braces = r'{"grade": 1} {\'pred\': 2} {} {0} {{x}} \frac{a}{b} x^{n} {not a field} {"a"}'
     prompt.write_text(f"Grade {{question}} | {{reference}} | {{prediction}} | {braces}")
     assert main([*make, "--judge-model", "mine"]) == 0
     body = rows_of(tmp_path / "r.jsonl")[1]["body"]
