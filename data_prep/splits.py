@@ -14,8 +14,8 @@ class ReadOptions:
 
     `images` is the folder that image paths are relative to. A split has about `samples_per_split`
     samples where the input can be cut anywhere. The columns of a table hold the image's path and
-    the caption (None: the usual names are tried). `output` is no part of the
-    input, though it may lie there.
+    the caption (None: the usual names are tried). `output` is no part of the input, though it may
+    lie there.
     """
 
     images: Path | None = None

@@ -69,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave out N samples, and all others of just the same images, for validation",
     )
-    add(
-        "--only-held-out",
-        action="store_true",
-        help="keep just what --hold-out leaves out, whatever --sample is",
-    )
+    add("--only-held-out", action="store_true", help="keep just these, whatever --sample is")
     add("--seed", type=int, default=0, help="of the samples that are kept or held out")
 
     add = parser.add_argument_group("how images are stored").add_argument

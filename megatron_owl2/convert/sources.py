@@ -1,13 +1,13 @@
 """Sources of a whole model: its configuration and its lazy weights from any directory."""
 
 import copy
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_owl2.config.model_differences import RUN_ONLY, model_differences
 from megatron_owl2.config.schema import (
     LoraConfig,
     ModelConfig,
@@ -33,12 +33,6 @@ from megatron_owl2.model.owl2 import Owl2, build
 from megatron_owl2.training.checkpoint import directories, save_load
 from megatron_owl2.training.checkpoint.index import read_index
 
-# What a run chooses whatever the weights are; max_positions may also be smaller than theirs.
-_FREE = {
-    "vision": {"image_size", "position_init_std"},
-    "abstractor": {"attention_init_std", "attention_dropout"},
-    "decoder": {"vocab_multiple"},
-}
 _SPLITTING = ("owl2", "llama")  # layouts whose branches a run may share, or begin alike
 
 
@@ -88,7 +82,7 @@ def from_released(
     """
     layout = layout or hf_config.find_layout(directory)
     stored = hf_config.read_model(directory, layout)
-    owners = dict.fromkeys(_FREE, str(directory))
+    owners = {name: str(directory) for name in ("vision", "abstractor", "decoder")}
     given, config = config, _checked_config(config, stored, owners, layout)
     config.data.tokenizer = _find_tokenizer(tokenizer, directory, stored)
     grid, shapes = _stored_grid(stored, config), weight_shapes(config)
@@ -166,17 +160,14 @@ def _checked_config(
     """
     config = copy.deepcopy(RunConfig(model=stored) if config is None else config)
     config.parallel, config.stage.lora = ParallelConfig(), LoraConfig()
+    free = RUN_ONLY | {"model.vision.image_size"}
+    free |= {"model.decoder.modality_split"} if layout in _SPLITTING else set()
     differences = []
-    for section, directory in owners.items():
-        ours, theirs = getattr(config.model, section), getattr(stored, section)
-        for name in (f.name for f in dataclasses.fields(ours)):
-            wanted, found = getattr(ours, name), getattr(theirs, name)
-            fits = wanted <= found if name == "max_positions" else wanted == found
-            free = name in _FREE[section] or (name == "modality_split" and layout in _SPLITTING)
-            if not fits and not free:
-                differences.append(
-                    f"model.{section}.{name}: {wanted} in the configuration, {found} in {directory}"
-                )
+    for name, (wanted, found) in model_differences(config.model, stored).items():
+        owner = owners.get(name.split(".")[1])
+        too_many = name == "model.decoder.max_positions" and wanted > found  # fewer are free
+        if owner is not None and (too_many or name not in free):
+            differences.append(f"{name}: {wanted} in the configuration, {found} in {owner}")
     if differences:
         raise ConversionError(
             "the configuration describes another model; change these keys:\n  "

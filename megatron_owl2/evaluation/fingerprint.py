@@ -28,13 +28,13 @@ def model_directory(path: Path) -> Path:
 
 
 def mark_of_model(path: Path) -> str:
-    """A mark of the files of an export, or of the checkpoint that a run directory means.
+    """A mark of the files of an export or of a checkpoint.
 
     Of files above 64 MiB the length counts and 64 pieces of 1 MiB, evenly spread: weights that were
     trained on differ in all of them.
     """
     digest = xxh3_128()
-    for file in sorted(file for file in model_directory(path).iterdir() if file.is_file()):
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode(errors="surrogateescape"))
         with file.open("rb") as content:

@@ -22,9 +22,8 @@ from megatron_owl2.data.shards.records import Record
 from megatron_owl2.errors import BadSampleError, PreprocessError
 from megatron_owl2.utils.json_text import is_json_list, json_lines, parse_json
 
-_DEEPEST = (
-    100  # lists and objects in each other; pickle, by which entries are sent, bears about 500
-)
+# Lists and objects in each other; pickle, by which entries are sent, bears about 500.
+_DEEPEST = 100
 _NESTING = (dict, list)
 
 

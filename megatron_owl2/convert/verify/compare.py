@@ -5,7 +5,6 @@ which shares nothing with the Megatron model but the mapping table; code that li
 itself is never run.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from megatron_owl2.config.model_differences import RUN_ONLY, model_differences
 from megatron_owl2.config.schema import ModelConfig
 from megatron_owl2.convert import hf_config
 from megatron_owl2.convert.expand import expand
@@ -35,14 +35,6 @@ LOGITS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4
 _TEXT = 24  # ids in an input, beside its images
 _SETTINGS = ("vision", "abstractor", "decoder", "image_mean", "image_std", "image_mode")
 _PROMPTS = ("template", "tokenization")  # which a released directory leaves to the run
-_RUN_ONLY = {
-    "max_positions",
-    "position_init_std",
-    "attention_init_std",
-    "attention_dropout",
-    "modality_split",
-    "vocab_multiple",
-}
 
 
 @dataclass(frozen=True)
@@ -115,16 +107,15 @@ def compare(
 
 
 def _differing(names: Sequence[str], ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    found = []
-    for section in names:
-        a, b = getattr(ours, section), getattr(theirs, section)
-        if not dataclasses.is_dataclass(a):
-            pairs = [(section, a, b)]
-        else:
-            names = [f.name for f in dataclasses.fields(a) if f.name not in _RUN_ONLY]
-            pairs = [(f"{section}.{n}", getattr(a, n), getattr(b, n)) for n in names]
-        found += [f"{n} is {x} in the checkpoint, {y} there" for n, x, y in pairs if x != y]
-    return found
+    """What differs of these settings and sections; how branches are split shows in the weights."""
+    found = model_differences(ours, theirs)
+    free = RUN_ONLY | {"model.decoder.modality_split"}
+    short = {n.removeprefix("model."): pair for n, pair in found.items() if n not in free}
+    return [
+        f"{name} is {a} in the checkpoint, {b} there"
+        for name, (a, b) in short.items()
+        if name.split(".")[0] in names
+    ]
 
 
 def _compare_weights(ours: dict[str, LazyTensor], theirs: dict[str, LazyTensor]) -> CheckResult:
